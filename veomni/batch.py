@@ -1,0 +1,68 @@
+"""What flows from a loader through the launcher into a model: micro-batches of one optimizer step.
+
+A loader yields, for every optimizer step, the list of this data rank's micro-batches. A micro-batch is a dict of CPU
+tensors in transformers' argument names; a packed text micro-batch holds
+
+- ``input_ids``, ``labels``, ``position_ids``: int64 ``[batch, seq]``; positions restart at 0 with every document, labels
+  are unshifted and ``IGNORE_INDEX`` where nothing is learned and at the first token of every document;
+- ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[documents + 1]``, offsets into the ``batch * seq`` flattened tokens, the
+  padded tail of a row being one more document;
+- ``max_length_q``, ``max_length_k``: int, an upper bound of the longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label that no loss is taken on (transformers' convention)."""
+
+
+def supervised_tokens(inputs: Mapping[str, Any]) -> int:
+    """Count the labels of a micro-batch that a loss is taken on, after the shift by one.
+
+    A batch without ``labels`` counts its rows instead: the mean is then over samples.
+    """
+    if "shift_labels" in inputs:
+        return int((inputs["shift_labels"] != IGNORE_INDEX).sum())
+    if "labels" in inputs:
+        return int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())
+    first = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+    return 0 if first is None else int(first.shape[0])
+
+
+@dataclass
+class MicroBatch:
+    """One forward and backward: what to give the model, and how many items its loss is the mean of.
+
+    Attributes:
+        inputs: The model's keyword arguments, on the device.
+        tokens: Supervised tokens of this micro-batch on this rank.
+        last: Whether gradients are synchronised in this micro-batch's backward.
+    """
+
+    inputs: dict[str, Any]
+    tokens: int
+    last: bool = True
+
+
+@dataclass
+class StepBatch:
+    """All micro-batches of one optimizer step on this rank, and what the ranks agreed about them.
+
+    Attributes:
+        micro_batches: This rank's share, on the CPU.
+        tokens: Supervised tokens of the step over all ranks.
+        index: The optimizer step, counted from 1 over the whole run.
+        loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
+    """
+
+    micro_batches: Sequence[Mapping[str, Any]]
+    tokens: int
+    index: int
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))

@@ -1,0 +1,83 @@
+"""Typed errors. What the user gave and can mend exits with 78; a fault of the run exits with 70.
+
+Exit codes follow ``sysexits.h`` where it has a fitting one: 70 is EX_SOFTWARE, 75 EX_TEMPFAIL, 78 EX_CONFIG.
+"""
+
+from __future__ import annotations
+
+EXIT_FAULT = 70
+EXIT_PREEMPTED = 75
+EXIT_BAD_INPUT = 78
+
+
+class VeOmniError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is what the process ends with."""
+
+    exit_code: int = EXIT_FAULT
+
+
+class InputError(VeOmniError):
+    """Something the user gave cannot work: names the thing, and says what to do about it.
+
+    Args:
+        problem: What is wrong, naming the key, file or value.
+        fix: What to change, in one sentence.
+    """
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"{problem}\n  fix: {fix}")
+        self.problem = problem
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
+        return type(self), (self.problem, self.fix)
+
+
+class ConfigError(InputError):
+    """A configuration key or value is wrong."""
+
+
+class LayoutError(InputError):
+    """Mesh axes, world size, batch sizes or model shapes do not divide."""
+
+
+class LaunchError(InputError):
+    """The environment (torchrun, Slurm) contradicts what was asked for."""
+
+
+class DeviceError(InputError):
+    """An accelerator is missing, or has fewer devices than asked for."""
+
+
+class DataError(InputError):
+    """A dataset file or sample cannot be used."""
+
+
+class ModelError(InputError):
+    """A model directory, configuration or architecture cannot be used."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is damaged, foreign or does not fit the run."""
+
+
+class MissingExtraError(InputError):
+    """An optional package is needed.
+
+    Args:
+        package: What could not be imported.
+        extra: The extra of veomni that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed", f"pip install 'veomni[{extra}]'")
+        self.package, self.extra = package, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:  # type: ignore[override]
+        return type(self), (self.package, self.extra)
+
+
+class NonFiniteError(VeOmniError):
+    """A gradient norm or loss is not finite; no parameter was changed by the step."""

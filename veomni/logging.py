@@ -1,0 +1,60 @@
+"""Loggers that know their rank: one clear line from rank 0, or one line per process, never a flood."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+_FORMAT = "[%(asctime)s %(levelname).1s rank%(rank)s %(name)s] %(message)s"
+_seen: set[str] = set()
+
+
+def current_rank() -> int:
+    """Return the global rank of this process as the launcher's environment tells it; 0 before a launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class RankLogger(logging.LoggerAdapter[logging.Logger]):
+    """A standard logger with rank-aware verbs."""
+
+    def info_rank0(self, message: object, *args: object) -> None:
+        """Log at INFO level on rank 0 only."""
+        if current_rank() == 0:
+            self.info(message, *args)
+
+    def warning_rank0(self, message: object, *args: object) -> None:
+        """Log at WARNING level on rank 0 only."""
+        if current_rank() == 0:
+            self.warning(message, *args)
+
+    def warning_once(self, message: str, *args: object) -> None:
+        """Log a warning the first time this process says exactly this, on rank 0 only."""
+        text = message % args if args else message
+        if text not in _seen:
+            _seen.add(text)
+            self.warning_rank0("%s", text)
+
+
+class _RankFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = current_rank()
+        return True
+
+
+def _root() -> logging.Logger:
+    root = logging.getLogger("veomni")
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.addFilter(_RankFilter())
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("VEOMNI_LOG_LEVEL", "INFO"))
+        root.propagate = False
+    return root
+
+
+def create_logger(name: str) -> RankLogger:
+    """Return a logger under ``veomni`` for a module's ``__name__`` (scripts' ``__main__`` included)."""
+    _root()
+    return RankLogger(logging.getLogger(name if name.startswith("veomni") else f"veomni.{name}"))
