@@ -1,0 +1,120 @@
+"""The contract of an accelerator: facts about one family of devices, and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from veomni.errors import DeviceError
+
+
+class Accelerator(ABC):
+    """Facts about one family of devices.
+
+    A third-party accelerator subclasses this and names itself in the entry-point group ``veomni.accelerators``.
+
+    Attributes:
+        name: What a configuration calls it.
+        device_type: ``torch.device.type`` of its devices.
+        backend: The collective backend of its devices.
+        visible_devices_variable: Environment variable that restricts which devices a process sees; None if there is none.
+    """
+
+    name: ClassVar[str]
+    device_type: ClassVar[str]
+    backend: ClassVar[str]
+    visible_devices_variable: ClassVar[str | None] = None
+
+    @classmethod
+    @abstractmethod
+    def is_available(cls) -> bool:
+        """Return whether a device of this family can be used here, without starting its driver context."""
+
+    @classmethod
+    @abstractmethod
+    def device_count(cls) -> int:
+        """Return how many devices this process may use."""
+
+    @classmethod
+    @abstractmethod
+    def require(cls) -> None:
+        """Check that the family can be used.
+
+        Raises:
+            DeviceError: it cannot; the message says what to install or change.
+        """
+
+    @abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """Return the device of the process with this rank on its node."""
+
+    @abstractmethod
+    def set_device(self, device: torch.device) -> None:
+        """Make ``device`` this process's current device."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work queued on the current device is done."""
+
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """Return the most bytes allocated since :meth:`reset_peak_memory`."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Start a new measurement of :meth:`peak_memory`."""
+
+    @abstractmethod
+    def total_memory(self) -> int:
+        """Return the bytes of memory of the current device."""
+
+    @abstractmethod
+    def get_rng_state(self) -> Tensor | None:
+        """Return the device generator's state as a uint8 CPU tensor; None where it is the CPU generator itself."""
+
+    @abstractmethod
+    def set_rng_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_rng_state` returned."""
+
+    @abstractmethod
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Return the dense peak in FLOP/s of the current device for ``dtype``; None when unknown, never a guess."""
+
+    @property
+    def supports_pinned_memory(self) -> bool:
+        """Whether copies from page-locked host memory to this device overlap with compute."""
+        return True
+
+    @property
+    def supports_varlen_attention(self) -> bool:
+        """Whether ``torch.nn.attention.varlen`` runs on this device."""
+        return False
+
+    @property
+    def supports_premul_sum(self) -> bool:
+        """Whether the backend can scale inside a reduction (NCCL's PreMulSum)."""
+        return False
+
+    def check_devices(self, processes: int, *, shared: bool) -> None:
+        """Check that ``processes`` local ranks find a device each.
+
+        Args:
+            processes: Ranks on this node.
+            shared: Whether several ranks may use one device (over gloo).
+
+        Raises:
+            DeviceError: there are too few devices.
+        """
+        if not shared and processes > self.device_count():
+            raise DeviceError(
+                f"{processes} processes were asked for but there are {self.device_count()} {self.name} devices",
+                f"set train.devices to at most {self.device_count()}, or train.backend to gloo to share devices",
+            )
+
+
+def device_module(device_type: str) -> Any:
+    """Return ``torch.<device_type>``, the module of per-device functions that PyTorch backends all provide."""
+    return torch.get_device_module(device_type)

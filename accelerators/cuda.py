@@ -1,0 +1,43 @@
+"""NVIDIA GPUs, and AMD GPUs through the same PyTorch module."""
+
+from __future__ import annotations
+
+import torch
+from typing_extensions import override
+
+from veomni.accelerators.device import DiscreteAccelerator
+from veomni.errors import DeviceError
+
+
+class CUDA(DiscreteAccelerator):
+    """GPUs that PyTorch calls ``cuda``: NVIDIA's, and AMD's in a ROCm build."""
+
+    name = "cuda"
+    device_type = "cuda"
+    backend = "nccl"
+    visible_devices_variable = "CUDA_VISIBLE_DEVICES"
+
+    @override
+    @classmethod
+    def require(cls) -> None:
+        if not torch.backends.cuda.is_built():
+            raise DeviceError(
+                f"accelerator cuda: this PyTorch ({torch.__version__}) was built without CUDA",
+                "install a CUDA or ROCm build of torch, or set train.accelerator to cpu",
+            )
+        if not cls.is_available():
+            raise DeviceError(
+                "accelerator cuda: no GPU is visible",
+                "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or set train.accelerator to cpu",
+            )
+
+    @property
+    @override
+    def supports_varlen_attention(self) -> bool:
+        # The kernel is FlashAttention 2, which needs Ampere or newer; a ROCm build does not have it.
+        return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+    @property
+    @override
+    def supports_premul_sum(self) -> bool:
+        return True

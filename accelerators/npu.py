@@ -1,0 +1,59 @@
+"""Huawei Ascend NPUs through ``torch_npu``, which is imported only when they are chosen."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from typing_extensions import override
+
+from veomni.accelerators.device import DiscreteAccelerator
+from veomni.errors import DeviceError, MissingExtraError
+
+
+class NPU(DiscreteAccelerator):
+    """Ascend devices over HCCL."""
+
+    name = "npu"
+    device_type = "npu"
+    backend = "hccl"
+    visible_devices_variable = "ASCEND_RT_VISIBLE_DEVICES"
+
+    @override
+    @classmethod
+    def _module(cls) -> Any:
+        # torch_npu renames PyTorch's private-use device to "npu" when it is imported, so this comes first.
+        cls._torch_npu()
+        return super()._module()
+
+    @staticmethod
+    def _torch_npu() -> Any:
+        if importlib.util.find_spec("torch_npu") is None:
+            raise MissingExtraError("torch_npu", "npu")
+        try:
+            return importlib.import_module("torch_npu")
+        except (ImportError, OSError, RuntimeError) as error:
+            raise DeviceError(
+                f"torch_npu is installed but cannot be imported: {error}",
+                "install CANN and source its set_env.sh, with a torch_npu of the same minor version as torch",
+            ) from error
+
+    @override
+    @classmethod
+    def is_available(cls) -> bool:
+        if importlib.util.find_spec("torch_npu") is None:
+            return False
+        try:
+            return super().is_available()
+        except DeviceError:
+            return False
+
+    @override
+    @classmethod
+    def require(cls) -> None:
+        if not bool(cls._module().is_available()):
+            raise DeviceError(
+                "accelerator npu: no Ascend device is visible",
+                "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or set train.accelerator to cpu",
+            )
