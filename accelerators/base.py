@@ -20,13 +20,11 @@ class Accelerator(ABC):
         name: What a configuration calls it.
         device_type: ``torch.device.type`` of its devices.
         backend: The collective backend of its devices.
-        visible_devices_variable: Environment variable that restricts which devices a process sees; None if there is none.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     backend: ClassVar[str]
-    visible_devices_variable: ClassVar[str | None] = None
 
     @classmethod
     @abstractmethod
@@ -91,11 +89,6 @@ class Accelerator(ABC):
     @property
     def supports_varlen_attention(self) -> bool:
         """Whether ``torch.nn.attention.varlen`` runs on this device."""
-        return False
-
-    @property
-    def supports_premul_sum(self) -> bool:
-        """Whether the backend can scale inside a reduction (NCCL's PreMulSum)."""
         return False
 
     def check_devices(self, processes: int, *, shared: bool) -> None:

@@ -15,7 +15,6 @@ class CUDA(DiscreteAccelerator):
     name = "cuda"
     device_type = "cuda"
     backend = "nccl"
-    visible_devices_variable = "CUDA_VISIBLE_DEVICES"
 
     @override
     @classmethod
@@ -36,8 +35,3 @@ class CUDA(DiscreteAccelerator):
     def supports_varlen_attention(self) -> bool:
         # The kernel is FlashAttention 2, which needs Ampere or newer; a ROCm build does not have it.
         return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-
-    @property
-    @override
-    def supports_premul_sum(self) -> bool:
-        return True

@@ -18,7 +18,6 @@ class NPU(DiscreteAccelerator):
     name = "npu"
     device_type = "npu"
     backend = "hccl"
-    visible_devices_variable = "ASCEND_RT_VISIBLE_DEVICES"
 
     @override
     @classmethod

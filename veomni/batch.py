@@ -3,10 +3,10 @@
 A loader yields, for every optimizer step, the list of this data rank's micro-batches. A micro-batch is a dict of CPU
 tensors in transformers' argument names; a packed text micro-batch holds
 
-- ``input_ids``, ``labels``, ``position_ids``: int64 ``[batch, seq]``; positions restart at 0 with every document, labels
-  are unshifted and ``IGNORE_INDEX`` where nothing is learned and at the first token of every document;
-- ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[documents + 1]``, offsets into the ``batch * seq`` flattened tokens, the
-  padded tail of a row being one more document;
+- ``input_ids``, ``labels``, ``position_ids``: int64 ``[batch, seq]``; positions restart at 0 with every document;
+  labels are unshifted, ``IGNORE_INDEX`` where nothing is learned and at the first token of every document;
+- ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[documents + 1]``, offsets into the ``batch * seq`` flattened tokens,
+  the padded tail of a row being one more document;
 - ``max_length_q``, ``max_length_k``: int, an upper bound of the longest document.
 """
 

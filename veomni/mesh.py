@@ -1,6 +1,6 @@
 """One device mesh for the world, with named views.
 
-The order of the axes is fixed, slowest first: ``pp, dp_replicate, dp_shard, ulysses, cp, tp``. Views are flattened from it:
+The order of the axes is fixed, slowest first: ``pp, dp_replicate, dp_shard, ulysses, cp, tp``. Views flattened from it:
 
 - ``data``: ranks that read different rows (``dp_replicate x dp_shard``);
 - ``sequence``: ranks that share a row (``ulysses x cp``);
@@ -111,8 +111,7 @@ class ParallelState:
         self._meshes: dict[str, DeviceMesh] = {axis: self._world[axis] for axis in AXES}
         for name, axes in VIEWS.items():
             self._meshes[name] = self._world[axes]._flatten(name)
-        self.hsdp = self._world[("dp_replicate",) + VIEWS["fsdp"]]
-        self._hybrid: DeviceMesh | None = None
+        self._hybrid = self._world[("dp_replicate", "fsdp")] if dims.dp_replicate > 1 else self._meshes["fsdp"]
 
     def mesh(self, axis: str) -> DeviceMesh:
         """Return the one-dimensional mesh of an axis or view.
@@ -123,6 +122,11 @@ class ParallelState:
         if axis not in self._meshes:
             raise LayoutError(f"the mesh has no axis {axis!r}", f"use one of: {', '.join(self._meshes)}")
         return self._meshes[axis]
+
+    @property
+    def parameter_mesh(self) -> DeviceMesh:
+        """What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated (HSDP)."""
+        return self._hybrid
 
     def size(self, axis: str) -> int:
         """Return how many ranks an axis or view has."""

@@ -1,0 +1,59 @@
+"""Make a model compute in another format than it stores, for strategies whose wrapper does not do it by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from veomni.precision import Precision
+
+
+class Float64Throughout(TorchDispatchMode):
+    """Keep float64 where modeling code asks for float32 (norms, softmax, rotary tables).
+
+    Without it an fp64 run still rounds to float32 in every norm, and gradients agree between layouts to 1e-7 only.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (
+            func is torch.ops.aten._to_copy.default
+            and kwargs.get("dtype") is torch.float32
+            and args[0].dtype is torch.float64
+        ):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def compute_in(model: nn.Module, precision: Precision, device_type: str, *, autocast: bool) -> None:
+    """Run ``model``'s forward in ``precision``.
+
+    Args:
+        model: The module users call, before it is wrapped.
+        precision: fp64 keeps float64 throughout; bf16 runs under autocast when ``autocast`` is set.
+        device_type: Device type of the autocast.
+        autocast: Whether the caller's wrapper leaves casting to autocast (FSDP casts parameters itself).
+    """
+    if precision.name == "fp64":
+        _run_within(model, Float64Throughout)
+    elif precision.mixed and autocast:
+        _run_within(model, lambda: torch.autocast(device_type, dtype=precision.compute))
+
+
+def _run_within(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    entered: list[AbstractContextManager[Any]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(context())
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    model.register_forward_pre_hook(enter, prepend=True)
+    model.register_forward_hook(leave, always_call=True)

@@ -1,0 +1,57 @@
+"""Distributed data parallel: every rank holds all parameters and averages gradients in buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from veomni.strategies.base import ParameterStrategy, SetupContext
+from veomni.strategies.compute_dtype import compute_in
+from veomni.strategies.grad_norm import sharded_grad_norm
+
+
+class DDP(ParameterStrategy):
+    """Replicate parameters, average gradients over all ranks.
+
+    Args:
+        find_unused_parameters: Search each step for parameters that got no gradient; needed when parts of the model are
+            skipped in some batches, and slower.
+        bucket_cap_mb: Size of a gradient bucket in MiB.
+    """
+
+    name = "ddp"
+
+    def __init__(self, *, find_unused_parameters: bool = False, bucket_cap_mb: int = 100) -> None:
+        self.find_unused_parameters = find_unused_parameters
+        self.bucket_cap_mb = bucket_cap_mb
+
+    @override
+    def mesh_axes(self) -> Mapping[str, int]:
+        return {"dp_replicate": -1, "dp_shard": 1}
+
+    @override
+    def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
+        context.materialize(model, "")
+        compute_in(model, context.precision, context.device.type, autocast=True)
+        return DistributedDataParallel(
+            model.to(context.device),
+            device_ids=[context.device] if context.device.index is not None else None,
+            process_group=context.state.group("loss"),
+            broadcast_buffers=False,
+            bucket_cap_mb=self.bucket_cap_mb,
+            find_unused_parameters=self.find_unused_parameters,
+            gradient_as_bucket_view=True,
+        )
+
+    @override
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        assert isinstance(model, DistributedDataParallel)
+        return nullcontext() if last else model.no_sync()
+
+    @override
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        return sharded_grad_norm(model.parameters(), next(model.parameters()).device)

@@ -1,0 +1,131 @@
+"""Fully sharded data parallel, first generation: flat parameters per block, inside a wrapper module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    BackwardPrefetch,
+    CPUOffload,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    ShardingStrategy,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy
+from typing_extensions import override
+
+from veomni.errors import LayoutError
+from veomni.strategies.base import ParameterStrategy, SetupContext
+from veomni.strategies.compute_dtype import compute_in
+from veomni.strategies.grad_norm import square_sum
+
+Sharding = Literal["full", "grad_op"]
+_STRATEGIES = {
+    ("full", False): ShardingStrategy.FULL_SHARD,
+    ("grad_op", False): ShardingStrategy.SHARD_GRAD_OP,
+    ("full", True): ShardingStrategy.HYBRID_SHARD,
+    ("grad_op", True): ShardingStrategy._HYBRID_SHARD_ZERO2,
+}
+
+
+class FSDP1(ParameterStrategy):
+    """Shard parameters, gradients and optimizer state with ``FullyShardedDataParallel``.
+
+    Args:
+        replicate: Number of replicas of the sharded model; more than 1 is hybrid sharding.
+        sharding: "full" frees parameters after the forward, "grad_op" keeps them until the backward is done.
+        cpu_offload: Keep parameters and gradients in host memory.
+        forward_prefetch: Gather the next block's parameters before this one's forward has ended.
+    """
+
+    name = "fsdp1"
+
+    def __init__(
+        self,
+        *,
+        replicate: int = 1,
+        sharding: Sharding = "full",
+        cpu_offload: bool = False,
+        forward_prefetch: bool = False,
+    ) -> None:
+        if (sharding, replicate > 1) not in _STRATEGIES:
+            raise LayoutError(
+                f"fsdp1 has no sharding {sharding!r}", "use full or grad_op; replicate > 1 makes it hybrid"
+            )
+        self.replicate = replicate
+        self.sharding = sharding
+        self.cpu_offload = cpu_offload
+        self.forward_prefetch = forward_prefetch
+        self._group: dist.ProcessGroup | None = None
+
+    @override
+    def mesh_axes(self) -> Mapping[str, int]:
+        return {"dp_replicate": self.replicate, "dp_shard": -1}
+
+    @override
+    def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
+        self._group = context.state.group("fsdp")
+        names = {id(module): name for name, module in model.named_modules()}
+        for name, module in model.named_modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not list(module.parameters()):
+                context.materialize(module, name)  # FSDP1 materialises only modules that have parameters
+        compute_in(model, context.precision, context.device.type, autocast=False)
+        return FullyShardedDataParallel(
+            model,
+            device_mesh=context.state.parameter_mesh,
+            sharding_strategy=_STRATEGIES[self.sharding, self.replicate > 1],
+            auto_wrap_policy=_wrap_policy(model, context),
+            mixed_precision=_mixed_precision(context),
+            cpu_offload=CPUOffload(offload_params=self.cpu_offload),
+            backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
+            forward_prefetch=self.forward_prefetch,
+            device_id=context.device,
+            param_init_fn=lambda module: context.materialize(module, names[id(module)]),
+            use_orig_params=True,
+        )
+
+    @override
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        assert isinstance(model, FullyShardedDataParallel)
+        return nullcontext() if last else model.no_sync()
+
+    @override
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """Sum the squares of this rank's shards over the shard group; replicas hold the same and are not summed."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        device = _collective_device(model)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters) else torch.float32
+        total = square_sum(gradients, device).to(wide)
+        dist.all_reduce(total, group=self._group)
+        return total.sqrt()
+
+
+def _collective_device(model: nn.Module) -> torch.device:
+    assert isinstance(model, FullyShardedDataParallel)
+    assert model.compute_device is not None
+    return model.compute_device
+
+
+def _mixed_precision(context: SetupContext) -> MixedPrecision | None:
+    precision = context.precision
+    if not precision.mixed:
+        return None
+    return MixedPrecision(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_root_forward_inputs=True)
+
+
+def _wrap_policy(model: nn.Module, context: SetupContext) -> CustomPolicy:
+    blocks = {id(model.get_submodule(name)) for name in context.plan.blocks}
+    keep_fp32 = {id(model.get_submodule(name)) for name in context.plan.keep_fp32}
+
+    def wrap(module: nn.Module) -> bool | dict[str, Any]:
+        if id(module) in keep_fp32 and context.precision.mixed:
+            return {"mixed_precision": None}
+        return id(module) in blocks
+
+    return CustomPolicy(wrap)

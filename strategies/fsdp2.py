@@ -1,0 +1,125 @@
+"""Fully sharded data parallel, second generation: every parameter a DTensor, no wrapper around the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from typing_extensions import override
+
+from veomni.strategies.base import ParameterStrategy, SetupContext
+from veomni.strategies.compute_dtype import compute_in
+from veomni.strategies.grad_norm import sharded_grad_norm
+
+
+class FSDP2(ParameterStrategy):
+    """Shard parameters, gradients and optimizer state with ``fully_shard``.
+
+    Args:
+        replicate: Number of replicas of the sharded model; more than 1 is HSDP.
+        reshard_after_forward: Free a block's gathered parameters after its forward and gather them again for the
+            backward.
+        reshard_after_backward: Free them between the micro-batches of an accumulated step.
+        cpu_offload: Keep parameters, gradients and optimizer state in host memory.
+        prefetch: Blocks whose gathering is started ahead in the forward and the backward; 0 leaves it to PyTorch, which
+            gathers one block ahead where nothing synchronises with the host.
+    """
+
+    name = "fsdp2"
+
+    def __init__(
+        self,
+        *,
+        replicate: int = 1,
+        reshard_after_forward: bool = True,
+        reshard_after_backward: bool = True,
+        cpu_offload: bool = False,
+        prefetch: int = 0,
+    ) -> None:
+        self.replicate = replicate
+        self.reshard_after_forward = reshard_after_forward
+        self.reshard_after_backward = reshard_after_backward
+        self.cpu_offload = cpu_offload
+        self.prefetch = prefetch
+        self._device = torch.device("cpu")
+
+    @override
+    def mesh_axes(self) -> Mapping[str, int]:
+        return {"dp_replicate": self.replicate, "dp_shard": -1}
+
+    @override
+    def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
+        self._device = context.device
+        compute_in(model, context.precision, context.device.type, autocast=False)
+        options: dict[str, Any] = {"mesh": context.state.parameter_mesh, "offload_policy": self._offload(context)}
+        policy = _policy(context)
+        for name in context.plan.keep_fp32 if context.precision.mixed else ():
+            fully_shard(model.get_submodule(name), mp_policy=_fp32_policy(), reshard_after_forward=False, **options)
+        blocks = [model.get_submodule(name) for name in context.plan.blocks]
+        for block in blocks:
+            # The backward starts with the last block, so its parameters stay.
+            reshard = self.reshard_after_forward and block is not blocks[-1]
+            fully_shard(block, mp_policy=policy, reshard_after_forward=reshard, **options)
+        # The root keeps what is outside the blocks gathered until the backward: the loss reads the head's weight.
+        fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
+        self._set_prefetch(blocks)
+        context.materialize(model, "")
+        return model
+
+    def _offload(self, context: SetupContext) -> OffloadPolicy:
+        if not self.cpu_offload:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
+
+    def _set_prefetch(self, blocks: list[nn.Module]) -> None:
+        if not self.prefetch:
+            return
+        for index, block in enumerate(blocks):
+            assert isinstance(block, FSDPModule)
+            ahead: Any = blocks[index + 1 : index + 1 + self.prefetch]
+            behind: Any = blocks[max(0, index - self.prefetch) : index][::-1]
+            block.set_modules_to_forward_prefetch(ahead)
+            block.set_modules_to_backward_prefetch(behind)
+
+    @override
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        assert isinstance(model, FSDPModule)
+        return self._sync_on_last(model, last)
+
+    @contextmanager
+    def _sync_on_last(self, model: FSDPModule, last: bool) -> Iterator[None]:
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        if not self.reshard_after_backward:
+            model.set_reshard_after_backward(last)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+            model.set_is_last_backward(True)
+
+    @override
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        return sharded_grad_norm(model.parameters(), self._device)
+
+
+def _policy(context: SetupContext) -> MixedPrecisionPolicy:
+    precision = context.precision
+    if not precision.mixed:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce)
+
+
+def _fp32_policy() -> MixedPrecisionPolicy:
+    # Modeling code that wants a module in float32 casts that module's inputs by itself.
+    return MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,0 +1,83 @@
+"""The 2-norm of sharded gradients, each parameter counted once, with collectives that do not depend on a rank's own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from veomni.errors import NonFiniteError
+
+
+def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares of local tensors as a 0-d tensor on ``device``, in float32 or better."""
+    norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad.dtype)) for grad in gradients if grad.numel()]
+    if not norms:
+        return torch.zeros((), device=device)
+    return torch.stack([norm.to(device) for norm in norms]).square().sum()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Return the global gradient norm of DTensor and plain parameters, over any mix of meshes and placements.
+
+    Groups are formed from the parameters, not from the gradients a rank happens to have, and only scalars travel: every
+    rank runs the same collectives. Replicated mesh axes are not summed over.
+    """
+    groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+    wide = torch.float32
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        wide = _wide(parameter.dtype)
+        members = groups[_sharding(parameter)]
+        if parameter.grad is not None:
+            grad = parameter.grad
+            members.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    total = torch.zeros((), device=device, dtype=wide)
+    for (mesh, sharded_axes), gradients in groups.items():
+        part = square_sum(gradients, device).to(wide)
+        for axis in sharded_axes:
+            assert mesh is not None
+            dist.all_reduce(part, group=mesh.get_group(axis))
+        total += part
+    return total.sqrt()
+
+
+def _sharding(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, ...]]:
+    if not isinstance(parameter, DTensor):
+        return None, ()
+    axes = tuple(axis for axis, placement in enumerate(parameter.placements) if isinstance(placement, Shard))
+    return parameter.device_mesh, axes
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by ``min(1, max_norm / norm)``; one coefficient, the same on all ranks.
+
+    Raises:
+        NonFiniteError: ``norm`` is not finite. It is equal on all ranks, so all of them raise and none steps.
+    """
+    if not torch.isfinite(norm):
+        raise NonFiniteError(
+            f"the gradient norm is {norm.item()}: the step was refused on all ranks and no parameter changed; "
+            "look at the last batch, the learning rate and the precision"
+        )
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    local = [_local_gradient(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for gradient in local:
+        by_device[gradient.device].append(gradient)
+    for device, gradients in by_device.items():
+        torch._foreach_mul_(gradients, coefficient.to(device))
+
+
+def _local_gradient(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

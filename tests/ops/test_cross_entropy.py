@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import veomni.ops.cross_entropy as ops
+from veomni.batch import IGNORE_INDEX
+
+
+def _inputs(dtype, bias):
+    torch.manual_seed(3)
+    hidden = torch.randn(37, 12, dtype=dtype, requires_grad=True)
+    weight = torch.randn(101, 12, dtype=dtype, requires_grad=True)
+    offset = torch.randn(101, dtype=dtype, requires_grad=True) if bias else None
+    labels = torch.randint(0, 101, (37,))
+    labels[::5] = IGNORE_INDEX
+    return hidden, weight, labels, offset
+
+
+@pytest.mark.parametrize("rows", [1, 7, 37, 100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_pytorch_for_every_chunking(monkeypatch, rows, bias):
+    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", rows * 101)
+    hidden, weight, labels, offset = _inputs(torch.float64, bias)
+    tensors = [hidden, weight] + ([offset] if bias else [])
+    expected = F.cross_entropy(F.linear(hidden, weight, offset), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    truth = torch.autograd.grad(expected * 0.37, tensors)
+    loss = ops.linear_cross_entropy_sum(hidden, weight, labels, offset)
+    found = torch.autograd.grad(loss * 0.37, tensors)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    for left, right in zip(found, truth, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+
+
+def test_gradcheck():
+    hidden, weight, labels, offset = _inputs(torch.float64, True)
+    small = (
+        hidden[:4].detach().requires_grad_(),
+        weight[:9].detach().requires_grad_(),
+        offset[:9].detach().requires_grad_(),
+    )
+    torch.autograd.gradcheck(
+        lambda h, w, b: ops.linear_cross_entropy_sum(h, w, torch.tensor([1, IGNORE_INDEX, 8, 0]), b) * 1.7, small
+    )
+
+
+def test_all_labels_ignored_gives_zero_not_nan():
+    hidden, weight, labels, _ = _inputs(torch.float32, False)
+    loss = ops.linear_cross_entropy_sum(hidden, weight, torch.full_like(labels, IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad.abs().max() == 0.0
+    assert weight.grad.abs().max() == 0.0
+
+
+def test_no_gradient_is_computed_in_evaluation():
+    hidden, weight, labels, _ = _inputs(torch.float32, False)
+    with torch.no_grad():
+        loss = ops.linear_cross_entropy_sum(hidden, weight, labels)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, ops.cross_entropy_sum(hidden @ weight.T, labels))
+
+
+def test_autocast_computes_in_bf16_and_returns_fp32():
+    hidden, weight, labels, _ = _inputs(torch.float32, False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.linear_cross_entropy_sum(hidden, weight, labels)
+    assert loss.dtype is torch.float32
+    loss.backward()
+    assert weight.grad.dtype is torch.float32
+    truth = F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    (reference,) = torch.autograd.grad(truth, weight)
+    assert ((weight.grad - reference).norm() / reference.norm()).item() < 2e-2

@@ -1,0 +1,1 @@
+"""Operations: one function each, with backends behind it."""

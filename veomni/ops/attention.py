@@ -1,0 +1,117 @@
+"""Attention over packed rows on GPUs, in transformers' attention signature.
+
+``varlen`` reads document borders from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel, so
+that packed documents stay apart without a mask and without another package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veomni.errors import ModelError
+
+VARLEN = "varlen"
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each document of packed rows.
+
+    Args:
+        module: The attention module; its ``is_causal`` decides the mask.
+        query: ``[batch, heads, seq, head_dim]``.
+        key: ``[batch, kv_heads, seq, head_dim]``; ``kv_heads`` divides ``heads``.
+        value: Like ``key``.
+        attention_mask: Must be None: borders come from ``cu_seq_lens_q``.
+        scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
+        dropout: Must be 0: the kernel has none.
+        sliding_window: How many positions back, itself included, a token sees; None for all.
+        cu_seq_lens_q: int32 ``[documents + 1]`` over the flattened rows; None makes every row one document.
+        max_length_q: An upper bound of the longest document.
+        kwargs: What other backends take; a sink or a soft cap is refused.
+
+    Returns:
+        ``[batch, seq, heads, head_dim]`` and None in place of weights.
+    """
+    _refuse(attention_mask, dropout if module.training else 0.0, kwargs)
+    batch, _, length, _ = query.shape
+    if cu_seq_lens_q is None or max_length_q is None:
+        cu_seq_lens_q = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
+        max_length_q = length
+    from torch.nn.attention.varlen import varlen_attn
+
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    output = varlen_attn(
+        _flatten(query),
+        _flatten(key),
+        _flatten(value),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0 if causal else -1),
+        **_grouped_heads(query, key),
+    )
+    assert isinstance(output, Tensor)
+    return output.unflatten(0, (batch, length)), None
+
+
+def _flatten(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _grouped_heads(query: Tensor, key: Tensor) -> dict[str, bool]:
+    # torch 2.11 has no such argument and lets the kernel group the heads; later versions refuse to without it.
+    grouped = query.shape[1] != key.shape[1] and _varlen_takes("enable_gqa")
+    return {"enable_gqa": True} if grouped else {}
+
+
+def _varlen_takes(argument: str) -> bool:
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return argument in inspect.signature(varlen_attn).parameters
+
+
+def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    fix = "set model.attention to sdpa or eager"
+    if attention_mask is not None:
+        raise ModelError("attention varlen was given a mask: it takes packed rows, not padded ones", fix)
+    if dropout:
+        raise ModelError(f"attention varlen has no dropout (the model asks for {dropout})", fix)
+    for name in ("s_aux", "softcap"):
+        if kwargs.get(name) is not None:
+            raise ModelError(f"attention varlen does not support {name}, which this model uses", fix)
+
+
+def refuse_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """Stand in for transformers' mask maker: packed rows need no mask, and a padding mask would be ignored silently."""
+    if attention_mask is not None:
+        raise ModelError(
+            "attention varlen was given a padding mask", "pack the documents, or set model.attention to sdpa"
+        )
+
+
+def register_attention() -> None:
+    """Make ``varlen`` known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, refuse_padding)
