@@ -55,7 +55,7 @@ class Strategy(ABC):
         Raises:
             LayoutError: it cannot.
         """
-        return None
+        return
 
     def shard_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return this rank's part of a micro-batch; strategies that do not split samples return it whole."""

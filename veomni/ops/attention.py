@@ -1,7 +1,7 @@
 """Attention over packed rows on GPUs, in transformers' attention signature.
 
-``varlen`` reads document borders from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel, so
-that packed documents stay apart without a mask and without another package.
+``varlen`` reads document borders from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel:
+packed documents stay apart without a mask and without another package.
 """
 
 from __future__ import annotations

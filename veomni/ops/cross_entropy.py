@@ -77,6 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss scales its gradients in place: call backward on it once")
         grad_hidden, grad_weight, grad_bias = ctx.gradients
         ctx.gradients = None
         weight_dtype, bias_dtype = ctx.dtypes

@@ -1,0 +1,141 @@
+"""The training loss of language models: the mean over supervised tokens, fused with the head where that is exact.
+
+The fused path lets the head pass hidden states through and does the projection inside the loss. It is right only when
+nothing happens between head and loss (Gemma 2 caps logits, Cohere scales them), so the model's own forward is run once
+around a stand-in for its body: if the loss receives the very tensor the head returned, the two can be fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veomni.batch import IGNORE_INDEX
+from veomni.logging import create_logger
+from veomni.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
+
+logger = create_logger(__name__)
+
+
+class TokenMeanLoss:
+    """What ``model.loss_function`` is replaced by: cross-entropy averaged over this micro-batch's supervised tokens.
+
+    A micro-batch without any gives zero with zero gradients, not NaN.
+
+    Args:
+        head: The projection to the vocabulary when it is fused with the loss, or None.
+    """
+
+    def __init__(self, head: nn.Linear | None) -> None:
+        self.head = head
+        self.pending = False
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Return the mean loss.
+
+        Args:
+            logits: ``[batch, seq, vocab]``, or hidden states ``[batch, seq, hidden]`` on the fused path.
+            labels: ``[batch, seq]``, unshifted.
+            args: What else the model passes (the vocabulary's size).
+            shift_labels: ``[batch, seq]``, already shifted; used instead of ``labels`` when given.
+            kwargs: What else the model passes.
+        """
+        targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.reshape(-1).to(logits.device)
+        rows = logits.flatten(0, -2)
+        if self.pending:
+            assert self.head is not None
+            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias)
+        else:
+            total = cross_entropy_sum(rows, targets)
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def install_token_loss(model: nn.Module, *, fused: bool) -> None:
+    """Replace the loss of a transformers causal language model on this instance; other models are left alone.
+
+    Args:
+        model: The model, before it is sharded.
+        fused: Fuse head and loss where that is exact; say so in the log where it is not.
+    """
+    if not hasattr(model, "loss_function") or getattr(model, "loss_type", None) != "ForCausalLM":
+        return
+    head = model.get_output_embeddings() if fused else None  # type: ignore[operator]
+    reason = _why_not_fused(model, head) if fused else None
+    if reason:
+        logger.warning_rank0("the loss is not fused with the head: %s", reason)
+        head = None
+    loss = TokenMeanLoss(head)
+    model.loss_function = loss  # type: ignore[assignment]
+    if head is not None:
+        _pass_hidden_states(model, head, loss)
+
+
+def _why_not_fused(model: nn.Module, head: Any) -> str | None:
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}, not a Linear"
+    try:
+        touched = _logits_are_touched(model, head)
+    except Exception as error:  # whatever a model's own forward raises, the plain loss is right
+        return f"the model's forward does not run around a stand-in ({type(error).__name__}: {str(error)[:120]})"
+    return "the model changes its logits after the head" if touched else None
+
+
+class _BodyOutput:
+    """What a model's body returns, with nothing in it but hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state
+
+
+def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    returned: list[Tensor] = []
+    received: list[Tensor] = []
+
+    def receive(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        received.append(logits)
+        return logits.sum()
+
+    weight = head.weight
+    hidden = torch.zeros(1, 4, head.in_features, dtype=weight.dtype, device=weight.device)
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device=weight.device)
+    hook = head.register_forward_hook(lambda module, args, output: returned.append(output))
+    body.forward = lambda *args, **kwargs: _BodyOutput(hidden)  # type: ignore[method-assign]
+    model.loss_function = receive  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, labels=tokens)
+    finally:
+        hook.remove()
+        del body.forward
+        del model._loss_function  # type: ignore[operator]
+    return not (len(returned) == len(received) == 1 and returned[0] is received[0])
+
+
+def _pass_hidden_states(model: nn.Module, head: nn.Linear, loss: TokenMeanLoss) -> None:
+    project = head.forward
+
+    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        loss.pending = kwargs.get("labels") is not None
+
+    def retire(module: nn.Module, args: Any, output: Any) -> None:
+        if loss.pending:
+            loss.pending = False
+            if getattr(output, "logits", None) is not None:
+                output.logits = None  # these are hidden states: nobody may take them for logits
+
+    head.forward = lambda hidden: hidden if loss.pending else project(hidden)  # type: ignore[method-assign]
+    model.register_forward_pre_hook(announce, with_kwargs=True)
+    model.register_forward_hook(retire, always_call=True)
