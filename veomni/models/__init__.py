@@ -1,0 +1,26 @@
+"""Models: registries, building on the meta device, plans, weights in and out."""
+
+from veomni.models.build import build_model
+from veomni.models.config import build_config
+from veomni.models.freeze import freeze
+from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
+from veomni.models.materialize import Materializer
+from veomni.models.plan import derive_plan
+from veomni.models.source import WeightSource
+from veomni.models.token_loss import install_token_loss
+from veomni.models.tokenizer import build_processor, build_tokenizer
+
+__all__ = [
+    "MODELING_REGISTRY",
+    "MODEL_CONFIG_REGISTRY",
+    "MODEL_PROCESSOR_REGISTRY",
+    "Materializer",
+    "WeightSource",
+    "build_config",
+    "build_model",
+    "build_processor",
+    "build_tokenizer",
+    "derive_plan",
+    "freeze",
+    "install_token_loss",
+]

@@ -1,0 +1,121 @@
+"""Models on the meta device, which remember where their weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from veomni.errors import ModelError
+from veomni.logging import create_logger
+from veomni.models import hf
+from veomni.models.config import build_config, find_directory
+from veomni.models.loader import model_class
+from veomni.models.safetensors_files import has_safetensors, refuse_without_safetensors
+from veomni.models.source import WeightSource, set_weight_source
+from veomni.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = create_logger(__name__)
+
+
+def build_model(
+    source: str | Path | PreTrainedConfig,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    attention: str = "auto",
+    weights: str | Path = "auto",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Return a model in float32 on the meta device; :class:`~veomni.models.Materializer` gives it its values.
+
+    Args:
+        source: What :func:`~veomni.models.build_config` takes, or a configuration.
+        overrides: Configuration values that replace those of the source.
+        attention: transformers' name of an attention implementation; "auto" is "sdpa" where the model supports it.
+        weights: "auto" takes the source's own safetensors where it has some and random weights otherwise; "random"; or
+            a directory with safetensors.
+        trust_remote_code: Run the Python files that a model directory brings along.
+
+    Raises:
+        ModelError: see :func:`~veomni.models.build_config`; or the weights are missing, or only pickle; or the
+            attention is unknown or not supported by the model.
+    """
+    if isinstance(source, str | Path):
+        config = build_config(source, overrides, trust_remote_code=trust_remote_code)
+        directory = find_directory(source)
+    else:
+        config, directory = source, None
+        hf.set_config_flag(config, "use_cache", False)
+    origin = _weight_directory(weights, directory)
+    _refuse_quantised(config, origin)
+    with torch.device("meta"):
+        model = _construct(config, attention, trust_remote_code)
+    if origin is not None:
+        _take_generation_config(model, origin)
+    set_weight_source(model, WeightSource(origin))
+    return model
+
+
+def _weight_directory(weights: str | Path, directory: Path | None) -> Path | None:
+    if weights == "random":
+        return None
+    if weights == "auto":
+        if directory is None or has_safetensors(directory):
+            return directory
+        if any(directory.glob("*.bin")):
+            refuse_without_safetensors(directory)
+        logger.info_rank0("%s holds no weights: the model starts from random ones", directory)
+        return None
+    chosen = find_directory(weights)
+    if chosen is None:
+        raise ModelError(f"{weights} is no directory", "give a directory with safetensors, 'auto' or 'random'")
+    if not has_safetensors(chosen):
+        refuse_without_safetensors(chosen)
+    return chosen
+
+
+def _refuse_quantised(config: PreTrainedConfig, origin: Path | None) -> None:
+    method = getattr(config, "quantization_config", None)
+    if origin is not None and method is not None:
+        raise ModelError(
+            f"{origin} holds quantised weights", "dequantise them first: load with transformers, then save_pretrained"
+        )
+
+
+def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    if trust_remote_code and getattr(config, "auto_map", None):
+        remote: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+        return remote
+    cls = model_class(config)
+    if not issubclass(cls, PreTrainedModel):
+        return cls(config)
+    return _construct_pretrained(cls, config, attention)
+
+
+def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
+    if attention == "auto":
+        attention = "sdpa" if hf.supports_sdpa(cls) else "eager"
+        if attention == "eager":
+            logger.info_rank0("%s does not support sdpa attention: eager is used", cls.__name__)
+    if attention not in hf.attention_names():
+        raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, hf.attention_names()))
+    try:
+        return hf.construct(cls, config, attention)
+    except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{cls.__name__} cannot be built: {error}", "correct its configuration") from error
+
+
+def _take_generation_config(model: nn.Module, directory: Path) -> None:
+    """Keep the generation defaults that a checkpoint brings, so that an export has them too."""
+    from transformers import GenerationConfig
+
+    if hf.is_pretrained(model) and (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]

@@ -1,0 +1,36 @@
+"""Parameters that are not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from veomni.errors import ModelError
+from veomni.registry import did_you_mean
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Stop gradients of the parameters that match and return their names.
+
+    Args:
+        model: The model, before a strategy shards it.
+        patterns: Shell patterns of parameter or module names: ``model.visual`` or ``*.mlp.gate.*``.
+
+    Raises:
+        ModelError: a pattern matches nothing.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen: dict[str, None] = {}
+    for pattern in patterns:
+        matched = [name for name in parameters if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+        if not matched:
+            known = [*parameters, *(name for name, _ in model.named_modules() if name)]
+            near = did_you_mean(pattern, known)
+            fix = near if near.startswith("did you mean") else "look the names up with model.named_parameters()"
+            raise ModelError(f"no parameter matches {pattern!r}, which is to be frozen", fix)
+        frozen.update(dict.fromkeys(matched))
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return list(frozen)

@@ -1,0 +1,244 @@
+"""The one place that touches what transformers does not export: contract tests in ``tests/models/test_hf.py``.
+
+Everything here works from transformers 5.17 to 5.23. Imports are inside functions: importing veomni does not import
+transformers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether ``module`` is a transformers model; does not import transformers to find out."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def attention_names() -> list[str]:
+    """Return the attention implementations transformers knows, registered ones included."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+
+
+def supports_sdpa(model_class: type[nn.Module]) -> bool:
+    """Whether a transformers class says that PyTorch's scaled-dot-product attention computes it correctly."""
+    return bool(getattr(model_class, "_supports_sdpa", False))
+
+
+def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    """Construct a transformers model in float32 on the current default device."""
+    return model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
+
+
+InitialiserEntry = tuple[str, nn.Module, nn.Module | None]
+
+
+def initialisers(model: nn.Module) -> Iterator[InitialiserEntry]:
+    """Yield (name, module, transformers model whose ``_init_weights`` is responsible for it), children first.
+
+    The order and the owner are those of ``PreTrainedModel.initialize_weights``.
+    """
+
+    def walk(module: nn.Module, name: str, owner: nn.Module | None) -> Iterator[InitialiserEntry]:
+        owner = module if is_pretrained(module) else owner
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name, owner)
+        yield name, module, owner
+
+    return walk(model, "", None)
+
+
+def init_weights(owner: nn.Module, module: nn.Module) -> None:
+    """Initialise one module's own parameters and buffers in place, as its model's class defines."""
+    owner._init_weights(module)  # type: ignore[operator]
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Return ``{tied parameter: the parameter it shares its storage with}``; empty for other modules."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def fp32_patterns(model: nn.Module) -> list[str]:
+    """Return the name patterns of parameters that a transformers model keeps in float32 under bfloat16.
+
+    ``_keep_in_fp32_modules`` is not among them: transformers honours that one under float16 only.
+    """
+    return sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def layer_classes(model: nn.Module) -> set[str]:
+    """Return the class names of the layers that a transformers model must not be split inside of."""
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def ignored_unexpected(model: nn.Module) -> list[str]:
+    """Return the patterns of checkpoint names that ``from_pretrained`` drops without a word."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    return [*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+
+
+def ignored_missing(model: nn.Module) -> list[str]:
+    """Return the patterns of parameters that a checkpoint of this model may lack."""
+    return list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def set_config_flag(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set an attribute on a configuration and on its text part, where they have it."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if hasattr(part, name):
+            setattr(part, name, value)
+
+
+# ---------------------------------------------------------------- weight names and layouts
+
+
+@dataclass
+class Conversion:
+    """Checkpoint tensors that become parameters together.
+
+    Attributes:
+        key: The name that groups them: of the first parameter (loading) or first checkpoint tensor (saving).
+        sources: For every source pattern, the names of its tensors, in order.
+        converter: transformers' ``WeightConverter``, or None where only the name changes.
+    """
+
+    key: str
+    sources: dict[str, list[str]]
+    converter: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all source tensors."""
+        return [name for names in self.sources.values() for name in names]
+
+    @property
+    def stacks_rows(self) -> bool:
+        """Whether row ``i`` of the result needs only the ``i``-th tensor of every source pattern."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+        if self.converter is None or len(self.converter.target_patterns) != 1:
+            return False
+        first, *rest = self.converter.operations
+        return (
+            type(first) is MergeModulelist
+            and first.dim == 0
+            and all(
+                (type(op) is Concatenate and op.dim > 0) or (type(op) is Transpose and op.dim0 > 0 and op.dim1 > 0)
+                for op in rest
+            )
+        )
+
+    def convert(self, model: nn.Module, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        """Return the results by name.
+
+        Args:
+            model: The transformers model; some operations read its configuration.
+            tensors: The tensors of every source pattern, in the order of ``sources``.
+        """
+        if self.converter is None:
+            return {self.key: next(iter(tensors.values()))[0]}
+        converter = deepcopy(self.converter)
+        for pattern, values in tensors.items():
+            for name, value in zip(self.sources[pattern], values, strict=False):
+                converter.add_tensor(self.key, name, pattern, value)
+        results = converter.convert(self.key, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+
+
+def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
+    """Group a checkpoint's tensor names by the parameters they become, as ``from_pretrained`` does.
+
+    The transforms that matched are remembered on the model, so that saving reverts exactly these.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings, converters = _split(transforms)
+    state = model.state_dict()
+    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+    groups: dict[str, Conversion] = {}
+    for name in _natural(names):
+        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, pattern = rename_source_key(name, [], [], prefix, state)
+        _add(groups, key, name, pattern, converters)
+    model._weight_conversions = [transform for transform in transforms if transform.was_used()]  # type: ignore[assignment]
+    return list(groups.values())
+
+
+def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
+    """Group a model's parameter names by the checkpoint tensors they become, as ``save_pretrained`` does.
+
+    Results of a conversion still have to go through :func:`saved_name`.
+    """
+    renamings, converters = _split(_reverse_transforms(model))
+    groups: dict[str, Conversion] = {}
+    for name in _natural(names):
+        key, pattern = _first_match(name, converters)
+        key = key if pattern is not None else _rename(name, renamings)
+        _add(groups, key, name, pattern, converters)
+    return list(groups.values())
+
+
+def saved_name(model: nn.Module, conversion: Conversion, name: str) -> str:
+    """Return the checkpoint's name of a result of a conversion from :func:`saving_conversions`."""
+    return name if conversion.converter is None else _rename(name, _split(_reverse_transforms(model))[0])
+
+
+def _reverse_transforms(model: nn.Module) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:  # randomly initialised: what a hub checkpoint of this type looks like, legacy names apart
+        transforms = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+        transforms = [transform for transform in transforms if not isinstance(transform, PrefixChange)]
+    return [transform.reverse_transform() for transform in transforms[::-1]]
+
+
+def _split(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    from transformers import WeightConverter
+
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    return [transform for transform in transforms if not isinstance(transform, WeightConverter)], converters
+
+
+def _natural(names: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _first_match(name: str, converters: Sequence[Any]) -> tuple[str, str | None]:
+    for converter in converters:
+        key, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return key, pattern
+    return name, None
+
+
+def _rename(name: str, renamings: Sequence[Any]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def _add(groups: dict[str, Conversion], key: str, name: str, pattern: str | None, converters: Sequence[Any]) -> None:
+    if pattern is None:
+        groups.setdefault(key, Conversion(key, {key: []})).sources[key].append(name)
+        return
+    converter = next(c for c in converters if pattern in c.source_patterns)
+    group = groups.setdefault(key, Conversion(key, {}, converter))
+    group.sources.setdefault(pattern, []).append(name)

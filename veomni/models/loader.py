@@ -1,0 +1,89 @@
+"""Which classes a model type stands for: registered ones first, then everything transformers knows.
+
+Register a model of your own with functions that import and return its classes, so that registering costs nothing::
+
+    @MODEL_CONFIG_REGISTRY.register("your_model")
+    def register_config():
+        from .configuration_your_model import YourModelConfig
+        return YourModelConfig
+
+    @MODELING_REGISTRY.register("your_model")
+    def register_modeling(architecture):
+        from .modeling_your_model import YourModelForCausalLM
+        return YourModelForCausalLM
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from veomni.errors import ModelError
+from veomni.registry import Registry, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MODEL_CONFIG_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model config")
+"""Model type -> function that returns its configuration class."""
+
+MODELING_REGISTRY: Registry[Callable[[str | None], type[nn.Module]]] = Registry("model")
+"""Model type -> function that is given the architecture named in config.json and returns the module class."""
+
+MODEL_PROCESSOR_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model processor")
+"""Model type -> function that returns its processor class."""
+
+_AUTO_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_MAPPING",
+)
+
+
+def config_class(model_type: str) -> type[Any]:
+    """Return the configuration class of a model type.
+
+    Raises:
+        ModelError: nothing is registered under that name and transformers does not know it.
+    """
+    if model_type in MODEL_CONFIG_REGISTRY:
+        return MODEL_CONFIG_REGISTRY.get(model_type)()
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        known = [*MODEL_CONFIG_REGISTRY, *CONFIG_MAPPING.keys()]
+        fix = did_you_mean(model_type, known)
+        fix = fix if fix.startswith("did you mean") else "use a model type of transformers, or register your own"
+        raise ModelError(f"no model type is called {model_type!r}", fix)
+    found: type[Any] = CONFIG_MAPPING[model_type]
+    return found
+
+
+def model_class(config: PreTrainedConfig) -> type[nn.Module]:
+    """Return the class to build for a configuration.
+
+    The architecture that config.json names is built where transformers has it; otherwise the first head that fits:
+    causal language model, multimodal language model, sequence to sequence, and last the bare body.
+
+    Raises:
+        ModelError: no class builds this type.
+    """
+    import transformers
+
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    if config.model_type in MODELING_REGISTRY:
+        return MODELING_REGISTRY.get(config.model_type)(architecture)
+    named = getattr(transformers, architecture, None) if architecture else None
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    for mapping in (getattr(transformers, name, None) for name in _AUTO_MAPPINGS):
+        found = mapping.get(type(config), None) if mapping is not None else None
+        if found is not None:
+            chosen: type[nn.Module] = found[0] if isinstance(found, tuple) else found
+            return chosen
+    raise ModelError(f"no model class is known for type {config.model_type!r}", "register one in MODELING_REGISTRY")
