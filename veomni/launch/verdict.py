@@ -1,0 +1,95 @@
+"""What the ends of all ranks say together: one exit code, the rank that failed first, and a report for people."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veomni.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_PREEMPTED
+from veomni.launch.failure import Failure
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How one rank ended.
+
+    Attributes:
+        rank: Its number.
+        pid: Its process.
+        status: Exit code, or the negative number of the signal that killed it, as :mod:`subprocess` gives it.
+        stopped: Whether it was told to end because another rank had failed.
+        seen: When the end was noticed, in seconds since the epoch.
+        failure: What it left behind.
+    """
+
+    rank: int
+    pid: int
+    status: int
+    stopped: bool
+    seen: float
+    failure: Failure | None
+
+    @property
+    def code(self) -> int:
+        """The exit code that the rank meant, even when it was killed on its way out."""
+        return self.failure.exit_code if self.failure else self.status
+
+    @property
+    def description(self) -> str:
+        """One line for a report."""
+        who = f"rank {self.rank} (pid {self.pid})"
+        if self.failure and self.failure.type != "SystemExit":
+            return f"{who}: {self.failure.type}: {self.failure.message.splitlines()[0] if self.failure.message else ''}"
+        if self.stopped and self.status in (-signal.SIGTERM, -signal.SIGKILL):
+            return f"{who} was stopped"
+        if self.status < 0:
+            return f"{who} was killed by {signal.Signals(-self.status).name}"
+        return f"{who} exited with code {self.code}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The end of a run.
+
+    Attributes:
+        exit_code: 0, 70, 75 or 78.
+        report: What to print; empty when there is nothing to explain.
+    """
+
+    exit_code: int
+    report: str
+
+
+def judge(ends: Sequence[RankEnd]) -> Verdict:
+    """Return the verdict over the ranks of one node."""
+    codes = {end.code for end in ends}
+    if len(codes) == 1 and codes <= {0, EXIT_PREEMPTED}:
+        return Verdict(codes.pop(), "")
+    failed = [end for end in ends if end.code not in (0, EXIT_PREEMPTED)]
+    if not failed:
+        return Verdict(
+            EXIT_FAULT, "run failed: some ranks finished, others stopped early to be resumed\n" + _list(ends)
+        )
+    first = min(failed, key=_order)
+    if first.code == EXIT_BAD_INPUT and first.failure:
+        return Verdict(EXIT_BAD_INPUT, first.failure.text)
+    others = [end for end in failed if end is not first]
+    cause = f"{first.failure.traceback.rstrip()}\n" if first.failure and first.failure.traceback else ""
+    tail = "\n" + _list(others) if others else ""
+    code = EXIT_BAD_INPUT if first.code == EXIT_BAD_INPUT else EXIT_FAULT
+    return Verdict(code, f"{cause}run failed: {first.description}{tail}")
+
+
+def _list(ends: Sequence[RankEnd]) -> str:
+    return "\n".join(f"  {end.description}" for end in sorted(ends, key=lambda end: end.rank))
+
+
+def _order(end: RankEnd) -> tuple[bool, bool, float]:
+    """Sort the likely cause first.
+
+    A killed rank leaves no time of its own and its peers fail milliseconds later, so it goes before the errors that
+    they leave. SIGABRT is no such sign: gloo and NCCL abort a process because of what another one did.
+    """
+    killed = end.failure is None and end.status < 0 and end.status != -signal.SIGABRT
+    return end.stopped and end.failure is None, not killed, end.failure.time if end.failure else end.seen
