@@ -1,0 +1,110 @@
+"""Keys that contradict each other, found without looking at files, devices or the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from veomni.config.data import DataConfig
+from veomni.config.model import ModelConfig
+from veomni.config.problems import Problem
+from veomni.config.train import TrainConfig
+
+_DOUBLE_PRECISION_ATTENTION = ("auto", "eager", "sdpa")
+_ANY_PRECISION_ATTENTION = (*_DOUBLE_PRECISION_ATTENTION, "flex_attention")
+_BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl", "gloo")}
+
+
+def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
+    """Yield every contradiction between keys."""
+    yield from _sources(model, data)
+    yield from _attention(model, train)
+    yield from _held_out(data, train)
+    yield from _length(train)
+    yield from _devices(train)
+    yield from _sharding(train)
+
+
+def _sources(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    if model.config_path is None and model.model_path is None:
+        yield Problem("model.config_path and model.model_path are both null", "set one: it names the architecture")
+    if model.broadcast_weights and model.model_path is None:
+        yield Problem("model.broadcast_weights is true without model.model_path", "set it to false: nothing is read")
+    if model.train_tokenizer_vocab_size is None:
+        return
+    for key in ("tokenizer_path", "model_path"):
+        if getattr(model, key) is not None:
+            yield Problem(f"model.train_tokenizer_vocab_size and model.{key} both give a tokenizer", "set one to null")
+    if data.data_type == "conversation" and data.chat_template is None:
+        yield Problem(
+            "data.data_type is conversation, and a tokenizer trained here has no chat template",
+            "set data.chat_template, or model.tokenizer_path to a tokenizer that has one",
+        )
+
+
+def _attention(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
+    allowed = _DOUBLE_PRECISION_ATTENTION if train.precision == "fp64" else _ANY_PRECISION_ATTENTION
+    if train.precision != "bf16" and model.attention not in allowed:
+        yield Problem(
+            f"model.attention {model.attention} does not compute in {train.precision}",
+            f"use one of {', '.join(allowed)}, or train.precision bf16",
+        )
+    elif train.accelerator == "cpu" and model.attention not in _ANY_PRECISION_ATTENTION:
+        yield Problem(f"model.attention {model.attention} does not run on the CPU", "use auto, eager or sdpa")
+
+
+def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
+    if data.eval_path is not None and data.eval_fraction:
+        yield Problem("data.eval_path and data.eval_fraction both choose held-out data", "set data.eval_fraction to 0")
+    if train.eval.every_steps is not None and data.eval_path is None and not data.eval_fraction:
+        yield Problem(
+            "train.eval.every_steps is set but there is no held-out data",
+            "set data.eval_path or data.eval_fraction, or train.eval.every_steps to null",
+        )
+
+
+def _length(train: TrainConfig) -> Iterator[Problem]:
+    schedule = train.scheduler
+    if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
+        yield Problem("train.scheduler.warmup_steps and warmup_ratio are both set", "set one of them to null")
+    if schedule.warmup_steps and train.max_steps is not None and schedule.warmup_steps > train.max_steps:
+        yield Problem(
+            f"train.scheduler.warmup_steps {schedule.warmup_steps} is more than train.max_steps {train.max_steps}",
+            "warm up in fewer steps, or use train.scheduler.warmup_ratio",
+        )
+
+
+def _devices(train: TrainConfig) -> Iterator[Problem]:
+    if train.data_parallel_mode == "single" and train.devices not in ("auto", 1):
+        yield Problem(
+            f"train.data_parallel_mode single runs in one process, but train.devices is {train.devices}",
+            "set train.devices to 1, or train.data_parallel_mode to ddp, fsdp1 or fsdp2",
+        )
+    backends = _BACKENDS.get(train.accelerator, ())
+    if train.backend != "auto" and backends and train.backend not in backends:
+        problem = f"train.backend {train.backend} does not serve train.accelerator {train.accelerator}"
+        yield Problem(problem, f"use auto or {' or '.join(backends)}")
+
+
+def _sharding(train: TrainConfig) -> Iterator[Problem]:
+    mode, fsdp = train.data_parallel_mode, train.fsdp
+    only = {
+        "sharding": (fsdp.sharding != "full", ("fsdp1",)),
+        "reshard_after_forward": (not fsdp.reshard_after_forward, ("fsdp2",)),
+        "reshard_after_backward": (not fsdp.reshard_after_backward, ("fsdp2",)),
+        "cpu_offload": (fsdp.cpu_offload, ("fsdp1", "fsdp2")),
+        "prefetch": (fsdp.prefetch > 0, ("fsdp1", "fsdp2")),
+        "reduce_dtype": (fsdp.reduce_dtype != "fp32", ("fsdp1", "fsdp2")),
+    }
+    for key, (changed, modes) in only.items():
+        if changed and mode not in modes:
+            problem = f"train.fsdp.{key} {getattr(fsdp, key)} has no meaning with train.data_parallel_mode {mode}"
+            yield Problem(problem, f"leave it out, or use {' or '.join(modes)}")
+    if fsdp.sharding == "hybrid" and train.data_parallel_replicate_size == 1:
+        yield Problem(
+            "train.fsdp.sharding hybrid has one replica", "set train.data_parallel_replicate_size to 2 or more"
+        )
+    if fsdp.prefetch > 1 and mode == "fsdp1":
+        yield Problem(f"train.fsdp.prefetch {fsdp.prefetch} is more than fsdp1 can", "set it to 0 or 1, or use fsdp2")
+    if fsdp.reduce_dtype == "bf16" and train.precision != "bf16":
+        problem = f"train.fsdp.reduce_dtype bf16 has no meaning with train.precision {train.precision}"
+        yield Problem(problem, "leave it out, or set train.precision to bf16")

@@ -1,0 +1,65 @@
+"""The section ``data``: what is read and how it becomes rows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from veomni.config.base import Section
+
+BUILTIN_CORPUS = "python-stdlib"
+"""The value of ``data.train_path`` that needs no file: the sources of this Python's standard library."""
+
+Path = Annotated[str, Field(min_length=1)]
+
+
+class DataConfig(Section):
+    """Sources, templates and packing. Paths are relative to the working directory."""
+
+    train_path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
+        description="Training data: a file, a directory, or a list of them (text, JSONL, Parquet, Arrow, a saved "
+        "Hugging Face dataset), or python-stdlib, the sources of the Python standard library on this machine."
+    )
+    eval_path: str | None = Field(default=None, description="Held-out data, read as train_path is.")
+    eval_fraction: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the training documents that is held out when eval_path is null.",
+    )
+    data_type: Literal["plaintext", "conversation"] = Field(
+        default="plaintext",
+        description="plaintext learns every token; conversation applies a chat template, learns replies.",
+    )
+    text_key: str = Field(
+        default="text", min_length=1, description="Field of a record that holds the text (plaintext)."
+    )
+    messages_key: str = Field(
+        default="messages", min_length=1, description="Field of a record that holds the messages (conversation)."
+    )
+    chat_template: str | None = Field(
+        default=None, description="A registered chat template's name or a Jinja file; null takes the tokenizer's own."
+    )
+    max_seq_len: int = Field(default=2048, ge=2, description="Tokens per packed row.")
+    overlong: Literal["error", "truncate", "split", "drop"] = Field(
+        default="error",
+        description="What happens to a document longer than max_seq_len; all but error are counted and logged.",
+    )
+    packing: Literal["best_fit", "none"] = Field(
+        default="best_fit",
+        description="best_fit puts several documents into a row, kept apart; none gives each its own row.",
+    )
+    shuffle: bool = Field(default=True, description="Read documents in an order drawn from (train.seed, epoch).")
+    num_workers: int = Field(
+        default=0, ge=0, description="Processes per rank that prepare batches; 0 prepares them in the loop."
+    )
+    prefetch_factor: int = Field(default=2, ge=1, description="Batches each of the num_workers keeps ready.")
+    pin_memory: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Copy batches to the device from page-locked memory; auto does so where it is of use.",
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Where tokenized data is kept between runs; null keeps it under train.output_dir."
+    )
+    max_documents: int | None = Field(default=None, ge=1, description="Use only this many documents; null uses all.")

@@ -1,0 +1,91 @@
+"""Dotted overrides: ``--train.optimizer.lr 1e-4`` on a command line, ``{"train.optimizer.lr": 1e-4}`` in code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from veomni.config.yaml_file import parse_value
+from veomni.errors import ConfigError
+
+USAGE = "SCRIPT FILE.yaml [--section.key VALUE | --section.key=VALUE ...]"
+
+
+def parse_argv(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the YAML file and the overrides that a command line names.
+
+    Args:
+        argv: Arguments without the program's own name.
+
+    Raises:
+        ConfigError: there is no file or more than one, a flag has no value or is no flag, or two flags contradict.
+    """
+    files: list[str] = []
+    overrides: dict[str, Any] = {}
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("-"):
+            files.append(argument)
+            continue
+        key, value = _flag(argument, arguments)
+        if key in overrides and overrides[key] != value:
+            raise ConfigError(f"--{key} is given twice: {overrides[key]!r} and {value!r}", "keep one of the two")
+        overrides[key] = value
+    if len(files) != 1:
+        problem = "no configuration file is given" if not files else f"more than one file is given: {', '.join(files)}"
+        raise ConfigError(problem, f"usage: {USAGE}")
+    return files[0], overrides
+
+
+def _flag(argument: str, rest: list[str]) -> tuple[str, Any]:
+    key, equals, text = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or not key:
+        raise ConfigError(f"{argument!r} is not an override", f"usage: {USAGE}")
+    if not equals:
+        if not rest or rest[0].startswith("--"):
+            raise ConfigError(f"--{key} has no value", f"give one: --{key} VALUE (true, false or null, for instance)")
+        text = rest.pop(0)
+    if not text:
+        raise ConfigError(f"--{key} has an empty value", f"use --{key} null for no value")
+    return key, parse_value(text, f"--{key}")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with each dotted key replaced; a mapping given for a group is merged into it.
+
+    Raises:
+        ConfigError: one override is inside another, or inside a plain value.
+    """
+    merged = _copy(values)
+    for key, value in overrides.items():
+        inside = next((other for other in overrides if other.startswith(f"{key}.")), None)
+        if inside is not None:
+            raise ConfigError(f"--{key} and --{inside} both set {inside}", f"put all of it into --{key}")
+        _set(merged, key, value)
+    return merged
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _set(target: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for depth, name in enumerate(groups, 1):
+        if target.get(name) is None:
+            target[name] = {}
+        if not isinstance(target[name], dict):
+            group = ".".join(groups[:depth])
+            raise ConfigError(f"--{key}: {group} is {target[name]!r}, not a group of keys", f"set --{group} itself")
+        target = target[name]
+    _merge(target, last, value)
+
+
+def _merge(target: dict[str, Any], name: str, value: Any) -> None:
+    present = target.get(name)
+    if isinstance(present, dict) and isinstance(value, Mapping):
+        for inner, item in value.items():
+            _merge(present, inner, item)
+    else:
+        target[name] = _copy(value)

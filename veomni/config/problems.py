@@ -1,0 +1,99 @@
+"""All that is wrong with a configuration, said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+from veomni.config.keys import all_keys, children
+from veomni.errors import ConfigError, InputError
+from veomni.registry import did_you_mean
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, and what to do about it."""
+
+    problem: str
+    fix: str
+
+
+def raise_problems(problems: Iterable[Problem], source: str, kind: type[InputError] = ConfigError) -> None:
+    """Raise one error that holds all ``problems``; do nothing when there are none.
+
+    Args:
+        problems: What is wrong.
+        source: What they were found in, for the first line.
+        kind: Class of the error.
+
+    Raises:
+        InputError: of class ``kind``.
+    """
+    found = list(problems)
+    if not found:
+        return
+    if len(found) == 1:
+        raise kind(*found[0])
+    lines = "".join(f"\n  {number}. {item.problem}: {item.fix}" for number, item in enumerate(found, 1))
+    raise kind(f"{source} has {len(found)} problems:{lines}", "correct them all; `veomni schema` describes every key")
+
+
+def explain(error: ValidationError, schema: type[BaseModel], places: Mapping[str, str]) -> list[Problem]:
+    """Return pydantic's findings by key.
+
+    Args:
+        error: What pydantic raised.
+        schema: The model that was validated.
+        places: Where a key was given ("tiny.yaml:12", "--train.seed"), by dotted path.
+    """
+    by_key: dict[str, list[Mapping[str, Any]]] = {}
+    known = all_keys(schema)
+    for item in error.errors(include_url=False):
+        by_key.setdefault(_key(item["loc"], item["type"], known), []).append(item)
+    return [_problem(key, items, schema, places) for key, items in by_key.items()]
+
+
+def _key(location: tuple[int | str, ...], kind: str, known: list[str]) -> str:
+    """Return the dotted path without the names of union members that pydantic appends."""
+    if kind == "extra_forbidden":
+        return ".".join(str(part) for part in location)
+    key = ""
+    for part in location:
+        longer = f"{key}.{part}" if key else str(part)
+        if longer not in known:
+            break
+        key = longer
+    return key
+
+
+def _problem(key: str, items: list[Mapping[str, Any]], schema: type[BaseModel], places: Mapping[str, str]) -> Problem:
+    place = f" ({places[key]})" if key in places else ""
+    if items[0]["type"] == "extra_forbidden":
+        return Problem(f"{key}{place} is not a key", _fix_unknown(key, schema))
+    if items[0]["type"] == "missing":
+        return Problem(f"{key} is missing", f"set it in the file or by --{key} VALUE")
+    wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
+    return Problem(f"{key}{place} is {_shown(items[0]['input'])}", f"give {wanted}")
+
+
+def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
+    parent, _, name = key.rpartition(".")
+    elsewhere = [known for known in all_keys(schema) if known.rpartition(".")[2] == name]
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, children(schema, parent))
+
+
+def _wanted(item: Mapping[str, Any]) -> str:
+    if item["type"] in ("model_type", "dict_type"):
+        return "a mapping of keys"
+    message = str(item["msg"])
+    for start in ("Input should be ", "Value should "):
+        message = message.removeprefix(start)
+    if item["type"] == "string_type":
+        return "a string, in quotes"
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

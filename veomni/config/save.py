@@ -1,0 +1,55 @@
+"""The resolved arguments of a run, kept beside what it wrote."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from veomni.config.yaml_file import CoreDumper
+from veomni.errors import ConfigError
+from veomni.version import __version__
+
+if TYPE_CHECKING:
+    from veomni.config.config import Config
+
+_NAME = "veomni_cli.yaml"
+
+
+def save_args(config: Config, output_dir: str | Path) -> Path:
+    """Write ``<output_dir>/veomni_cli.yaml``, which reads back as an equal configuration, and return its path.
+
+    The schema holds no secrets; the file is readable by its owner only all the same, and replaced in one step.
+
+    Raises:
+        ConfigError: the directory cannot be written to.
+    """
+    path = Path(output_dir) / _NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, _text(config))
+    except OSError as error:
+        problem = f"{path} cannot be written: {error.strerror}"
+        raise ConfigError(problem, "give another --train.output_dir") from None
+    return path
+
+
+def _text(config: Config) -> str:
+    body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120)
+    return f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,117 @@
+"""The groups inside the section ``train``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from veomni.config.base import Section
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class OptimizerConfig(Section):
+    """The optimizer and its groups."""
+
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="The optimizer.")
+    lr: float = Field(default=3e-4, ge=0.0, description="Peak learning rate.")
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.95], description="AdamW's decay rates of the first and second moment."
+    )
+    eps: float = Field(default=1e-8, gt=0.0, description="AdamW's addend to the denominator.")
+    weight_decay: float = Field(default=0.1, ge=0.0, description="Decoupled weight decay (AdamW), or L2 penalty (SGD).")
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="SGD's momentum.")
+    no_decay: list[str] = Field(
+        default=["*norm*", "*.bias"], description="Glob patterns of parameter names that weight_decay leaves alone."
+    )
+
+
+class SchedulerConfig(Section):
+    """Warm-up, then decay from ``optimizer.lr``."""
+
+    name: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Shape after the warm-up.")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of linear warm-up; null follows warmup_ratio."
+    )
+    warmup_ratio: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Warm-up as a share of all steps; null with warmup_steps null is no warm-up.",
+    )
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0, description="Final learning rate as a share of the peak.")
+
+
+class FSDPConfig(Section):
+    """How ``fsdp1`` and ``fsdp2`` shard."""
+
+    sharding: Literal["full", "grad_op", "hybrid"] = Field(
+        default="full",
+        description="fsdp1 only: shard parameters, gradients and optimizer state (full), keep parameters gathered from "
+        "forward to backward (grad_op), or shard within data_parallel_replicate_size replicas (hybrid).",
+    )
+    reshard_after_forward: bool = Field(
+        default=True, description="fsdp2 only: free a block's gathered parameters after its forward."
+    )
+    reshard_after_backward: bool = Field(
+        default=True, description="fsdp2 only: free them between the micro-batches of a step."
+    )
+    cpu_offload: bool = Field(
+        default=False, description="Keep parameters, gradients and optimizer state in host memory."
+    )
+    prefetch: int = Field(
+        default=0, ge=0, description="Blocks gathered ahead of use; 0 leaves it to PyTorch. fsdp1 knows only 0 and 1."
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Format that bf16 runs sum gradients in.")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    save_steps: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints; null saves none on the way."
+    )
+    keep_last: int = Field(
+        default=2,
+        ge=2,
+        description="Checkpoints kept; at least 2, so that a damaged newest one has one to fall back to.",
+    )
+    async_save: bool = Field(default=False, description="Write in the background while training goes on.")
+    resume: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto: the newest valid checkpoint in output_dir; none; or a checkpoint's path.",
+    )
+    save_final: bool = Field(default=True, description="Save a checkpoint at the end.")
+    verify_hash: bool = Field(default=True, description="Compare every file with the manifest's hash before loading.")
+
+
+class ExportConfig(Section):
+    """What is written at the end besides the checkpoint."""
+
+    hf: bool = Field(default=False, description="Write <output_dir>/hf, which transformers' from_pretrained loads.")
+
+
+class EvalConfig(Section):
+    """Evaluation on ``data.eval_path``, or on ``data.eval_fraction`` of the training documents."""
+
+    every_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; null does none.")
+    max_batches: int | None = Field(
+        default=None, ge=1, description="Batches per evaluation; null reads all held-out data."
+    )
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides ``<output_dir>/metrics.jsonl``, which is always written."""
+
+    wandb: bool = Field(
+        default=False, description="Send metrics to Weights & Biases; the key comes from the environment only."
+    )
+    wandb_project: str = Field(default="veomni", min_length=1, description="Project that the run belongs to.")
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="offline", description="offline writes <output_dir>/wandb only."
+    )
+    tensorboard: bool = Field(default=False, description="Write TensorBoard event files.")
+    progress_bar: bool = Field(default=True, description="Show loss, speed and time left on a terminal.")
+    plot: bool = Field(default=True, description="Draw <output_dir>/loss.png at the end.")

@@ -1,0 +1,164 @@
+"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, no aliases, no tags, every error with its line.
+
+PyYAML reads YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``0123`` is 83. Only the plain scalars of the
+YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema) are given a type here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from veomni.errors import ConfigError
+
+_MAX_BYTES = 1 << 20
+_PREFIX = "tag:yaml.org,2002:"
+# Tag, pattern, characters that such a scalar may begin with.
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]{1,999}|0o[0-7]{1,999}|0x[0-9a-fA-F]{1,999}", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _CoreLoader(yaml.SafeLoader):
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+        self.lines: dict[tuple[str, ...], int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _error(self.name, line, "anchors and aliases are not allowed", "write the value out")
+        if getattr(event, "tag", None):
+            raise _error(self.name, line, f"tags are not allowed: {event.tag}", "write the plain value")
+        return super().compose_node(parent, index)
+
+    def plain(self, node: yaml.Node, path: tuple[str, ...] = ()) -> Any:
+        """Return a node as dicts, lists and scalars, noting the line of every key."""
+        if isinstance(node, yaml.MappingNode):
+            return {key: self.plain(value, (*path, key)) for key, value in self._items(node, path)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(item, (*path, str(index))) for index, item in enumerate(node.value)]
+        return _scalar(node.tag.removeprefix(_PREFIX), node.value)
+
+    def _items(self, node: yaml.MappingNode, path: tuple[str, ...]) -> list[tuple[str, yaml.Node]]:
+        items: list[tuple[str, yaml.Node]] = []
+        for key_node, value in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_PREFIX}str":
+                raise _error(self.name, line, f"the key {_shown(key_node)} is not a string", "put the key in quotes")
+            here = (*path, key_node.value)
+            if here in self.lines:
+                problem = f"the key {'.'.join(here)} was already given on line {self.lines[here]}"
+                raise _error(self.name, line, problem, "keep one of the two")
+            self.lines[here] = line
+            items.append((key_node.value, value))
+        return items
+
+
+class CoreDumper(yaml.SafeDumper):
+    """Writes what :func:`read_yaml` reads back equal: strings that look like numbers are quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write equal objects twice, as aliases are not read."""
+        return True
+
+
+for _class in (_CoreLoader, CoreDumper):
+    _class.yaml_implicit_resolvers = {}  # none of YAML 1.1's
+    for _tag, _pattern, _first in _SCALARS:
+        _class.add_implicit_resolver(f"{_PREFIX}{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
+    """Return the mapping that a YAML file holds, and the line of every key by its path.
+
+    Raises:
+        ConfigError: the file is missing, empty, not UTF-8, not YAML, not a mapping, or uses what is refused here.
+    """
+    name = str(path)
+    text = _read_text(Path(path), name)
+    value, lines = _parse(text, name)
+    if value is None:
+        raise ConfigError(f"{name} is empty", "give the sections model, data and train")
+    if not isinstance(value, dict):
+        raise _error(name, 1, f"a {type(value).__name__}, not a mapping", "give the sections model, data and train")
+    return value, lines
+
+
+def parse_value(text: str, name: str) -> Any:
+    """Return the scalar, list or mapping that ``text`` is in YAML; ``name`` is where it was given, for errors.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    return _parse(text, name)[0]
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror}", "give the path of a YAML file") from None
+    if len(raw) > _MAX_BYTES:
+        raise ConfigError(f"{name} is larger than 1 MiB", "give a configuration, not a data file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _error(name, line, f"byte 0x{raw[error.start]:02x} is not UTF-8", "save the file as UTF-8") from None
+
+
+def _parse(text: str, name: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    try:
+        loader = _CoreLoader(text, name)
+        node = loader.get_single_node()
+        return (None if node is None else loader.plain(node)), loader.lines
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _error(name, line, f"character U+{error.character:04X} is not allowed", "remove it") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise _error(name, mark.line + 1 if mark else 1, problem, _fix(problem)) from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply", "flatten it") from None
+
+
+def _fix(problem: str) -> str:
+    if "\\t" in problem:
+        return "indent with spaces, not tabs"
+    return "correct the YAML; put text with special characters in quotes"
+
+
+def _scalar(tag: str, text: str) -> Any:
+    if tag == "null":
+        return None
+    if tag == "bool":
+        return text.lower() == "true"
+    if tag == "int":
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if tag == "float":
+        return float(text.replace(".", "") if text[-1].isalpha() else text)
+    return text
+
+
+def _shown(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"({type(node).__name__})"
+
+
+def _error(name: str, line: int, problem: str, fix: str) -> ConfigError:
+    return ConfigError(f"{name}:{line}: {problem}", fix)
