@@ -1,7 +1,10 @@
 """Models: registries, building on the meta device, plans, weights in and out."""
 
+from veomni.models.attention import resolve_attention
 from veomni.models.build import build_model
 from veomni.models.config import build_config
+from veomni.models.experts import resolve_experts
+from veomni.models.export import export_hf, export_tensors_hf
 from veomni.models.freeze import freeze
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
 from veomni.models.materialize import Materializer
@@ -21,6 +24,10 @@ __all__ = [
     "build_processor",
     "build_tokenizer",
     "derive_plan",
+    "export_hf",
+    "export_tensors_hf",
     "freeze",
     "install_token_loss",
+    "resolve_attention",
+    "resolve_experts",
 ]

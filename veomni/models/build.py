@@ -12,10 +12,12 @@ from torch import nn
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models import hf
+from veomni.models.attention import leave_attention_open
 from veomni.models.config import build_config, find_directory
 from veomni.models.loader import model_class
 from veomni.models.safetensors_files import has_safetensors, refuse_without_safetensors
 from veomni.models.source import WeightSource, set_weight_source
+from veomni.ops.attention import register_attention
 from veomni.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def build_model(
     _refuse_quantised(config, origin)
     with torch.device("meta"):
         model = _construct(config, attention, trust_remote_code)
+    if attention == "auto":
+        leave_attention_open(model)
     if origin is not None:
         _take_generation_config(model, origin)
     set_weight_source(model, WeightSource(origin))
@@ -105,8 +109,10 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
         attention = "sdpa" if hf.supports_sdpa(cls) else "eager"
         if attention == "eager":
             logger.info_rank0("%s does not support sdpa attention: eager is used", cls.__name__)
+    register_attention()
     if attention not in hf.attention_names():
         raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, hf.attention_names()))
+    config.architectures = [cls.__name__]  # an export, and whatever rebuilds the model from its config, needs the class
     try:
         return hf.construct(cls, config, attention)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:

@@ -71,12 +71,13 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def fp32_patterns(model: nn.Module) -> list[str]:
-    """Return the name patterns of parameters that a transformers model keeps in float32 under bfloat16.
+def keeps_fp32(model: nn.Module, parameter: str) -> bool:
+    """Whether a transformers model keeps the named parameter in float32 under bfloat16.
 
-    ``_keep_in_fp32_modules`` is not among them: transformers honours that one under float16 only.
+    ``_keep_in_fp32_modules`` does not count: transformers honours that one under float16 only.
     """
-    return sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(re.search(pattern.replace("*", ".*"), parameter) for pattern in patterns)
 
 
 def layer_classes(model: nn.Module) -> set[str]:
@@ -194,6 +195,13 @@ def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversio
     return list(groups.values())
 
 
+def copy_conversions(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` be saved with the transforms that ``source``'s checkpoint was read with."""
+    conversions = getattr(source, "_weight_conversions", None)
+    if conversions is not None:
+        target._weight_conversions = conversions
+
+
 def saved_name(model: nn.Module, conversion: Conversion, name: str) -> str:
     """Return the checkpoint's name of a result of a conversion from :func:`saving_conversions`."""
     return name if conversion.converter is None else _rename(name, _split(_reverse_transforms(model))[0])
@@ -242,3 +250,23 @@ def _add(groups: dict[str, Conversion], key: str, name: str, pattern: str | None
     converter = next(c for c in converters if pattern in c.source_patterns)
     group = groups.setdefault(key, Conversion(key, {}, converter))
     group.sources.setdefault(pattern, []).append(name)
+
+
+def supports_flash_attention(model: nn.Module) -> bool:
+    """Return whether a model's attention works on packed rows without a mask."""
+    return bool(getattr(model, "_supports_flash_attn", False))
+
+
+def attention_of(model: nn.Module) -> str:
+    """Return the name of the attention a model runs with."""
+    return str(model.config._attn_implementation)  # type: ignore[union-attr]
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model's experts go through transformers' experts interface."""
+    return is_pretrained(model) and bool(model._can_set_experts_implementation())  # type: ignore[operator]
+
+
+def use_experts(model: nn.Module, name: str) -> None:
+    """Make a model's experts run with the implementation called ``name``."""
+    model.set_experts_implementation(name)  # type: ignore[operator]

@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
+from veomni.models import hf
+from veomni.models.gather import plain_name
 from veomni.models.initialize import Initializer
 from veomni.models.safetensors_files import SafetensorsFiles
 from veomni.models.shards import allocate_like, copy_into, local_box
@@ -21,8 +23,6 @@ from veomni.models.source import weight_source
 from veomni.models.stream import WeightStream, broadcast_from_zero
 
 logger = create_logger(__name__)
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 @dataclass
@@ -63,6 +63,8 @@ class Materializer:
         source = weight_source(model)
         self._initializer = Initializer(skeleton, device, seed) if any(_meta_slots(model, "")) else None
         self._stream = WeightStream(skeleton, SafetensorsFiles(source)) if source is not None else None
+        if self._stream is not None:
+            hf.copy_conversions(skeleton, model)
         self._send = None if group is None else broadcast_from_zero(group)
         self._shared = _shared_names(skeleton)
         self._made: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
@@ -126,13 +128,7 @@ def _meta_slots(module: nn.Module, prefix: str) -> Iterator[_Slot]:
         for table in (part._parameters, part._buffers):
             for key, tensor in table.items():
                 if tensor is not None and tensor.is_meta:
-                    yield _Slot(_plain_name(f"{path}.{key}" if path else key), table, key)
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+                    yield _Slot(plain_name(f"{path}.{key}" if path else key), table, key)
 
 
 def _shared_names(model: nn.Module) -> dict[str, str]:
@@ -147,7 +143,7 @@ def _refuse_left_over(module: nn.Module, prefix: str) -> None:
     left = [slot.name for slot in _meta_slots(module, prefix)]
     for path, part in module.named_modules(prefix=prefix):
         tensors = (key for key, value in vars(part).items() if isinstance(value, Tensor) and value.is_meta)
-        left += [_plain_name(f"{path}.{key}") for key in tensors]
+        left += [plain_name(f"{path}.{key}") for key in tensors]
     if left:
         raise ModelError(
             f"no values for {', '.join(left[:10])}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from torch import nn
@@ -62,10 +61,9 @@ def _repeated_children(model: nn.Module) -> set[int]:
 
 
 def _keep_fp32(model: nn.Module) -> tuple[str, ...]:
-    patterns = [re.compile(rf"(^|\.){pattern}($|\.)") for pattern in hf.fp32_patterns(model)]
     names: list[str] = []
     for name, module in model.named_modules():
         own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
-        if name and any(pattern.search(parameter) for pattern in patterns for parameter in own):
+        if name and any(hf.keeps_fp32(model, parameter) for parameter in own):
             names.append(name)
     return tuple(names)

@@ -1,0 +1,138 @@
+"""What is exported is what transformers reads, bit for bit, from every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.harness import RankFailed, run_ranks
+from tests.models.layouts import fsdp1, fsdp2, logits, materialized, same_files
+from tests.models.tiny import TEXT_MODELS, tiny_config
+from veomni.errors import ModelError
+from veomni.models import build_model, export_hf, export_tensors_hf
+
+
+def loaded(directory: Path, like: torch.nn.Module) -> torch.nn.Module:
+    implementation = like.config._attn_implementation
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation=implementation, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model.config.use_cache = False
+    return model
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_an_export_is_what_save_pretrained_writes_and_from_pretrained_reads(name, tmp_path):
+    model = materialized(tiny_config(name))
+    export_hf(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    assert same_files(tmp_path / "ours", tmp_path / "theirs")
+    assert torch.equal(logits(loaded(tmp_path / "ours", model)), logits(model))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_an_exported_model_is_read_back_bit_for_bit(name, tmp_path):
+    model = materialized(tiny_config(name), seed=7)
+    export_hf(model, tmp_path / "a", max_shard_size=50_000)
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 1
+    assert max(path.stat().st_size for path in (tmp_path / "a").glob("*.safetensors")) < 55_000
+    assert torch.equal(logits(materialized(tmp_path / "a", seed=1)), logits(model))
+
+
+def test_experts_are_exported_one_by_one(tmp_path):
+    export_hf(materialized(tiny_config("qwen3_moe")), tmp_path / "a", max_shard_size=50_000)
+    names = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in names
+    assert not any("gate_up_proj" in name for name in names)
+
+
+def test_bfloat16_export(tmp_path):
+    model = materialized(tiny_config("glm4_moe"))
+    export_hf(model, tmp_path / "a", dtype=torch.bfloat16)
+    model.to(torch.bfloat16)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert again.dtype is torch.bfloat16
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    assert again.model.layers[1].mlp.gate.e_score_correction_bias.dtype is torch.float32
+
+
+def _export_sharded(layout, config, directory, **options):
+    model = layout(config, **options)
+    export_hf(model, directory)
+
+
+@pytest.mark.parametrize("layout", [fsdp2, fsdp1])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_sharded_models_export_like_a_single_process(layout, name, tmp_path):
+    run_ranks(_export_sharded, 2, layout, tiny_config(name), tmp_path / "sharded")
+    export_hf(materialized(tiny_config(name)), tmp_path / "single")
+    assert same_files(tmp_path / "sharded", tmp_path / "single")
+
+
+def test_an_export_that_fails_on_rank_zero_fails_on_every_rank(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RankFailed) as failure:
+        run_ranks(_export_sharded, 2, fsdp2, tiny_config("llama"), tmp_path / "file")
+    assert sorted(failure.value.exceptions) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_export_from_loose_tensors(name, tmp_path):
+    model = materialized(tiny_config(name))
+    export_hf(model, tmp_path / "model")
+    tensors = list(model.state_dict().items())[::-1]
+    export_tensors_hf(model.config, tensors, tmp_path / "tensors")
+    assert same_files(tmp_path / "model", tmp_path / "tensors")
+
+
+def test_loose_tensors_must_be_complete_and_fit(tmp_path):
+    model = materialized(tiny_config("llama"))
+    tensors = dict(model.state_dict())
+    norm = tensors.pop("model.norm.weight")
+    with pytest.raises(ModelError, match=r"missing for the export: model\.norm\.weight"):
+        export_tensors_hf(model.config, tensors.items(), tmp_path / "a")
+    with pytest.raises(ModelError, match=r"model\.norm\.weight \[31\] does not fit"):
+        export_tensors_hf(model.config, [("model.norm.weight", norm[1:])], tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_export_is_replaced_and_other_directories_are_not(tmp_path):
+    export_hf(materialized(tiny_config("llama")), tmp_path / "a", max_shard_size=20_000)
+    second = materialized(tiny_config("llama"), seed=2)
+    export_hf(second, tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not list((tmp_path / "a").glob("model-*"))
+    assert torch.equal(logits(loaded(tmp_path / "a", second)), logits(second))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match="something other than an export"):
+        export_hf(second, tmp_path / "other")
+    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
+
+
+def test_configs_and_tokenizer_travel_along(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")))
+    model = materialized(tiny_config("llama"))
+    model.generation_config.max_new_tokens = 5
+    export_hf(model, tmp_path / "a", tokenizer=tokenizer)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"], config["use_cache"]) == (["LlamaForCausalLM"], "float32", True)
+    assert not any("attn_implementation" in key for key in config)
+    assert model.config.use_cache is False
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "a")("b").input_ids == [1]
+    rebuilt = build_model(tmp_path / "a")
+    assert rebuilt.generation_config.max_new_tokens == 5
+
+
+def test_a_model_without_configuration_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="no transformers configuration"):
+        export_hf(torch.nn.Linear(2, 2), tmp_path / "a")
