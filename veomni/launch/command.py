@@ -17,13 +17,13 @@ def own_command() -> list[str]:
     Raises:
         LaunchError: its command cannot be repeated (standard input, a prompt, a notebook, a multiprocessing worker).
     """
-    main = sys.modules["__main__"]
+    program = getattr(sys.modules["__main__"], "__file__", None)
     multiprocessing = sys.modules.get("multiprocessing.process")
     if multiprocessing is not None and multiprocessing.parent_process() is not None:
         reason = "a multiprocessing worker"
     elif "ipykernel" in sys.modules or hasattr(sys, "ps1"):
         reason = "an interactive session"
-    elif getattr(main, "__file__", None) is None and sys.argv[0] != "-c":
+    elif program == "<stdin>" or (program is None and sys.argv[0] != "-c"):
         reason = "a program read from standard input"
     else:
         return [sys.executable, *sys.orig_argv[1:]]
