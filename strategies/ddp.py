@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -41,10 +42,10 @@ class DDP(ParameterStrategy):
             model.to(context.device),
             device_ids=[context.device] if context.device.index is not None else None,
             process_group=context.state.group("loss"),
-            broadcast_buffers=False,
             bucket_cap_mb=self.bucket_cap_mb,
             find_unused_parameters=self.find_unused_parameters,
             gradient_as_bucket_view=True,
+            **_keep_buffers_local(),
         )
 
     @override
@@ -55,3 +56,9 @@ class DDP(ParameterStrategy):
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:
         return sharded_grad_norm(model.parameters(), next(model.parameters()).device)
+
+
+def _keep_buffers_local() -> dict[str, bool]:
+    # torch 2.13 renamed the argument that stops buffers from being sent before every forward.
+    names = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}

@@ -111,7 +111,12 @@ class ParallelState:
         self._meshes: dict[str, DeviceMesh] = {axis: self._world[axis] for axis in AXES}
         for name, axes in VIEWS.items():
             self._meshes[name] = self._world[axes]._flatten(name)
-        self._hybrid = self._world[("dp_replicate", "fsdp")] if dims.dp_replicate > 1 else self._meshes["fsdp"]
+        self._parameters = self._meshes["fsdp"]
+        if dims.dp_replicate > 1:
+            # A flattened axis cannot be sliced together with another one, so the dense view is a mesh of its own.
+            dense = (dims.pp, dims.dp_replicate, dims.fsdp, dims.tp)
+            mesh = init_device_mesh(device_type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+            self._parameters = mesh["dp_replicate", "fsdp"]
 
     def mesh(self, axis: str) -> DeviceMesh:
         """Return the one-dimensional mesh of an axis or view.
@@ -126,7 +131,7 @@ class ParallelState:
     @property
     def parameter_mesh(self) -> DeviceMesh:
         """What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated (HSDP)."""
-        return self._hybrid
+        return self._parameters
 
     def size(self, axis: str) -> int:
         """Return how many ranks an axis or view has."""

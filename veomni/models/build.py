@@ -15,6 +15,7 @@ from veomni.models import hf
 from veomni.models.attention import leave_attention_open
 from veomni.models.config import build_config, find_directory
 from veomni.models.loader import model_class
+from veomni.models.packed_masks import isolate_documents
 from veomni.models.safetensors_files import has_safetensors, refuse_without_safetensors
 from veomni.models.source import WeightSource, set_weight_source
 from veomni.ops.attention import register_attention
@@ -60,6 +61,8 @@ def build_model(
         model = _construct(config, attention, trust_remote_code)
     if attention == "auto":
         leave_attention_open(model)
+    if hf.is_pretrained(model):
+        isolate_documents(model)
     if origin is not None:
         _take_generation_config(model, origin)
     set_weight_source(model, WeightSource(origin))

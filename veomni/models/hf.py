@@ -270,3 +270,17 @@ def has_experts(model: nn.Module) -> bool:
 def use_experts(model: nn.Module, name: str) -> None:
     """Make a model's experts run with the implementation called ``name``."""
     model.set_experts_implementation(name)  # type: ignore[operator]
+
+
+def mask_makers() -> dict[str, Any]:
+    """Return transformers' functions that materialise attention masks, by attention name."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager", "flex_attention")}
+
+
+def within_documents(mask_function: Any, documents: Tensor) -> Any:
+    """Return a mask rule that also asks query and key to be of the same document of ``[batch, seq]`` indices."""
+    from transformers.masking_utils import and_masks, packed_sequence_mask_function
+
+    return and_masks(mask_function, packed_sequence_mask_function(documents))

@@ -1,7 +1,9 @@
 """Attention over packed rows on GPUs, in transformers' attention signature.
 
 ``varlen`` reads document borders from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel:
-packed documents stay apart without a mask and without another package.
+packed documents stay apart without a mask and without another package. Rows that are one document each need no borders
+and take cuDNN's dense kernel, 1.7 times as fast on an H200 (2.07 ms against 3.57 ms for 4 x 4096 tokens, 16/8 heads of
+128). cuDNN's own variable-length path is not used: on torch 2.11 its backward is wrong and it plans anew at every call.
 """
 
 from __future__ import annotations
@@ -49,13 +51,15 @@ def varlen_attention(
     """
     _refuse(attention_mask, dropout if module.training else 0.0, kwargs)
     batch, _, length, _ = query.shape
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     if cu_seq_lens_q is None or max_length_q is None:
+        if sliding_window is None and _cudnn_takes(query, value):
+            return _dense(query, key, value, causal, scaling), None
         cu_seq_lens_q = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
         max_length_q = length
     from torch.nn.attention.varlen import varlen_attn
 
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
     output = varlen_attn(
         _flatten(query),
         _flatten(key),
@@ -70,6 +74,20 @@ def varlen_attention(
     )
     assert isinstance(output, Tensor)
     return output.unflatten(0, (batch, length)), None
+
+
+def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
+    head_dim = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and value.shape[-1] == head_dim and head_dim <= 128 and head_dim % 8 == 0
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None) -> Tensor:
+    # Called directly: SDPA prefers FlashAttention 2, and a backend context does not reach through a compiled layer.
+    output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scaling
+    )[0]
+    return output.transpose(1, 2)
 
 
 def _flatten(heads: Tensor) -> Tensor:

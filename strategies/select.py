@@ -1,0 +1,42 @@
+"""Turn what people give a launcher into strategy objects that compose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from veomni.errors import LayoutError
+from veomni.plugins import load_plugin
+from veomni.strategies.base import ParameterStrategy, Strategy
+from veomni.strategies.fsdp2 import FSDP2
+
+
+def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strategy]:
+    """Return strategy objects.
+
+    Args:
+        choice: An object, several, the name of an entry point in ``veomni.strategies``, or "auto".
+
+    Raises:
+        ConfigError: no strategy has that name.
+    """
+    if isinstance(choice, Strategy):
+        return [choice]
+    if isinstance(choice, str):
+        return [FSDP2() if choice == "auto" else load_plugin("veomni.strategies", choice)()]
+    return list(choice)
+
+
+def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:
+    """Return the one strategy that holds the parameters.
+
+    Raises:
+        LayoutError: there is none, or there are several.
+    """
+    owners = [strategy for strategy in strategies if isinstance(strategy, ParameterStrategy)]
+    if len(owners) != 1:
+        found = ", ".join(owner.name for owner in owners) or "none"
+        raise LayoutError(
+            f"exactly one strategy must hold the parameters; these do: {found}",
+            "give one of Single, DDP, FSDP1 and FSDP2, and others beside it",
+        )
+    return owners[0]

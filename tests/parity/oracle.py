@@ -1,0 +1,53 @@
+"""The truth: one process, float64, every document by itself, no packing, no sharding, PyTorch's own cross-entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from tests.models.tiny import tiny_config
+from tests.parity.documents import IGNORE, global_rows, supervised
+from veomni.models import Materializer, build_model
+from veomni.strategies.compute_dtype import Float64Throughout
+
+
+@dataclass
+class Truth:
+    loss: float
+    grad_norm: float
+    gradients: dict[str, torch.Tensor]
+
+
+def vocabulary(name: str) -> int:
+    return int(tiny_config(name).vocab_size)
+
+
+def initial_model(name: str, seed: int = 0) -> torch.nn.Module:
+    """The tiny model as every layout must start with it: values drawn in float32, computed with in float64."""
+    model = build_model(tiny_config(name), attention="eager", weights="random")
+    Materializer(model, device=torch.device("cpu"), seed=seed)(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model.train()
+
+
+def oracle(name: str) -> Truth:
+    model = initial_model(name)
+    rows = global_rows(vocabulary(name))
+    total = sum(supervised(documents) for documents in rows)
+    loss = torch.zeros((), dtype=torch.float64)
+    with Float64Throughout():
+        for document in (document for documents in rows for document in documents):
+            logits = model(input_ids=document.tokens[None], use_cache=False).logits[0]
+            part = F.cross_entropy(logits[:-1].double(), document.labels[1:], ignore_index=IGNORE, reduction="sum")
+            (part / total).backward()
+            loss += part.detach() / total
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return Truth(loss.item(), norm.item(), gradients)

@@ -1,0 +1,59 @@
+"""Every strategy reproduces the single-process float64 oracle: loss, norm and each parameter's gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
+from tests.parity.oracle import Truth, oracle
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss"]
+MULTI_RANK = ["ddp2", "fsdp1_full", "fsdp2_2"]
+
+
+@functools.cache
+def truth(name: str) -> Truth:
+    return oracle(name)
+
+
+def run(model: str, layout: str, **options) -> None:
+    precision = options.get("precision", "fp64")
+    for outcome in run_ranks(one_step, LAYOUTS[layout][0], model, layout, init=False, **options):
+        check(outcome, truth(model), BOUNDS[precision])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_layout(layout, accumulation):
+    run("qwen3", layout, accumulation=accumulation)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("layout", MULTI_RANK)
+@pytest.mark.parametrize("model", [name for name in ARCHITECTURES if name != "qwen3"])
+def test_every_architecture(model, layout, accumulation):
+    run(model, layout, accumulation=accumulation)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "hsdp_2x2"])
+def test_lower_precisions(layout, precision):
+    run("qwen3", layout, precision=precision, accumulation=3)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", ["single", *MULTI_RANK])
+def test_recomputation_changes_nothing(layout, recompute):
+    run("qwen3", layout, recompute=recompute, accumulation=3)
+
+
+@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "hsdp_2x2", "fsdp1_hybrid"])
+def test_clipping_scales_every_gradient_once(layout):
+    expected = truth("llama")
+    for outcome in run_ranks(one_step, LAYOUTS[layout][0], "llama", layout, init=False, max_norm=0.01):
+        factor = 0.01 / (expected.grad_norm + 1e-6)
+        for name, gradient in expected.gradients.items():
+            assert (outcome.clipped[name] - gradient * factor).norm() <= 1e-11 * gradient.norm() * factor, name

@@ -1,0 +1,80 @@
+"""When a run saves and what it continues from; how a checkpoint is written is the checkpointer's business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from veomni.checkpoint import Checkpointer
+from veomni.logging import create_logger
+
+logger = create_logger(__name__)
+
+
+class CheckpointSchedule:
+    """Save every N steps, at the end, and when the run is asked to stop.
+
+    Args:
+        directory: Where checkpoints go; None never saves and never resumes.
+        save_steps: Save after every so many steps; None only at the end and on a signal.
+        save_final: Save after the last step.
+        resume: "auto" takes the newest valid checkpoint of ``directory``, "none" starts afresh, anything else is the
+            path of one checkpoint.
+        keep_last: How many checkpoints stay.
+        async_save: Write in the background.
+        verify_hash: Check contents, not only sizes, before loading.
+        signature: What must be the same in the run that resumes (sizes of the model, say).
+    """
+
+    def __init__(
+        self,
+        directory: Path | str | None = None,
+        *,
+        save_steps: int | None = None,
+        save_final: bool = True,
+        resume: str = "auto",
+        keep_last: int = 2,
+        async_save: bool = False,
+        verify_hash: bool = True,
+        signature: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.directory = None if directory is None else Path(directory)
+        self.save_steps, self.save_final, self.resume_from = save_steps, save_final, resume
+        self._options = {"keep_last": keep_last, "async_save": async_save, "verify_hash": verify_hash}
+        self._signature = dict(signature or {})
+        self._checkpointer: Checkpointer | None = None
+        self.stopping = False
+        self.last = False
+
+    def _open(self) -> Checkpointer | None:
+        if self._checkpointer is None and self.directory is not None:
+            self._checkpointer = Checkpointer(self.directory, signature=self._signature, **self._options)
+        return self._checkpointer
+
+    def save_if_due(self, state: Mapping[str, Any], step: int) -> None:
+        """Save ``state`` after ``step`` when the schedule says so; collective."""
+        regular = self.save_steps is not None and step % self.save_steps == 0
+        if not (regular or self.stopping or (self.last and self.save_final)):
+            return
+        checkpointer = self._open()
+        if checkpointer is None:
+            logger.warning_once("nothing is saved: the launcher was given no checkpoint directory")
+            return
+        checkpointer.save(state, step)
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        """Load what to continue from into ``state`` and return its step; 0 when there is nothing; collective."""
+        checkpointer = self._open()
+        if checkpointer is None or self.resume_from == "none":
+            return 0
+        if self.resume_from == "auto":
+            return checkpointer.load_latest(state) or 0
+        return checkpointer.load(state, Path(self.resume_from))
+
+    def close(self) -> None:
+        """Wait for a save in the background; its error is raised here."""
+        if self._checkpointer is not None:
+            self._checkpointer.wait()
+            self._checkpointer.close()
+            self._checkpointer = None

@@ -1,0 +1,418 @@
+"""The launcher: the few verbs a training loop calls. It delegates; every decision belongs to a strategy.
+
+The loop stays the user's::
+
+    launcher = Launcher(FSDP2(), precision="bf16")
+    launcher.launch()
+    model = launcher.setup_model(build_model("Qwen3-8B/"))
+    optimizer = launcher.setup_optimizer(model, AdamW, lr=1e-5)
+    for batch in launcher.track(loader):
+        for micro in launcher.accumulate(model, batch):
+            launcher.backward(model(**micro.inputs).loss, micro)
+        launcher.clip_grad_norm(model, 1.0)
+        optimizer.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from veomni.accelerators import Accelerator, select_accelerator
+from veomni.agreement import agree
+from veomni.batch import MicroBatch, StepBatch, supervised_tokens
+from veomni.checkpoint_schedule import CheckpointSchedule
+from veomni.errors import EXIT_PREEMPTED, ModelError
+from veomni.launch import Environment, StopSignal, detect_environment, join_or_start
+from veomni.logging import create_logger
+from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
+from veomni.precision import select_precision
+from veomni.randomness import RandomState, seed_process, use_deterministic_algorithms
+from veomni.reporter import Reporter
+from veomni.strategies import ParameterStrategy, Strategy
+from veomni.strategies.base import SetupContext
+from veomni.strategies.compile import compile_blocks
+from veomni.strategies.recompute import Recompute, apply_recompute
+from veomni.strategies.select import parameter_strategy, select_strategies
+
+logger = create_logger(__name__)
+
+
+class DataParallel(NamedTuple):
+    """This process's place among the ranks that read different rows."""
+
+    rank: int
+    size: int
+
+
+class Launcher:
+    """Compose strategies and an accelerator, and give a training loop its verbs.
+
+    Args:
+        strategy: A strategy, the name of one, or several that compose; "auto" is FSDP2.
+        accelerator: An accelerator, the name of one, or "auto".
+        precision: "fp64", "fp32" or "bf16" (bf16 compute over fp32 master weights and fp32 gradient reduction).
+        devices: Processes on this node; None takes every device, or one process on a CPU.
+        backend: Collective backend; "auto" is the accelerator's. "gloo" lets several ranks share one device.
+        seed: Of weights, data order and dropout.
+        recompute: Activation checkpointing: "none", "full" or "selective".
+        compile: Compile each block with ``torch.compile``.
+        fused_loss: Fuse the head with the loss where that is exact.
+        broadcast_weights: Rank 0 reads the weights and sends them, instead of every rank reading its shards.
+        deterministic: Choose reproducible kernels only.
+        timeout_seconds: How long a collective waits for the other ranks.
+        reporter: Where numbers go; None prints and writes nothing.
+        checkpoints: When and where to save; None never saves.
+    """
+
+    def __init__(
+        self,
+        strategy: str | Strategy | Sequence[Strategy] = "auto",
+        *,
+        accelerator: str | Accelerator = "auto",
+        precision: str = "fp32",
+        devices: int | None = None,
+        backend: str = "auto",
+        seed: int = 0,
+        recompute: Recompute = "none",
+        compile: bool = False,
+        fused_loss: bool = True,
+        broadcast_weights: bool = False,
+        deterministic: bool = False,
+        timeout_seconds: float = 1800.0,
+        reporter: Reporter | None = None,
+        checkpoints: CheckpointSchedule | None = None,
+    ) -> None:
+        self.strategies = select_strategies(strategy)
+        self.parameter_strategy: ParameterStrategy = parameter_strategy(self.strategies)
+        self.accelerator = select_accelerator(accelerator)
+        self.precision = select_precision(precision)
+        self.devices = devices
+        self.backend = self.accelerator.backend if backend == "auto" else backend
+        self.seed = seed
+        self.recompute, self.compile, self.fused_loss = recompute, compile, fused_loss
+        self.broadcast_weights, self.deterministic = broadcast_weights, deterministic
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self.reporter = reporter or Reporter()
+        self.checkpoints = checkpoints or CheckpointSchedule()
+        self.step = 0
+        self._stop: StopSignal | None = None
+        self._batch: StepBatch | None = None
+
+    # ---------------------------------------------------------------- processes
+
+    def launch(self) -> None:
+        """Join the launch this process is part of, or start ``devices`` processes and supervise them.
+
+        In the process that people start, this does not return when it has to start others.
+
+        Raises:
+            InputError: the environment, the strategies and the devices contradict each other; nothing was started.
+        """
+        environment = self._join_or_start()
+        self.device = self.accelerator.device(environment.local_rank)
+        self.accelerator.set_device(self.device)
+        self._init_process_group(environment.rank, environment.world_size)
+        self.rank, self.world_size, self.local_rank = environment.rank, environment.world_size, environment.local_rank
+        self.state = ParallelState(self._dims(self.world_size), self.device.type)
+        set_parallel_state(self.state)
+        self._stop = StopSignal()
+        seed_process(self.seed, self.rank)
+        if self.deterministic:
+            use_deterministic_algorithms()
+        names = " + ".join(strategy.name for strategy in self.strategies)
+        logger.info_rank0("%s ranks on %s, %s, %s", self.world_size, self.device.type, names, self.precision.name)
+
+    def _join_or_start(self) -> Environment:
+        found = detect_environment(os.environ)
+        devices = self.devices
+        if found is None and devices is None:
+            devices = self.accelerator.device_count()
+        world_size, local = (devices, devices) if found is None else (found.world_size, found.local_world_size)
+        assert world_size is not None
+        assert local is not None
+        for strategy in self.strategies:
+            strategy.check(world_size)
+        self._dims(world_size)
+        self.accelerator.check_devices(local, shared=self.backend == "gloo")
+        return join_or_start(devices)
+
+    def _dims(self, world_size: int) -> ParallelDims:
+        axes: dict[str, int] = {}
+        for strategy in self.strategies:
+            axes.update(strategy.mesh_axes())
+        return ParallelDims(**{"dp_shard": -1 if world_size > 1 else 1, **axes}).resolve(world_size)
+
+    def _init_process_group(self, rank: int, world_size: int) -> None:
+        if dist.is_initialized():
+            return
+        device_backend = f"cpu:gloo,{self.device.type}:{self.backend}" if self.device.type != "cpu" else "gloo"
+        store = dist.HashStore() if world_size == 1 else None
+        dist.init_process_group(device_backend, store=store, rank=rank, world_size=world_size, timeout=self.timeout)
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def data_parallel(self) -> DataParallel:
+        """This process's place among the ranks that read different rows; what a loader needs to know."""
+        return DataParallel(self.state.rank("data"), self.state.size("data"))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    @contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Run the body on rank 0, then on the others: for work whose result rank 0 leaves on disk."""
+        if not self.is_rank_zero:
+            self.barrier()
+        yield
+        if self.is_rank_zero:
+            self.barrier()
+
+    # ---------------------------------------------------------------- setup
+
+    def setup_model(self, model: nn.Module) -> nn.Module:
+        """Shard ``model``, give it its weights and return the module to call.
+
+        The order is fixed: recomputation, compilation per block, sharding, materialising, loading.
+
+        Args:
+            model: From ``build_model`` (on the meta device), or any module; a module that already has values keeps
+                rank 0's.
+        """
+        from veomni.models import Materializer, derive_plan, install_token_loss, resolve_attention, resolve_experts
+
+        half = self.precision.compute is torch.bfloat16
+        resolve_attention(model, varlen=half and self.accelerator.supports_varlen_attention)
+        resolve_experts(model, self.precision)
+        _store_in(model, self.precision.storage)
+        self._share_values(model)
+        plan = derive_plan(model)
+        group = dist.group.WORLD if self.broadcast_weights else None
+        materialize = Materializer(model, device=self._storage_device(), seed=self.seed, group=group)
+        self.reporter.describe_model(model, self.accelerator, self.precision)
+        install_token_loss(model, fused=self.fused_loss)
+        apply_recompute(model, plan, self.recompute)
+        if self.compile:
+            compile_blocks(model, plan)
+        context = SetupContext(self.state, self.accelerator, self.device, self.precision, plan, materialize)
+        return self.parameter_strategy.parallelize(model, context)
+
+    def _storage_device(self) -> torch.device:
+        return torch.device("cpu") if getattr(self.parameter_strategy, "cpu_offload", False) else self.device
+
+    def _share_values(self, model: nn.Module) -> None:
+        if self.world_size == 1:
+            return
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_meta:
+                dist.broadcast(tensor.data, src=0)
+
+    def setup_optimizer(self, model: nn.Module, factory: Callable[..., Optimizer], **options: Any) -> Optimizer:
+        """Return ``factory`` applied to the model's trainable parameters; to be called after :meth:`setup_model`.
+
+        Args:
+            model: What :meth:`setup_model` returned.
+            factory: An optimizer class.
+            options: What the factory takes, and ``no_decay``: name patterns of parameters without weight decay.
+
+        Raises:
+            ModelError: the model still has parameters without storage: it has not been set up.
+        """
+        from veomni.optim import build_optimizer_groups
+
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError("the optimizer was built before the model was sharded", "call setup_model first")
+        no_decay = options.pop("no_decay", ())
+        groups = build_optimizer_groups(model, weight_decay=options.get("weight_decay", 0.0), no_decay=no_decay)
+        return factory(groups, **options)
+
+    # ---------------------------------------------------------------- one step
+
+    def track(
+        self, loader: Iterable[Sequence[Mapping[str, Any]]], *, max_steps: int | None = None
+    ) -> Iterator[StepBatch]:
+        """Yield one optimizer step at a time until the data or ``max_steps`` ends; show progress on rank 0.
+
+        A rank without a batch ends the loop on all ranks. A signal to any rank ends it on all of them, after the step
+        in hand has been saved by :meth:`checkpoint`; the process then exits with 75.
+
+        Args:
+            loader: Yields this data rank's micro-batches of a step.
+            max_steps: The last step of the whole run, counted from 1.
+        """
+        total = max_steps if max_steps is not None else _length(loader, self.step)
+        self.reporter.start(self.step, total, self.accelerator)
+        iterator = iter(loader)
+        while total is None or self.step < total:
+            self.reporter.begin_step()
+            micro_batches = next(iterator, None)
+            batch = self._next_batch(micro_batches, total)
+            if batch is None:
+                break
+            self.reporter.mark("data")
+            yield batch
+            if self.checkpoints.stopping:
+                self._exit_preempted()
+        self.reporter.finish()
+
+    def _next_batch(self, micro_batches: Sequence[Mapping[str, Any]] | None, total: int | None) -> StepBatch | None:
+        assert self._stop is not None, "call launch() before track()"
+        tokens = sum(supervised_tokens(micro) for micro in micro_batches or ())
+        agreed = agree(has_batch=micro_batches is not None, tokens=tokens, stop=self._stop.requested)
+        if agreed.ranks_with_batch < self.world_size:
+            if agreed.ranks_with_batch:
+                logger.warning_rank0("the data ended unevenly: %s of %s ranks had a batch that nobody trained on",
+                                     agreed.ranks_with_batch, self.world_size)  # fmt: skip
+            return None
+        assert micro_batches is not None
+        self.step += 1
+        self.checkpoints.stopping = agreed.stop
+        self.checkpoints.last = self.step == total
+        self._batch = StepBatch(
+            micro_batches, agreed.tokens // self.state.size("sequence"), self.step, torch.zeros((), device=self.device)
+        )
+        return self._batch
+
+    def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
+        """Yield the step's micro-batches on the device; gradients are exchanged in the last one's backward only."""
+        for index, raw in enumerate(batch.micro_batches):
+            last = index == len(batch.micro_batches) - 1
+            inputs = dict(raw)
+            for strategy in self.strategies:
+                inputs = strategy.shard_batch(inputs)
+            micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last)
+            with self.parameter_strategy.grad_sync(model, last):
+                yield micro
+        self.reporter.mark("compute")
+
+    def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+
+    def backward(self, loss: Tensor, micro: MicroBatch) -> None:
+        """Add this micro-batch's gradients.
+
+        Args:
+            loss: The mean over the micro-batch's supervised tokens (over its rows, for a batch without labels).
+            micro: What the loss was computed on.
+
+        Gradients after the last backward are those of the mean over all supervised tokens of the step, whatever the
+        layout: strategies average over the ``loss`` view, so each part is weighed by its share of the tokens times the
+        size of that view.
+        """
+        assert self._batch is not None, "call backward inside track() and accumulate()"
+        share = micro.tokens / max(1, self._batch.tokens)
+        self._batch.loss = self._batch.loss + loss.detach() * share
+        (loss * (share * self.state.size("loss"))).backward()  # type: ignore[no-untyped-call]
+
+    def global_loss(self, batch: StepBatch) -> Tensor:
+        """Return the mean over all supervised tokens of the step, equal on all ranks."""
+        loss = batch.loss.clone()
+        dist.all_reduce(loss, group=self.state.group("loss"))
+        return loss
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale gradients to a norm of at most ``max_norm`` and return the norm they had.
+
+        Raises:
+            NonFiniteError: the norm is not finite; raised on all ranks, before any parameter changes.
+        """
+        from veomni.strategies.grad_norm import clip_gradients
+
+        norm = self.parameter_strategy.grad_norm(model)
+        clip_gradients(model.parameters(), norm, max_norm)
+        return norm
+
+    # ---------------------------------------------------------------- between steps
+
+    def log(self, metrics: Mapping[str, float | int | Tensor | None]) -> None:
+        """Report numbers of the step in hand: the progress bar, ``metrics.jsonl`` and the other loggers."""
+        assert self._batch is not None, "call log inside track()"
+        self.reporter.report(self.step, metrics, self._batch)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, loader: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+        """Return ``eval_loss`` and ``perplexity`` over a held-out loader, each token once, equal on all ranks.
+
+        Args:
+            model: What :meth:`setup_model` returned.
+            loader: A loader that gives every rank the same number of micro-batches.
+        """
+        from veomni.metrics import TokenPerplexity
+
+        metric = TokenPerplexity(process_group=self.state.group("loss")).to(self.device)
+        training = model.training
+        model.eval()
+        for micro_batches in loader:
+            for raw in micro_batches:
+                inputs = dict(raw)
+                for strategy in self.strategies:
+                    inputs = strategy.shard_batch(inputs)
+                tokens = supervised_tokens(inputs)
+                metric.update(model(**self._to_device(inputs)).loss * tokens, tokens)
+        model.train(training)
+        perplexity = metric.compute()
+        return {"eval_loss": float(perplexity.log()), "perplexity": float(perplexity)}
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Save ``state`` when it is due: every N steps, after a signal, and at the end."""
+        self.checkpoints.save_if_due({**state, "rng": RandomState(self.accelerator)}, self.step)
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        """Load the checkpoint to continue from into ``state`` and return its step; 0 when there is none."""
+        self.step = self.checkpoints.resume({**state, "rng": RandomState(self.accelerator)})
+        self.reporter.resume_from(self.step)
+        return self.step
+
+    def export(self, model: nn.Module, output_dir: Path | str, *, tokenizer: Any = None) -> Path:
+        """Write the model in Hugging Face layout, one parameter at a time; collective."""
+        from veomni.models import export_hf
+
+        return export_hf(model, Path(output_dir), tokenizer=tokenizer)
+
+    def close(self) -> None:
+        """Finish what runs in the background and put the process back as it was."""
+        self.checkpoints.close()
+        self.reporter.close("finished")
+        if self._stop is not None:
+            self._stop.close()
+        set_parallel_state(None)
+
+    def _exit_preempted(self) -> None:
+        assert self._stop is not None
+        logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", self._stop.signal_name, self.step)
+        self.reporter.close("preempted")
+        self.checkpoints.close()
+        raise SystemExit(EXIT_PREEMPTED)
+
+
+def _store_in(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _length(loader: Any, done: int) -> int | None:
+    remaining = getattr(loader, "remaining_steps", None)
+    if remaining is not None:
+        return done + int(remaining)
+    return done + len(loader) if hasattr(loader, "__len__") else None
+
+
+__all__ = ["DataParallel", "Launcher"]
