@@ -1,0 +1,24 @@
+"""Text data: sources, tokenising, packing, and a loader whose order no layout changes and any layout resumes."""
+
+from veomni.data.build_dataloader import build_dataloader
+from veomni.data.build_once import build_once
+from veomni.data.byte_bpe import train_byte_bpe
+from veomni.data.chat_templates import CHAT_TEMPLATES
+from veomni.data.corpus import PYTHON_STDLIB
+from veomni.data.dataset import TextDataset, build_dataset
+from veomni.data.loader import PackedDataLoader
+from veomni.data.transforms import TRANSFORMS
+from veomni.data.workers import WorkerError
+
+__all__ = [
+    "CHAT_TEMPLATES",
+    "PYTHON_STDLIB",
+    "TRANSFORMS",
+    "PackedDataLoader",
+    "TextDataset",
+    "WorkerError",
+    "build_dataloader",
+    "build_dataset",
+    "build_once",
+    "train_byte_bpe",
+]

@@ -1,0 +1,85 @@
+"""Rows of samples as the tensors a model takes: see ``veomni/batch.py`` for the format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from veomni.batch import IGNORE_INDEX
+from veomni.data.overlong import Samples
+from veomni.data.token_cache import TokenizedDocuments
+
+_SEGMENT_BUCKET = 64
+
+Rows = Sequence[NDArray[np.int64]]
+MicroBatchInputs = dict[str, Any]
+
+
+class MicroBatches(Dataset[MicroBatchInputs]):
+    """Makes a micro-batch from the sample indices of its rows; what loader workers hold.
+
+    Args:
+        documents: The tokens.
+        samples: The pieces of documents that the indices count.
+        capacity: Tokens of a row.
+        pad_token_id: Fills the tail of a row.
+    """
+
+    def __init__(self, documents: TokenizedDocuments, samples: Samples, capacity: int, pad_token_id: int) -> None:
+        self.documents, self.samples = documents, samples
+        self.capacity, self.pad_token_id = capacity, pad_token_id
+
+    def __getitem__(self, rows: Rows) -> MicroBatchInputs:
+        """Return ``[batch, seq]`` tensors for ``rows``, each the indices of its samples; a row may be empty."""
+        shape = (len(rows), self.capacity)
+        ids = np.full(shape, self.pad_token_id, np.int64)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)
+        positions = np.empty(shape, np.int64)
+        segments: list[int] = []
+        for row, samples in enumerate(rows):
+            at = 0
+            for sample in samples:
+                stop = at + self._copy(int(sample), ids[row, at:], labels[row, at:])
+                segments.append(stop - at)
+                positions[row, at:stop] = np.arange(stop - at)
+                at = stop
+            if at < self.capacity:
+                segments.append(self.capacity - at)
+                positions[row, at:] = np.arange(self.capacity - at)
+        tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return {name: torch.from_numpy(array) for name, array in tensors.items()} | _attention(segments, self.capacity)
+
+    def _copy(self, sample: int, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
+        """Write one sample to the front of ``ids`` and ``labels``, and return its length."""
+        length = int(self.samples.length[sample])
+        start = int(self.documents.offsets[self.samples.document[sample]] + self.samples.start[sample])
+        taken = slice(start, start + length)
+        ids[:length] = self.documents.tokens[taken]
+        labels[:length] = ids[:length]
+        if self.documents.learned is not None:
+            labels[:length][self.documents.learned[taken] == 0] = IGNORE_INDEX
+        labels[0] = IGNORE_INDEX  # it would be predicted from the document before
+        return length
+
+
+def _attention(segments: list[int], capacity: int) -> dict[str, Any]:
+    """Return what variable-length attention takes.
+
+    Both the number of offsets and the longest length are rounded up, so that kernels and graphs are compiled for few of
+    them: the last offset is repeated (segments of no tokens), and the length becomes a power of two, or the row's.
+    """
+    entries = -(-(len(segments) + 1) // _SEGMENT_BUCKET) * _SEGMENT_BUCKET
+    offsets = torch.full((entries,), sum(segments), dtype=torch.int32)
+    offsets[: len(segments) + 1] = torch.from_numpy(np.concatenate([[0], np.cumsum(segments)]))
+    longest = min(capacity, 1 << (max(segments) - 1).bit_length())
+    return {
+        "cu_seq_lens_q": offsets,
+        "cu_seq_lens_k": offsets.clone(),
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

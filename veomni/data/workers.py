@@ -1,0 +1,93 @@
+"""Worker processes that make micro-batches ahead of the loop, in the order they are asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows
+from veomni.errors import VeOmniError
+
+
+class WorkerError(VeOmniError):
+    """A loader worker died, or gave nothing for too long; the message names the processes."""
+
+
+class Workers:
+    """An iterator over the micro-batches of ``requests``, made by worker processes.
+
+    Args:
+        batches: Makes a micro-batch; every worker has a copy.
+        requests: The rows of each micro-batch, read ahead of the loop.
+        count: Number of processes.
+        prefetch_factor: Micro-batches that each keeps ready.
+        pin_memory: Hand out page-locked memory.
+        timeout: Seconds to wait for a micro-batch before it is an error.
+    """
+
+    def __init__(
+        self,
+        batches: MicroBatches,
+        requests: Iterator[Rows],
+        *,
+        count: int,
+        prefetch_factor: int,
+        pin_memory: bool,
+        timeout: float,
+    ) -> None:
+        loader: DataLoader[MicroBatchInputs] = DataLoader(
+            batches, batch_size=None, sampler=requests, collate_fn=_as_it_is, num_workers=count,
+            prefetch_factor=prefetch_factor, pin_memory=pin_memory, timeout=timeout, worker_init_fn=_ignore_signals,
+            # It draws a number when it starts: from a generator of its own, or the run's dropout would change.
+            generator=torch.Generator(),
+        )  # fmt: skip
+        before = multiprocessing.active_children()
+        with _tokenizers_serial():
+            self._source = iter(loader)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+
+    def __iter__(self) -> Iterator[MicroBatchInputs]:
+        return self
+
+    def __next__(self) -> MicroBatchInputs:
+        """Return the next micro-batch.
+
+        Raises:
+            WorkerError: a worker died, or nothing came in time.
+        """
+        try:
+            return next(self._source)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            names = ", ".join(f"{process.name} (pid {process.pid})" for process in self._processes)
+            for process in self._processes:  # one that hangs would keep this process from ending
+                process.kill()
+            raise WorkerError(f"{error}; the loader's workers are {names}") from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    # They go to the whole process group: the training process saves first, and then ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _tokenizers_serial() -> Iterator[None]:
+    """Have the tokenizers library start no threads in processes forked meanwhile, nor warn in each that it does not."""
+    name, before = "TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ.setdefault(name, "false")
+    yield
+    if before is None:
+        del os.environ[name]
