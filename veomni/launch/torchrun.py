@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from types import FrameType
 
-from veomni.accelerators import CPU, select_accelerator
 from veomni.errors import EXIT_FAULT, LaunchError
 from veomni.launch import failure
 from veomni.launch.command import threads_per_rank, tied_to_this_process
@@ -32,9 +31,9 @@ def torchrun_arguments(env: Mapping[str, str], program: list[str]) -> list[str]:
     Raises:
         LaunchError: one is missing, is not a number, or contradicts another.
     """
-    nodes = integer(env, "NNODES") if env.get("NNODES") else 1
+    nodes = _positive(env, "NNODES", "1")
     node_rank = integer(env, "NODE_RANK") if env.get("NODE_RANK") else 0
-    if node_rank >= max(1, nodes):
+    if node_rank >= nodes:
         raise LaunchError(f"NODE_RANK={node_rank} but NNODES={nodes}", "give every node its own NODE_RANK below NNODES")
     if nodes > 1:
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not env.get(name)]
@@ -43,7 +42,7 @@ def torchrun_arguments(env: Mapping[str, str], program: list[str]) -> list[str]:
     if nodes > 1 or env.get("MASTER_PORT"):
         address = env.get("MASTER_ADDR") or "127.0.0.1"
         rendezvous = [f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={address}"]
-        rendezvous.append(f"--master-port={env.get('MASTER_PORT') or _DEFAULT_PORT}")
+        rendezvous.append(f"--master-port={_positive(env, 'MASTER_PORT', _DEFAULT_PORT)}")
     else:
         rendezvous = ["--standalone"]
     return [
@@ -62,16 +61,22 @@ def processes_per_node(env: Mapping[str, str]) -> int:
         LaunchError: NPROC_PER_NODE is not a positive number.
     """
     if env.get("NPROC_PER_NODE"):
-        count = integer(env, "NPROC_PER_NODE")
-        if count < 1:
-            raise LaunchError("NPROC_PER_NODE is 0", "start at least one process per node")
-        return count
+        return _positive(env, "NPROC_PER_NODE", "1")
     for name in _DEVICE_LISTS:
         devices = [item for item in env.get(name, "").split(",") if item.strip() not in ("", "-1")]
         if devices:
             return len(devices)
+    from veomni.accelerators import CPU, select_accelerator
+
     accelerator = select_accelerator("auto")
     return 1 if isinstance(accelerator, CPU) else accelerator.device_count()
+
+
+def _positive(env: Mapping[str, str], name: str, default: str) -> int:
+    value = integer({name: env.get(name) or default}, name)
+    if value < 1:
+        raise LaunchError(f"{name} is {value}", f"set {name} to at least 1, or unset it")
+    return value
 
 
 def _pass_signals_on(watch: RankWatch) -> None:
@@ -108,8 +113,7 @@ def main() -> None:
     """Run ``FILE ARGS...`` under torchrun; exit with 0, 70, 75 or 78."""
     if len(sys.argv) < 2:
         raise LaunchError("no training script is named", "bash train.sh FILE CONFIG [--key value ...]")
-    if os.environ.get("NCCL_TIMEOUT"):
-        integer(os.environ, "NCCL_TIMEOUT")
+    _positive(os.environ, "NCCL_TIMEOUT", "1")
     arguments = torchrun_arguments(os.environ, tied_to_this_process([sys.executable, *sys.argv[1:]]))
     with failure.directory() as failures:
         os.environ.update(failure.variables(failures))
