@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -19,6 +19,17 @@ class Float64Throughout(TorchDispatchMode):
     Without it an fp64 run still rounds to float32 in every norm, and gradients agree between layouts to 1e-7 only.
     """
 
+    depth = 0
+
+    def __enter__(self) -> Self:
+        Float64Throughout.depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Float64Throughout.depth -= 1
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if (
@@ -28,6 +39,18 @@ class Float64Throughout(TorchDispatchMode):
         ):
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
+
+
+def keep_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward`` bound to the mode it is called in now, for a recomputation that runs outside of it."""
+    if not Float64Throughout.depth:
+        return forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Float64Throughout():
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def compute_in(model: nn.Module, precision: Precision, device_type: str, *, autocast: bool) -> None:

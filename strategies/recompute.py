@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from veomni.plan import ParallelPlan
+from veomni.strategies.compute_dtype import keep_float64
 
 Recompute = Literal["none", "full", "selective"]
 
@@ -52,7 +53,7 @@ def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[...,
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **options, **kwargs)
+        return checkpoint(keep_float64(forward), *args, **options, **kwargs)
 
     return run
 

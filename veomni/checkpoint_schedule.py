@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from veomni.checkpoint import Checkpointer
 from veomni.logging import create_logger
+
+if TYPE_CHECKING:
+    from veomni.checkpoint import Checkpointer
 
 logger = create_logger(__name__)
 
@@ -49,6 +51,8 @@ class CheckpointSchedule:
 
     def _open(self) -> Checkpointer | None:
         if self._checkpointer is None and self.directory is not None:
+            from veomni.checkpoint import Checkpointer
+
             self._checkpointer = Checkpointer(self.directory, signature=self._signature, **self._options)
         return self._checkpointer
 
