@@ -1,0 +1,42 @@
+# What people type. Everything runs in .venv, which is made on first use and renewed when its inputs change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help train test quality style commit build clean
+
+help: ## Show these lines
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+# setuptools builds the package in the packaging test, and the one that comes with Python 3.11 is too old for it.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv (once; some minutes on a fresh machine)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt setuptools --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP) ## Train a small language model here: the tiny example, on every accelerator or two CPU ranks
+	$(BIN)/python examples/train_text.py configs/text/tiny.yaml
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest --quiet
+
+quality: $(STAMP) ## Check style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(STAMP) ## Mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+commit: $(STAMP) ## Run the checks that run before a commit, on all files
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+build: $(STAMP) ## Build the source distribution and the wheel into dist/
+	$(BIN)/python -m build
+
+clean: ## Remove what the other targets made
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
