@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path as people write it; ``~`` is the home directory."""
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ _BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl", "gloo")
 
 def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
     """Yield every contradiction between keys."""
-    yield from _sources(model, data)
+    yield from _sources(model)
     yield from _attention(model, train)
     yield from _held_out(data, train)
     yield from _length(train)
@@ -24,7 +24,7 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     yield from _sharding(train)
 
 
-def _sources(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+def _sources(model: ModelConfig) -> Iterator[Problem]:
     if model.config_path is None and model.model_path is None:
         yield Problem("model.config_path and model.model_path are both null", "set one: it names the architecture")
     if model.broadcast_weights and model.model_path is None:
@@ -34,11 +34,6 @@ def _sources(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
     for key in ("tokenizer_path", "model_path"):
         if getattr(model, key) is not None:
             yield Problem(f"model.train_tokenizer_vocab_size and model.{key} both give a tokenizer", "set one to null")
-    if data.data_type == "conversation" and data.chat_template is None:
-        yield Problem(
-            "data.data_type is conversation, and a tokenizer trained here has no chat template",
-            "set data.chat_template, or model.tokenizer_path to a tokenizer that has one",
-        )
 
 
 def _attention(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:

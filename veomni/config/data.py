@@ -6,22 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from veomni.config.base import Section
+from veomni.config.base import PathText, Section
 
 BUILTIN_CORPUS = "python-stdlib"
 """The value of ``data.train_path`` that needs no file: the sources of this Python's standard library."""
-
-Path = Annotated[str, Field(min_length=1)]
 
 
 class DataConfig(Section):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
-    train_path: Path | Annotated[list[Path], Field(min_length=1)] = Field(
+    train_path: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(
         description="Training data: a file, a directory, or a list of them (text, JSONL, Parquet, Arrow, a saved "
         "Hugging Face dataset), or python-stdlib, the sources of the Python standard library on this machine."
     )
-    eval_path: str | None = Field(default=None, description="Held-out data, read as train_path is.")
+    eval_path: PathText | None = Field(default=None, description="Held-out data, read as train_path is.")
     eval_fraction: float = Field(
         default=0.0,
         ge=0.0,
@@ -59,7 +57,7 @@ class DataConfig(Section):
         default="auto",
         description="Copy batches to the device from page-locked memory; auto does so where it is of use.",
     )
-    cache_dir: str | None = Field(
-        default=None, description="Where tokenized data is kept between runs; null keeps it under train.output_dir."
+    cache_dir: PathText | None = Field(
+        default=None, description="Where tokenized data is kept between runs; null keeps it in ~/.cache/veomni."
     )
     max_documents: int | None = Field(default=None, ge=1, description="Use only this many documents; null uses all.")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from veomni.config.base import Section
+from veomni.config.base import PathText, Section
 
 Attention = Literal[
     "auto",
@@ -23,26 +23,27 @@ Attention = Literal[
 class ModelConfig(Section):
     """Architecture, weights and tokenizer. Paths are relative to the working directory."""
 
-    config_path: str | None = Field(
+    config_path: PathText | None = Field(
         default=None,
         description="The architecture: a registered name such as qwen3, a config.json file, or a directory with one. "
         "null reads it from model_path.",
     )
-    model_path: str | None = Field(
+    model_path: PathText | None = Field(
         default=None,
-        description="A directory with weights in Hugging Face layout. null initialises at random from train.seed.",
+        description="A directory with weights in Hugging Face layout, or the hub name of one in the local cache. "
+        "null initialises at random from train.seed.",
     )
     config_overrides: dict[str, Any] = Field(
         default_factory=dict,
         description="Keys of the Hugging Face config to replace, such as num_hidden_layers; unknown ones are refused.",
     )
-    tokenizer_path: str | None = Field(
+    tokenizer_path: PathText | None = Field(
         default=None,
-        description="A tokenizer's directory or tokenizer.json. null takes the one in model_path or config_path.",
+        description="A tokenizer's directory. null takes the one in model_path or config_path.",
     )
     train_tokenizer_vocab_size: int | None = Field(
         default=None,
-        ge=257,
+        ge=260,
         description="Train a byte-level BPE tokenizer of this many tokens on the training text; null uses a ready one.",
     )
     attention: Attention = Field(

@@ -37,27 +37,35 @@ def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Itera
 
 
 def _model(model: ModelConfig) -> Iterator[Problem]:
-    if model.model_path is not None:
+    if model.model_path is not None and not _is_cached(model.model_path):
         yield from _directory("model.model_path", model.model_path, "it holds config.json and *.safetensors")
-    if model.tokenizer_path is not None:
-        yield from _exists("model.tokenizer_path", model.tokenizer_path)
-    if model.config_path is not None and _looks_like_a_path(model.config_path):
-        yield from _exists("model.config_path", model.config_path)
+    if model.tokenizer_path is not None and not _is_cached(model.tokenizer_path):
+        yield from _directory("model.tokenizer_path", model.tokenizer_path, "it holds the tokenizer's files")
+    path = model.config_path
+    if path is not None and (os.sep in path or path.endswith(".json")) and not _is_cached(path):
+        yield from _exists("model.config_path", path)
     ready = (model.tokenizer_path, model.model_path, model.train_tokenizer_vocab_size)
-    if ready == (None, None, None) and not os.path.isdir(model.config_path or ""):
+    if ready == (None, None, None) and not os.path.isdir(path or "") and not _is_cached(path or ""):
         yield Problem(
             "no key says where the tokenizer comes from",
             "set model.tokenizer_path, model.model_path or model.train_tokenizer_vocab_size",
         )
 
 
-def _looks_like_a_path(name: str) -> bool:
-    return os.sep in name or name.endswith(".json")
+def _is_cached(name: str) -> bool:
+    """Whether ``name`` is that of a hub model in the local Hugging Face cache."""
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def _exists(key: str, path: str) -> Iterator[Problem]:
-    if "://" in path:
-        return  # remote files are found or missed when they are opened
     if not os.path.exists(path):
         yield Problem(f"{key}: {path} does not exist", _fix(key, path))
     elif not os.access(path, os.R_OK):

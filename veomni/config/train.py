@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from veomni.config.base import Section
+from veomni.config.base import PathText, Section
 from veomni.config.train_parts import (
     CheckpointConfig,
     EvalConfig,
@@ -60,7 +60,7 @@ class TrainConfig(Section):
     global_batch_size: int = Field(
         ge=1, description="Rows of data.max_seq_len tokens per optimizer step, over all ranks."
     )
-    output_dir: str = Field(min_length=1, description="Directory that everything a run writes goes to.")
+    output_dir: PathText = Field(description="Directory that everything a run writes goes to.")
     devices: AxisSize | Literal["auto"] = Field(
         default="auto",
         description="Processes to start on this node; auto is one per accelerator, or cpu_devices without any.",

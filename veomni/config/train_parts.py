@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from veomni.config.base import Section
+from veomni.config.base import PathText, Section
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -78,9 +78,8 @@ class CheckpointConfig(Section):
         description="Checkpoints kept; at least 2, so that a damaged newest one has one to fall back to.",
     )
     async_save: bool = Field(default=False, description="Write in the background while training goes on.")
-    resume: str = Field(
+    resume: PathText = Field(
         default="auto",
-        min_length=1,
         description="auto: the newest valid checkpoint in output_dir; none; or a checkpoint's path.",
     )
     save_final: bool = Field(default=True, description="Save a checkpoint at the end.")

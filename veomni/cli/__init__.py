@@ -1,0 +1,5 @@
+"""The ``veomni`` command."""
+
+from veomni.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,85 @@
+"""How much memory a model's parameters, gradients and optimizer state take on each rank, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from veomni.precision import Precision
+
+if TYPE_CHECKING:
+    from veomni.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank, activations not counted.
+
+    Attributes:
+        parameters: Master weights.
+        gradients: Gradients, in the master weights' format.
+        optimizer: Optimizer state.
+        gathered: Copies in the compute format that exist besides: blocks gathered by FSDP (two at a time, all of them
+            when they stay gathered), or the weights that autocast keeps under ``single`` and ``ddp``.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all."""
+        return self.parameters + self.gradients + self.optimizer + self.gathered
+
+
+def rank_memory(
+    model: nn.Module, blocks: tuple[str, ...], train: TrainConfig, precision: Precision, shards: int
+) -> RankMemory:
+    """Return the memory of one rank.
+
+    Args:
+        model: The model; the meta device will do.
+        blocks: Names of the modules that are gathered one at a time.
+        train: The section ``train`` of the configuration.
+        precision: The number formats.
+        shards: Ranks that each parameter is spread over.
+    """
+    everything = _count(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    item = precision.storage.itemsize
+    return RankMemory(
+        parameters=everything * item / shards,
+        gradients=trained * item / shards,
+        optimizer=trained * item * _states(train) / shards,
+        gathered=_gathered(model, blocks, train, precision, shards),
+    )
+
+
+def _states(train: TrainConfig) -> int:
+    """Return how many numbers the optimizer keeps per parameter."""
+    if train.optimizer.name == "adamw":
+        return 2
+    return 1 if train.optimizer.momentum else 0
+
+
+def _gathered(
+    model: nn.Module, blocks: tuple[str, ...], train: TrainConfig, precision: Precision, shards: int
+) -> float:
+    everything = _count(model)
+    if train.data_parallel_mode in ("single", "ddp"):
+        return everything * precision.compute.itemsize if precision.mixed else 0
+    if shards == 1 and not precision.mixed:
+        return 0
+    sizes = [_count(model.get_submodule(name)) for name in blocks]
+    root = everything - sum(sizes)
+    stays = not train.fsdp.reshard_after_forward or train.fsdp.sharding == "grad_op"
+    at_once = sum(sizes) if stays else max(sizes, default=0) * (1 + max(1, train.fsdp.prefetch))
+    return min(everything, root + at_once) * precision.compute.itemsize
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
