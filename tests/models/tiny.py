@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 _TEXT: dict[str, Any] = {
@@ -39,10 +40,48 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_TOWER: dict[str, Any] = {
+    "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "out_hidden_size": 32, "in_channels": 3,
+}  # fmt: skip
+_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "t5": {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    "whisper": {
+        "vocab_size": 128, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+        "max_source_positions": 32, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "decoder_start_token_id": 1,
+    },
+    "qwen2_5_vl": {
+        "text_config": {**_TEXT, "rope_parameters": _MROPE, "layer_types": ["full_attention"] * 2},
+        "vision_config": {**_TOWER, "fullatt_block_indexes": [1], "window_size": 16},
+    },
+    "qwen3_vl": {
+        "text_config": {**_TEXT, "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
+        "vision_config": {**_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    },
+    "qwen3_next": {
+        **_TEXT, **_MOE, "num_hidden_layers": 4, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 16, "patch_size": 4, "projection_dim": 32,
+        },
+    },
+}  # fmt: skip
+"""Not plain decoder-only text models, or with modules of their own: vision and audio towers, recurrent layers."""
+
+
 def tiny_config(name: str, **changes: Any) -> Any:
     """Return a fresh configuration of a model type; ``changes`` replace its values."""
     from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name](**{**_TEXT, **TEXT_MODELS[name], **changes})
+    values = {**_TEXT, **TEXT_MODELS[name]} if name in TEXT_MODELS else OTHER_MODELS[name]
+    config = CONFIG_MAPPING[name](**deepcopy({**values, **changes}))
     config.use_cache = False
     return config

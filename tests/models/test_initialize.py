@@ -1,0 +1,177 @@
+"""Random weights: the same in every layout, distributed as transformers', with buffers as a normal construction's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.harness import run_ranks
+from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
+from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
+from veomni.errors import ModelError
+from veomni.models import Materializer
+from veomni.models.gather import full_tensors
+
+
+def normally(config: transformers.PreTrainedConfig, like: nn.Module) -> nn.Module:
+    """The model as transformers itself constructs and initialises it, without the meta device."""
+    torch.manual_seed(0)
+    return like.__class__._from_config(config, attn_implementation=like.config._attn_implementation)
+
+
+@pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_MODELS])
+def test_buffers_equal_those_of_a_normal_construction(name):
+    model = materialized(tiny_config(name))
+    expected = dict(normally(tiny_config(name), model).named_buffers())
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == expected.keys()
+    for key, buffer in buffers.items():
+        assert buffer.dtype is expected[key].dtype, key
+        assert torch.equal(buffer, expected[key]), key
+
+
+@pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_MODELS])
+def test_parameters_are_distributed_as_transformers_distributes_them(name):
+    model = materialized(tiny_config(name))
+    reference = normally(tiny_config(name), model)
+    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for key, parameter in ours.items():
+        count = parameter.numel()
+        spread, expected = float(parameter.detach().std(correction=0)), float(theirs[key].detach().std(correction=0))
+        assert (spread == 0) == (expected == 0), key
+        if expected == 0:
+            assert torch.equal(parameter, theirs[key]), key
+        elif count >= 64:  # two sample deviations differ by about 1 / sqrt(count)
+            assert abs(spread / expected - 1) < 6 / count**0.5, key
+            offset = float(parameter.detach().mean() - theirs[key].detach().mean())
+            assert abs(offset) < 7 * expected / count**0.5, key
+
+
+def _full(layout, source, **options):
+    return {name: tensor.clone() for name, tensor in full_tensors(layout(source, **options))}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize(("ranks", "options"), [(2, {}), (4, {}), (4, {"replicate": 2})])
+def test_every_layout_starts_from_the_same_weights(name, ranks, options):
+    alone = dict(full_tensors(materialized(tiny_config(name))))
+    for tensors in run_ranks(_full, ranks, fsdp2, tiny_config(name), **options):
+        assert tensors.keys() == alone.keys()
+        assert all(torch.equal(tensors[key], alone[key]) for key in alone)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_fsdp1_starts_from_the_same_weights(name):
+    alone = dict(full_tensors(materialized(tiny_config(name))))
+    sharded = run_ranks(_full, 2, fsdp1, tiny_config(name))[0]
+    assert sharded.keys() == alone.keys()
+    assert all(torch.equal(sharded[key], alone[key]) for key in alone)
+
+
+def test_float64_starts_from_the_float32_numbers():
+    alone = dict(full_tensors(materialized(tiny_config("llama"))))
+    double = run_ranks(_full, 2, fsdp2, tiny_config("llama"), dtype=torch.float64)[0]
+    for key, tensor in double.items():
+        assert tensor.dtype is (torch.float64 if "inv_freq" not in key else torch.float32)
+        assert torch.equal(tensor, alone[key].to(tensor.dtype))
+
+
+def test_seeds_and_modules_have_streams_of_their_own():
+    first, second, again = (dict(full_tensors(materialized(tiny_config("llama"), seed=s))) for s in (1, 2, 1))
+    key, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.gate_proj.weight"
+    assert torch.equal(first[key], again[key])
+    assert not torch.equal(first[key], second[key])
+    assert not torch.equal(first[key], first[other])
+
+
+def test_the_callers_random_state_is_left_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    materialized(tiny_config("llama"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_initialisers_that_reach_into_children_run_after_them():
+    # GPT-2 scales its residual projections from the block: by 1 / sqrt(2 * layers), here 1/2 * 0.5
+    model = materialized(tiny_config("gpt2", n_layer=8, initializer_range=0.5))
+    block = model.transformer.h[3]
+    assert float(block.mlp.c_proj.weight.std()) == pytest.approx(0.125, rel=0.1)
+    assert float(block.mlp.c_fc.weight.std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_tied_parameters_stay_tied():
+    model = materialized(tiny_config("qwen3"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class _Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.MultiheadAttention(8, 2))
+        self.head = nn.Linear(8, 4, bias=False)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def reset_parameters(self):
+        nn.init.constant_(self.frozen, 2.0)
+
+
+def test_plain_modules_are_reset():
+    with torch.device("meta"):
+        model = _Plain()
+    Materializer(model, device=CPU, seed=0)(model)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert torch.equal(model.frozen, torch.full((3,), 2.0))
+    assert model.frozen.requires_grad is False
+    assert torch.equal(model.body[1].weight, torch.ones(8))
+    assert 0 < model.body[0].weight.abs().max() <= 0.5  # Linear: uniform within 1 / sqrt(4)
+    assert model.body[2].in_proj_weight.std() > 0
+
+
+def test_values_that_are_there_stay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].to("meta")
+    with torch.device("meta"):
+        model[1] = nn.Linear(2, 2)
+    before = model[0].weight.clone()
+    Materializer(model, device=CPU, seed=0)(model)
+    assert torch.equal(model[0].weight, before)
+    assert not model[1].weight.is_meta
+
+
+class _Forgotten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+class _Loose(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.table = torch.zeros(2)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(_Forgotten, "scale"), (_Loose, "table")])
+def test_what_nothing_initialises_is_named(cls, name):
+    with torch.device("meta"):
+        model = cls()
+    with pytest.raises(ModelError, match=name):
+        Materializer(model, device=CPU, seed=0)(model)
+
+
+def _build_after_sharding():
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = fully_shard(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="already sharded"):
+        Materializer(model, device=CPU, seed=0)
+
+
+def test_a_sharded_model_is_refused():
+    run_ranks(_build_after_sharding, 1)
