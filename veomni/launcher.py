@@ -35,7 +35,7 @@ from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, detect_environment, join_or_start
 from veomni.logging import create_logger
 from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
-from veomni.precision import select_precision
+from veomni.precision import Precision, select_precision
 from veomni.randomness import RandomState, seed_process, use_deterministic_algorithms
 from veomni.reporter import Reporter
 from veomni.strategies import ParameterStrategy, Strategy
@@ -79,7 +79,7 @@ class Launcher:
         strategy: str | Strategy | Sequence[Strategy] = "auto",
         *,
         accelerator: str | Accelerator = "auto",
-        precision: str = "fp32",
+        precision: str | Precision = "fp32",
         devices: int | None = None,
         backend: str = "auto",
         seed: int = 0,
@@ -95,7 +95,7 @@ class Launcher:
         self.strategies = select_strategies(strategy)
         self.parameter_strategy: ParameterStrategy = parameter_strategy(self.strategies)
         self.accelerator = select_accelerator(accelerator)
-        self.precision = select_precision(precision)
+        self.precision = precision if isinstance(precision, Precision) else select_precision(precision)
         self.devices = devices
         self.backend = self.accelerator.backend if backend == "auto" else backend
         self.seed = seed

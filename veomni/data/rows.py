@@ -52,7 +52,9 @@ class MicroBatches(Dataset[MicroBatchInputs]):
                 segments.append(self.capacity - at)
                 positions[row, at:] = np.arange(self.capacity - at)
         tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {name: torch.from_numpy(array) for name, array in tensors.items()} | _attention(segments, self.capacity)
+        batch: MicroBatchInputs = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        whole_rows = len(segments) == len(rows)  # nothing to keep apart: attention may take a dense kernel
+        return batch if whole_rows else batch | _attention(segments, self.capacity)
 
     def _copy(self, sample: int, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
         """Write one sample to the front of ``ids`` and ``labels``, and return its length."""

@@ -1,0 +1,237 @@
+"""Turn the sections of a configuration into the objects a script uses; each could as well be built by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from veomni.accelerators import select_accelerator
+from veomni.checkpoint_schedule import CheckpointSchedule
+from veomni.config import Config, TrainConfig
+from veomni.errors import ConfigError
+from veomni.launcher import Launcher
+from veomni.precision import select_precision
+from veomni.reporter import Reporter
+from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from veomni.data import PackedDataLoader, TextDataset
+    from veomni.loggers import Logger
+
+
+def build_launcher(config: Config) -> Launcher:
+    """Return a launcher for the ``train`` section; nothing is started yet."""
+    train, output_dir = config.train, Path(config.train.output_dir)
+    save, accelerator = train.checkpoint, select_accelerator(train.accelerator)
+    automatic = train.cpu_devices if accelerator.name == "cpu" else accelerator.device_count()
+    return Launcher(
+        build_strategy(train),
+        accelerator=accelerator,
+        precision=select_precision(train.precision, reduce=train.fsdp.reduce_dtype),
+        devices=automatic if train.devices == "auto" else train.devices,
+        backend=train.backend,
+        seed=train.seed,
+        recompute=train.gradient_checkpointing,
+        compile=train.compile,
+        fused_loss=config.model.fused_loss,
+        broadcast_weights=config.model.broadcast_weights,
+        deterministic=train.deterministic,
+        timeout_seconds=train.timeout_seconds,
+        reporter=Reporter(
+            output_dir,
+            loggers=_extra_loggers(config),
+            progress_bar=train.logging.progress_bar,
+            log_every=train.log_every,
+            plot=train.logging.plot,
+        ),
+        checkpoints=CheckpointSchedule(
+            output_dir / "checkpoints",
+            save_steps=save.save_steps,
+            save_final=save.save_final,
+            resume=save.resume,
+            keep_last=save.keep_last,
+            async_save=save.async_save,
+            verify_hash=save.verify_hash,
+        ),
+    )
+
+
+def build_strategy(train: TrainConfig) -> ParameterStrategy:
+    """Return the strategy that ``train.data_parallel_mode`` names, with the options of ``train.fsdp``."""
+    fsdp, replicate = train.fsdp, train.data_parallel_replicate_size
+    match train.data_parallel_mode:
+        case "single":
+            return Single()
+        case "ddp":
+            return DDP()
+        case "fsdp1":
+            return FSDP1(
+                replicate=replicate,
+                sharding="grad_op" if fsdp.sharding == "grad_op" else "full",
+                cpu_offload=fsdp.cpu_offload,
+                forward_prefetch=fsdp.prefetch > 0,
+            )
+        case "fsdp2":
+            return FSDP2(
+                replicate=replicate,
+                reshard_after_forward=fsdp.reshard_after_forward,
+                reshard_after_backward=fsdp.reshard_after_backward,
+                cpu_offload=fsdp.cpu_offload,
+                prefetch=fsdp.prefetch,
+            )
+
+
+def _extra_loggers(config: Config) -> list[Logger]:
+    from veomni.loggers import TensorBoardLogger, WandbLogger
+
+    choice, output_dir = config.train.logging, Path(config.train.output_dir)
+    loggers: list[Logger] = []
+    if choice.wandb:
+        loggers.append(WandbLogger(output_dir, project=choice.wandb_project, mode=choice.wandb_mode))
+    if choice.tensorboard:
+        loggers.append(TensorBoardLogger(output_dir))
+    return loggers
+
+
+def load_datasets(config: Config) -> tuple[TextDataset, TextDataset | None]:
+    """Return the training documents and the held-out ones, or None."""
+    from veomni.data import build_dataset
+
+    data = config.data
+    kind: dict[str, Any] = {"data_type": data.data_type, "text_key": data.text_key, "messages_key": data.messages_key}
+    train, held_out = build_dataset(
+        data.train_path,
+        max_documents=data.max_documents,
+        eval_fraction=0.0 if data.eval_path else data.eval_fraction,
+        seed=config.train.seed,
+        **kind,
+    )
+    if data.eval_path is not None:
+        held_out, _ = build_dataset(data.eval_path, **kind)
+    return train, held_out
+
+
+def load_tokenizer(config: Config, dataset: TextDataset) -> Any:
+    """Return the tokenizer of the run: a ready one, or one trained on the documents by whichever rank comes first."""
+    from veomni.data import build_once, train_byte_bpe
+    from veomni.models import build_tokenizer
+
+    model = config.model
+    if model.train_tokenizer_vocab_size is None:
+        path = model.tokenizer_path or model.model_path or model.config_path
+        if path is None:
+            raise ConfigError("no tokenizer was given", "set model.tokenizer_path")
+        return build_tokenizer(path)
+    size = model.train_tokenizer_vocab_size
+    directory = Path(config.train.output_dir) / "model_assets"
+    build_once(
+        directory,
+        lambda empty: train_byte_bpe(dataset.texts(), size).save_pretrained(empty),
+        lambda built: None if (built / "tokenizer.json").is_file() else "no tokenizer.json",
+    )
+    return build_tokenizer(directory)
+
+
+def load_model(config: Config, tokenizer: Any) -> nn.Module:
+    """Return the model of the ``model`` section, on the meta device.
+
+    Raises:
+        ConfigError: the tokenizer has tokens the model has no embedding for, or rows are longer than its positions.
+    """
+    from veomni.models import build_config, build_model, freeze
+
+    section = config.model
+    source = section.config_path or section.model_path
+    if source is None:
+        raise ConfigError("no model was given", "set model.config_path or model.model_path")
+    overrides, trust = section.config_overrides, section.trust_remote_code
+    architecture = build_config(source, overrides, trust_remote_code=trust)
+    _refuse_mismatch(config, architecture.get_text_config(), tokenizer)
+    model = build_model(
+        architecture,
+        attention=section.attention,
+        weights=section.model_path or "random",
+        trust_remote_code=trust,
+    )
+    if section.freeze:
+        freeze(model, section.freeze)
+    return model
+
+
+def _refuse_mismatch(config: Config, architecture: Any, tokenizer: Any) -> None:
+    if len(tokenizer) > architecture.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {architecture.vocab_size}",
+            f"set model.config_overrides.vocab_size to {len(tokenizer)}, or take the model's own tokenizer",
+        )
+    longest = getattr(architecture, "max_position_embeddings", None)
+    if longest is not None and config.data.max_seq_len > longest:
+        raise ConfigError(
+            f"data.max_seq_len is {config.data.max_seq_len}, the model has {longest} positions",
+            f"set data.max_seq_len to at most {longest}",
+        )
+
+
+def load_batches(
+    config: Config, dataset: TextDataset, tokenizer: Any, launcher: Launcher, *, train: bool
+) -> PackedDataLoader:
+    """Return the loader of this rank's micro-batches."""
+    from veomni.data import build_dataloader
+
+    data, section = config.data, config.train
+    return build_dataloader(
+        dataset,
+        tokenizer,
+        parallel=launcher.data_parallel,
+        micro_batch_size=section.micro_batch_size,
+        global_batch_size=section.global_batch_size,
+        max_seq_len=data.max_seq_len,
+        seed=section.seed,
+        shuffle=data.shuffle,
+        packing=data.packing,
+        overlong=data.overlong,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+        pin_memory=data.pin_memory,
+        epochs=None if section.max_steps else section.num_train_epochs,
+        cache_dir=data.cache_dir,
+        chat_template=data.chat_template,
+        train=train,
+    )
+
+
+def create_optimizer(config: Config, launcher: Launcher, model: nn.Module) -> Optimizer:
+    """Return the optimizer of ``train.optimizer`` over the sharded parameters."""
+    section = config.train.optimizer
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "no_decay": section.no_decay}
+    if section.name == "sgd":
+        return launcher.setup_optimizer(model, SGD, momentum=section.momentum, **common)
+    first, second = section.betas
+    return launcher.setup_optimizer(model, AdamW, betas=(first, second), eps=section.eps, fused=True, **common)
+
+
+def create_scheduler(config: Config, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return the schedule of ``train.scheduler`` over ``total_steps`` steps."""
+    from veomni.optim import build_scheduler
+
+    section = config.train.scheduler
+    warmup = section.warmup_steps
+    if warmup is None:
+        warmup = int(total_steps * (section.warmup_ratio or 0.0))
+    return build_scheduler(
+        optimizer,
+        name=section.name,
+        total_steps=total_steps,
+        warmup_steps=warmup,
+        min_lr_ratio=section.min_lr_ratio,
+    )
+
+
+def total_steps(config: Config, loader: PackedDataLoader) -> int:
+    """Return the optimizer steps of the whole run."""
+    return config.train.max_steps or loader.steps_per_epoch * config.train.num_train_epochs
