@@ -167,5 +167,7 @@ def _seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
         number = int.from_bytes(digest[:8], "little") >> 1
         torch.default_generator.manual_seed(number)
         if accelerators:
-            torch.get_device_module(device).manual_seed(number)
+            backend = torch.get_device_module(device)
+            with backend.device(device):
+                backend.manual_seed(number)
         yield

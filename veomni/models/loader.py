@@ -35,13 +35,11 @@ MODELING_REGISTRY: Registry[Callable[[str | None], type[nn.Module]]] = Registry(
 MODEL_PROCESSOR_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model processor")
 """Model type -> function that returns its processor class."""
 
-_AUTO_MAPPINGS = (
+_SEQ_TO_SEQ = ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING")
+_DECODER = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_MAPPING",
 )
 
 
@@ -68,7 +66,8 @@ def model_class(config: PreTrainedConfig) -> type[nn.Module]:
     """Return the class to build for a configuration.
 
     The architecture that config.json names is built where transformers has it; otherwise the first head that fits:
-    causal language model, multimodal language model, sequence to sequence, and last the bare body.
+    causal language model, multimodal language model, and last the bare body; for encoder-decoders, sequence to
+    sequence before all others.
 
     Raises:
         ModelError: no class builds this type.
@@ -81,7 +80,8 @@ def model_class(config: PreTrainedConfig) -> type[nn.Module]:
     named = getattr(transformers, architecture, None) if architecture else None
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         return named
-    for mapping in (getattr(transformers, name, None) for name in _AUTO_MAPPINGS):
+    heads = (*_SEQ_TO_SEQ, *_DECODER) if getattr(config, "is_encoder_decoder", False) else (*_DECODER, *_SEQ_TO_SEQ)
+    for mapping in (getattr(transformers, name, None) for name in (*heads, "MODEL_MAPPING")):
         found = mapping.get(type(config), None) if mapping is not None else None
         if found is not None:
             chosen: type[nn.Module] = found[0] if isinstance(found, tuple) else found

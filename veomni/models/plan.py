@@ -64,6 +64,7 @@ def _keep_fp32(model: nn.Module) -> tuple[str, ...]:
     names: list[str] = []
     for name, module in model.named_modules():
         own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
-        if name and any(hf.keeps_fp32(model, parameter) for parameter in own):
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if name and not inside and any(hf.keeps_fp32(model, parameter) for parameter in own):
             names.append(name)
     return tuple(names)

@@ -1,0 +1,113 @@
+"""The contract with transformers: each name that is not exported and that veomni relies on, and what it does.
+
+When one of these fails after an upgrade of transformers, `veomni/models/hf.py` is the only file to change.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel, WeightConverter, conversion_mapping, core_model_loading, modeling_utils
+
+import veomni
+from tests.models.tiny import tiny_config
+from veomni.models import hf
+
+PACKAGE = Path(veomni.__file__).parent
+
+
+def test_hf_is_the_only_file_that_imports_what_is_not_exported():
+    offenders = []
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "examples").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            inner = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.")
+            absent = (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "transformers"
+                and not all(hasattr(transformers, alias.name) for alias in node.names)
+            )
+            if (inner or absent) and path != PACKAGE / "models" / "hf.py":
+                offenders.append(f"{path}:{node.lineno}")
+    assert offenders == []
+
+
+def test_modeling_utils():
+    assert {"sdpa", "flash_attention_2"} <= set(modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys())
+    assert {"eager", "sdpa"} <= set(hf.attention_names())
+    for name in ("_from_config", "_init_weights", "set_experts_implementation", "_can_set_experts_implementation"):
+        assert callable(getattr(PreTrainedModel, name)), name
+    for name in ("_no_split_modules", "_keep_in_fp32_modules_strict", "_supports_sdpa", "_supports_flash_attn"):
+        assert hasattr(PreTrainedModel, name), name
+    for name in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing", "base_model_prefix"):
+        assert hasattr(PreTrainedModel, name), name
+
+
+def test_construct_sets_dtype_and_attention():
+    model = hf.construct(transformers.LlamaForCausalLM, tiny_config("llama", dtype="bfloat16"), "eager")
+    assert model.dtype is torch.float32
+    assert model.config._attn_implementation == "eager"
+    assert hf.tied_parameters(model) == {}
+
+
+def test_initialisers_follow_transformers_order_and_owner(monkeypatch):
+    model = transformers.LlavaForConditionalGeneration(tiny_config("llava"))
+    seen: list[tuple[int, int]] = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            monkeypatch.setattr(
+                module, "_initialize_weights", lambda m, *args, owner=module: seen.append((id(m), id(owner)))
+            )
+    model.initialize_weights()
+    assert [(id(module), id(owner)) for _, module, owner in hf.initialisers(model)] == seen
+    assert len(seen) > 40
+
+
+def test_tied_parameters():
+    model = transformers.Qwen3ForCausalLM(tiny_config("qwen3"))
+    assert hf.tied_parameters(model) == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_conversion_primitives():
+    signature = inspect.signature(conversion_mapping.get_model_conversion_mapping)
+    assert {"model", "add_legacy"} <= set(signature.parameters)
+    names = list(inspect.signature(core_model_loading.rename_source_key).parameters)
+    assert names[:5] == [
+        "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict",
+    ]  # fmt: skip
+    for name in ("add_tensor", "convert", "rename_source_key", "reverse_transform", "was_used"):
+        assert callable(getattr(WeightConverter, name)), name
+    assert core_model_loading.MergeModulelist(dim=0).dim == 0
+    assert core_model_loading.Concatenate(dim=1).dim == 1
+    assert (core_model_loading.Transpose(1, 2).dim0, core_model_loading.Transpose(1, 2).dim1) == (1, 2)
+    assert issubclass(core_model_loading.PrefixChange, core_model_loading.WeightRenaming)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe"])
+def test_experts_stack_row_by_row(name):
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(name))
+    names = []
+    for group in hf.saving_conversions(model, list(model.state_dict())):
+        tensors = {key: [model.state_dict()[n] for n in parts] for key, parts in group.sources.items()}
+        names += [hf.saved_name(model, group, key) for key in group.convert(model, tensors)]
+    groups = [group for group in hf.loading_conversions(model, names) if group.converter is not None]
+    assert {group.key.rsplit(".", 1)[1] for group in groups} == {"gate_up_proj", "down_proj"}
+    assert all(group.stacks_rows and {len(n) for n in group.sources.values()} == {4} for group in groups)
+
+
+def test_a_conversion_that_mixes_rows_is_not_taken_for_one_that_stacks():
+    mixing = WeightConverter(
+        "a.*.w", "b.w", operations=[core_model_loading.MergeModulelist(0), core_model_loading.Transpose(0, 1)]
+    )
+    assert not hf.Conversion("b.w", {}, mixing).stacks_rows
+    assert not hf.Conversion("b.w", {"b.w": ["b.w"]}).stacks_rows
+
+
+def test_checkpoint_keys_that_change_name_are_grouped():
+    model = transformers.LlamaForCausalLM(tiny_config("llama"))
+    groups = hf.loading_conversions(model, ["layers.0.mlp.up_proj.weight", "lm_head.weight", "strange"])
+    assert [group.key for group in groups] == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "strange"]
