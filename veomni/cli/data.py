@@ -46,18 +46,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _loader(config: Config) -> tuple[PackedDataLoader, Any]:
-    from veomni.data import build_dataloader, build_dataset
+    from veomni.data import build_dataloader
+    from veomni.from_config import load_datasets
 
     data = config.data
-    dataset, _ = build_dataset(
-        data.train_path,
-        data_type=data.data_type,
-        text_key=data.text_key,
-        messages_key=data.messages_key,
-        max_documents=data.max_documents,
-        eval_fraction=data.eval_fraction,
-        seed=config.train.seed,
-    )
+    dataset, _ = load_datasets(config)
     tokenizer = _tokenizer(config, dataset)
     loader = build_dataloader(
         dataset,
@@ -101,7 +94,7 @@ def _documents(row: Mapping[str, Any], tokenizer: Any) -> Iterator[Text]:
             yield Text(f"padding: {end - start} tokens", style="bold")
         else:
             headline = f"document {number}: {end - start} tokens, {sum(learned[start:end])} learned\n"
-            yield Text(headline, style="bold") + _coloured(ids[start:end], learned[start:end], tokenizer)
+            yield Text.assemble((headline, "bold"), _coloured(ids[start:end], learned[start:end], tokenizer))
 
 
 def _coloured(ids: Sequence[int], learned: Sequence[bool], tokenizer: Any) -> Text:

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         raise LayoutError(f"--world is {world}", "give a positive number of ranks")
     check_layout(config, world)
     model = _model(config)
-    for part in (_mesh(config, world), _batch(config, world), _memory(config, world, model)):
+    for part in (_mesh(config, world), _batch(config, world), _flops(config, model), _memory(config, world, model)):
         for name, fact in part:
             print(f"{name:<28}{fact}")
 
@@ -103,6 +103,15 @@ def _batch(config: Config, world: int) -> Iterator[tuple[str, str]]:
     yield "tokens per step", f"{tokens:,} = {rows} rows x {config.data.max_seq_len}"
     if train.max_steps is not None:
         yield "tokens in all", f"{tokens * train.max_steps:,} in {train.max_steps} steps"
+
+
+def _flops(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
+    from veomni.metrics import FlopsCounter
+
+    counter = FlopsCounter.from_model(model)
+    if counter is not None:
+        flops = counter.step_flops([config.data.max_seq_len] * config.train.global_batch_size)
+        yield "FLOPs per step", f"{flops.causal:.4g} causal, {flops.full:.4g} full, if every document fills its row"
 
 
 def _memory(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -38,7 +38,7 @@ def save_args(config: Config, output_dir: str | Path) -> Path:
 
 
 def _text(config: Config) -> str:
-    body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120)
+    body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)
     return f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"
 
 

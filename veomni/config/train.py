@@ -53,9 +53,11 @@ class TrainConfig(Section):
         default=0, ge=0, lt=2**63, description="Decides initial weights, order of the data and every random draw."
     )
     max_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps to train for; null trains for num_train_epochs."
+        default=None,
+        ge=1,
+        description="Optimizer steps to train for, however often the data is read; null goes by epochs.",
     )
-    num_train_epochs: int = Field(default=1, ge=1, description="Passes over the data; max_steps ends a run earlier.")
+    num_train_epochs: int = Field(default=1, ge=1, description="Passes over the data, when max_steps is null.")
     micro_batch_size: int = Field(default=1, ge=1, description="Rows per forward on each data rank.")
     global_batch_size: int = Field(
         ge=1, description="Rows of data.max_seq_len tokens per optimizer step, over all ranks."

@@ -1,0 +1,178 @@
+"""Configurations and command lines that cannot work: each is refused naming the key and the fix, with exit code 78."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.config.samples import write
+from veomni.config import check_layout, load_config
+from veomni.errors import EXIT_BAD_INPUT, InputError, LayoutError
+
+# Changes to the file, arguments after it, what the problem says, what the fix says.
+CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
+    "unknown key": ({"train.max_step": 3}, [], "train.max_step (", "did you mean 'max_steps'"),
+    "unknown key of a group": (
+        {"train.optimizer.learning_rate": 1.0}, [], "train.optimizer.learning_rate", "use one of",
+    ),
+    "key in the wrong group": ({"train.lr": 1.0}, [], "train.lr", "'train.optimizer.lr'"),
+    "unknown section": ({"trian": {}}, [], "trian", "did you mean 'train'"),
+    "unknown flag": ({}, ["--train.sed", "1"], "train.sed (--train.sed)", "did you mean 'seed'"),
+    "a string for an integer": ({"train.seed": "abc"}, [], "train.seed", "valid integer"),
+    "a quoted number": ({"train.max_steps": "3"}, [], "train.max_steps", "valid integer"),
+    "a bool for an integer": ({"train.seed": True}, [], "train.seed", "valid integer"),
+    "a float for an integer": ({}, ["--train.max_steps", "1.5"], "train.max_steps", "valid integer"),
+    "a number for a string": ({"data.text_key": 3}, [], "data.text_key", "a string, in quotes"),
+    "no for a bool": ({}, ["--train.compile", "no"], "train.compile", "valid boolean"),
+    "not a number": ({}, ["--train.optimizer.lr", ".nan"], "train.optimizer.lr", "finite"),
+    "infinite lr": ({}, ["--train.optimizer.lr", "1e999"], "train.optimizer.lr", "finite"),
+    "a list for a group": ({"train.optimizer": []}, [], "train.optimizer", "mapping"),
+    "an empty section": ({"train": None}, [], "train", "mapping"),
+    "a missing key": ({"data": {}}, [], "data.train_path is missing", "--data.train_path VALUE"),
+    "an unknown choice": ({"train.data_parallel_mode": "fsdp3"}, [], "train.data_parallel_mode", "'fsdp2'"),
+    "an unknown precision": ({"train.precision": "fp16"}, [], "train.precision", "'bf16'"),
+    "a negative seed": ({}, ["--train.seed", "-1"], "train.seed", "greater than or equal to 0"),
+    "an axis of size 0": (
+        {"train.tensor_parallel_size": 0}, [], "train.tensor_parallel_size", "greater than or equal to 1",
+    ),
+    "one beta": ({"train.optimizer.betas": [0.9]}, [], "train.optimizer.betas", "at least 2"),
+    "one kept checkpoint": ({"train.checkpoint.keep_last": 1}, [], "train.checkpoint.keep_last", "equal to 2"),
+    "no training data": ({"data.train_path": []}, [], "data.train_path", "at least 1"),
+    "all data held out": ({"data.eval_fraction": 1.0}, [], "data.eval_fraction", "less than 1"),
+    "a flag without a value": ({}, ["--train.compile"], "--train.compile has no value", "--train.compile VALUE"),
+    "a flag before a flag": ({}, ["--train.seed", "--train.compile", "true"], "--train.seed has no value", "give one"),
+    "an empty value": ({}, ["--data.eval_path="], "--data.eval_path has an empty value", "null"),
+    "contradicting flags": ({}, ["--train.seed", "1", "--train.seed=2"], "--train.seed is given twice", "keep one"),
+    "a flag inside a flag": ({}, ["--train.optimizer", "{lr: 1}", "--train.optimizer.lr", "2"], "both set", "put all"),
+    "a flag inside a value": ({}, ["--train.output_dir.x", "1"], "train.output_dir is 'out'", "set --train.output_dir"),
+    "a single dash": ({}, ["-x", "1"], "'-x' is not an override", "usage"),
+    "two files": ({}, ["b.yaml"], "more than one file", "usage"),
+    "broken YAML in a flag": ({}, ["--data.text_key", "[a"], "--data.text_key:1", "quotes"),
+    "no architecture": ({"model.config_path": None}, [], "model.config_path and model.model_path", "set one"),
+    "nothing to broadcast": ({"model.broadcast_weights": True}, [], "model.broadcast_weights", "false"),
+    "two tokenizers": ({"model.tokenizer_path": "."}, [], "model.train_tokenizer_vocab_size", "one to null"),
+    "no tokenizer": ({"model.train_tokenizer_vocab_size": None}, [], "tokenizer", "model.tokenizer_path"),
+    "a vocabulary without all bytes": ({"model.train_tokenizer_vocab_size": 200}, [], "vocab_size", "equal to 260"),
+    "fp64 with a flash kernel": (
+        {}, ["--train.precision", "fp64", "--model.attention", "flash_attention_2"], "fp64", "sdpa",
+    ),
+    "fp32 with varlen": ({"model.attention": "varlen"}, [], "model.attention varlen", "train.precision bf16"),
+    "a CUDA kernel on the CPU": (
+        {"model.attention": "varlen", "train.precision": "bf16", "train.accelerator": "cpu"}, [], "CPU", "sdpa",
+    ),
+    "evaluation without data": ({"train.eval.every_steps": 5}, [], "train.eval.every_steps", "data.eval_fraction"),
+    "two held-out sets": (
+        {"data.eval_path": ".", "data.eval_fraction": 0.1}, [], "data.eval_path", "data.eval_fraction",
+    ),
+    "two warm-ups": ({"train.scheduler": {"warmup_steps": 1, "warmup_ratio": 0.1}}, [], "warmup_ratio", "null"),
+    "a warm-up longer than the run": (
+        {"train.scheduler.warmup_steps": 9, "train.max_steps": 5}, [], "train.scheduler.warmup_steps 9", "fewer",
+    ),
+    "single on two devices": (
+        {"train.devices": 2, "train.data_parallel_mode": "single"}, [], "train.devices is 2", "train.devices to 1",
+    ),
+    "nccl on the CPU": ({"train.backend": "nccl", "train.accelerator": "cpu"}, [], "train.backend nccl", "gloo"),
+    "fsdp1's sharding with fsdp2": ({"train.fsdp.sharding": "grad_op"}, [], "train.fsdp.sharding grad_op", "fsdp1"),
+    "hybrid without replicas": (
+        {"train.fsdp.sharding": "hybrid", "train.data_parallel_mode": "fsdp1"}, [], "hybrid", "replicate_size",
+    ),
+    "fsdp2's switch with fsdp1": (
+        {"train.fsdp.reshard_after_forward": False, "train.data_parallel_mode": "fsdp1"},
+        [], "reshard_after_forward", "fsdp2",
+    ),
+    "offload with ddp": (
+        {"train.fsdp.cpu_offload": True, "train.data_parallel_mode": "ddp"},
+        [], "train.fsdp.cpu_offload", "fsdp1 or fsdp2",
+    ),
+    "prefetch fsdp1 cannot": (
+        {"train.fsdp.prefetch": 2, "train.data_parallel_mode": "fsdp1"}, [], "train.fsdp.prefetch 2", "0 or 1",
+    ),
+    "bf16 sums of fp32 gradients": ({"train.fsdp.reduce_dtype": "bf16"}, [], "train.fsdp.reduce_dtype", "precision"),
+    "missing training data": (
+        {"data.train_path": "nowhere.jsonl"}, [], "data.train_path: nowhere.jsonl", "relative to",
+    ),
+    "missing data in a list": ({"data.train_path": ["python-stdlib", "gone"]}, [], "data.train_path: gone", "does"),
+    "missing held-out data": ({"data.eval_path": "gone"}, [], "data.eval_path: gone", "--data.eval_path"),
+    "missing weights": (
+        {"model.model_path": "org/model", "model.train_tokenizer_vocab_size": None},
+        [], "model.model_path", "config.json",
+    ),
+    "weights that are a file": (
+        {"model.model_path": __file__, "model.train_tokenizer_vocab_size": None}, [], "is a file", "directory",
+    ),
+    "missing architecture": ({"model.config_path": "no/config.json"}, [], "model.config_path: no/config.json", "does"),
+    "output below a file": ({"train.output_dir": f"{__file__}/out"}, [], "is not a directory", "--train.output_dir"),
+    "output that is a file": ({"train.output_dir": __file__}, [], "is not a directory", "--train.output_dir"),
+    "output on the network": ({"train.output_dir": "s3://bucket/x"}, [], "train.output_dir: s3:", "mounted"),
+    "missing checkpoint": ({"train.checkpoint.resume": "gone"}, [], "train.checkpoint.resume: gone", "auto or none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused_naming_the_key_and_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    changes, arguments, problem, fix = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a.yaml", changes)
+    with pytest.raises(InputError) as caught:
+        load_config([str(path), *arguments])
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
+    assert list(tmp_path.iterdir()) == [path], "nothing may be written"
+
+
+def test_no_file_is_refused() -> None:
+    with pytest.raises(InputError, match="no configuration file"):
+        load_config(["--train.seed", "1"])
+
+
+def test_everything_that_is_wrong_is_said_at_once_and_where(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", {"train.max_step": 3, "data.max_seq_len": "x"})
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "max_step" in text)
+    with pytest.raises(InputError) as caught:
+        load_config([str(path), "--train.seed", "y"])
+    for said in (
+        "3 problems",
+        f"train.max_step ({path}:{line})",
+        "data.max_seq_len",
+        "train.seed (--train.seed) is 'y'",
+    ):
+        assert said in caught.value.problem
+
+
+def test_the_value_of_an_unknown_key_is_not_shown(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", {"train.logging.wandb_api_key": "s3cret"})
+    with pytest.raises(InputError) as caught:
+        load_config([str(path)])
+    assert "wandb_api_key" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+# Changes, ranks, what the problem says, what the fix says.
+LAYOUTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "tensor": ({"train.tensor_parallel_size": 2}, 2, "train.tensor_parallel_size is 2", "set it to 1"),
+    "experts": ({"train.expert_parallel_size": 2}, 2, "train.expert_parallel_size is 2", "set it to 1"),
+    "ulysses": ({"train.ulysses_parallel_size": 2}, 2, "train.ulysses_parallel_size is 2", "set it to 1"),
+    "context": ({"train.context_parallel_size": 2}, 2, "train.context_parallel_size is 2", "set it to 1"),
+    "async alone": ({"train.ulysses_async": True}, 1, "train.ulysses_async", "false"),
+    "single": ({"train.data_parallel_mode": "single"}, 2, "single runs in one process", "train.devices to 1"),
+    "replicas with ddp": (
+        {"train.data_parallel_mode": "ddp", "train.data_parallel_replicate_size": 2}, 2, "replicate_size 2", "fsdp2",
+    ),
+    "world": ({"train.data_parallel_replicate_size": 2}, 3, "3 ranks are not a multiple of 2", "train.devices"),
+    "batch": ({"train.micro_batch_size": 3}, 1, "train.global_batch_size 8", "to 9"),
+    "batch over ranks": ({}, 3, "3 data ranks", "train.global_batch_size to 9"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_that_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
+    changes, world, problem, fix = LAYOUTS[case]
+    config = load_config([str(write(tmp_path / "a.yaml", {"train.output_dir": str(tmp_path), **changes}))])
+    with pytest.raises(LayoutError) as caught:
+        check_layout(config, world)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
