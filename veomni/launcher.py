@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.agreement import agree
-from veomni.batch import MicroBatch, StepBatch, supervised_tokens
+from veomni.batch import MicroBatch, StepBatch, StepWork, supervised_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, detect_environment, join_or_start
@@ -203,7 +204,7 @@ class Launcher:
         plan = derive_plan(model)
         group = dist.group.WORLD if self.broadcast_weights else None
         materialize = Materializer(model, device=self._storage_device(), seed=self.seed, group=group)
-        self.reporter.describe_model(model, self.accelerator, self.precision)
+        self.reporter.describe_model(model, self.accelerator, self.precision, self.world_size)
         install_token_loss(model, fused=self.fused_loss)
         apply_recompute(model, plan, self.recompute)
         if self.compile:
@@ -255,7 +256,7 @@ class Launcher:
             max_steps: The last step of the whole run, counted from 1.
         """
         total = max_steps if max_steps is not None else _length(loader, self.step)
-        self.reporter.start(self.step, total, self.accelerator)
+        self.reporter.start(self.step, total)
         iterator = iter(loader)
         while total is None or self.step < total:
             self.reporter.begin_step()
@@ -267,12 +268,16 @@ class Launcher:
             yield batch
             if self.checkpoints.stopping:
                 self._exit_preempted()
-        self.reporter.finish()
 
     def _next_batch(self, micro_batches: Sequence[Mapping[str, Any]] | None, total: int | None) -> StepBatch | None:
         assert self._stop is not None, "call launch() before track()"
-        tokens = sum(supervised_tokens(micro) for micro in micro_batches or ())
-        agreed = agree(has_batch=micro_batches is not None, tokens=tokens, stop=self._stop.requested)
+        mine = micro_batches or ()
+        agreed = agree(
+            has_batch=micro_batches is not None,
+            tokens=sum(supervised_tokens(micro) for micro in mine),
+            stop=self._stop.requested,
+            work=self.reporter.measure(mine),
+        )
         if agreed.ranks_with_batch < self.world_size:
             if agreed.ranks_with_batch:
                 logger.warning_rank0("the data ended unevenly: %s of %s ranks had a batch that nobody trained on",
@@ -282,9 +287,10 @@ class Launcher:
         self.step += 1
         self.checkpoints.stopping = agreed.stop
         self.checkpoints.last = self.step == total
-        self._batch = StepBatch(
-            micro_batches, agreed.tokens // self.state.size("sequence"), self.step, torch.zeros((), device=self.device)
-        )
+        copies = self.state.size("sequence")  # ranks of a sequence group read the same rows
+        work = StepWork(*(amount / copies for amount in astuple(agreed.work)))
+        zero = torch.zeros((), device=self.device)
+        self._batch = StepBatch(micro_batches, agreed.tokens // copies, work, self.step, zero)
         return self._batch
 
     def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
@@ -344,7 +350,7 @@ class Launcher:
     def log(self, metrics: Mapping[str, float | int | Tensor | None]) -> None:
         """Report numbers of the step in hand: the progress bar, ``metrics.jsonl`` and the other loggers."""
         assert self._batch is not None, "call log inside track()"
-        self.reporter.report(self.step, metrics, self._batch)
+        self.reporter.report(metrics, self._batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, loader: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
@@ -367,8 +373,8 @@ class Launcher:
                 tokens = supervised_tokens(inputs)
                 metric.update(model(**self._to_device(inputs)).loss * tokens, tokens)
         model.train(training)
-        perplexity = metric.compute()
-        return {"eval_loss": float(perplexity.log()), "perplexity": float(perplexity)}
+        found = metric.compute()
+        return {"eval_loss": float(found["loss"]), "perplexity": float(found["perplexity"])}
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Save ``state`` when it is due: every N steps, after a signal, and at the end."""

@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
-from veomni.batch import StepBatch
-from veomni.logging import create_logger, current_rank
+from veomni.batch import StepBatch, StepWork, document_lengths
+from veomni.logging import current_rank
 
 if TYPE_CHECKING:
-    from veomni.loggers import Logger
+    from veomni.loggers import Logger, LoggerGroup
     from veomni.metrics import FlopsCounter, Progress, Throughput
     from veomni.precision import Precision
-
-logger = create_logger(__name__)
 
 
 class Reporter:
@@ -45,7 +42,7 @@ class Reporter:
         self.log_every, self.plot = log_every, plot
         self._progress_bar = progress_bar
         self._extra_loggers = list(loggers)
-        self._loggers: list[Logger] | None = None
+        self._group: LoggerGroup | None = None
         self._flops: FlopsCounter | None = None
         self._throughput: Throughput | None = None
         self._progress: Progress | None = None
@@ -54,7 +51,7 @@ class Reporter:
     def _active(self) -> bool:
         return self.output_dir is not None or bool(self._extra_loggers) or self._progress_bar
 
-    def describe_model(self, model: nn.Module, accelerator: Accelerator, precision: Precision) -> None:
+    def describe_model(self, model: nn.Module, accelerator: Accelerator, precision: Precision, world_size: int) -> None:
         """Count the model's FLOPs while it is whole, and look up what the device can do."""
         if not self._active:
             return
@@ -62,16 +59,34 @@ class Reporter:
 
         self._flops = FlopsCounter.from_model(model)
         self._throughput = Throughput(
-            peak_flops=accelerator.peak_flops(precision.compute), peak_memory=accelerator.peak_memory
+            peak_flops=accelerator.peak_flops(precision.compute),
+            world_size=world_size,
+            peak_memory=accelerator.peak_memory,
         )
         accelerator.reset_peak_memory()
 
-    def start(self, step: int, total: int | None, accelerator: Accelerator) -> None:
+    def measure(self, micro_batches: Sequence[Mapping[str, Any]]) -> StepWork:
+        """Return what this rank computes in a step."""
+        lengths = [length for micro in micro_batches for length in document_lengths(micro)]
+        if self._flops is None:
+            return StepWork(tokens=sum(lengths))
+        flops = self._flops.step_flops(lengths)
+        return StepWork(sum(lengths), flops.causal, flops.full)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Hand the run's configuration to the loggers that keep one; secrets are redacted there."""
+        self._logger_group().log_config(config)
+
+    def resume_from(self, step: int) -> None:
+        """Drop what was reported past ``step``; those steps are taken again."""
+        self._logger_group().truncate_after(step)
+
+    def start(self, step: int, total: int | None) -> None:
         """Begin to show progress from ``step`` towards ``total``."""
-        if self._progress_bar and current_rank() == 0:
+        if self._progress_bar:
             from veomni.metrics import Progress
 
-            self._progress = Progress(total=total, initial=step)
+            self._progress = Progress(total, step)
 
     def begin_step(self) -> None:
         """Start the clock of a step: what comes first is waiting for data."""
@@ -83,11 +98,40 @@ class Reporter:
         if self._throughput is not None:
             self._throughput.mark(section)
 
-    def finish(self) -> None:
-        return None
+    def report(self, metrics: Mapping[str, float | int | Tensor | None], batch: StepBatch) -> None:
+        """Send the numbers of a step to the progress bar and the loggers."""
+        if not self._active or batch.index % self.log_every:
+            return
+        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        numbers |= self._timing(batch.work)
+        if self._progress is not None:
+            self._progress.update(batch.index, numbers)
+        self._logger_group().log(numbers, batch.index)
+
+    def _timing(self, work: StepWork) -> dict[str, float | int | None]:
+        if self._throughput is None:
+            return {"tokens": int(work.tokens)}
+        from veomni.metrics import StepFlops
+
+        flops = StepFlops(work.flops_causal, work.flops_full) if self._flops is not None else None
+        return self._throughput.end_step(int(work.tokens), flops)
 
     def close(self, status: str) -> None:
-        return None
+        """End the bar and the loggers; draw the plot when the run is over."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        self._logger_group().finalize(status)
+        self._group = None
+        if self.plot and self.output_dir is not None and current_rank() == 0 and status == "finished":
+            from veomni.metrics import plot_loss
 
-    def resume_from(self, step: int) -> None:
-        return None
+            plot_loss(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+
+    def _logger_group(self) -> LoggerGroup:
+        if self._group is None:
+            from veomni.loggers import JsonlLogger, LoggerGroup
+
+            own = [] if self.output_dir is None else [JsonlLogger(self.output_dir)]
+            self._group = LoggerGroup([*own, *self._extra_loggers])
+        return self._group
