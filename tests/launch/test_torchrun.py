@@ -146,7 +146,21 @@ def test_a_killed_torchrun_leaves_no_rank(start: Start) -> None:
 
 def test_plain_torchrun_is_joined_and_bad_input_said_once(start: Start) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = start(BODY, "bad", command=command)
+    program = start(
+        """
+        @entrypoint
+        def main():
+            place = join_or_start(None)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun must not silence the slower one
+            note(f"pid{place.rank}", os.getpid())
+            while not Path(os.environ["NOTES"], f"pid{1 - place.rank}").exists():
+                time.sleep(0.001)
+            raise ConfigError("key is 3", "make it 4")
+
+        main()
+        """,
+        command=command,
+    )
     assert program.wait() == 1
     assert program.output.count("error: key is 3") == 1
 
