@@ -11,25 +11,32 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from veomni.batch import StepWork
+
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks agreed about.
+    """What the ranks agreed about; sums are over all ranks.
 
     Attributes:
         ranks_with_batch: How many ranks have a batch.
-        tokens: Supervised tokens over all ranks that read different data.
+        tokens: Supervised tokens.
         stop: Whether any rank was asked to stop.
+        work: What is computed.
     """
 
     ranks_with_batch: int
     tokens: int
     stop: bool
+    work: StepWork
 
 
-def agree(*, has_batch: bool, tokens: int, stop: bool) -> Agreement:
-    """Sum the three over all ranks and return the result, equal everywhere."""
-    mine = torch.tensor([int(has_batch), tokens, int(stop)], dtype=torch.int64)
+def agree(*, has_batch: bool, tokens: int, stop: bool, work: StepWork) -> Agreement:
+    """Sum everything over all ranks and return the result, equal everywhere.
+
+    It travels as float64, which holds counts exactly up to 2^53.
+    """
+    mine = torch.tensor([has_batch, tokens, stop, work.tokens, work.flops_causal, work.flops_full], dtype=torch.float64)
     dist.all_reduce(mine)
-    with_batch, total, stopping = mine.tolist()
-    return Agreement(with_batch, total, stopping > 0)
+    with_batch, total, stopping, *summed = mine.tolist()
+    return Agreement(int(with_batch), int(total), stopping > 0, StepWork(*summed))

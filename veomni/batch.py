@@ -25,6 +25,24 @@ IGNORE_INDEX = -100
 """The label that no loss is taken on (transformers' convention)."""
 
 
+class PackedInputs(dict[str, Any]):
+    """A micro-batch that knows its documents.
+
+    Attributes:
+        document_lengths: Tokens of each document in it, without padding; what throughput and FLOPs are counted from.
+    """
+
+    document_lengths: tuple[int, ...] = ()
+
+
+def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the lengths of a micro-batch's documents; of one that does not know them, every row is one document."""
+    if isinstance(inputs, PackedInputs):
+        return inputs.document_lengths
+    ids = inputs.get("input_ids")
+    return () if ids is None else (int(ids.shape[-1]),) * (ids.numel() // int(ids.shape[-1]))
+
+
 def supervised_tokens(inputs: Mapping[str, Any]) -> int:
     """Count the labels of a micro-batch that a loss is taken on, after the shift by one.
 
@@ -53,6 +71,21 @@ class MicroBatch:
     last: bool = True
 
 
+@dataclass(frozen=True)
+class StepWork:
+    """How much a step computes.
+
+    Attributes:
+        tokens: Tokens without padding, supervised or not.
+        flops_causal: FLOPs with causal attention counted as such; 0 when they are not known.
+        flops_full: FLOPs with attention counted as the whole square.
+    """
+
+    tokens: float = 0.0
+    flops_causal: float = 0.0
+    flops_full: float = 0.0
+
+
 @dataclass
 class StepBatch:
     """All micro-batches of one optimizer step on this rank, and what the ranks agreed about them.
@@ -60,11 +93,13 @@ class StepBatch:
     Attributes:
         micro_batches: This rank's share, on the CPU.
         tokens: Supervised tokens of the step over all ranks.
+        work: Everything computed in the step over all ranks.
         index: The optimizer step, counted from 1 over the whole run.
         loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
     """
 
     micro_batches: Sequence[Mapping[str, Any]]
     tokens: int
+    work: StepWork
     index: int
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))

@@ -1,4 +1,4 @@
-"""What a run tells people: the progress bar, ``metrics.jsonl`` and other loggers, times and FLOPs, a plot at the end."""
+"""What a run tells people: progress bar, ``metrics.jsonl`` and other loggers, times and FLOPs, a plot at the end."""
 
 from __future__ import annotations
 

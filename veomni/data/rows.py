@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from veomni.batch import IGNORE_INDEX
+from veomni.batch import IGNORE_INDEX, PackedInputs
 from veomni.data.overlong import Samples
 from veomni.data.token_cache import TokenizedDocuments
 
 _SEGMENT_BUCKET = 64
 
 Rows = Sequence[NDArray[np.int64]]
-MicroBatchInputs = dict[str, Any]
+MicroBatchInputs = PackedInputs
 
 
 class MicroBatches(Dataset[MicroBatchInputs]):
@@ -41,20 +41,24 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         labels = np.full(shape, IGNORE_INDEX, np.int64)
         positions = np.empty(shape, np.int64)
         segments: list[int] = []
+        documents: list[int] = []
         for row, samples in enumerate(rows):
             at = 0
             for sample in samples:
                 stop = at + self._copy(int(sample), ids[row, at:], labels[row, at:])
                 segments.append(stop - at)
+                documents.append(stop - at)
                 positions[row, at:stop] = np.arange(stop - at)
                 at = stop
             if at < self.capacity:
                 segments.append(self.capacity - at)
                 positions[row, at:] = np.arange(self.capacity - at)
         tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        batch: MicroBatchInputs = {name: torch.from_numpy(array) for name, array in tensors.items()}
-        whole_rows = len(segments) == len(rows)  # nothing to keep apart: attention may take a dense kernel
-        return batch if whole_rows else batch | _attention(segments, self.capacity)
+        batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
+        batch.document_lengths = tuple(documents)
+        if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
+            batch.update(_attention(segments, self.capacity))
+        return batch
 
     def _copy(self, sample: int, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
         """Write one sample to the front of ``ids`` and ``labels``, and return its length."""
