@@ -93,7 +93,7 @@ def test_experts_stack_row_by_row(name):
     names = []
     for group in hf.saving_conversions(model, list(model.state_dict())):
         tensors = {key: [model.state_dict()[n] for n in parts] for key, parts in group.sources.items()}
-        names += [hf.saved_name(model, group, key) for key in group.convert(model, tensors)]
+        names += group.convert(model, tensors)
     groups = [group for group in hf.loading_conversions(model, names) if group.converter is not None]
     assert {group.key.rsplit(".", 1)[1] for group in groups} == {"gate_up_proj", "down_proj"}
     assert all(group.stacks_rows and {len(n) for n in group.sources.values()} == {4} for group in groups)

@@ -168,8 +168,7 @@ def _hub_tensors(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> 
         held[name] = tensor if len(conversion.names) == 1 else tensor.cpu()
         if all(other in held for other in conversion.names):
             parts = {key: [held.pop(other) for other in names] for key, names in conversion.sources.items()}
-            for key, value in conversion.convert(skeleton, parts).items():
-                yield hf.saved_name(skeleton, conversion, key), value
+            yield from conversion.convert(skeleton, parts).items()
 
 
 def _conversions(skeleton: nn.Module) -> dict[str, Conversion]:

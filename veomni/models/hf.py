@@ -114,11 +114,13 @@ class Conversion:
         key: The name that groups them: of the first parameter (loading) or first checkpoint tensor (saving).
         sources: For every source pattern, the names of its tensors, in order.
         converter: transformers' ``WeightConverter``, or None where only the name changes.
+        renamings: Transforms of names that are still to be applied to what the converter makes.
     """
 
     key: str
     sources: dict[str, list[str]]
     converter: Any = None
+    renamings: Sequence[Any] = ()
 
     @property
     def names(self) -> list[str]:
@@ -156,7 +158,10 @@ class Conversion:
             for name, value in zip(self.sources[pattern], values, strict=False):
                 converter.add_tensor(self.key, name, pattern, value)
         results = converter.convert(self.key, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+        return {
+            _rename(name, self.renamings): value[0] if isinstance(value, list) else value
+            for name, value in results.items()
+        }
 
 
 def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
@@ -182,16 +187,15 @@ def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversi
 
 
 def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
-    """Group a model's parameter names by the checkpoint tensors they become, as ``save_pretrained`` does.
-
-    Results of a conversion still have to go through :func:`saved_name`.
-    """
+    """Group a model's parameter names by the checkpoint tensors they become, as ``save_pretrained`` does."""
     renamings, converters = _split(_reverse_transforms(model))
     groups: dict[str, Conversion] = {}
     for name in _natural(names):
         key, pattern = _first_match(name, converters)
         key = key if pattern is not None else _rename(name, renamings)
         _add(groups, key, name, pattern, converters)
+    for group in groups.values():
+        group.renamings = renamings if group.converter is not None else ()
     return list(groups.values())
 
 
@@ -200,11 +204,6 @@ def copy_conversions(source: nn.Module, target: nn.Module) -> None:
     conversions = getattr(source, "_weight_conversions", None)
     if conversions is not None:
         target._weight_conversions = conversions
-
-
-def saved_name(model: nn.Module, conversion: Conversion, name: str) -> str:
-    """Return the checkpoint's name of a result of a conversion from :func:`saving_conversions`."""
-    return name if conversion.converter is None else _rename(name, _split(_reverse_transforms(model))[0])
 
 
 def _reverse_transforms(model: nn.Module) -> list[Any]:
