@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veomni.data.records import Message
 from veomni.errors import DataError
 from veomni.logging import create_logger
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 logger = create_logger(__name__)
 
@@ -64,7 +64,7 @@ def _by_marks(
 ) -> list[Tokens]:
     from jinja2 import TemplateError
 
-    def encode(chosen: Sequence[Conversation]) -> BatchEncoding:
+    def encode(chosen: Sequence[Conversation]) -> Any:
         return tokenizer.apply_chat_template(
             list(chosen), chat_template=template, return_dict=True, return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_attention_mask": False, "verbose": False},
@@ -105,9 +105,11 @@ def _render_with_spans(
     from jinja2 import TemplateError
 
     def render(messages: Conversation, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
+        assert isinstance(text, str)
+        return text
 
     spans = []
     try:

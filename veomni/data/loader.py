@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from veomni.data.packing import Bins, epoch_bins
 from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows
 from veomni.data.workers import Workers
@@ -126,7 +128,7 @@ class PackedDataLoader:
             CheckpointError: the state belongs to other data, or to another order of it; names what changed.
         """
         try:
-            saved, epoch, step = state["fingerprint"], int(state["epoch"]), int(state["step_in_epoch"])
+            saved, epoch, step = dict(state["fingerprint"]), int(state["epoch"]), int(state["step_in_epoch"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the loader's state is incomplete: {error!r}", "use another checkpoint") from error
         now = self._fingerprint
@@ -181,9 +183,14 @@ class PackedDataLoader:
 
     def _start(self) -> Iterator[MicroBatchInputs]:
         settings = self._settings
-        if not settings.num_workers:
-            return (self._batches[rows] for rows in self._requests())
-        return Workers(
-            self._batches, self._requests(), count=settings.num_workers, prefetch_factor=settings.prefetch_factor,
-            pin_memory=settings.pin_memory, timeout=settings.worker_timeout,
-        )  # fmt: skip
+        stream: Iterator[MicroBatchInputs] = (self._batches[rows] for rows in self._requests())
+        if settings.num_workers:
+            stream = Workers(
+                self._batches, self._requests(), count=settings.num_workers,
+                prefetch_factor=settings.prefetch_factor, timeout=settings.worker_timeout,
+            )  # fmt: skip
+        return map(_pinned, stream) if settings.pin_memory else stream
+
+
+def _pinned(batch: MicroBatchInputs) -> MicroBatchInputs:
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,7 +1,8 @@
 """Orders that depend on (seed, epoch) alone: the same on every rank, any number of ranks, and any version of numpy.
 
 Keys are drawn with the splitmix64 finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
-2014) rather than a numpy ``Generator``, whose streams may change between numpy versions (NEP 19): a resumed run must not.
+2014) rather than a numpy ``Generator``, whose streams may change between numpy versions (NEP 19): a resumed run's order
+must not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Worker processes that make micro-batches ahead of the loop, in the order they are asked for."""
+"""Worker processes that make micro-batches ahead of the loop, in the order they are asked for.
+
+They send arrays through the pipe, not tensors: for a tensor in shared memory the loop would connect to the worker once more,
+without a timeout, so a worker that hangs would hang the run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows
@@ -28,7 +34,6 @@ class Workers:
         requests: The rows of each micro-batch, read ahead of the loop.
         count: Number of processes.
         prefetch_factor: Micro-batches that each keeps ready.
-        pin_memory: Hand out page-locked memory.
         timeout: Seconds to wait for a micro-batch before it is an error.
     """
 
@@ -39,12 +44,11 @@ class Workers:
         *,
         count: int,
         prefetch_factor: int,
-        pin_memory: bool,
         timeout: float,
     ) -> None:
         loader: DataLoader[MicroBatchInputs] = DataLoader(
-            batches, batch_size=None, sampler=requests, collate_fn=_as_it_is, num_workers=count,
-            prefetch_factor=prefetch_factor, pin_memory=pin_memory, timeout=timeout, worker_init_fn=_ignore_signals,
+            batches, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=count,
+            prefetch_factor=prefetch_factor, timeout=timeout, worker_init_fn=_ignore_signals,
             # It draws a number when it starts: from a generator of its own, or the run's dropout would change.
             generator=torch.Generator(),
         )  # fmt: skip
@@ -63,7 +67,7 @@ class Workers:
             WorkerError: a worker died, or nothing came in time.
         """
         try:
-            return next(self._source)
+            return _tensors(next(self._source))
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
@@ -73,8 +77,12 @@ class Workers:
             raise WorkerError(f"{error}; the loader's workers are {names}") from error
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _arrays(batch: Any) -> Any:
+    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _tensors(batch: dict[str, Any]) -> MicroBatchInputs:
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
 
 
 def _ignore_signals(worker: int) -> None:

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from veomni.data.order import hashed_uniform, shuffled
+from veomni.data.packing import best_fit_decreasing, epoch_bins
+
+
+def one_by_one(lengths, capacity):
+    """Best-fit decreasing as the textbook has it; returns the free spaces."""
+    free = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in free if space >= length]
+        if fitting:
+            free.remove(min(fitting))
+        free.append((min(fitting) if fitting else capacity) - length)
+    return sorted(free)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_packs_exactly_as_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(1, 60))
+    lengths = rng.integers(1, capacity + 1, int(rng.integers(1, 90)))
+    rows = best_fit_decreasing(lengths, capacity)
+    used = np.bincount(rows, weights=lengths).astype(int)
+    assert sorted(capacity - used) == one_by_one(lengths.tolist(), capacity)
+
+
+def test_fills_rows_of_log_normal_lengths():
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(600), 1.0, 100_000).astype(np.int64), 1, 4096)
+    bins = epoch_bins(lengths, 4096, pack=True, shuffle=True, seed=0, epoch=0)
+    used = np.add.reduceat(lengths[bins.samples], bins.offsets[:-1])
+    assert used.max() <= 4096
+    assert np.array_equal(np.sort(bins.samples), np.arange(100_000))
+    assert lengths.sum() / (len(bins) * 4096) >= 0.999
+
+
+def test_rows_depend_on_seed_and_epoch_and_their_number_does_not():
+    lengths = np.random.default_rng(1).integers(1, 33, 500)
+    plans = [
+        epoch_bins(lengths, 32, pack=True, shuffle=True, seed=s, epoch=e) for s, e in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert np.array_equal(plans[0].samples, plans[1].samples)
+    assert not np.array_equal(plans[0].samples, plans[2].samples)
+    assert not np.array_equal(plans[0].samples, plans[3].samples)
+    assert len({len(plan) for plan in plans}) == 1
+
+
+def test_unshuffled_rows_come_in_the_order_of_their_first_sample():
+    lengths = np.random.default_rng(2).integers(1, 33, 200)
+    bins = epoch_bins(lengths, 32, pack=True, shuffle=False, seed=0, epoch=0)
+    firsts = [bins[row][0] for row in range(len(bins))]
+    assert firsts == sorted(firsts)
+    assert all(np.all(np.diff(bins[row]) > 0) for row in range(len(bins)))
+
+
+def test_unpacked_rows_hold_one_sample():
+    bins = epoch_bins(np.array([3, 9, 4]), 10, pack=False, shuffle=False, seed=0, epoch=0)
+    assert [list(bins[row]) for row in range(len(bins))] == [[0], [1], [2]]
+
+
+def test_the_order_is_frozen():
+    """A run resumed with a later version must find its data in the same order."""
+    assert shuffled(8, "samples", 0, 0).tolist() == FROZEN
+    assert sorted(shuffled(1000, "samples", 5, 2)) == list(range(1000))
+
+
+def test_hashes_are_uniform():
+    counts, _ = np.histogram(hashed_uniform(np.arange(100_000), "held-out", 3), bins=10, range=(0, 1))
+    assert counts.min() > 9_600  # 10,000 expected, standard deviation 95
+    assert counts.max() < 10_400
+
+
+FROZEN = [2, 3, 6, 7, 1, 0, 4, 5]
