@@ -8,7 +8,8 @@ import pytest
 
 from veomni.data import train_byte_bpe
 
-WORDS = "the model reads a row of many short documents and learns what comes after each token in it".split()
+WORDS = ["the", "model", "reads", "a", "row", "of", "many", "short", "documents", "and", "learns", "what", "comes"]
+DOCUMENTS = 131
 
 
 def sentence(number: int) -> str:
@@ -23,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """JSONL of 131 different texts."""
+    """JSONL of different texts."""
     path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
-    path.write_text("".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(131)))
+    path.write_text("".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(DOCUMENTS)))
     return path

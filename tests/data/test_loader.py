@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import signal
 from collections import Counter
 
-import multiprocessing
 import pytest
 import torch
 
-from tests.data.conftest import sentence
+from tests.data.conftest import DOCUMENTS, sentence
 from veomni.batch import IGNORE_INDEX
 from veomni.data import WorkerError, build_dataloader, build_dataset
 from veomni.errors import CheckpointError, LayoutError
@@ -23,10 +24,10 @@ def make(corpus, tokenizer, tmp_path_factory):
     dataset, _ = build_dataset(str(corpus))
 
     def build(rank=0, size=1, **changes):
-        options = dict(
-            parallel=(rank, size), micro_batch_size=1, global_batch_size=STEP, max_seq_len=ROW, seed=5, epochs=2,
-            cache_dir=cache, overlong="split",
-        )  # fmt: skip
+        options = {
+            "parallel": (rank, size), "micro_batch_size": 1, "global_batch_size": STEP, "max_seq_len": ROW, "seed": 5,
+            "epochs": 2, "cache_dir": cache, "overlong": "split",
+        }  # fmt: skip
         return build_dataloader(dataset, tokenizer, **(options | changes))
 
     return build
@@ -45,7 +46,7 @@ def documents_of(step):
     found = []
     for ids, labels, positions in rows_of(step):
         starts = [at for at, position in enumerate(positions) if position == 0] + [len(ids)]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             if stop - start > 1 and any(label != IGNORE_INDEX for label in labels[start:stop]):
                 found.append(ids[start:stop])
     return found
@@ -56,7 +57,7 @@ def stream(loader, steps=None):
 
 
 def test_every_document_appears_once_an_epoch(make, tokenizer):
-    expected = Counter(tuple([*tokenizer(sentence(n))["input_ids"], tokenizer.eos_token_id]) for n in range(131))
+    expected = Counter((*tokenizer(sentence(n))["input_ids"], tokenizer.eos_token_id) for n in range(DOCUMENTS))
     assert max(map(len, expected)) <= ROW, "the corpus was meant to fit"
     for size in (1, 2, 4):
         loaders = [list(make(rank, size)) for rank in range(size)]
@@ -99,8 +100,9 @@ def test_state_counts_what_was_received_and_not_what_was_prefetched(make):
     alone, ahead = make(), make(num_workers=2, prefetch_factor=4)
     for expected, step in zip(alone, ahead, strict=True):
         assert rows_of(step) == rows_of(expected)
+        assert [micro.document_lengths for micro in step] == [micro.document_lengths for micro in expected]
         assert ahead.state_dict() == alone.state_dict()
-    assert alone.state_dict()["samples"] == 2 * 131
+    assert alone.state_dict()["samples"] == 2 * DOCUMENTS
     assert alone.epoch == 2
 
 
@@ -127,16 +129,16 @@ def test_loading_draws_nothing_from_the_global_generators(make):
 
 
 def test_held_out_loader_reads_all_once_in_order_every_time(make, tokenizer):
-    expected = Counter(tuple([*tokenizer(sentence(n))["input_ids"], tokenizer.eos_token_id]) for n in range(131))
+    expected = Counter((*tokenizer(sentence(n))["input_ids"], tokenizer.eos_token_id) for n in range(DOCUMENTS))
     ranks = [make(rank, 2, train=False, micro_batch_size=2, packing="none") for rank in range(2)]
     for _ in range(2):
         passes = [list(rank) for rank in ranks]
         assert Counter(d for steps in passes for step in steps for d in documents_of(step)) == expected
         shapes = [[len(micro["labels"]) for step in steps for micro in step] for steps in passes]
         assert shapes[0] == shapes[1]
-        assert sum(map(sum, shapes)) == 132, "131 rows, filled up to 2 ranks x 2 rows and no further"
-    first = [documents_of(step)[0] for step in ranks[0]][0]
-    assert first == tuple([*tokenizer(sentence(0))["input_ids"], tokenizer.eos_token_id])
+        assert sum(map(sum, shapes)) == 132, "filled up to 2 ranks x 2 rows and no further"
+    first = next(documents_of(step)[0] for step in ranks[0])
+    assert first == (*tokenizer(sentence(0))["input_ids"], tokenizer.eos_token_id)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +160,9 @@ def test_a_state_of_another_order_is_refused(make, changes, named):
 
 def test_a_state_of_other_data_is_refused(make, corpus, tokenizer, tmp_path):
     changed = tmp_path / "train.jsonl"
-    changed.write_text(corpus.read_text().replace("130: ", "131: "))
+    changed.write_text(corpus.read_text().replace("130: ", "9130: "))
     dataset, _ = build_dataset(str(changed))
-    options = dict(max_seq_len=ROW, global_batch_size=STEP, seed=5, overlong="split", cache_dir=tmp_path)
+    options = {"max_seq_len": ROW, "global_batch_size": STEP, "seed": 5, "overlong": "split", "cache_dir": tmp_path}
     with pytest.raises(CheckpointError, match="documents"):
         build_dataloader(dataset, tokenizer, **options).load_state_dict(make().state_dict())
 
@@ -180,14 +182,18 @@ def worker_processes():
     return [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
+def kill_and_read_on(pid, loop):
+    os.kill(pid, signal.SIGKILL)
+    for _ in loop:
+        pass
+
+
 def test_a_killed_worker_is_reported(make):
     loop = iter(make(num_workers=2, epochs=None))
     next(loop)
     victim = worker_processes()[0].pid
     with pytest.raises((WorkerError, RuntimeError), match=str(victim)):
-        os.kill(victim, signal.SIGKILL)
-        for _ in loop:
-            pass
+        kill_and_read_on(victim, loop)
 
 
 def test_a_hanging_worker_is_reported_and_ended(make):

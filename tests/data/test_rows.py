@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,26 +9,40 @@ import torch
 from veomni.batch import IGNORE_INDEX, supervised_tokens
 from veomni.data import build_dataloader, build_dataset
 
+PAD, ROW = 1, 52
+
 
 @pytest.fixture
 def micro_batches(corpus, tokenizer, tmp_path):
+    assert tokenizer.pad_token_id == PAD
     dataset, _ = build_dataset(str(corpus))
-    options = dict(micro_batch_size=4, global_batch_size=4, max_seq_len=48, epochs=1, cache_dir=tmp_path)
+    options = {"micro_batch_size": 4, "global_batch_size": 4, "max_seq_len": ROW, "epochs": 1, "cache_dir": tmp_path}
     return [micro for step in build_dataloader(dataset, tokenizer, **options) for micro in step]
+
+
+def length_of_documents(micro):
+    """Distances between positions 0, without tails: those start with padding."""
+    starts = [*(micro["position_ids"].flatten() == 0).nonzero().flatten().tolist(), micro["labels"].numel()]
+    heads = micro["input_ids"].flatten()
+    return [stop - start for start, stop in pairwise(starts) if heads[start] != PAD]
 
 
 def test_segments_agree_with_positions(micro_batches):
     for micro in micro_batches:
         positions = micro["position_ids"].flatten()
         starts = torch.cat([(positions == 0).nonzero().flatten(), torch.tensor([positions.numel()])])
+        assert micro.document_lengths == tuple(length_of_documents(micro))
+        if len(starts) == len(micro["labels"]) + 1:  # each row is one document
+            assert "cu_seq_lens_q" not in micro
+            continue
         offsets = micro["cu_seq_lens_q"]
         assert offsets.dtype == torch.int32
         assert torch.equal(offsets.unique(), starts.to(torch.int32))
         assert torch.equal(offsets, micro["cu_seq_lens_k"])
         assert len(offsets) % 64 == 0
         assert torch.equal(positions, torch.cat([torch.arange(n) for n in starts.diff()]))
-        assert starts.diff().max() <= micro["max_length_q"] == micro["max_length_k"] <= 48
-        assert set(range(0, 193, 48)) <= set(starts.tolist()), "rows are apart"
+        assert starts.diff().max() <= micro["max_length_q"] == micro["max_length_k"] <= ROW
+        assert set(range(0, 4 * ROW + 1, ROW)) <= set(starts.tolist()), "rows are apart"
 
 
 def test_labels_are_the_ids_but_for_first_tokens_and_padding(micro_batches, tokenizer):
@@ -51,11 +66,11 @@ def test_the_last_step_is_filled_with_rows_that_teach_nothing(micro_batches, tok
     assert all(len(micro["input_ids"]) == 4 for micro in micro_batches)
     assert empty.any(), "choose a corpus that leaves a partial step"
     assert (last["labels"][empty] == IGNORE_INDEX).all()
-    assert torch.equal(last["position_ids"][empty][0], torch.arange(48))
+    assert torch.equal(last["position_ids"][empty][0], torch.arange(ROW))
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split", "drop"])
-def test_overlong_policies(policy, tokenizer, tmp_path, capfd):
+def test_overlong_policies(policy, tokenizer, tmp_path, caplog):
     texts = ["short one", "x1y2z3 " * 40, "short two"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     dataset, _ = build_dataset(str(tmp_path / "t.jsonl"))
@@ -67,4 +82,4 @@ def test_overlong_policies(policy, tokenizer, tmp_path, capfd):
     pieces = {"truncate": [long[:32]], "split": [long[at : at + 32] for at in range(0, len(long), 32)], "drop": []}
     padded = [piece + [tokenizer.pad_token_id] * (32 - len(piece)) for piece in (short, *pieces[policy], other)]
     assert rows == padded
-    assert "1 documents" in capfd.readouterr().err, "no policy is silent"
+    assert "1 documents" in caplog.text, "no policy is silent"

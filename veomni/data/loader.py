@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from veomni.data.packing import Bins, epoch_bins
-from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows
+from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows, with_values
 from veomni.data.workers import Workers
 from veomni.errors import CheckpointError, LayoutError
 from veomni.logging import create_logger
@@ -193,4 +193,4 @@ class PackedDataLoader:
 
 
 def _pinned(batch: MicroBatchInputs) -> MicroBatchInputs:
-    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return with_values(batch, lambda value: value.pin_memory() if isinstance(value, Tensor) else value)

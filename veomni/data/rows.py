@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,3 +89,10 @@ def _attention(segments: list[int], capacity: int) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def with_values(batch: MicroBatchInputs, change: Callable[[Any], Any]) -> MicroBatchInputs:
+    """Return a micro-batch with every value changed, that still knows its documents."""
+    changed = PackedInputs({name: change(value) for name, value in batch.items()})
+    changed.document_lengths = batch.document_lengths
+    return changed

@@ -1,7 +1,7 @@
 """Worker processes that make micro-batches ahead of the loop, in the order they are asked for.
 
-They send arrays through the pipe, not tensors: for a tensor in shared memory the loop would connect to the worker once more,
-without a timeout, so a worker that hangs would hang the run.
+They send arrays through the pipe, not tensors: for a tensor in shared memory the loop would connect to the worker once
+more, without a timeout, so a worker that hangs would hang the run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows
+from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows, with_values
 from veomni.errors import VeOmniError
 
 
@@ -72,17 +72,23 @@ class Workers:
             if not str(error).startswith("DataLoader"):
                 raise
             names = ", ".join(f"{process.name} (pid {process.pid})" for process in self._processes)
-            for process in self._processes:  # one that hangs would keep this process from ending
-                process.kill()
+            self._kill()
             raise WorkerError(f"{error}; the loader's workers are {names}") from error
+
+    def _kill(self) -> None:
+        # One that hangs would keep this process from ending. torch raises here, too, once it hears of a worker's death.
+        for process in self._processes:
+            with suppress(RuntimeError):
+                process.kill()
+                process.join()
 
 
 def _arrays(batch: Any) -> Any:
-    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return with_values(batch, lambda value: value.numpy() if isinstance(value, Tensor) else value)
 
 
-def _tensors(batch: dict[str, Any]) -> MicroBatchInputs:
-    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+def _tensors(batch: MicroBatchInputs) -> MicroBatchInputs:
+    return with_values(batch, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
 def _ignore_signals(worker: int) -> None:
