@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from veomni.data import train_byte_bpe
+from veomni.data.byte_bpe import _thinned
+from veomni.errors import ConfigError
+
+TEXTS = [f"def function_{n}(argument):\n    return argument + {n}\n" for n in range(200)]
+HARD = ["naïve ☃ 日本語 \x00\x7f", "  tabs\tand\r\nnewlines \n\n", "", "e\u0301 vs é", "\U0001f600"]
+
+
+def test_any_text_round_trips_also_after_saving(tmp_path):
+    tokenizer = train_byte_bpe(TEXTS, 400)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS[:3], *HARD]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == loaded.decode(ids) == text
+        assert loaded(text)["input_ids"] == ids
+    assert loaded.chat_template == tokenizer.chat_template
+    assert (loaded.eos_token, loaded.pad_token) == ("<|endoftext|>", "<|pad|>")
+    assert len(loaded) == 400
+
+
+def test_special_tokens_are_one_token_each():
+    tokenizer = train_byte_bpe(TEXTS, 300)
+    for token in ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"):
+        assert len(tokenizer(token)["input_ids"]) == 1
+
+
+def test_training_is_reproducible():
+    first, second = (train_byte_bpe(iter(TEXTS), 350) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_a_vocabulary_without_room_is_refused():
+    with pytest.raises(ConfigError, match="at least 260"):
+        train_byte_bpe(TEXTS, 259)
+
+
+@pytest.mark.parametrize(("limit", "stride"), [(10_000, 1), (999, 2), (300, 4), (1, 128)])
+def test_much_text_is_thinned_evenly(limit, stride):
+    texts = [f"{n:010d}" for n in range(100)]
+    kept = _thinned(texts, limit)
+    assert kept == texts[::stride]
+    assert sum(map(len, kept)) <= max(limit, 10)
