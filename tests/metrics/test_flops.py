@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.models.tiny import TEXT_MODELS, tiny_config
 from veomni.metrics import FlopsCounter

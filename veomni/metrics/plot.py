@@ -18,7 +18,7 @@ def plot_loss(metrics_jsonl: Path, out: Path) -> None:
     """Draw ``loss``, ``eval_loss`` and ``grad_norm`` over ``step``.
 
     Args:
-        metrics_jsonl: A line of JSON per step; values that are null or missing leave a gap, a torn last line is left
+        metrics_jsonl: A line of JSON per step; values that are null or missing, and a torn last line, are left
             out.
         out: The picture to write; its suffix says the format.
     """
