@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from tests.harness import RankFailed, run_ranks
 from tests.models.layouts import fsdp1, fsdp2, logits, materialized, same_files
-from tests.models.tiny import TEXT_MODELS, tiny_config
+from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
 from veomni.models import build_model, export_hf, export_tensors_hf
 
@@ -33,6 +34,46 @@ def test_an_export_is_what_save_pretrained_writes_and_from_pretrained_reads(name
     model.save_pretrained(tmp_path / "theirs")
     assert same_files(tmp_path / "ours", tmp_path / "theirs")
     assert torch.equal(logits(loaded(tmp_path / "ours", model)), logits(model))
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_towers_and_encoders_are_exported_as_save_pretrained_does(name, tmp_path):
+    model = materialized(tiny_config(name))
+    export_hf(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    assert same_files(tmp_path / "ours", tmp_path / "theirs")
+    _, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "nomic_bert"])
+def test_names_and_layouts_stay_those_of_the_checkpoint_that_was_loaded(name, tmp_path):
+    model = materialized(tiny_config(name))
+    model.save_pretrained(tmp_path / "source")
+    save_file(dict(model.state_dict()), tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    export_hf(materialized(tmp_path / "source"), tmp_path / "ours")
+    type(model).from_pretrained(tmp_path / "source").save_pretrained(tmp_path / "theirs")
+    assert same_files(tmp_path / "ours", tmp_path / "theirs")
+    assert same_files(tmp_path / "ours", tmp_path / "source")
+
+
+def test_more_than_ten_experts_keep_their_order(tmp_path):
+    model = materialized(tiny_config("qwen3_moe", num_experts=12))
+    export_hf(model, tmp_path / "a")
+    assert torch.equal(logits(loaded(tmp_path / "a", model)), logits(model))
+    assert torch.equal(logits(materialized(tmp_path / "a")), logits(model))
+
+
+def test_a_tied_weight_is_written_once(tmp_path):
+    model = materialized(tiny_config("qwen3"))
+    tensors = list(model.state_dict().items())
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= dict(tensors).keys()
+    export_tensors_hf(model.config, tensors, tmp_path / "a", max_shard_size=1)
+    files = sorted((tmp_path / "a").glob("model-*.safetensors"))
+    assert len(files) == len(tensors) - 1
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert len(index["weight_map"]) == len(files)
+    assert index["metadata"]["total_size"] == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "mixtral", "gpt_oss"])

@@ -21,6 +21,8 @@ BLOCKS = {
     "whisper": [*numbered("model.encoder.layers"), *numbered("model.decoder.layers")],
     "qwen2_5_vl": [*numbered("model.visual.blocks"), *numbered("model.language_model.layers")],
     "qwen3_vl": [*numbered("model.visual.blocks"), *numbered("model.language_model.layers")],
+    "qwen3_vl_moe": [*numbered("model.visual.blocks"), *numbered("model.language_model.layers")],
+    "nomic_bert": numbered("layers"),
     "llava": [*numbered("model.vision_tower.encoder.layers"), *numbered("model.language_model.layers")],
     "qwen3_next": numbered("model.layers", 4),
 }

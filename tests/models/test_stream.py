@@ -51,6 +51,14 @@ def _full(layout, source, **options):
     return {name: tensor.clone() for name, tensor in full_tensors(layout(source, **options))}
 
 
+@pytest.mark.parametrize("name", ["nomic_bert", "qwen3_vl_moe"])
+@pytest.mark.parametrize("options", [{}, {"broadcast": True}])
+def test_sharded_models_load_what_is_split_or_transposed(name, options, tmp_path):
+    reference = saved(name, tmp_path)
+    for tensors in run_ranks(_full, 2, fsdp2, tmp_path, **options):
+        check_equal(tensors.items(), reference)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize(("ranks", "options"), [(2, {}), (4, {"replicate": 2}), (2, {"broadcast": True})])
 def test_sharded_models_load_from_sharded_files(name, ranks, options, tmp_path):

@@ -62,6 +62,15 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
         "vision_config": {**_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **_TEXT, **_MOE, "num_local_experts": 4, "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+        },
+        "vision_config": {**_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    },
+    "nomic_bert": {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    },
     "qwen3_next": {
         **_TEXT, **_MOE, "num_hidden_layers": 4, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
