@@ -23,6 +23,7 @@ _SECRET_AT_THE_END = re.compile(r".*(key|token)s?|auth|bearer|cookies?|pat")
 _HARMLESS_BEFORE = {
     "bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "vision", "text", "prompt", "label",
     "special", "stop", "start", "end", "begin", "num", "max", "min", "sort", "column", "new", "extra", "added",
+    "messages", "images", "videos", "audios",
 }  # fmt: skip
 _USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
 _SIGNATURE = re.compile(r"([?&][\w-]*(?:key|token|secret|password|signature|sig|credential)=)[^&#\s]+", re.IGNORECASE)

@@ -41,8 +41,8 @@ def build_optimizer(
         weight_decay: Decoupled (AdamW) or an L2 penalty (SGD); see :func:`build_optimizer_groups`.
         momentum: SGD's.
         no_decay: Patterns of parameters without weight decay.
-        fused: Update all parameters in one kernel; None does where PyTorch can: one kind of device, CPU or CUDA, and
-            one device mesh.
+        fused: Update all parameters in one kernel; None does where PyTorch can: all on CPU or all on CUDA, and all
+            unsharded or (AdamW only) all on one device mesh.
 
     Raises:
         ConfigError: there is no optimizer of that name, or a pattern matches nothing.
@@ -54,19 +54,20 @@ def build_optimizer(
         )
     groups = build_optimizer_groups(model, weight_decay=weight_decay, no_decay=no_decay)
     if fused is None:
-        fused = _can_fuse(parameter for group in groups for parameter in group["params"])
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        fused = _can_fuse(parameters, sharded=name != "sgd")  # DTensor has no rule for PyTorch's fused SGD
     if name == "sgd":
         return SGD(groups, lr=lr, momentum=momentum, fused=fused or None)
     return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused or None)
 
 
-def _can_fuse(parameters: Iterable[Tensor]) -> bool:
+def _can_fuse(parameters: Iterable[Tensor], *, sharded: bool) -> bool:
     kinds = {
         (parameter.device.type, parameter.device_mesh if isinstance(parameter, DTensor) else None)
         for parameter in parameters
     }
-    fits = len(kinds) == 1 and all(device in _FUSED_DEVICES for device, _ in kinds)
+    fits = len(kinds) == 1 and all(device in _FUSED_DEVICES and (sharded or mesh is None) for device, mesh in kinds)
     if not fits:
-        seen = ", ".join(sorted({f"{device} {mesh or 'unsharded'}" for device, mesh in kinds}))
-        logger.info_rank0("the optimizer is not fused: parameters are on %s", seen)
+        seen = ", ".join(sorted({f"{device} ({'unsharded' if mesh is None else mesh})" for device, mesh in kinds}))
+        logger.info_rank0("the optimizer is not fused: its parameters are on %s", seen)
     return fits

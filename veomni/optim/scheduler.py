@@ -52,7 +52,7 @@ def lr_factor(step: int, *, name: str, total_steps: int, warmup_steps: int, min_
 
     With ``w = warmup_steps``, ``T = total_steps``, ``m = min_lr_ratio``: ``(step + 1) / (w + 1)`` before step ``w``,
     then, with ``p = (step - w) / (T - w)``, ``1`` (constant), ``1 - (1 - m) p`` (linear) or
-    ``m + (1 - m) (1 + cos(pi p)) / 2`` (cosine). No step has rate 0 unless it is past the end; those stay at ``m``.
+    ``m + (1 - m) (1 + cos(pi p)) / 2`` (cosine), with ``p = 1`` from step ``T`` on: no step of the run has rate 0.
 
     Args:
         step: Optimizer steps done before this one.
@@ -65,7 +65,7 @@ def lr_factor(step: int, *, name: str, total_steps: int, warmup_steps: int, min_
         return (step + 1) / (warmup_steps + 1)
     if name == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1.0
     if name == "linear":
         return 1.0 - (1.0 - min_lr_ratio) * progress
     return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,105 @@
+"""Every step of every schedule against its closed form, and resumed schedules."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from veomni.errors import ConfigError
+from veomni.optim import build_scheduler
+
+PEAKS = (0.5, 0.125)
+SHAPE = {"name": "cosine", "total_steps": 30, "warmup_steps": 4, "min_lr_ratio": 0.1}
+
+
+def optimizer() -> torch.optim.Optimizer:
+    layers = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    return torch.optim.SGD([{"params": layer.parameters(), "lr": lr} for layer, lr in zip(layers, PEAKS, strict=True)])
+
+
+def start(**shape) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    made = optimizer()
+    return made, build_scheduler(made, **{**SHAPE, **shape})
+
+
+def rates(made, scheduler, steps: int) -> list[tuple[float, ...]]:
+    """The rates that ``steps`` optimizer steps are taken with."""
+    found = []
+    for _ in range(steps):
+        found.append(tuple(group["lr"] for group in made.param_groups))
+        made.step()
+        scheduler.step()
+    return found
+
+
+def closed_form(step: int, name: str, total: int, warmup: int, minimum: float) -> float:
+    if step < warmup:
+        return float(Fraction(step + 1, warmup + 1))
+    if name == "constant":
+        return 1.0
+    done = float(Fraction(step - warmup, total - warmup)) if step < total else 1.0
+    if name == "linear":
+        return (1 - done) + done * minimum
+    return minimum + (1 - minimum) * math.cos(math.pi * done / 2) ** 2  # (1 + cos x) / 2 = cos(x / 2)^2
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("total", "warmup"), [(30, 4), (30, 0), (30, 1), (30, 29), (30, 30), (1, 0), (1, 1)])
+@pytest.mark.parametrize("minimum", [0.0, 0.1, 1.0])
+def test_every_step_is_the_closed_form(name, total, warmup, minimum) -> None:
+    shape = {"name": name, "total_steps": total, "warmup_steps": warmup, "min_lr_ratio": minimum}
+    found = rates(*start(**shape), total + 5)
+    expected = [closed_form(step, name, total, warmup, minimum) for step in range(total + 5)]
+    for values, factor in zip(found, expected, strict=True):
+        assert values == pytest.approx([peak * factor for peak in PEAKS], rel=1e-12, abs=1e-15)
+
+
+def test_the_peak_is_reached_once_and_no_step_of_the_run_is_wasted() -> None:
+    found = [values[0] for values in rates(*start(min_lr_ratio=0.0), 30)]
+    assert found.index(max(found)) == 4
+    assert found.count(PEAKS[0]) == 1
+    assert min(found) > 0
+
+
+@pytest.mark.parametrize("stop", [0, 2, 4, 17, 29])
+def test_a_resumed_schedule_goes_on_as_if_unbroken(stop) -> None:
+    unbroken = rates(*start(), 30)
+    made, scheduler = start()
+    rates(made, scheduler, stop)
+    state = json.loads(json.dumps([made.state_dict(), scheduler.state_dict()]))
+    made, scheduler = start()
+    made.load_state_dict(state[0])
+    scheduler.load_state_dict(state[1])
+    assert rates(made, scheduler, 30 - stop) == unbroken[stop:]
+
+
+def test_the_state_survives_a_weights_only_checkpoint(tmp_path) -> None:
+    _, scheduler = start()
+    torch.save(scheduler.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == scheduler.state_dict()
+
+
+def test_a_run_resumed_with_more_steps_follows_the_longer_schedule() -> None:
+    made, scheduler = start()
+    rates(made, scheduler, 10)
+    state = scheduler.state_dict()
+    longer, schedule = start(total_steps=100)
+    schedule.load_state_dict(state)
+    rates(longer, schedule, 1)
+    assert longer.param_groups[0]["lr"] == pytest.approx(PEAKS[0] * closed_form(11, "cosine", 100, 4, 0.1), rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [-1, 31])
+def test_a_warm_up_longer_than_the_run_is_refused(warmup) -> None:
+    with pytest.raises(ConfigError, match=r"warmup_steps is .* 30 steps"):
+        start(warmup_steps=warmup)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        start(name="cosin")
