@@ -234,7 +234,7 @@ BAD = {
     "empty file": (r"model\.safetensors is damaged", "again"),
     "index is no JSON": (r"index\.json is damaged", "again"),
     "index without map": (r"index\.json is damaged", "again"),
-    "missing shards": ("model-00002-of-00002", "again"),
+    "missing shards": ("lacks shards that its index lists: model-00002-of-00002", "again"),
     "index escapes": ("outside its directory", "again"),
     "shard lacks tensor": ("its shards lack them", "again"),
 }

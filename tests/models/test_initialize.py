@@ -87,6 +87,12 @@ def test_seeds_and_modules_have_streams_of_their_own():
     assert not torch.equal(first[key], first[other])
 
 
+def test_parameters_of_one_module_do_not_share_their_numbers():
+    experts = materialized(tiny_config("gpt_oss")).model.layers[0].mlp.experts
+    first, second = (p.detach().flatten()[:500] for p in (experts.gate_up_proj, experts.down_proj))
+    assert not torch.isin(first, second).any()
+
+
 def test_the_callers_random_state_is_left_alone():
     torch.manual_seed(11)
     expected = torch.rand(3)
