@@ -58,7 +58,9 @@ def measured(model: nn.Module, tokens: int, backward: bool = False) -> int:
         output = model(input_ids=ids, labels=ids)
         if backward:
             output.loss.backward()
-    return counter.get_total_flops()
+    # transformers before 5.23 makes rotary angles by an outer product, which is counted though no weight is in it.
+    rotary = [counts for name, counts in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(sum(counts.values()) for counts in rotary)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -95,8 +95,8 @@ def test_log_lines_go_above_the_bar_and_the_stream_is_given_back(monkeypatch) ->
     lines = screen(on_a_terminal(run))
     monkeypatch.undo()
     assert handler.stream is before
-    assert lines[0].endswith("saved a checkpoint")
-    assert lines[1].endswith("something is odd")
+    assert re.fullmatch(r"\[\S+ I rank0 veomni\S+\] saved a checkpoint", lines[0]), lines
+    assert re.fullmatch(r"\[\S+ W rank0 veomni\S+\] something is odd", lines[1]), lines
     assert lines[2].startswith("100%|")
     assert "step 4/4" in lines[2]
     assert lines[3:] == [""]
