@@ -8,6 +8,9 @@ from veomni.accelerators.cuda import CUDA
 from veomni.accelerators.npu import NPU
 from veomni.plugins import load_plugin
 
+_BUILT_IN: tuple[type[Accelerator], ...] = (NPU, CUDA, CPU)
+"""In the order in which "auto" looks for them."""
+
 
 def select_accelerator(choice: str | Accelerator) -> Accelerator:
     """Return an accelerator that can be used here.
@@ -22,8 +25,8 @@ def select_accelerator(choice: str | Accelerator) -> Accelerator:
     if isinstance(choice, Accelerator):
         accelerator = choice
     elif choice == "auto":
-        accelerator = next(family() for family in (NPU, CUDA, CPU) if family.is_available())
+        accelerator = next(family() for family in _BUILT_IN if family.is_available())
     else:
-        accelerator = load_plugin("veomni.accelerators", choice)()
+        accelerator = load_plugin("veomni.accelerators", choice, {family.name: family for family in _BUILT_IN})()
     accelerator.require()
     return accelerator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,7 +59,7 @@ class DDP(ParameterStrategy):
         return sharded_grad_norm(model.parameters(), next(model.parameters()).device)
 
 
-def _keep_buffers_local() -> dict[str, bool]:
+def _keep_buffers_local() -> dict[str, Any]:
     # torch 2.13 renamed the argument that stops buffers from being sent before every forward.
     names = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}

@@ -67,8 +67,8 @@ class FSDP2(ParameterStrategy):
             fully_shard(model.get_submodule(name), mp_policy=_fp32_policy(), reshard_after_forward=False, **options)
         blocks = [model.get_submodule(name) for name in context.plan.blocks]
         for block in blocks:
-            # The backward starts with the last block, so its parameters stay.
-            reshard = self.reshard_after_forward and block is not blocks[-1]
+            # The backward starts with the last block, so its parameters stay; unsharded ones would free nothing.
+            reshard = self.reshard_after_forward and block is not blocks[-1] and context.state.dims.fsdp > 1
             fully_shard(block, mp_policy=policy, reshard_after_forward=reshard, **options)
         # The root keeps what is outside the blocks gathered until the backward: the loss reads the head's weight.
         fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from veomni.errors import LayoutError
 from veomni.plugins import load_plugin
 from veomni.strategies.base import ParameterStrategy, Strategy
+from veomni.strategies.ddp import DDP
+from veomni.strategies.fsdp1 import FSDP1
 from veomni.strategies.fsdp2 import FSDP2
+from veomni.strategies.single import Single
+
+_BUILT_IN = {strategy.name: strategy for strategy in (Single, DDP, FSDP1, FSDP2)}
 
 
 def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strategy]:
@@ -22,7 +27,7 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
     if isinstance(choice, Strategy):
         return [choice]
     if isinstance(choice, str):
-        return [FSDP2() if choice == "auto" else load_plugin("veomni.strategies", choice)()]
+        return [FSDP2() if choice == "auto" else load_plugin("veomni.strategies", choice, _BUILT_IN)()]
     return list(choice)
 
 

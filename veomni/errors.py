@@ -75,7 +75,7 @@ class MissingExtraError(InputError):
         super().__init__(f"{package} is not installed", f"pip install 'veomni[{extra}]'")
         self.package, self.extra = package, extra
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
         return type(self), (self.package, self.extra)
 
 

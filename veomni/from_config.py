@@ -10,8 +10,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from veomni.accelerators import select_accelerator
 from veomni.checkpoint_schedule import CheckpointSchedule
-from veomni.config import Config, TrainConfig
+from veomni.config import Config, TrainConfig, check_layout
+from veomni.config.layout import local_processes
 from veomni.errors import ConfigError
+from veomni.launch import detect_environment
 from veomni.launcher import Launcher
 from veomni.precision import select_precision
 from veomni.reporter import Reporter
@@ -28,12 +30,14 @@ def build_launcher(config: Config) -> Launcher:
     """Return a launcher for the ``train`` section; nothing is started yet."""
     train, output_dir = config.train, Path(config.train.output_dir)
     save, accelerator = train.checkpoint, select_accelerator(train.accelerator)
-    automatic = train.cpu_devices if accelerator.name == "cpu" else accelerator.device_count()
+    devices = local_processes(train, accelerator.device_type, accelerator.device_count())
+    joined = detect_environment()
+    check_layout(config, devices if joined is None else joined.world_size)
     return Launcher(
         build_strategy(train),
         accelerator=accelerator,
         precision=select_precision(train.precision, reduce=train.fsdp.reduce_dtype),
-        devices=automatic if train.devices == "auto" else train.devices,
+        devices=None if joined is not None and train.devices == "auto" else devices,
         backend=train.backend,
         seed=train.seed,
         recompute=train.gradient_checkpointing,
@@ -131,10 +135,14 @@ def load_tokenizer(config: Config, dataset: TextDataset) -> Any:
     directory = Path(config.train.output_dir) / "model_assets"
     build_once(
         directory,
-        lambda empty: train_byte_bpe(dataset.texts(), size).save_pretrained(empty),
+        lambda empty: _save_tokenizer(train_byte_bpe(dataset.texts(), size), empty),
         lambda built: None if (built / "tokenizer.json").is_file() else "no tokenizer.json",
     )
     return build_tokenizer(directory)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    tokenizer.save_pretrained(directory)
 
 
 def load_model(config: Config, tokenizer: Any) -> nn.Module:

@@ -157,7 +157,7 @@ class Launcher:
         if dist.is_initialized():
             return
         device_backend = f"cpu:gloo,{self.device.type}:{self.backend}" if self.device.type != "cpu" else "gloo"
-        store = dist.HashStore() if world_size == 1 else None
+        store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
         dist.init_process_group(device_backend, store=store, rank=rank, world_size=world_size, timeout=self.timeout)
 
     @property
@@ -325,7 +325,7 @@ class Launcher:
         assert self._batch is not None, "call backward inside track() and accumulate()"
         share = micro.tokens / max(1, self._batch.tokens)
         self._batch.loss = self._batch.loss + loss.detach() * share
-        (loss * (share * self.state.size("loss"))).backward()  # type: ignore[no-untyped-call]
+        (loss * (share * self.state.size("loss"))).backward()
 
     def global_loss(self, batch: StepBatch) -> Tensor:
         """Return the mean over all supervised tokens of the step, equal on all ranks."""

@@ -52,11 +52,17 @@ def one_step(
     accumulation: int = 1,
     recompute: str = "none",
     max_norm: float = 1e9,
+    accelerator: str = "cpu",
     mutate: Callable[[Launcher], None] | None = None,
 ) -> Outcome:
     """What every rank runs; ``mutate`` breaks something on purpose."""
     launcher = Launcher(
-        LAYOUTS[layout][1](), accelerator="cpu", precision=precision, recompute=recompute, timeout_seconds=60
+        LAYOUTS[layout][1](),
+        accelerator=accelerator,
+        backend="gloo",
+        precision=precision,
+        recompute=recompute,
+        timeout_seconds=60,
     )
     launcher.launch()
     if mutate is not None:

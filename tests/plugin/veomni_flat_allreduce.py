@@ -1,4 +1,4 @@
-"""A third-party strategy, as somebody else's package would hold it: one all-reduce of all gradients at the end of a step."""
+"""A third-party strategy, as another package would hold it: one all-reduce of all gradients at the end of a step."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
     hidden = torch.zeros(1, 4, head.in_features, dtype=weight.dtype, device=weight.device)
     tokens = torch.zeros(1, 4, dtype=torch.int64, device=weight.device)
     hook = head.register_forward_hook(lambda module, args, output: returned.append(output))
-    body.forward = lambda *args, **kwargs: _BodyOutput(hidden)  # type: ignore[method-assign]
+    body.forward = lambda *args, **kwargs: _BodyOutput(hidden)
     model.loss_function = receive  # type: ignore[assignment]
     try:
         with torch.no_grad():
@@ -120,7 +120,7 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
     finally:
         hook.remove()
         del body.forward
-        del model._loss_function  # type: ignore[operator]
+        del model._loss_function
     return not (len(returned) == len(received) == 1 and returned[0] is received[0])
 
 
@@ -136,6 +136,9 @@ def _pass_hidden_states(model: nn.Module, head: nn.Linear, loss: TokenMeanLoss) 
             if getattr(output, "logits", None) is not None:
                 output.logits = None  # these are hidden states: nobody may take them for logits
 
-    head.forward = lambda hidden: hidden if loss.pending else project(hidden)  # type: ignore[method-assign]
+    def pass_or_project(hidden: Tensor) -> Tensor:
+        return hidden if loss.pending else project(hidden)
+
+    setattr(head, "forward", pass_or_project)  # noqa: B010  (mypy takes no assignment to a method)
     model.register_forward_pre_hook(announce, with_kwargs=True)
     model.register_forward_hook(retire, always_call=True)

@@ -94,7 +94,7 @@ def _flatten(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(0, 1)
 
 
-def _grouped_heads(query: Tensor, key: Tensor) -> dict[str, bool]:
+def _grouped_heads(query: Tensor, key: Tensor) -> dict[str, Any]:
     # torch 2.11 has no such argument and lets the kernel group the heads; later versions refuse to without it.
     grouped = query.shape[1] != key.shape[1] and _varlen_takes("enable_gqa")
     return {"enable_gqa": True} if grouped else {}
