@@ -43,7 +43,7 @@ class CheckpointSchedule:
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.save_steps, self.save_final, self.resume_from = save_steps, save_final, resume
-        self._options = {"keep_last": keep_last, "async_save": async_save, "verify_hash": verify_hash}
+        self._options: dict[str, Any] = {"keep_last": keep_last, "async_save": async_save, "verify_hash": verify_hash}
         self._signature = dict(signature or {})
         self._checkpointer: Checkpointer | None = None
         self.stopping = False

@@ -364,6 +364,7 @@ class Launcher:
 
         metric = TokenPerplexity(process_group=self.state.group("loss")).to(self.device)
         training = model.training
+        self.reporter.mark("optimizer")
         model.eval()
         for micro_batches in loader:
             for raw in micro_batches:
@@ -374,6 +375,7 @@ class Launcher:
                 metric.update(model(**self._to_device(inputs)).loss * tokens, tokens)
         model.train(training)
         found = metric.compute()
+        self.reporter.mark("evaluation")
         return {"eval_loss": float(found["loss"]), "perplexity": float(found["perplexity"])}
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,8 @@ class Throughput:
     """Measure the steps of a run, one after the other.
 
     A step's time is split at :meth:`mark`: ``mark("data")`` ends waiting for data, ``mark("compute")`` ends forward
-    and backward, and what is left until :meth:`end_step` is the optimizer's, clipping included::
+    and backward, and what is left until :meth:`end_step` is the optimizer's, clipping included. Time marked
+    "evaluation" is no part of the step::
 
         throughput.start_step()
         batch = next(loader)
@@ -74,7 +75,7 @@ class Throughput:
             ``<section>_seconds`` for ``data``, ``compute``, ``optimizer`` and any other section that was marked.
         """
         self.mark("optimizer")
-        seconds = self._last - self._start
+        seconds = self._last - self._start - self._sections.get("evaluation", 0.0)
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,

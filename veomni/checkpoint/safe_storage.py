@@ -1,0 +1,84 @@
+"""Read ``torch.distributed.checkpoint`` files without trusting them: PyTorch's own reader unpickles what it finds."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import override
+
+from veomni.errors import CheckpointError
+
+_CLASSES: tuple[type, ...] = (
+    BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties,
+    TensorStorageMetadata, _MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, collections.OrderedDict,
+)  # fmt: skip
+_ALLOWED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES}
+_ALLOWED["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+_ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+class _MetadataUnpickler(pickle.Unpickler):  # only names in the table are looked up; nothing is imported
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise CheckpointError(
+                f"the checkpoint's .metadata asks for {module}.{name}",
+                "do not load this file: it was not written by a checkpointer",
+            ) from None
+
+
+class SafeReader(FileSystemReader):
+    """A file system reader whose metadata may name tensors and files of the checkpoint, and nothing else."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = _MetadataUnpickler(BytesIO(path.read_bytes())).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", "use another checkpoint") from error
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path} holds no checkpoint metadata", "use another checkpoint")
+        _refuse_escaping(metadata, path)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _refuse_escaping(metadata: Metadata, path: Path) -> None:
+    for info in (metadata.storage_data or {}).values():
+        name = PurePosixPath(info.relative_path)
+        if name.is_absolute() or len(name.parts) != 1 or name.name == "..":
+            raise CheckpointError(f"{path} points out of its directory: {info.relative_path}", "do not load this file")
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """A load planner that reads entries that are no tensors as plain data only."""
+
+    @override
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        plain = torch.load(value, weights_only=True)
+        safe = BytesIO()
+        torch.save(plain, safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)

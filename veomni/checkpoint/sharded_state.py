@@ -1,0 +1,90 @@
+"""Model and optimizer as one flat table of fully qualified names, the same in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from veomni.errors import CheckpointError
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def sharded_state(model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
+    """Return ``model.*`` and ``optimizer.*`` entries; tensors are DTensors where the layout shards them."""
+    table: dict[str, Any] = {}
+    if model is not None:
+        table |= {f"model.{name}": value for name, value in get_model_state_dict(model, options=_OPTIONS).items()}
+    if model is not None and optimizer is not None:
+        found = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+        table |= {f"optimizer.{name}": value for name, value in found.items()}
+    return table
+
+
+def restore(model: nn.Module | None, optimizer: Optimizer | None, table: dict[str, Any]) -> None:
+    """Put a table that was loaded in place back into model and optimizer."""
+    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
+    for name, value in table.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = value
+    if model is not None:
+        set_model_state_dict(model, parts["model"], options=_OPTIONS)
+    if model is not None and optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=_OPTIONS)
+
+
+def save_table(table: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
+    """Write a table; every rank writes what it holds, one thread each: more of them swallow errors (pytorch#191391)."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    writer = FileSystemWriter(directory, thread_count=1, sync_files=True)
+    save(table, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+
+
+def load_table(table: dict[str, Any], directory: Path) -> None:
+    """Read a table in place, whatever layout wrote it.
+
+    Raises:
+        CheckpointError: names or shapes differ; names them.
+    """
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
+
+    _refuse_mismatch(table, SafeReader(directory).read_metadata().state_dict_metadata, directory)
+    load(table, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
+
+
+def _refuse_mismatch(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:
+    wanted = {name for name in table if name.startswith("model.")}
+    stored = {name for name in saved if name.startswith("model.")}
+    shapes = [
+        f"{name} {tuple(saved[name].size)} there, {tuple(value.shape)} here"
+        for name, value in table.items()
+        if isinstance(value, Tensor) and isinstance(saved.get(name), TensorStorageMetadata)
+        if saved[name].size != value.shape
+    ]
+    problems = [
+        *(f"missing {name}" for name in sorted(wanted - stored)),
+        *(f"unexpected {name}" for name in sorted(stored - wanted)),
+        *shapes,
+        *(f"missing {name}" for name in sorted(table.keys() - saved.keys() - wanted)),
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise CheckpointError(
+            f"{directory} does not fit this run: {shown}", "use the model and optimizer of the run that saved it"
+        )
