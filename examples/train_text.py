@@ -11,7 +11,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from veomni import create_logger, entrypoint, load_config, save_args
+from veomni import entrypoint, load_config
 from veomni.from_config import (
     build_launcher,
     create_optimizer,
@@ -20,10 +20,9 @@ from veomni.from_config import (
     load_datasets,
     load_model,
     load_tokenizer,
+    save_assets,
     total_steps,
 )
-
-logger = create_logger(__name__)
 
 
 @entrypoint
@@ -39,13 +38,12 @@ def main() -> None:
     eval_loader = load_batches(config, held_out, tokenizer, launcher, train=False) if held_out else None
 
     model = launcher.setup_model(load_model(config, tokenizer))  # meta -> sharded -> weights
-    optimizer = create_optimizer(config, launcher, model)
+    optimizer = create_optimizer(config, model)
     steps = total_steps(config, loader)
     scheduler = create_scheduler(config, optimizer, steps)
 
     if launcher.is_rank_zero:
-        save_args(config, output_dir)
-        tokenizer.save_pretrained(output_dir / "model_assets")
+        save_assets(config, model, tokenizer)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     launcher.resume(state)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from veomni.accelerators import select_accelerator
 from veomni.checkpoint_schedule import CheckpointSchedule
-from veomni.config import Config, TrainConfig, check_layout
+from veomni.config import Config, TrainConfig, check_layout, save_args
 from veomni.config.layout import local_processes
 from veomni.errors import ConfigError
 from veomni.launch import detect_environment
@@ -171,6 +171,16 @@ def load_model(config: Config, tokenizer: Any) -> nn.Module:
     return model
 
 
+def save_assets(config: Config, model: nn.Module, tokenizer: Any) -> None:
+    """Write what explains the run's weights: resolved arguments, architecture and tokenizer; for one rank to call."""
+    from veomni.models import unwrap
+
+    output_dir = Path(config.train.output_dir)
+    save_args(config, output_dir)
+    tokenizer.save_pretrained(output_dir / "model_assets")
+    unwrap(model).config.save_pretrained(output_dir / "model_assets")  # type: ignore[union-attr, operator]
+
+
 def _refuse_mismatch(config: Config, architecture: Any, tokenizer: Any) -> None:
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
@@ -213,14 +223,11 @@ def load_batches(
     )
 
 
-def create_optimizer(config: Config, launcher: Launcher, model: nn.Module) -> Optimizer:
-    """Return the optimizer of ``train.optimizer`` over the sharded parameters."""
-    section = config.train.optimizer
-    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "no_decay": section.no_decay}
-    if section.name == "sgd":
-        return launcher.setup_optimizer(model, SGD, momentum=section.momentum, **common)
-    first, second = section.betas
-    return launcher.setup_optimizer(model, AdamW, betas=(first, second), eps=section.eps, fused=True, **common)
+def create_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """Return the optimizer of ``train.optimizer`` over the parameters of a model that has been set up."""
+    from veomni.optim import build_optimizer
+
+    return build_optimizer(model, **config.train.optimizer.model_dump())
 
 
 def create_scheduler(config: Config, optimizer: Optimizer, total_steps: int) -> LRScheduler:

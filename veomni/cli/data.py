@@ -86,9 +86,8 @@ def _documents(row: Mapping[str, Any], tokenizer: Any) -> Iterator[Text]:
 
     ids = row["input_ids"].flatten().tolist()
     learned = [label != IGNORE_INDEX for label in row["labels"].flatten().tolist()]
-    bounds = sorted(
-        set(row["cu_seq_lens_q"].tolist())
-    )  # offsets may repeat, so that they are equally many in every row
+    starts = [index for index, position in enumerate(row["position_ids"].flatten().tolist()) if position == 0]
+    bounds = [*starts, len(ids)]
     for number, (start, end) in enumerate(pairwise(bounds), 1):
         if end == len(ids) and not any(learned[start:]) and len(set(ids[start:])) == 1:
             yield Text(f"padding: {end - start} tokens", style="bold")

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from veomni.cli import data, doctor, launch, plan, schema
+from veomni.cli import data, doctor, export, launch, plan, schema
 from veomni.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
 from veomni.launch import entrypoint
 from veomni.version import __version__
@@ -20,6 +20,7 @@ _COMMANDS = {
     "doctor": doctor,
     "plan": plan,
     "data": data,
+    "export": export,
     "schema": schema,
 }
 _EPILOG = f"exit codes: 0 done, {EXIT_FAULT} fault, 75 preempted and saved, {EXIT_BAD_INPUT} bad input"

@@ -6,6 +6,7 @@ from veomni.models.config import build_config
 from veomni.models.experts import resolve_experts
 from veomni.models.export import export_hf, export_tensors_hf
 from veomni.models.freeze import freeze
+from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
 from veomni.models.materialize import Materializer
 from veomni.models.plan import derive_plan
@@ -30,4 +31,5 @@ __all__ = [
     "install_token_loss",
     "resolve_attention",
     "resolve_experts",
+    "unwrap",
 ]
