@@ -17,19 +17,29 @@ import sys
 import time
 
 SIZES = {
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=16, vocab_size=512),
-    "0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                 num_key_value_heads=8, head_dim=128, vocab_size=151936),
-    "1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-                 num_key_value_heads=8, head_dim=128, vocab_size=151936),
-}  # fmt: skip
+    # hidden, intermediate, layers, heads, kv_heads, head_dim, vocab
+    "tiny": (64, 128, 2, 4, 2, 16, 512),
+    "0.6b": (1024, 3072, 28, 16, 8, 128, 151_936),
+    "1.7b": (2048, 6144, 28, 16, 8, 128, 151_936),
+}
 
 
 def config_of(size):
     from transformers import Qwen3Config
 
-    config = Qwen3Config(**SIZES[size], tie_word_embeddings=True, max_position_embeddings=65536, rope_theta=1e6)
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab = SIZES[size]
+    config = Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tie_word_embeddings=True,
+        max_position_embeddings=65536,
+        rope_theta=1e6,
+    )
     config.use_cache = False
     return config
 
@@ -104,7 +114,7 @@ def run_accelerate(args):
     model = peer_model(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-    ids = tokens_of(args, SIZES[args.size]["vocab_size"]).to(accelerator.device)
+    ids = tokens_of(args, SIZES[args.size][-1]).to(accelerator.device)
 
     def step():
         loss = model(input_ids=ids, labels=ids).loss
@@ -134,7 +144,7 @@ def run_fabric(args):
     fabric.launch()
     model = fabric.setup(peer_model(args).to(fabric.device))
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
-    ids = tokens_of(args, SIZES[args.size]["vocab_size"]).to(fabric.device)
+    ids = tokens_of(args, SIZES[args.size][-1]).to(fabric.device)
 
     def step():
         loss = model(input_ids=ids, labels=ids).loss

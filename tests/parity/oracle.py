@@ -24,10 +24,10 @@ def vocabulary(name: str) -> int:
     return int(tiny_config(name).vocab_size)
 
 
-def initial_model(name: str, seed: int = 0) -> torch.nn.Module:
-    """The tiny model as every layout must start with it: values drawn in float32, computed with in float64."""
+def initial_model(name: str, device: str, seed: int = 0) -> torch.nn.Module:
+    """The tiny model as every layout must start with it: drawn in float32 on ``device``, computed with in float64."""
     model = build_model(tiny_config(name), attention="eager", weights="random")
-    Materializer(model, device=torch.device("cpu"), seed=seed)(model)
+    Materializer(model, device=torch.device(device), seed=seed)(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
     if model._can_set_experts_implementation():
@@ -35,19 +35,21 @@ def initial_model(name: str, seed: int = 0) -> torch.nn.Module:
     return model.train()
 
 
-def oracle(name: str) -> Truth:
-    model = initial_model(name)
+def oracle(name: str, device: str = "cpu") -> Truth:
+    model = initial_model(name, device)
     rows = global_rows(vocabulary(name))
     total = sum(supervised(documents) for documents in rows)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     with Float64Throughout():
         for document in (document for documents in rows for document in documents):
-            logits = model(input_ids=document.tokens[None], use_cache=False).logits[0]
-            part = F.cross_entropy(logits[:-1].double(), document.labels[1:], ignore_index=IGNORE, reduction="sum")
+            logits = model(input_ids=document.tokens[None].to(device), use_cache=False).logits[0]
+            part = F.cross_entropy(
+                logits[:-1].double(), document.labels[1:].to(device), ignore_index=IGNORE, reduction="sum"
+            )
             (part / total).backward()
             loss += part.detach() / total
     gradients = {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     return Truth(loss.item(), norm.item(), gradients)

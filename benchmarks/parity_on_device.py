@@ -1,0 +1,59 @@
+"""The parity check of tests/parity on a GPU, several gloo ranks sharing it: CUDA kernels proven sharded.
+
+    python benchmarks/parity_on_device.py --models qwen3,llama --accelerator cuda
+
+Prints, for every layout and precision, the worst relative error of any parameter's gradient against the float64 oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.harness import run_ranks
+from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
+from tests.parity.oracle import oracle
+
+CASES = [
+    *((layout, "fp64") for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2")),
+    *((layout, precision) for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2") for precision in ("fp32", "bf16")),
+]
+
+
+def worst(outcomes, truth):
+    return max(
+        float((outcome.gradients[name].double() - expected).norm() / expected.norm())
+        for outcome in outcomes
+        for name, expected in truth.gradients.items()
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="qwen3")
+    parser.add_argument("--accelerator", default="cuda")
+    args = parser.parse_args()
+    failed = 0
+    for model in args.models.split(","):
+        # In a process of its own: a process that has touched CUDA cannot be forked again.
+        (truth,) = run_ranks(oracle, 1, model, args.accelerator, init=False)
+        for layout, precision in CASES:
+            try:
+                outcomes = run_ranks(
+                    one_step, LAYOUTS[layout][0], model, layout, init=False,
+                    accumulation=3, precision=precision, accelerator=args.accelerator,
+                )  # fmt: skip
+                for outcome in outcomes:
+                    check(outcome, truth, BOUNDS[precision])
+                print(f"{model:12s} {layout:12s} {precision}  {worst(outcomes, truth):.1e}", flush=True)
+            except AssertionError as error:
+                failed += 1
+                print(f"{model:12s} {layout:12s} {precision}  FAILED {str(error)[-600:]}", flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
