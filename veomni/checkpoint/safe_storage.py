@@ -32,6 +32,12 @@ _CLASSES: tuple[type, ...] = (
 )  # fmt: skip
 _ALLOWED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES}
 _ALLOWED["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+# The writer notes its own directory, as a path of the system it ran on; nothing here opens it.
+_ALLOWED |= {
+    (module, name): PurePosixPath
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+}
 _ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
