@@ -1,6 +1,6 @@
 """Run a function on several gloo ranks, forked from the warm test process (about a second a case).
 
-Every rank leaves by ``os._exit`` after a barrier and ``destroy_process_group``: gloo aborts at interpreter exit otherwise.
+Every rank leaves by ``os._exit`` after a barrier and ``destroy_process_group``: gloo aborts at exit otherwise.
 """
 
 from __future__ import annotations
@@ -44,13 +44,24 @@ def run_ranks(
         port = free_port()
         sys.stdout.flush()
         sys.stderr.flush()
-        pids = [_fork(function, rank, world_size, port, Path(scratch), init, timeout, args, kwargs) for rank in range(world_size)]
+        pids = [
+            _fork(function, rank, world_size, port, Path(scratch), init, timeout, args, kwargs)
+            for rank in range(world_size)
+        ]
         statuses = _wait(pids, timeout)
         return _collect(statuses, Path(scratch))
 
 
 def _fork(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, scratch: Path, init: bool, timeout: float, args: Any, kwargs: Any
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    scratch: Path,
+    init: bool,
+    timeout: float,
+    args: Any,
+    kwargs: Any,
 ) -> int:
     pid = os.fork()
     if pid:
