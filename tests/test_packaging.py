@@ -88,11 +88,12 @@ def test_the_wheel_works_in_a_clean_environment(dist: Path, tmp_path: Path) -> N
 PROGRAM = """
 import json
 import veomni, veomni.strategies, veomni.accelerators
-from veomni.plugins import load_plugin
+from importlib.metadata import entry_points
 print(json.dumps({
     "version": veomni.__version__,
     "files": [veomni.__file__, veomni.strategies.__file__, veomni.accelerators.__file__],
-    "plugins": {load_plugin(f"veomni.{group}", name).__name__: name
-                for group, name in (("accelerators", "cpu"), ("strategies", "fsdp2"))},
+    "plugins": {point.load().__name__: name
+                for group, name in (("accelerators", "cpu"), ("strategies", "fsdp2"))
+                for point in entry_points(group=f"veomni.{group}", name=name)},
 }))
 """

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from veomni.checkpoint.consensus import first_problem, from_rank_zero, gather, rank_and_size, shared_token
@@ -159,7 +160,7 @@ class Checkpointer:
         problem, files = None, {}
         try:
             save_table(table, temporary / WEIGHTS, group)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # PyTorch's is a BaseException
             problem = f"{type(error).__name__}: {error}"
         try:
             if problem is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -65,7 +66,10 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
     from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
 
     _refuse_mismatch(table, SafeReader(directory).read_metadata().state_dict_metadata, directory)
-    load(table, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
+    try:
+        load(table, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}", "use another checkpoint") from error
 
 
 def _refuse_mismatch(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:
