@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch.conftest import clean_environment
 
-CODE = "from veomni.launch import join_or_start; p = join_or_start(2); print('rank', p.rank, flush=True)"
+CODE = "from veomni.launch import join_or_start; p = join_or_start(2); print(f'rank{p.rank} ', end='', flush=True)"
 
 
 def run(*command: str, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -31,12 +31,14 @@ def test_code_and_modules_run_again(tmp_path: Path, form: str) -> None:
     (tmp_path / "package" / "__main__.py").write_text(CODE)
     done = run(form, CODE if form == "-c" else "package", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == ["0", "1", "rank", "rank"]
+    assert sorted(done.stdout.split()) == ["rank0", "rank1"]
 
 
 def test_optimisation_and_x_options_are_kept(tmp_path: Path) -> None:
     script = tmp_path / "flags.py"
-    script.write_text(CODE + "; import sys; print('flags', sys.flags.optimize, sys._xoptions.get('mine'), flush=True)")
+    script.write_text(
+        CODE + "; import sys; sys.stdout.write(f'flags {sys.flags.optimize} {sys._xoptions.get(\"mine\")} ')"
+    )
     done = run("-O", "-X", "mine=1", str(script), cwd=tmp_path)
     assert done.stdout.count("flags 1 1") == 2
 
