@@ -1,0 +1,141 @@
+"""The documentation does what it says: links resolve, names exist, configurations load, commands and code run."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from tests.docs import commands, key_table
+from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, inline_code, links
+from veomni.config import Config, check_layout
+from veomni.config.keys import all_keys
+from veomni.config.layout import local_processes
+from veomni.data import build_dataset
+
+TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
+SECTIONS = {"model", "data", "train"}
+LANGUAGES = {"bash", "console", "python", "yaml", "jsonl", "json", "toml", "text", ""}
+
+
+def name_of(path):
+    return path.name
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_links_resolve(path):
+    for link in links(path):
+        target, _, anchor = link.partition("#")
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), f"{path.name}: {link}"
+        assert not anchor or anchor in anchors(there), f"{path.name}: {link} has no such heading"
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_files_and_keys_that_are_mentioned_exist(path):
+    for word in inline_code(path):
+        if re.fullmatch(r"(model|data|train)(\.[a-z_]+)+", word) and word != "train.sh":
+            assert word in all_keys(Config), f"{path.name}: {word}"
+        if re.fullmatch(r"(veomni|strategies|accelerators|examples|configs|benchmarks|tests|docs)/[\w./-]+", word):
+            assert (ROOT / word).exists(), f"{path.name}: {word}"
+
+
+def test_the_table_of_keys_is_that_of_the_schema():
+    assert PAGES["configuration_keys"].read_text() == key_table.page(), "run python -m tests.docs.key_table"
+
+
+def test_architecture_links_every_page():
+    assert {f"{name}.md" for name in PAGES} - {"architecture.md"} <= set(links(PAGES["architecture"]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_runs(page, workspace):
+    found = blocks(PAGES[page])
+    assert {block.language for block in found} <= LANGUAGES
+    for block in found:
+        if block.file is not None:
+            (workspace / block.file).write_text(block.text)
+    for block in found:
+        if block.language in ("yaml", "jsonl", "json", "toml"):
+            _reads(block)
+        if block.language == "console":
+            for command in commands.commands(block.text):
+                commands.check(command)
+    _runs(found)
+
+
+def _reads(block: Block) -> None:
+    match block.language:
+        case "yaml":
+            _configures(block)
+        case "jsonl":
+            _is_data(block)
+        case "json":
+            json.loads(block.text)
+        case "toml":
+            tomllib.loads(block.text)
+
+
+def _configures(block: Block) -> None:
+    """Load a whole configuration, or the smallest one with the block's keys replaced."""
+    values = yaml.safe_load(block.text)
+    if values.keys() >= SECTIONS:
+        config = Config.from_file(block.file or _stored(block))
+    else:
+        config = Config.from_file(ROOT / "configs/text/tiny.yaml", values)
+    check_layout(config, block.options.get("ranks") or local_processes(config.train, "cpu", 1))
+
+
+def _stored(block: Block) -> str:
+    with open("block.yaml", "w") as file:
+        file.write(block.text)
+    return "block.yaml"
+
+
+def _is_data(block: Block) -> None:
+    assert block.file is not None, f"{block.place}: give the data a file name"
+    kind = "conversation" if "messages" in json.loads(block.text.splitlines()[0]) else "plaintext"
+    dataset, _ = build_dataset(block.file, data_type=kind)
+    assert len(dataset) == len(block.text.splitlines())
+    assert all(dataset.texts())
+
+
+def _runs(found: list[Block]) -> None:
+    printed = ""
+    python = [block for block in found if block.language == "python"]
+    for block in found:
+        if block.language == "bash":
+            printed = ""
+            for command in commands.commands(block.text):
+                code, output = commands.run(command)
+                printed += output
+                assert code == block.options.get("exit", 0), f"{block.place}: {command}\n{output}"
+        elif block.language == "python" and python:
+            printed, python = _python(python), []
+        elif block.language == "text":
+            _printed(block, printed)
+
+
+def _python(found: list[Block]) -> str:
+    """Run all Python of a page, in one namespace, where its first block stands."""
+    source = [(block.place, compile(block.text, block.place, "exec")) for block in found]
+
+    def script() -> None:
+        names = {"__name__": "documentation"}
+        for _, code in source:
+            exec(code, names)
+
+    code, output = commands.forked(script, max(block.options.get("ranks", 1) for block in found))
+    assert code == 0, output
+    return output
+
+
+def _printed(block: Block, printed: str) -> None:
+    """Every line of the block is part of a printed line, in this order; ``...`` stands for anything."""
+    lines = iter(printed.splitlines())
+    for expected in filter(str.strip, block.text.splitlines()):
+        pattern = re.escape(expected.strip()).replace(r"\.\.\.", ".*")
+        assert any(re.search(pattern, line) for line in lines), f"{block.place}: {expected!r} is not in\n{printed}"
