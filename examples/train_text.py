@@ -42,10 +42,10 @@ def main() -> None:
     steps = total_steps(config, loader)
     scheduler = create_scheduler(config, optimizer, steps)
 
-    if launcher.is_rank_zero:
-        save_assets(config, model, tokenizer)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     launcher.resume(state)
+    if launcher.is_rank_zero:
+        save_assets(config, model, tokenizer)
 
     for batch in launcher.track(loader, max_steps=steps):
         for micro in launcher.accumulate(model, batch):

@@ -52,6 +52,7 @@ def build_launcher(config: Config) -> Launcher:
             progress_bar=train.logging.progress_bar,
             log_every=train.log_every,
             plot=train.logging.plot,
+            config=config.model_dump(mode="json"),
         ),
         checkpoints=CheckpointSchedule(
             output_dir / "checkpoints",
@@ -122,27 +123,16 @@ def load_datasets(config: Config) -> tuple[TextDataset, TextDataset | None]:
 
 def load_tokenizer(config: Config, dataset: TextDataset) -> Any:
     """Return the tokenizer of the run: a ready one, or one trained on the documents by whichever rank comes first."""
-    from veomni.data import build_once, train_byte_bpe
+    from veomni.data import cached_byte_bpe
     from veomni.models import build_tokenizer
 
     model = config.model
-    if model.train_tokenizer_vocab_size is None:
-        path = model.tokenizer_path or model.model_path or model.config_path
-        if path is None:
-            raise ConfigError("no tokenizer was given", "set model.tokenizer_path")
-        return build_tokenizer(path)
-    size = model.train_tokenizer_vocab_size
-    directory = Path(config.train.output_dir) / "model_assets"
-    build_once(
-        directory,
-        lambda empty: _save_tokenizer(train_byte_bpe(dataset.texts(), size), empty),
-        lambda built: None if (built / "tokenizer.json").is_file() else "no tokenizer.json",
-    )
-    return build_tokenizer(directory)
-
-
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    tokenizer.save_pretrained(directory)
+    if model.train_tokenizer_vocab_size is not None:
+        return build_tokenizer(cached_byte_bpe(dataset, model.train_tokenizer_vocab_size, config.data.cache_dir))
+    path = model.tokenizer_path or model.model_path or model.config_path
+    if path is None:
+        raise ConfigError("no tokenizer was given", "set model.tokenizer_path")
+    return build_tokenizer(path)
 
 
 def load_model(config: Config, tokenizer: Any) -> nn.Module:

@@ -27,6 +27,7 @@ class Reporter:
         progress_bar: Show a bar on a terminal, plain lines elsewhere.
         log_every: Report every so many steps.
         plot: Draw ``loss.png`` when the run ends.
+        config: The run's configuration, for the loggers that keep one; secrets are redacted there.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class Reporter:
         progress_bar: bool = False,
         log_every: int = 1,
         plot: bool = False,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.log_every, self.plot = log_every, plot
-        self._progress_bar = progress_bar
+        self._progress_bar, self._config = progress_bar, config
         self._extra_loggers = list(loggers)
         self._group: LoggerGroup | None = None
         self._flops: FlopsCounter | None = None
@@ -73,16 +75,14 @@ class Reporter:
         flops = self._flops.step_flops(lengths)
         return StepWork(sum(lengths), flops.causal, flops.full)
 
-    def log_config(self, config: Mapping[str, Any]) -> None:
-        """Hand the run's configuration to the loggers that keep one; secrets are redacted there."""
-        self._logger_group().log_config(config)
-
     def resume_from(self, step: int) -> None:
         """Drop what was reported past ``step``; those steps are taken again."""
         self._logger_group().truncate_after(step)
 
     def start(self, step: int, total: int | None) -> None:
         """Begin to show progress from ``step`` towards ``total``."""
+        if self._config is not None:
+            self._logger_group().log_config(self._config)
         if self._progress_bar:
             from veomni.metrics import Progress
 

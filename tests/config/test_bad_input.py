@@ -63,6 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         {"model.attention": "varlen", "train.precision": "bf16", "train.accelerator": "cpu"}, [], "CPU", "sdpa",
     ),
     "evaluation without data": ({"train.eval.every_steps": 5}, [], "train.eval.every_steps", "data.eval_fraction"),
+    "a chat template for plain text": ({"data.chat_template": "chatml"}, [], "data.chat_template", "conversation"),
     "two held-out sets": (
         {"data.eval_path": ".", "data.eval_fraction": 0.1}, [], "data.eval_path", "data.eval_fraction",
     ),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from veomni.config import Config
-    from veomni.data import PackedDataLoader, TextDataset
+    from veomni.data import PackedDataLoader
 
 HELP = "print the first packed rows, decoded, with the tokens that are learned in colour"
 TAKES_CONFIG = True
@@ -47,11 +47,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _loader(config: Config) -> tuple[PackedDataLoader, Any]:
     from veomni.data import build_dataloader
-    from veomni.from_config import load_datasets
+    from veomni.from_config import load_datasets, load_tokenizer
 
     data = config.data
     dataset, _ = load_datasets(config)
-    tokenizer = _tokenizer(config, dataset)
+    tokenizer = load_tokenizer(config, dataset)
     loader = build_dataloader(
         dataset,
         tokenizer,
@@ -66,16 +66,6 @@ def _loader(config: Config) -> tuple[PackedDataLoader, Any]:
         chat_template=data.chat_template,
     )
     return loader, tokenizer
-
-
-def _tokenizer(config: Config, dataset: TextDataset) -> Any:
-    from veomni.data import train_byte_bpe
-    from veomni.models import build_tokenizer
-
-    model = config.model
-    if model.train_tokenizer_vocab_size is not None:
-        return train_byte_bpe(dataset.texts(), model.train_tokenizer_vocab_size)
-    return build_tokenizer(model.tokenizer_path or model.model_path or str(model.config_path))
 
 
 def _documents(row: Mapping[str, Any], tokenizer: Any) -> Iterator[Text]:

@@ -19,6 +19,7 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     yield from _sources(model)
     yield from _attention(model, train)
     yield from _held_out(data, train)
+    yield from _chat_template(data)
     yield from _length(train)
     yield from _devices(train)
     yield from _sharding(train)
@@ -54,6 +55,14 @@ def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
         yield Problem(
             "train.eval.every_steps is set but there is no held-out data",
             "set data.eval_path or data.eval_fraction, or train.eval.every_steps to null",
+        )
+
+
+def _chat_template(data: DataConfig) -> Iterator[Problem]:
+    if data.chat_template is not None and data.data_type != "conversation":
+        yield Problem(
+            f"data.chat_template has no meaning with data.data_type {data.data_type}",
+            "leave it out, or set data.data_type to conversation",
         )
 
 

@@ -2,7 +2,7 @@
 
 from veomni.data.build_dataloader import build_dataloader
 from veomni.data.build_once import build_once
-from veomni.data.byte_bpe import train_byte_bpe
+from veomni.data.byte_bpe import cached_byte_bpe, train_byte_bpe
 from veomni.data.chat_templates import CHAT_TEMPLATES
 from veomni.data.corpus import PYTHON_STDLIB
 from veomni.data.dataset import TextDataset, build_dataset
@@ -20,5 +20,6 @@ __all__ = [
     "build_dataloader",
     "build_dataset",
     "build_once",
+    "cached_byte_bpe",
     "train_byte_bpe",
 ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from veomni.data.cache import cache_directory
 from veomni.data.dataset import TextDataset
 from veomni.data.loader import LoaderSettings, PackedDataLoader
 from veomni.data.overlong import cut_to_rows
@@ -80,18 +80,12 @@ def build_dataloader(
         rank, size, micro_batch_size, global_batch_size, seed, shuffle and train, packing, overlong, num_workers,
         prefetch_factor, _pinned(pin_memory), epochs if train else 1, train, worker_timeout,
     )  # fmt: skip
-    documents, digests = tokenize(dataset, tokenizer, _cache(cache_dir), chat_template)
+    documents, digests = tokenize(dataset, tokenizer, cache_directory(cache_dir), chat_template)
     samples = cut_to_rows(
         documents.lengths, max_seq_len, overlong, lambda document: dataset[int(documents.source[document])].where
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedDataLoader(MicroBatches(documents, samples, max_seq_len, int(pad or 0)), settings, digests)
-
-
-def _cache(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veomni"
 
 
 def _pinned(asked: bool | Literal["auto"]) -> bool:

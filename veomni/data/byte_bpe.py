@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from veomni.data.build_once import build_once
+from veomni.data.cache import cache_directory
 from veomni.data.chat_templates import CHAT_TEMPLATES
+from veomni.data.dataset import TextDataset
+from veomni.data.digests import dataset_digest, digest
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
 
@@ -17,6 +22,25 @@ logger = create_logger(__name__)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 _BYTES = 256
 _TRAINING_CHARACTERS = 16_000_000
+_FORMAT = 1
+
+
+def cached_byte_bpe(dataset: TextDataset, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
+    """Return the directory of the tokenizer of :func:`train_byte_bpe` for a dataset, trained if it is not there yet.
+
+    Args:
+        dataset: Where the texts come from.
+        vocab_size: Entries of the vocabulary.
+        cache_dir: Where tokenizers are kept, under a digest of the texts; None for ``$XDG_CACHE_HOME/veomni``.
+    """
+    cache = cache_directory(cache_dir)
+    directory = cache / "tokenizers" / digest([_FORMAT, dataset_digest(dataset, cache), vocab_size])
+
+    def build(empty: Path) -> None:
+        train_byte_bpe(dataset.texts(), vocab_size).save_pretrained(empty)
+
+    build_once(directory, build, lambda built: None if (built / "tokenizer.json").is_file() else "no tokenizer.json")
+    return directory
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -18,7 +18,12 @@ def build_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, _directory(path), "tokenizer")
+    directory = _directory(path)
+    tokenizer = _load(AutoTokenizer, directory, "tokenizer")
+    # Without files, transformers makes one of the class that config.json names, with special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"{directory} holds no tokenizer with a vocabulary", "save the tokenizer there first")
+    return tokenizer
 
 
 def build_processor(path: str | Path) -> Any:
