@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.docs import commands, key_table
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, inline_code, links
 from veomni.config import Config, check_layout
 from veomni.config.keys import all_keys
 from veomni.config.layout import local_processes
+from veomni.config.yaml_file import read_yaml
 from veomni.data import build_dataset
 
 TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
@@ -81,18 +82,19 @@ def _reads(block: Block) -> None:
 
 def _configures(block: Block) -> None:
     """Load a whole configuration, or the smallest one with the block's keys replaced."""
-    values = yaml.safe_load(block.text)
+    path = _stored(block)
+    values, _ = read_yaml(path)
     if values.keys() >= SECTIONS:
-        config = Config.from_file(block.file or _stored(block))
+        config = Config.from_file(path)
     else:
         config = Config.from_file(ROOT / "configs/text/tiny.yaml", values)
     check_layout(config, block.options.get("ranks") or local_processes(config.train, "cpu", 1))
 
 
 def _stored(block: Block) -> str:
-    with open("block.yaml", "w") as file:
-        file.write(block.text)
-    return "block.yaml"
+    name = block.file or "block.yaml"
+    Path(name).write_text(block.text)
+    return name
 
 
 def _is_data(block: Block) -> None:
@@ -104,8 +106,7 @@ def _is_data(block: Block) -> None:
 
 
 def _runs(found: list[Block]) -> None:
-    printed = ""
-    python = [block for block in found if block.language == "python"]
+    printed, of_python = "", None
     for block in found:
         if block.language == "bash":
             printed = ""
@@ -113,8 +114,9 @@ def _runs(found: list[Block]) -> None:
                 code, output = commands.run(command)
                 printed += output
                 assert code == block.options.get("exit", 0), f"{block.place}: {command}\n{output}"
-        elif block.language == "python" and python:
-            printed, python = _python(python), []
+        elif block.language == "python":
+            of_python = of_python or _python([block for block in found if block.language == "python"])
+            printed = of_python
         elif block.language == "text":
             _printed(block, printed)
 
