@@ -106,23 +106,29 @@ def _is_data(block: Block) -> None:
 
 
 def _runs(found: list[Block]) -> None:
-    printed, of_python = "", None
+    """Run the page's shell commands in order, then its Python; check what each is said to print."""
+    of_shell = {block.place: _shell(block) for block in found if block.language == "bash"}
+    python = [block for block in found if block.language == "python"]
+    of_python = _python(python) if python else ""
+    printed = ""
     for block in found:
-        if block.language == "bash":
-            printed = ""
-            for command in commands.commands(block.text):
-                code, output = commands.run(command)
-                printed += output
-                assert code == block.options.get("exit", 0), f"{block.place}: {command}\n{output}"
-        elif block.language == "python":
-            of_python = of_python or _python([block for block in found if block.language == "python"])
-            printed = of_python
-        elif block.language == "text":
+        if block.language == "text":
             _printed(block, printed)
+        elif block.language in ("bash", "python"):
+            printed = of_shell.get(block.place, of_python)
+
+
+def _shell(block: Block) -> str:
+    printed = ""
+    for command in commands.commands(block.text):
+        code, output = commands.run(command)
+        printed += output
+        assert code == block.options.get("exit", 0), f"{block.place}: {command}\n{output}"
+    return printed
 
 
 def _python(found: list[Block]) -> str:
-    """Run all Python of a page, in one namespace, where its first block stands."""
+    """Run all Python of a page, in one namespace."""
     source = [(block.place, compile(block.text, block.place, "exec")) for block in found]
 
     def script() -> None:
