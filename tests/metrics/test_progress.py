@@ -18,14 +18,14 @@ from veomni.metrics import Progress
 METRICS = {"loss": 2.34567, "tokens_per_second": 12345.6, "mfu_causal": None, "lr": 0.1}
 
 
-def on_a_terminal(run) -> str:
-    """What a pseudo-terminal of 100 columns receives while ``run(stream)`` writes to it."""
+def on_a_terminal(run, columns: int = 100) -> str:
+    """What a pseudo-terminal of so many columns receives while ``run(stream)`` writes to it."""
     import fcntl
     import struct
     import termios
 
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     received = bytearray()
 
     def read() -> None:
@@ -151,3 +151,13 @@ def test_standard_error_is_the_default(capsys) -> None:
     Progress(1).update(1, {"loss": 1.0})
     assert "step 1/1" in capsys.readouterr().err
     assert sys.stderr is not None
+
+
+def test_a_terminal_that_does_not_say_its_width_gets_a_bar_of_80_columns() -> None:
+    def run(stream) -> None:
+        progress = Progress(4, stream=stream)
+        progress.update(4, METRICS)
+        progress.close()
+
+    shown = screen(on_a_terminal(run, columns=0))
+    assert any("step 4/4" in line and 60 < len(line) <= 80 for line in shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 _COUNT = "step {n_fmt}, {elapsed} elapsed{postfix}"
 _LINES = 10
+_WIDTH = 80
 
 
 class Progress:
@@ -75,8 +77,10 @@ class Progress:
 
         layout = _COUNT if self._total is None else _BAR
         self._bar = tqdm(
-            total=self._total, initial=self._initial, file=self._stream, dynamic_ncols=True, bar_format=layout
-        )
+            total=self._total, initial=self._initial, file=self._stream, bar_format=layout,
+            dynamic_ncols=_knows_its_width(self._stream),
+            ncols=_WIDTH,
+        )  # fmt: skip
         for handler in logging.getLogger("veomni").handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is self._stream:
                 handler.setStream(_AboveBar(self._stream))
@@ -108,6 +112,14 @@ class _AboveBar:
 
     def flush(self) -> None:
         self._stream.flush()
+
+
+def _knows_its_width(stream: TextIO) -> bool:
+    """Whether a terminal says how wide it is; one that says 0 would be shown an empty bar."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _describe(metrics: Mapping[str, float | int | None]) -> str:
