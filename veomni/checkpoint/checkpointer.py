@@ -27,7 +27,7 @@ from veomni.checkpoint.manifest import (
 )
 from veomni.checkpoint.objects import read_objects, write_objects
 from veomni.checkpoint.reader import WEIGHTS
-from veomni.checkpoint.sharded_state import load_table, restore, save_table, sharded_state
+from veomni.checkpoint.sharded_state import load_table, own_cause, restore, save_table, sharded_state
 from veomni.errors import CheckpointError, VeOmniError
 from veomni.logging import create_logger
 from veomni.version import __version__
@@ -160,13 +160,9 @@ class Checkpointer:
         problem, files = None, {}
         try:
             save_table(table, temporary / WEIGHTS, group)
+            files = self._write_objects(objects, temporary)
         except (Exception, CheckpointException) as error:  # PyTorch's is a BaseException
-            problem = f"{type(error).__name__}: {error}"
-        try:
-            if problem is None:
-                files = self._write_objects(objects, temporary)
-        except (OSError, VeOmniError) as error:
-            problem = str(error)
+            problem = own_cause(error, self.rank)
         self._agree_or_discard(problem, temporary, step, group)
         described = gather(files, group)
         try:
@@ -217,9 +213,12 @@ class Checkpointer:
         write_manifest(temporary, files, facts)
         sync_directory(temporary)
         temporary.rename(final)
-        sync_directory(self.directory)
         logger.info("saved %s", final)
-        self._retain()
+        try:
+            sync_directory(self.directory)
+            self._retain()
+        except OSError as error:  # the checkpoint is there: this is no failed save
+            logger.warning("%s is saved, but tidying up after it failed: %s", final, error)
 
     def _retain(self) -> None:
         valid = [step for step in self.steps() if self._quick_problem(step_directory(self.directory, step)) is None]
@@ -308,9 +307,11 @@ class Checkpointer:
         return structure_problem(directory, manifest)
 
     def close(self) -> None:
-        """Finish, and let other jobs use the directory."""
-        self.wait()
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
-        self._lock.release()
+        """Finish, and let other jobs use the directory; raises what :meth:`wait` raises."""
+        try:
+            self.wait()
+        finally:
+            if self._stager is not None:
+                self._stager.close()
+                self._stager = None
+            self._lock.release()

@@ -55,6 +55,15 @@ def save_table(table: dict[str, Any], directory: Path, group: dist.ProcessGroup 
     save(table, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
+def own_cause(error: BaseException, rank: int) -> str | None:
+    """Return what failed on ``rank``; None where only others failed, which say so: PyTorch raises it on all of them."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    if failures and rank not in failures:
+        return None
+    cause = failures[rank][0] if failures else error
+    return f"{type(cause).__name__}: {cause}"
+
+
 def load_table(table: dict[str, Any], directory: Path) -> None:
     """Read a table in place, whatever layout wrote it.
 
