@@ -1,0 +1,107 @@
+"""Each collective against the same computation on the whole sequence in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.harness import run_ranks
+from veomni.ops.sequence_exchange import (
+    gather_heads_scatter_seq,
+    gather_seq_scatter_heads,
+    gather_sequence,
+    pad_to_multiple,
+    slice_sequence,
+)
+
+
+def whole(batch, seq, heads, width, seed):
+    return torch.randn(batch, seq, heads, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def own(tensor, dim=1):
+    return tensor.chunk(dist.get_world_size(), dim)[dist.get_rank()]
+
+
+def check_exchange(batch, layout):
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    full = [whole(batch, 8, heads, width, seed) for seed, (heads, width) in enumerate(layout)]
+    # non-contiguous, as attention modules hand them over
+    local = [own(tensor).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in full]
+    got = gather_seq_scatter_heads(local, group)
+    for tensor, part in zip(full, got, strict=True):
+        assert torch.equal(part, tensor.chunk(size, 2)[rank])
+    back = [gather_heads_scatter_seq(part, group) for part in got]
+    for tensor, part in zip(local, back, strict=True):
+        assert torch.equal(part, tensor)
+    weights = [whole(batch, 8, *tensor.shape[2:], seed=9 + number) for number, tensor in enumerate(full)]
+    sum((part * weight.chunk(size, 2)[rank]).sum() for part, weight in zip(got, weights, strict=True)).backward()
+    for tensor, weight in zip(local, weights, strict=True):
+        assert torch.equal(tensor.grad, own(weight))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [[(4, 6)], [(8, 4), (4, 4), (4, 4)], [(4, 6), (4, 6), (4, 2)]])
+def test_sequence_for_heads_and_back(ranks, batch, layout):
+    run_ranks(check_exchange, ranks, batch, layout)
+
+
+def check_way_back():
+    group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    full, weight = whole(2, 8, 4, 3, 0), whole(2, 8, 4, 3, 1)
+    local = full.chunk(size, 2)[rank].clone().requires_grad_()
+    (gather_heads_scatter_seq(local, group) * own(weight)).sum().backward()
+    assert torch.equal(local.grad, weight.chunk(size, 2)[rank])
+
+
+def test_the_way_back_has_the_transposed_gradient():
+    run_ranks(check_way_back, 2)
+
+
+def check_slice_and_gather():
+    group, rank = dist.group.WORLD, dist.get_rank()
+    full = whole(2, 6, 2, 3, 0).requires_grad_()
+    (slice_sequence(full, group, dim=1) * (rank + 1)).sum().backward()
+    assert torch.equal(full.grad, torch.tensor([1.0, 1, 1, 2, 2, 2]).double().view(1, 6, 1, 1).expand(2, 6, 2, 3))
+    local = own(full.detach()).clone().requires_grad_()
+    gathered = gather_sequence(local, group, dim=1)
+    assert torch.equal(gathered, full)
+    (gathered * (rank + 1)).sum().backward()
+    assert torch.equal(local.grad, torch.full_like(local, 3.0)), "what every rank did with it is summed"
+
+
+def test_slice_and_gather():
+    run_ranks(check_slice_and_gather, 2)
+
+
+def test_padding():
+    padded = pad_to_multiple(torch.ones(2, 5, 3), 4, dim=1, value=7.0)
+    assert padded.shape == (2, 8, 3)
+    assert bool((padded[:, 5:] == 7).all())
+    assert pad_to_multiple(padded, 4, dim=1, value=7.0) is padded
+
+
+def count_bytes():
+    sent = []
+    exchange = dist.all_to_all_single
+
+    def counted(output, buffer, *args, **kwargs):
+        size = dist.get_world_size()
+        sent.append(buffer.numel() * buffer.element_size() * (size - 1) // size)
+        return exchange(output, buffer, *args, **kwargs)
+
+    dist.all_to_all_single = counted
+    seq, heads, width, size = 32, 8, 4, dist.get_world_size()
+    local = [torch.randn(1, seq // size, heads, width, requires_grad=True) for _ in range(3)]
+    query, key, value = gather_seq_scatter_heads(local, dist.group.WORLD)
+    gather_heads_scatter_seq(query + key + value, dist.group.WORLD).sum().backward()
+    return len(sent), sum(sent), 2 * 4 * seq * heads * width * (size - 1) / size**2 * 4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_sent_are_those_of_the_formula(ranks):
+    for calls, sent, expected in run_ranks(count_bytes, ranks):
+        assert calls == 4, "queries, keys and values travel together, forward and backward"
+        assert sent == expected
