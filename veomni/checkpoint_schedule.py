@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veomni.errors import CheckpointError
 from veomni.logging import create_logger
 
 if TYPE_CHECKING:
@@ -22,11 +23,14 @@ class CheckpointSchedule:
         save_steps: Save after every so many steps; None only at the end and on a signal.
         save_final: Save after the last step.
         resume: "auto" takes the newest valid checkpoint of ``directory``, "none" starts afresh, anything else is the
-            path of one checkpoint.
+            path of one checkpoint. The last two need a ``directory`` without checkpoints of later steps.
         keep_last: How many checkpoints stay.
         async_save: Write in the background.
         verify_hash: Check contents, not only sizes, before loading.
         signature: What must be the same in the run that resumes (sizes of the model, say).
+
+    Raises:
+        CheckpointError: ``resume`` is a path, and there is no ``directory``.
     """
 
     def __init__(
@@ -41,6 +45,10 @@ class CheckpointSchedule:
         verify_hash: bool = True,
         signature: Mapping[str, Any] | None = None,
     ) -> None:
+        if directory is None and resume not in ("auto", "none"):
+            raise CheckpointError(
+                f"resume is {resume}, but there is no directory", "give CheckpointSchedule a directory"
+            )
         self.directory = None if directory is None else Path(directory)
         self.save_steps, self.save_final, self.resume_from = save_steps, save_final, resume
         self._options: dict[str, Any] = {"keep_last": keep_last, "async_save": async_save, "verify_hash": verify_hash}
@@ -68,13 +76,19 @@ class CheckpointSchedule:
         checkpointer.save(state, step)
 
     def resume(self, state: Mapping[str, Any]) -> int:
-        """Load what to continue from into ``state`` and return its step; 0 when there is nothing; collective."""
+        """Load what to continue from into ``state`` and return its step; 0 when there is nothing; collective.
+
+        Raises:
+            CheckpointError: the checkpoint asked for cannot be loaded, or the directory holds those of later steps.
+        """
         checkpointer = self._open()
-        if checkpointer is None or self.resume_from == "none":
+        if checkpointer is None:
             return 0
         if self.resume_from == "auto":
             return checkpointer.load_latest(state) or 0
-        return checkpointer.load(state, Path(self.resume_from))
+        step = 0 if self.resume_from == "none" else checkpointer.load(state, Path(self.resume_from))
+        checkpointer.refuse_newer(step)
+        return step
 
     def close(self) -> None:
         """Wait for a save in the background; its error is raised here."""

@@ -16,7 +16,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from veomni.checkpoint.consensus import first_problem, from_rank_zero, gather, rank_and_size, shared_token
-from veomni.checkpoint.directories import published_steps, remove_leftovers, retire, step_directory, sync_directory
+from veomni.checkpoint.directories import (
+    published_steps,
+    remove_leftovers,
+    retire,
+    set_aside,
+    step_directory,
+    sync_directory,
+)
 from veomni.checkpoint.lock import DirectoryLock
 from veomni.checkpoint.manifest import (
     content_problem,
@@ -91,7 +98,7 @@ class Checkpointer:
     # ---------------------------------------------------------------- saving
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
-        """Save ``state`` as the checkpoint of ``step``; a valid one that is there already is kept.
+        """Save ``state`` as the checkpoint of ``step``; a valid one there is kept, a damaged one renamed.
 
         Args:
             state: "model", "optimizer", and anything with a ``state_dict``.
@@ -103,10 +110,11 @@ class Checkpointer:
         self.wait()
         final = step_directory(self.directory, step)
         if from_rank_zero(final.exists()):
-            if self._problem(final) is None:
-                logger.info_rank0("checkpoint %s is there already", final.name)
+            damage = self._problem(final)
+            if damage is None:
+                logger.warning_rank0("%s is there already and stays as it is: step %s is not saved", final, step)
                 return
-            raise CheckpointError(f"{final} exists and is damaged", "move it away, or delete it")
+            self._make_room(final, damage, step)
         table = sharded_state(state.get("model"), state.get("optimizer"))
         objects = {name: part.state_dict() for name, part in state.items() if name not in ("model", "optimizer")}
         temporary = final.with_name(f"{final.name}.tmp-{shared_token()}")
@@ -117,6 +125,18 @@ class Checkpointer:
         arguments = (staged["table"], staged["objects"], temporary, final, step, self._group)
         self._thread = Thread(target=self._write_in_background, args=arguments, name="checkpoint")
         self._thread.start()
+
+    def _make_room(self, final: Path, damage: str, step: int) -> None:
+        """Rename a damaged checkpoint that a run fell back from, and has now come past."""
+        problem = None
+        try:
+            if self.rank == 0:
+                logger.warning(
+                    "%s is damaged (%s): it is kept as %s", final, damage, set_aside(final, uuid.uuid4().hex)
+                )
+        except OSError as error:
+            problem = str(error)
+        self._agree_or_discard(problem, None, step)
 
     def wait(self) -> None:
         """Finish a save in the background.
@@ -181,12 +201,12 @@ class Checkpointer:
         return None
 
     def _agree_or_discard(
-        self, problem: str | None, temporary: Path, step: int, group: dist.ProcessGroup | None
+        self, problem: str | None, temporary: Path | None, step: int, group: dist.ProcessGroup | None = None
     ) -> None:
         agreed = first_problem(problem, group)
         if agreed is None:
             return
-        if self.rank == 0:
+        if self.rank == 0 and temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailedError(f"the checkpoint of step {step} was not written ({agreed}); earlier ones are intact")
 
@@ -230,6 +250,21 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Return the steps that have a published checkpoint, newest first."""
         return published_steps(self.directory)
+
+    def refuse_newer(self, step: int) -> None:
+        """Refuse a directory with checkpoints of later steps than the one a run starts from.
+
+        They belong to a run that is given up: this one could not save those steps, and ``load_latest`` would take them.
+
+        Raises:
+            CheckpointError: there are some.
+        """
+        newer = [found for found in from_rank_zero(self.steps()) if found > step]
+        if newer:
+            raise CheckpointError(
+                f"{step_directory(self.directory, newer[0])} is newer than step {step}, where this run starts",
+                "give another train.output_dir, move the newer checkpoints away, or use resume: auto",
+            )
 
     def load_latest(self, state: Mapping[str, Any]) -> int | None:
         """Load the newest checkpoint whose manifest verifies, and return its step; None when there is none."""

@@ -39,6 +39,11 @@ def retire(directory: Path, token: str) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside(directory: Path, token: str) -> Path:
+    """Take its name from a damaged checkpoint, for people to look at, and return the new one; nothing deletes it."""
+    return directory.rename(directory.with_name(f"{directory.name}.damaged-{token}"))
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames and new names in ``directory`` durable."""
     descriptor = os.open(directory, os.O_RDONLY)
