@@ -97,7 +97,7 @@ def _ranks(arguments: list[str]) -> int:
 
 def check(command: str) -> None:
     """Check what a command that is not run says: the script is there, and configuration and layout hold."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.partition(";")[0], comments=True)
     script = next((index for index, word in enumerate(words) if word == _SCRIPT), None)
     if script is not None:
         arguments = words[script + 1 :]
@@ -107,7 +107,7 @@ def check(command: str) -> None:
         return
     config = Config.from_file(*parse_argv(arguments))
     world = _world(words)
-    check_layout(config, world or local_processes(config.train, "cuda", 8))
+    check_layout(config, world or local_processes(config.train, "cpu", 1))
 
 
 def _world(words: list[str]) -> int | None:
