@@ -20,9 +20,12 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from typing_extensions import override
 
 from veomni.errors import LayoutError
+from veomni.logging import create_logger
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.grad_norm import square_sum
+
+logger = create_logger(__name__)
 
 Sharding = Literal["full", "grad_op"]
 _STRATEGIES = {
@@ -81,13 +84,19 @@ class FSDP1(ParameterStrategy):
             sharding_strategy=_STRATEGIES[self.sharding, self.replicate > 1],
             auto_wrap_policy=_wrap_policy(model, context),
             mixed_precision=_mixed_precision(context),
-            cpu_offload=CPUOffload(offload_params=self.cpu_offload),
+            cpu_offload=CPUOffload(offload_params=self._offloads(context)),
             backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
             forward_prefetch=self.forward_prefetch,
             device_id=context.device,
             param_init_fn=lambda module: context.materialize(module, names[id(module)]),
             use_orig_params=True,
         )
+
+    def _offloads(self, context: SetupContext) -> bool:
+        if self.cpu_offload and context.device.type == "cpu":  # FSDP1 would pin the memory, which needs an accelerator
+            logger.info_rank0("cpu_offload changes nothing here: parameters of a CPU run are in host memory already")
+            return False
+        return self.cpu_offload
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:

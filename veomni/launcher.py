@@ -208,7 +208,7 @@ class Launcher:
         install_token_loss(model, fused=self.fused_loss)
         apply_recompute(model, plan, self.recompute)
         if self.compile:
-            compile_blocks(model, plan)
+            compile_blocks(model, plan, self.precision)
         context = SetupContext(self.state, self.accelerator, self.device, self.precision, plan, materialize)
         return self.parameter_strategy.parallelize(model, context)
 

@@ -1,0 +1,52 @@
+"""Compiled blocks: every block runs a compiled graph, and gradients stay what they were."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
+from tests.parity.oracle import oracle
+from veomni.launcher import Launcher
+
+
+def compiled_step(model_name, layout, precision, **options):
+    from torch._dynamo.utils import counters
+
+    def compile_blocks(launcher: Launcher) -> None:
+        launcher.compile = True
+
+    outcome = one_step(model_name, layout, precision=precision, mutate=compile_blocks, **options)
+    return outcome, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize(
+    ("model_name", "layout", "options"),
+    [
+        ("llama", "fsdp2_2", {"accumulation": 3}),
+        ("qwen3", "ddp2", {"recompute": "selective"}),
+    ],
+)
+def test_gradients_of_compiled_blocks_are_those_of_the_oracle(model_name, layout, options):
+    ranks = LAYOUTS[layout][0]
+    for outcome, graphs, breaks in run_ranks(compiled_step, ranks, model_name, layout, "fp32", init=False, **options):
+        check(outcome, oracle(model_name), BOUNDS["fp32"])
+        assert graphs >= 1
+        assert not breaks
+
+
+def logged_step(*arguments):
+    said: list[str] = []
+    logging.getLogger("veomni.strategies.compile").addFilter(
+        lambda record: bool(said.append(record.getMessage())) or True
+    )
+    return *compiled_step(*arguments), said
+
+
+def test_fp64_says_that_it_stays_uncompiled():
+    ((outcome, graphs, _, said),) = run_ranks(logged_step, 1, "llama", "single", "fp64", init=False)
+    check(outcome, oracle("llama"), BOUNDS["fp64"])
+    assert graphs == 0
+    assert [line.split(":")[0] for line in said] == ["compile changes nothing in fp64"]
