@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import tomllib
@@ -46,6 +47,22 @@ def test_files_and_keys_that_are_mentioned_exist(path):
 
 def test_the_table_of_keys_is_that_of_the_schema():
     assert PAGES["configuration_keys"].read_text() == key_table.page(), "run python -m tests.docs.key_table"
+
+
+def test_architecture_shows_the_layers_that_are_enforced():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert blocks(PAGES["architecture"])[0].text.splitlines() == [layer.replace("veomni.", "") for layer in layers]
+
+
+def test_architecture_names_what_there_is():
+    rows = re.findall(r"^\| (`[\w./]+`.*?) \|.*\| (.*) \|$", PAGES["architecture"].read_text(), re.MULTILINE)
+    for paths, names in rows:
+        places = [path.removesuffix(".py").strip("/").replace("/", ".") for path in re.findall(r"`(.+?)`", paths)]
+        modules = [importlib.import_module(f"veomni.{place.removeprefix('veomni.')}") for place in places]
+        for name in re.findall(r"`(\w+)`", names):
+            assert any(hasattr(module, name) for module in modules), f"{paths}: {name}"
+    assert len(rows) > 10
 
 
 def test_architecture_links_every_page():
