@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -116,6 +117,7 @@ def _export(
 ) -> Path:
     _refuse_foreign(output_dir)
     partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
+    new_parents = [parent for parent in partial.parents if not parent.exists()]
     partial.mkdir(parents=True)
     try:
         writer = SafetensorsWriter(partial, max_shard_size)
@@ -126,6 +128,9 @@ def _export(
         _replace(partial, output_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else has begun to use one of them
+            for parent in new_parents:
+                parent.rmdir()
         raise
     logger.info_rank0("exported to %s: %s tensors, %.2f GiB", output_dir, writer.count, writer.total_bytes / GIB)
     return output_dir
