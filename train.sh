@@ -6,7 +6,8 @@
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   the nodes and where they meet; one node by default
 # NPROC_PER_NODE                                processes here; by default one per visible accelerator, else one
 # CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES   which accelerators are visible
-# NCCL_TIMEOUT                                  seconds that a collective may take
+# NCCL_TIMEOUT                                  whole seconds that a collective may take, with any backend; goes before
+#                                               train.timeout_seconds, and is read without train.sh too
 # LOG_FILE                                      file that everything printed is appended to as well
 # PYTHON                                        interpreter; by default the active environment's, else .venv's
 #

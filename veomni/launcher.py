@@ -33,7 +33,7 @@ from veomni.agreement import agree
 from veomni.batch import MicroBatch, StepBatch, StepWork, supervised_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, ModelError
-from veomni.launch import Environment, StopSignal, detect_environment, join_or_start
+from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
 from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
 from veomni.precision import Precision, select_precision
@@ -70,7 +70,7 @@ class Launcher:
         fused_loss: Fuse the head with the loss where that is exact.
         broadcast_weights: Rank 0 reads the weights and sends them, instead of every rank reading its shards.
         deterministic: Choose reproducible kernels only.
-        timeout_seconds: How long a collective waits for the other ranks.
+        timeout_seconds: How long a collective waits for the other ranks; the variable ``NCCL_TIMEOUT`` goes before it.
         reporter: Where numbers go; None prints and writes nothing.
         checkpoints: When and where to save; None never saves.
     """
@@ -119,12 +119,16 @@ class Launcher:
         Raises:
             InputError: the environment, the strategies and the devices contradict each other; nothing was started.
         """
+        asked = collective_timeout(os.environ)
         environment = self._join_or_start()
+        if asked is not None:
+            self.timeout = asked
+            logger.info_rank0("collectives wait %s at most, as NCCL_TIMEOUT says", asked)
         self.device = self.accelerator.device(environment.local_rank)
         self.accelerator.set_device(self.device)
         self._init_process_group(environment.rank, environment.world_size)
         self.rank, self.world_size, self.local_rank = environment.rank, environment.world_size, environment.local_rank
-        self.state = ParallelState(self._dims(self.world_size), self.device.type)
+        self.state = ParallelState(self._dims(self.world_size), self.device.type, timeout=self.timeout)
         set_parallel_state(self.state)
         self._stop = StopSignal()
         seed_process(self.seed, self.rank)

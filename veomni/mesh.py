@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from veomni.errors import LayoutError
@@ -99,9 +100,10 @@ class ParallelState:
     Args:
         dims: Resolved sizes.
         device_type: Device type of the mesh, as ``torch.device.type``.
+        timeout: How long a collective of any axis waits; None leaves PyTorch's default, whatever the world's is.
     """
 
-    def __init__(self, dims: ParallelDims, device_type: str) -> None:
+    def __init__(self, dims: ParallelDims, device_type: str, *, timeout: timedelta | None = None) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.dims = dims
@@ -117,6 +119,16 @@ class ParallelState:
             dense = (dims.pp, dims.dp_replicate, dims.fsdp, dims.tp)
             mesh = init_device_mesh(device_type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
             self._parameters = mesh["dp_replicate", "fsdp"]
+        if timeout is not None:
+            self._limit(timeout)
+
+    def _limit(self, timeout: timedelta) -> None:
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        # A mesh makes its groups with the backend's default timeout, not with that of the world.
+        for mesh in (*self._meshes.values(), self._parameters):
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(timeout, group)
 
     def mesh(self, axis: str) -> DeviceMesh:
         """Return the one-dimensional mesh of an axis or view.

@@ -14,6 +14,7 @@ from types import FrameType
 
 from veomni.errors import EXIT_FAULT, LaunchError
 from veomni.launch import failure
+from veomni.launch.collective_timeout import collective_timeout
 from veomni.launch.command import threads_per_rank, tied_to_this_process
 from veomni.launch.entrypoint import entrypoint
 from veomni.launch.environment import integer
@@ -113,7 +114,7 @@ def main() -> None:
     """Run ``FILE ARGS...`` under torchrun; exit with 0, 70, 75 or 78."""
     if len(sys.argv) < 2:
         raise LaunchError("no training script is named", "bash train.sh FILE CONFIG [--key value ...]")
-    _positive(os.environ, "NCCL_TIMEOUT", "1")
+    collective_timeout(os.environ)  # refused here, before torchrun starts anything
     arguments = torchrun_arguments(os.environ, tied_to_this_process([sys.executable, *sys.argv[1:]]))
     with failure.directory() as failures:
         os.environ.update(failure.variables(failures))
