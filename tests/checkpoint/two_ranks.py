@@ -65,16 +65,18 @@ def load_and_compare(directory: Path) -> int:
 
 
 def whole_step(directory: Path) -> int:
-    """Load what ``resume: auto`` takes into this one process, compare every value in it, and return its step."""
+    """Load all that is published into this one process, compare every value in it; returns what ``auto`` takes."""
     model, checkpointer = nn.Linear(4, 6, bias=False), Checkpointer(directory)
-    step = checkpointer.load_latest({"model": model})
+    newest = checkpointer.load_latest({"model": model})
+    for name in names(directory):
+        step = checkpointer.load({"model": model}, directory / name)
+        assert torch.equal(model.weight, weight(step))
+        for rank in range(2):
+            assert read_objects(directory / name / f"rank_{rank}")["rng"]["value"] == 10 * step + rank
     checkpointer.close()
-    assert step is not None
-    assert torch.equal(model.weight, weight(step))
-    for rank in range(2):
-        saved = read_objects(directory / f"global_step_{step}" / f"rank_{rank}")
-        assert saved["rng"]["value"] == 10 * step + rank
-    return step
+    assert newest is not None
+    assert names(directory)[-1] == f"global_step_{newest}"
+    return newest
 
 
 def names(directory: Path) -> list[str]:
