@@ -1,4 +1,4 @@
-"""The disk is full for one of two ranks: both are told the same, nothing is published, and a later save works."""
+"""The disk is full, for one of two ranks: both are told the same, nothing is published, and a later save works."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
 from tests.checkpoint.two_ranks import (
     before_each_operation,
@@ -123,3 +124,16 @@ def test_a_failure_after_the_publication_is_no_failed_save(two_saved, tmp_path, 
     assert whole_step(directory) == 3
     assert "global_step_3 is saved, but" in warned[0]
     assert os.strerror(errno.ENOSPC) in warned[0]
+
+
+def test_a_background_save_that_failed_does_not_keep_the_directory_locked(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpointer = Checkpointer(tmp_path, async_save=True)
+    monkeypatch.setattr(os, "fsync", full)
+    checkpointer.save({"model": nn.Linear(2, 2)}, 1)
+    with pytest.raises(SaveFailedError, match="No space left"):
+        checkpointer.close()
+    assert names(tmp_path) == []
+    Checkpointer(tmp_path).close()
