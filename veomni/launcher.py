@@ -47,6 +47,8 @@ from veomni.strategies.select import parameter_strategy, select_strategies
 
 logger = create_logger(__name__)
 
+_BUCKET_BYTES = 250 * 1024**2  # DDP's own at the start
+
 
 class DataParallel(NamedTuple):
     """This process's place among the ranks that read different rows."""
@@ -222,9 +224,11 @@ class Launcher:
     def _share_values(self, model: nn.Module) -> None:
         if self.world_size == 1:
             return
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if not tensor.is_meta:
-                dist.broadcast(tensor.data, src=0)
+        tensors = [tensor.data for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta]
+        # Sent in buckets of one dtype and device, as DDP sends its own: a message per tensor costs its latency.
+        if tensors:
+            assert dist.group.WORLD is not None
+            dist._broadcast_coalesced(dist.group.WORLD, tensors, _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
 
     def setup_optimizer(self, model: nn.Module, factory: Callable[..., Optimizer], **options: Any) -> Optimizer:
         """Return ``factory`` applied to the model's trainable parameters; to be called after :meth:`setup_model`.
