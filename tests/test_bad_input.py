@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.examples.test_train_text import SMALL
+from tests.examples.script import SMALL
 from tests.launch.conftest import clean_environment
 
 ROOT = Path(__file__).parents[1]
@@ -255,7 +255,7 @@ CASES: dict[str, Case] = {
 def options(place: Place, case: Case) -> list[str]:
     given = [argument.format(place=place.folder) for argument in case.arguments]
     defaults = [
-        *SMALL,
+        *(f"--{key}={value}" for key, value in SMALL.items()),
         f"--data.train_path={place.corpus}",
         f"--data.cache_dir={place.folder.parent / 'cache'}",
         f"--train.output_dir={place.output}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import signal
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
@@ -18,6 +21,7 @@ from tests.parity.layouts import LAYOUTS
 from veomni.checkpoint import Checkpointer, read_model_tensors
 from veomni.checkpoint.checkpointer import SaveFailedError
 from veomni.checkpoint.manifest import describe_file
+from veomni.checkpoint.safe_storage import _MetadataUnpickler
 from veomni.errors import CheckpointError
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -159,6 +163,29 @@ def test_metadata_that_runs_code_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"asks for (posix|nt|os)\.system"):
         load_latest(tmp_path)
     assert not canary.exists()
+
+
+class Attribute:
+    """Pickled as the attribute of an object, which is how Python 3.11.2 pickles every member of an enumeration."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def unpickled(owner, name):
+    return _MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
+
+
+def test_members_of_enumerations_are_read_and_no_other_attribute():
+    contiguous = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert unpickled(_MEM_FORMAT_ENCODING, contiguous.name) is contiguous
+    with pytest.raises(CheckpointError, match="attribute of"):
+        unpickled(collections.OrderedDict, "fromkeys")
+    with pytest.raises(KeyError):
+        unpickled(_MEM_FORMAT_ENCODING, "__init__")
 
 
 def killed_while_saving(directory, calls):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+from enum import Enum
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,7 @@ from typing_extensions import override
 
 from veomni.errors import CheckpointError
 
+_FOREIGN = "do not load this file: it was not written by a checkpointer"
 _CLASSES: tuple[type, ...] = (
     BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties,
     TensorStorageMetadata, _MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, collections.OrderedDict,
@@ -41,16 +43,23 @@ _ALLOWED |= {
 _ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
+def _enum_member(cls: Any, name: Any) -> Any:
+    if cls not in _CLASSES or not issubclass(cls, Enum):
+        raise CheckpointError(f"the checkpoint's .metadata asks for an attribute of {cls}", _FOREIGN)
+    return cls[name]
+
+
+# How early releases of Python 3.11 (Debian 12 has 3.11.2) pickle a member of an enumeration.
+_ALLOWED["builtins", "getattr"] = _enum_member
+
+
 class _MetadataUnpickler(pickle.Unpickler):  # only names in the table are looked up; nothing is imported
     @override
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise CheckpointError(
-                f"the checkpoint's .metadata asks for {module}.{name}",
-                "do not load this file: it was not written by a checkpointer",
-            ) from None
+            raise CheckpointError(f"the checkpoint's .metadata asks for {module}.{name}", _FOREIGN) from None
 
 
 class SafeReader(FileSystemReader):
@@ -61,7 +70,7 @@ class SafeReader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             metadata = _MetadataUnpickler(BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, ValueError) as error:
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", "use another checkpoint") from error
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} holds no checkpoint metadata", "use another checkpoint")
