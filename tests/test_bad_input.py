@@ -369,7 +369,7 @@ def test_the_inputs_are_good_without_the_damage(good: Path, tmp_path: Path) -> N
     """Without this, a case could be refused for another reason than its own."""
     place = Place(tmp_path / "place")
     shutil.copytree(good, place.folder)
-    for number, arguments in enumerate((MODEL, STEP_1)):
+    for number, arguments in enumerate((MODEL, STEP_2)):
         printed = tmp_path / f"printed{number}"
         code, _ = run_forked(options(place, Case("", arguments)), clean_environment(), printed)
         assert code == 0, printed.read_text()
