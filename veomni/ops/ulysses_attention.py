@@ -1,0 +1,167 @@
+"""Attention over a sequence that is split over ranks, in transformers' attention signature.
+
+Each rank gives its part of the positions of all heads, receives all positions of its part of the heads, runs any
+attention transformers knows on them as if nothing were split, and exchanges the result back.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from veomni.errors import ModelError
+from veomni.ops.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
+
+PREFIX = "ulysses_"
+_PER_HEAD = ("s_aux", "sinks")
+_PER_SEQUENCE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class UlyssesAttention:
+    """What transformers calls in place of an attention implementation.
+
+    Args:
+        backend: The implementation that runs between the exchanges, by transformers' name of it.
+        group: The ranks that share the sequence.
+    """
+
+    def __init__(self, backend: str, group: ProcessGroup) -> None:
+        self.backend, self.group = backend, group
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend over the whole sequence.
+
+        Args:
+            module: The attention module.
+            query: ``[batch, heads, seq / P, head_dim]``.
+            key: ``[batch, kv_heads, seq / P, head_dim]``; repeated where ``kv_heads`` is no multiple of P.
+            value: Like ``key``; its head_dim may differ.
+            attention_mask: For the whole sequence, ``[batch or 1, heads or 1, seq, seq]``, or None.
+            kwargs: What the backend takes. Sinks are cut to this rank's heads; cu_seqlens are those of the whole rows.
+
+        Returns:
+            ``[batch, seq / P, heads, head_dim]`` and None in place of weights.
+
+        Raises:
+            ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
+        """
+        size = self.group.size()
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if heads % size:
+            raise ModelError(
+                f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
+                f"use a divisor of {heads}",
+            )
+        repeats = math.lcm(kv_heads, size) // kv_heads
+        parts = [
+            query,
+            *(tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value)),
+        ]
+        whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], self.group)
+        query, key, value = (part.transpose(1, 2) for part in whole)
+        local = _LocalHeads(module, query.shape[1], key.shape[1], self.group.rank())
+        options = _local_options(kwargs, local)
+        output, _ = self._backend(module)(
+            local, query, key, value, _local_mask(attention_mask, query, heads, local), **options
+        )
+        return gather_heads_scatter_seq(output, self.group), None
+
+    def _backend(self, module: nn.Module) -> Callable[..., Any]:
+        from transformers import AttentionInterface
+
+        if self.backend != "eager":
+            function: Callable[..., Any] = AttentionInterface()[self.backend]
+            return function
+        # Eager attention is not in the registry: each modeling file brings its own.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is None:
+            raise ModelError(f"{type(module).__name__} has no eager attention", "set model.attention to sdpa")
+        found: Callable[..., Any] = eager
+        return found
+
+
+class _LocalHeads:
+    """An attention module as the backend may see it: with this rank's share of the heads."""
+
+    def __init__(self, module: nn.Module, heads: int, kv_heads: int, rank: int) -> None:
+        self._module = module
+        self._heads = slice(rank * heads, (rank + 1) * heads)
+        self.num_key_value_groups = heads // kv_heads
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return self.cut(value) if name in _PER_HEAD else value
+
+    def cut(self, per_head: Tensor) -> Tensor:
+        return per_head[self._heads]
+
+    def cut_mask(self, mask: Tensor) -> Tensor:
+        return mask[:, self._heads]
+
+
+def _local_options(kwargs: dict[str, Any], local: _LocalHeads) -> dict[str, Any]:
+    options = dict(kwargs)
+    options.pop("position_ids", None)  # this rank's only; documents are known by cu_seqlens and masks
+    for name, value in kwargs.items():
+        if not isinstance(value, Tensor) or name in _PER_SEQUENCE or not value.dim():
+            continue
+        if name not in _PER_HEAD:
+            raise ModelError(
+                f"the model passes {name} to its attention, which Ulysses does not know how to split",
+                "set train.ulysses_parallel_size to 1",
+            )
+        options[name] = local.cut(value)
+    return options
+
+
+def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any:
+    if not isinstance(mask, Tensor):
+        return mask
+    if mask.shape[-2:] != (query.shape[2], query.shape[2]):
+        raise ModelError(
+            f"the model's attention mask is {list(mask.shape)}, not of the whole row of {query.shape[2]} positions",
+            "set train.ulysses_parallel_size to 1: this model builds masks of its own",
+        )
+    return local.cut_mask(mask) if mask.shape[1] == heads > 1 else mask
+
+
+def register_ulysses(backend: str, group: ProcessGroup) -> str:
+    """Make Ulysses around ``backend`` known to transformers, mask maker included, and return its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    # transformers looks names with "flash" in them up on the hub.
+    name = PREFIX + backend.replace("flash_attention_", "fa")
+    AttentionInterface.register(name, UlyssesAttention(backend, group))
+    AttentionMaskInterface.register(name, _whole_row_masks(backend, group))
+    return name
+
+
+def _whole_row_masks(backend: str, group: ProcessGroup) -> Callable[..., Any]:
+    """Return a mask maker that is asked for this rank's positions and makes the mask of all of them."""
+
+    def make(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        from transformers import AttentionMaskInterface
+
+        if attention_mask is not None:
+            raise ModelError("Ulysses was given a padding mask", "pack the documents and leave attention_mask out")
+        size = group.size()
+        maker = AttentionMaskInterface()[backend]
+        return maker(q_length=q_length * size, kv_length=kv_length * size, attention_mask=None, **options)
+
+    return make
+
+
+__all__ = ["PREFIX", "UlyssesAttention", "register_ulysses"]
