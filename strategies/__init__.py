@@ -5,5 +5,6 @@ from veomni.strategies.ddp import DDP
 from veomni.strategies.fsdp1 import FSDP1
 from veomni.strategies.fsdp2 import FSDP2
 from veomni.strategies.single import Single
+from veomni.strategies.ulysses import Ulysses
 
-__all__ = ["DDP", "FSDP1", "FSDP2", "ParameterStrategy", "SetupContext", "Single", "Strategy"]
+__all__ = ["DDP", "FSDP1", "FSDP2", "ParameterStrategy", "SetupContext", "Single", "Strategy", "Ulysses"]

@@ -61,6 +61,22 @@ class Strategy(ABC):
         """Return this rank's part of a micro-batch; strategies that do not split samples return it whole."""
         return inputs
 
+    def prepare(self, model: nn.Module, state: ParallelState) -> None:
+        """Change ``model`` before it is recomputed, compiled and sharded; it may be on the meta device.
+
+        Raises:
+            ModelError: the model cannot be spread this way.
+        """
+        return
+
+    def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
+        """Check the model that users call (``body`` is the one inside its wrapper), once it has its values.
+
+        Raises:
+            ModelError: the model cannot be spread this way.
+        """
+        return
+
 
 class ParameterStrategy(Strategy):
     """A strategy that owns parameters and gradients.

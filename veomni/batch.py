@@ -10,6 +10,9 @@ tensors in transformers' argument names; a packed text micro-batch holds
 - ``max_length_q``, ``max_length_k``: int, an upper bound of the longest document.
 
 A micro-batch whose rows are exactly one document each leaves the last four out: dense kernels are faster then.
+
+Where several ranks share a row (``veomni/sequence_split.py``), the first three hold this rank's part of it, and
+``shift_labels``, already shifted on the whole row, is what the loss is taken on.
 """
 
 from __future__ import annotations
@@ -24,15 +27,20 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """The label that no loss is taken on (transformers' convention)."""
 
+SEQUENCE_SIZE = "sequence_parallel_size"
+"""The key by which a micro-batch of row parts says how many ranks share its rows; models never see it."""
+
 
 class PackedInputs(dict[str, Any]):
     """A micro-batch that knows its documents.
 
     Attributes:
         document_lengths: Tokens of each document in it, without padding; what throughput and FLOPs are counted from.
+        row_digest: Tells the whole rows apart that this is a part of; 0 for a batch of whole rows.
     """
 
     document_lengths: tuple[int, ...] = ()
+    row_digest: int = 0
 
 
 def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:

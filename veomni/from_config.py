@@ -17,7 +17,7 @@ from veomni.launch import detect_environment
 from veomni.launcher import Launcher
 from veomni.precision import select_precision
 from veomni.reporter import Reporter
-from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single
+from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single, Strategy, Ulysses
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -34,7 +34,7 @@ def build_launcher(config: Config) -> Launcher:
     joined = detect_environment()
     check_layout(config, devices if joined is None else joined.world_size)
     return Launcher(
-        build_strategy(train),
+        build_strategies(train),
         accelerator=accelerator,
         precision=select_precision(train.precision, reduce=train.fsdp.reduce_dtype),
         devices=None if joined is not None and train.devices == "auto" else devices,
@@ -64,6 +64,14 @@ def build_launcher(config: Config) -> Launcher:
             verify_hash=save.verify_hash,
         ),
     )
+
+
+def build_strategies(train: TrainConfig) -> list[Strategy]:
+    """Return the strategies of the ``train`` section: the one that holds the parameters, and those beside it."""
+    strategies: list[Strategy] = [build_strategy(train)]
+    if train.ulysses_parallel_size > 1:
+        strategies.append(Ulysses(train.ulysses_parallel_size, check_rows=train.debug))
+    return strategies
 
 
 def build_strategy(train: TrainConfig) -> ParameterStrategy:
@@ -196,6 +204,7 @@ def load_batches(
         dataset,
         tokenizer,
         parallel=launcher.data_parallel,
+        part=launcher.sequence_part,
         micro_batch_size=section.micro_batch_size,
         global_batch_size=section.global_batch_size,
         max_seq_len=data.max_seq_len,

@@ -39,6 +39,7 @@ from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
 from veomni.precision import Precision, select_precision
 from veomni.randomness import RandomState, seed_process, use_deterministic_algorithms
 from veomni.reporter import Reporter
+from veomni.sequence_split import SequencePart
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import SetupContext
 from veomni.strategies.compile import compile_blocks
@@ -176,6 +177,11 @@ class Launcher:
         """This process's place among the ranks that read different rows; what a loader needs to know."""
         return DataParallel(self.state.rank("data"), self.state.size("data"))
 
+    @property
+    def sequence_part(self) -> SequencePart:
+        """Which positions of every row this process holds; a loader that knows cuts rows in its workers."""
+        return self.state.sequence_part
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
@@ -200,9 +206,18 @@ class Launcher:
             model: From ``build_model`` (on the meta device), or any module; a module that already has values keeps
                 rank 0's.
         """
-        from veomni.models import Materializer, derive_plan, install_token_loss, resolve_attention, resolve_experts
+        from veomni.models import (
+            Materializer,
+            derive_plan,
+            install_token_loss,
+            isolate_documents,
+            resolve_attention,
+            resolve_experts,
+            unwrap,
+        )
 
         half = self.precision.compute is torch.bfloat16
+        isolate_documents(model)
         resolve_attention(model, varlen=half and self.accelerator.supports_varlen_attention)
         resolve_experts(model, self.precision)
         _store_in(model, self.precision.storage)
@@ -212,11 +227,16 @@ class Launcher:
         materialize = Materializer(model, device=self._storage_device(), seed=self.seed, group=group)
         self.reporter.describe_model(model, self.accelerator, self.precision, self.world_size)
         install_token_loss(model, fused=self.fused_loss)
+        for strategy in self.strategies:
+            strategy.prepare(model, self.state)
         apply_recompute(model, plan, self.recompute)
         if self.compile:
             compile_blocks(model, plan, self.precision)
         context = SetupContext(self.state, self.accelerator, self.device, self.precision, plan, materialize)
-        return self.parameter_strategy.parallelize(model, context)
+        ready = self.parameter_strategy.parallelize(model, context)
+        for strategy in self.strategies:
+            strategy.verify(ready, unwrap(ready), context)
+        return ready
 
     def _storage_device(self) -> torch.device:
         return torch.device("cpu") if getattr(self.parameter_strategy, "cpu_offload", False) else self.device
@@ -279,7 +299,7 @@ class Launcher:
 
     def _next_batch(self, micro_batches: Sequence[Mapping[str, Any]] | None, total: int | None) -> StepBatch | None:
         assert self._stop is not None, "call launch() before track()"
-        mine = micro_batches or ()
+        mine = [self._own_part(micro) for micro in micro_batches or ()]
         agreed = agree(
             has_batch=micro_batches is not None,
             tokens=sum(supervised_tokens(micro) for micro in mine),
@@ -291,27 +311,29 @@ class Launcher:
                 logger.warning_rank0("the data ended unevenly: %s of %s ranks had a batch that nobody trained on",
                                      agreed.ranks_with_batch, self.world_size)  # fmt: skip
             return None
-        assert micro_batches is not None
         self.step += 1
         self.checkpoints.stopping = agreed.stop
         self.checkpoints.last = self.step == total
-        copies = self.state.size("sequence")  # ranks of a sequence group read the same rows
+        copies = self.state.size("sequence")  # ranks that share rows count the work of whole rows, each of them
         work = StepWork(*(amount / copies for amount in astuple(agreed.work)))
         zero = torch.zeros((), device=self.device)
-        self._batch = StepBatch(micro_batches, agreed.tokens // copies, work, self.step, zero)
+        self._batch = StepBatch(mine, agreed.tokens, work, self.step, zero)
         return self._batch
 
     def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
         """Yield the step's micro-batches on the device; gradients are exchanged in the last one's backward only."""
-        for index, raw in enumerate(batch.micro_batches):
+        for index, inputs in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            inputs = dict(raw)
-            for strategy in self.strategies:
-                inputs = strategy.shard_batch(inputs)
             micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last)
             with self.parameter_strategy.grad_sync(model, last):
                 yield micro
         self.reporter.mark("compute")
+
+    def _own_part(self, micro_batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        inputs = micro_batch if isinstance(micro_batch, dict) else dict(micro_batch)
+        for strategy in self.strategies:
+            inputs = strategy.shard_batch(inputs)
+        return inputs
 
     def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -376,9 +398,7 @@ class Launcher:
         model.eval()
         for micro_batches in loader:
             for raw in micro_batches:
-                inputs = dict(raw)
-                for strategy in self.strategies:
-                    inputs = strategy.shard_batch(inputs)
+                inputs = self._own_part(raw)
                 tokens = supervised_tokens(inputs)
                 metric.update(model(**self._to_device(inputs)).loss * tokens, tokens)
         model.train(training)

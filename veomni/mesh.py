@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from veomni.errors import LayoutError
+from veomni.sequence_split import SequencePart
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,6 +153,11 @@ class ParallelState:
     def rank(self, axis: str) -> int:
         """Return this process's position on an axis or view."""
         return int(self.mesh(axis).get_local_rank())
+
+    @property
+    def sequence_part(self) -> SequencePart:
+        """Which positions of every row this rank holds."""
+        return SequencePart(self.size("ulysses"), self.rank("ulysses"), self.size("cp"), self.rank("cp"))
 
     def group(self, axis: str) -> ProcessGroup:
         """Return the process group of an axis or view."""

@@ -16,7 +16,7 @@ from tests.parity.documents import global_rows, share
 from tests.parity.oracle import Truth, vocabulary
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, FSDP1, FSDP2, Single
+from veomni.strategies import DDP, FSDP1, FSDP2, Single, Ulysses
 
 LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "single": (1, Single),
@@ -29,6 +29,15 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "fsdp2_4": (4, FSDP2),
     "hsdp_2x2": (4, lambda: FSDP2(replicate=2)),
     "fsdp2_keep_gathered": (2, lambda: FSDP2(reshard_after_forward=False, reshard_after_backward=False, prefetch=1)),
+    "ulysses2_ddp": (2, lambda: [DDP(), Ulysses(2)]),
+    "ulysses2_fsdp1": (2, lambda: [FSDP1(), Ulysses(2)]),
+    "ulysses2_fsdp2": (2, lambda: [FSDP2(), Ulysses(2)]),
+    "ulysses2_fsdp2_2": (4, lambda: [FSDP2(), Ulysses(2)]),
+    "ulysses2_ddp_2": (4, lambda: [DDP(), Ulysses(2)]),
+    "ulysses4_fsdp1": (4, lambda: [FSDP1(), Ulysses(4)]),
+    "ulysses4_fsdp2": (4, lambda: [FSDP2(), Ulysses(4)]),
+    "ulysses2_hsdp": (4, lambda: [FSDP2(replicate=2), Ulysses(2)]),
+    "ulysses2_fsdp1_hybrid": (4, lambda: [FSDP1(replicate=2), Ulysses(2)]),
     "fsdp2_offload": (2, lambda: FSDP2(cpu_offload=True)),
 }
 

@@ -12,6 +12,7 @@ from tests.parity.oracle import Truth, oracle
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss"]
 MULTI_RANK = ["ddp2", "fsdp1_full", "fsdp2_2"]
+SPLIT_ROWS = ["ulysses2_ddp", "ulysses4_fsdp1", "ulysses4_fsdp2"]
 
 
 @functools.cache
@@ -31,6 +32,12 @@ def test_every_layout(layout, accumulation):
     run("qwen3", layout, accumulation=accumulation)
 
 
+@pytest.mark.parametrize("layout", SPLIT_ROWS)
+@pytest.mark.parametrize("model", [name for name in ARCHITECTURES if name != "qwen3"])
+def test_every_architecture_on_split_rows(model, layout):
+    run(model, layout, accumulation=3)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("layout", MULTI_RANK)
 @pytest.mark.parametrize("model", [name for name in ARCHITECTURES if name != "qwen3"])
@@ -39,13 +46,13 @@ def test_every_architecture(model, layout, accumulation):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "hsdp_2x2"])
+@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "hsdp_2x2", "ulysses2_ddp", "ulysses2_fsdp2"])
 def test_lower_precisions(layout, precision):
     run("qwen3", layout, precision=precision, accumulation=3)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-@pytest.mark.parametrize("layout", ["single", *MULTI_RANK])
+@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "ulysses2_fsdp1", "ulysses2_fsdp2"])
 def test_recomputation_changes_nothing(layout, recompute):
     run("qwen3", layout, recompute=recompute, accumulation=3)
 

@@ -45,6 +45,9 @@ class TrainConfig(Section):
     context_parallel_size: AxisSize = Field(
         default=1, description="Ranks that share each row, exchanging keys and values."
     )
+    debug: bool = Field(
+        default=False, description="Check in every micro-batch that ranks which share a row were given the same one."
+    )
     precision: Literal["fp64", "fp32", "bf16"] = Field(
         default="bf16",
         description="Number format of compute. bf16 keeps weights, gradients and optimizer state in fp32.",

@@ -14,6 +14,7 @@ from veomni.data.token_cache import tokenize
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
 from veomni.registry import did_you_mean
+from veomni.sequence_split import WHOLE_ROWS, SequencePart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ def build_dataloader(
     tokenizer: PreTrainedTokenizerBase,
     *,
     parallel: tuple[int, int] = (0, 1),
+    part: SequencePart = WHOLE_ROWS,
     micro_batch_size: int = 1,
     global_batch_size: int = 1,
     max_seq_len: int = 2048,
@@ -52,6 +54,7 @@ def build_dataloader(
         dataset: From :func:`veomni.data.build_dataset`.
         tokenizer: With an end-of-sequence token; its padding token, if any, fills rows.
         parallel: Rank and number of ranks that read different rows.
+        part: Which positions of its rows this rank holds, where several share each (``launcher.sequence_part``).
         micro_batch_size: Rows of a micro-batch.
         global_batch_size: Rows of an optimizer step, over all ranks and micro-batches.
         max_seq_len: Tokens of a row.
@@ -85,7 +88,8 @@ def build_dataloader(
         documents.lengths, max_seq_len, overlong, lambda document: dataset[int(documents.source[document])].where
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PackedDataLoader(MicroBatches(documents, samples, max_seq_len, int(pad or 0)), settings, digests)
+    batches = MicroBatches(documents, samples, max_seq_len, int(pad or 0), part)
+    return PackedDataLoader(batches, settings, digests)
 
 
 def _pinned(asked: bool | Literal["auto"]) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from veomni.batch import IGNORE_INDEX, PackedInputs
 from veomni.data.overlong import Samples
 from veomni.data.token_cache import TokenizedDocuments
+from veomni.sequence_split import SequencePart, split_rows
 
 _SEGMENT_BUCKET = 64
 
@@ -28,11 +29,15 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         samples: The pieces of documents that the indices count.
         capacity: Tokens of a row.
         pad_token_id: Fills the tail of a row.
+        part: Which positions of the rows are given out.
     """
 
-    def __init__(self, documents: TokenizedDocuments, samples: Samples, capacity: int, pad_token_id: int) -> None:
+    def __init__(
+        self, documents: TokenizedDocuments, samples: Samples, capacity: int, pad_token_id: int, part: SequencePart
+    ) -> None:
         self.documents, self.samples = documents, samples
         self.capacity, self.pad_token_id = capacity, pad_token_id
+        self.part = part
 
     def __getitem__(self, rows: Rows) -> MicroBatchInputs:
         """Return ``[batch, seq]`` tensors for ``rows``, each the indices of its samples; a row may be empty."""
@@ -58,7 +63,7 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         batch.document_lengths = tuple(documents)
         if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
             batch.update(_attention(segments, self.capacity))
-        return batch
+        return split_rows(batch, self.part) if self.part.size > 1 else batch
 
     def _copy(self, sample: int, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
         """Write one sample to the front of ``ids`` and ``labels``, and return its length."""
@@ -94,5 +99,5 @@ def _attention(segments: list[int], capacity: int) -> dict[str, Any]:
 def with_values(batch: MicroBatchInputs, change: Callable[[Any], Any]) -> MicroBatchInputs:
     """Return a micro-batch with every value changed, that still knows its documents."""
     changed = PackedInputs({name: change(value) for name, value in batch.items()})
-    changed.document_lengths = batch.document_lengths
+    changed.document_lengths, changed.row_digest = batch.document_lengths, batch.row_digest
     return changed

@@ -9,6 +9,7 @@ from veomni.models.freeze import freeze
 from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
 from veomni.models.materialize import Materializer
+from veomni.models.packed_masks import isolate_documents
 from veomni.models.plan import derive_plan
 from veomni.models.source import WeightSource
 from veomni.models.token_loss import install_token_loss
@@ -29,6 +30,7 @@ __all__ = [
     "export_tensors_hf",
     "freeze",
     "install_token_loss",
+    "isolate_documents",
     "resolve_attention",
     "resolve_experts",
     "unwrap",

@@ -61,8 +61,7 @@ def build_model(
         model = _construct(config, attention, trust_remote_code)
     if attention == "auto":
         leave_attention_open(model)
-    if hf.is_pretrained(model):
-        isolate_documents(model)
+    isolate_documents(model)
     if origin is not None:
         _take_generation_config(model, origin)
     set_weight_source(model, WeightSource(origin))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -283,3 +283,30 @@ def within_documents(mask_function: Any, documents: Tensor) -> Any:
     from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
     return and_masks(mask_function, packed_sequence_mask_function(documents))
+
+
+def counted_from(mask_function: Any, positions: Tensor) -> Any:
+    """Return a mask rule that counts the places of query and key as ``positions``, ``[batch, seq]``, says."""
+
+    def counted(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return mask_function(batch, head, positions[batch, query], positions[batch, key])
+
+    return counted
+
+
+def leave_packing_to(known: Callable[[], bool]) -> None:
+    """Keep transformers from looking for packed documents in position ids while ``known()`` says that they are known.
+
+    Its own search sees a part of a row only, where several ranks share one, and what it finds there is wrong.
+    """
+    from transformers import masking_utils
+
+    search = masking_utils.find_packed_sequence_indices
+    if hasattr(search, "_veomni_left"):
+        return
+
+    def search_unless_known(position_ids: Tensor) -> Tensor | None:
+        return None if known() else search(position_ids)
+
+    search_unless_known._veomni_left = True  # type: ignore[attr-defined]
+    masking_utils.find_packed_sequence_indices = search_unless_known

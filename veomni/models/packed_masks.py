@@ -9,61 +9,100 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veomni.batch import SEQUENCE_SIZE
 from veomni.errors import ModelError
 from veomni.models import hf
+from veomni.ops.sequence_layers import layer_outside_attention
 
-_documents: ContextVar[Tensor | None] = ContextVar("veomni_documents", default=None)
-_STATEFUL_PARAMETERS = frozenset({"A_log", "dt_bias"})
+_ISOLATES = "_veomni_isolates_documents"
+
+_row: ContextVar[Row | None] = ContextVar("veomni_row", default=None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The rows in hand, whole even where this rank computes on a part of them.
+
+    Attributes:
+        documents: The number of each token's document, int64 ``[batch, seq]``; None where each row is one.
+    """
+
+    documents: Tensor | None
+
+    @property
+    def positions(self) -> Tensor:
+        """Each token's place in its document, int64 ``[batch, seq]``."""
+        assert self.documents is not None
+        place = torch.arange(self.documents.shape[1], device=self.documents.device).expand_as(self.documents)
+        starts = torch.diff(self.documents, prepend=self.documents[:, :1] - 1, dim=-1) != 0
+        return place - torch.where(starts, place, 0).cummax(-1).values
 
 
 def isolate_documents(model: nn.Module) -> None:
     """Make ``model`` keep the documents of packed rows apart, and refuse packed rows where it cannot.
 
-    Args:
-        model: A transformers model; its call must name its arguments.
-    """
-    _wrap_mask_makers()
-    leaking = _layer_that_leaks(model)
+    Calling it again changes nothing.
 
-    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        documents = document_indices(kwargs)
-        if leaking is not None and documents is not None:
+    Args:
+        model: A transformers model, whose call must name its arguments; other modules are left alone.
+    """
+    if not hf.is_pretrained(model) or getattr(model, _ISOLATES, False):
+        return
+    setattr(model, _ISOLATES, True)
+    _wrap_mask_makers()
+    hf.leave_packing_to(lambda: _row.get() is not None)
+    leaking = layer_outside_attention(model)
+
+    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        row = row_of(kwargs)
+        if leaking is not None and row is not None and row.documents is not None:
             raise ModelError(
                 f"{leaking} carries state from one document of a packed row into the next",
                 "set data.packing to none, so that every row is one document",
             )
-        _documents.set(documents)
+        _row.set(row)
+        return args, {name: value for name, value in kwargs.items() if name != SEQUENCE_SIZE}
 
     def retire(module: nn.Module, args: Any, output: Any) -> None:
-        _documents.set(None)
+        _row.set(None)
 
     model.register_forward_pre_hook(announce, with_kwargs=True)
     model.register_forward_hook(retire, always_call=True)
 
 
-def document_indices(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Number the documents of each row.
+def row_of(inputs: Mapping[str, Any]) -> Row | None:
+    """Find the documents of the rows in hand.
 
     Args:
         inputs: A model's arguments; ``position_ids`` is ``[batch, seq]``, or ``[axes, batch, seq]`` with text first.
 
     Returns:
-        int64 ``[batch, seq]``, or None where each row is one document, is padded, or continues a cache.
+        The rows, or None where they are padded, continue a cache, or are whole and one document each.
     """
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
         return None
     rows = positions[0] if positions.dim() == 3 else positions
-    breaks = torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1
-    documents = breaks.cumsum(-1)
-    if inputs.get("cu_seq_lens_q") is None and not bool(documents[:, -1].any()):
+    borders = inputs.get("cu_seq_lens_q")
+    if SEQUENCE_SIZE in inputs:
+        if borders is None:
+            return Row(None)
+        return Row(_documents_between(borders, rows.shape[0], rows.shape[1] * inputs[SEQUENCE_SIZE]))
+    documents = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    if borders is None and not bool(documents[:, -1].any()):
         return None
-    return documents
+    return Row(documents)
+
+
+def _documents_between(borders: Tensor, batch: int, length: int) -> Tensor:
+    tokens = torch.arange(batch * length, device=borders.device, dtype=borders.dtype)
+    return torch.searchsorted(borders[1:], tokens, right=True).view(batch, length)
 
 
 def _wrap_mask_makers() -> None:
@@ -76,21 +115,17 @@ def _wrap_mask_makers() -> None:
 
 def _packed(make: Callable[..., Any]) -> Callable[..., Any]:
     def make_packed(*args: Any, **options: Any) -> Any:
-        documents = _documents.get()
+        row = _row.get()
+        documents = None if row is None else row.documents
         shape = options.get("batch_size"), options.get("q_length"), options.get("kv_length")
-        if documents is None or shape != (*documents.shape, documents.shape[1]):
+        if row is None or documents is None or shape != (*documents.shape, documents.shape[1]):
             return make(*args, **options)
-        options["mask_function"] = hf.within_documents(options["mask_function"], documents)
+        rule = options["mask_function"]
+        if getattr(options.get("config"), "attention_chunk_size", None) is not None:
+            rule = hf.counted_from(rule, row.positions)  # chunks are counted from the start of a document
+        options["mask_function"] = hf.within_documents(rule, documents)
         options["allow_is_causal_skip"] = False
         return make(*args, **options)
 
     make_packed._veomni_packed = True  # type: ignore[attr-defined]
     return make_packed
-
-
-def _layer_that_leaks(model: nn.Module) -> str | None:
-    """Return the name of a layer that reads the sequence outside attention (state space, linear attention)."""
-    for name, module in model.named_modules():
-        if _STATEFUL_PARAMETERS & module._parameters.keys():
-            return f"{name} ({type(module).__name__})"
-    return None

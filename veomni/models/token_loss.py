@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veomni.batch import IGNORE_INDEX
+from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
@@ -32,6 +33,7 @@ class TokenMeanLoss:
     def __init__(self, head: nn.Linear | None) -> None:
         self.head = head
         self.pending = False
+        self.targets: Tensor | None = None
 
     def __call__(
         self, logits: Tensor, labels: Tensor, *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
@@ -42,9 +44,12 @@ class TokenMeanLoss:
             logits: ``[batch, seq, vocab]``, or hidden states ``[batch, seq, hidden]`` on the fused path.
             labels: ``[batch, seq]``, unshifted.
             args: What else the model passes (the vocabulary's size).
-            shift_labels: ``[batch, seq]``, already shifted; used instead of ``labels`` when given.
+            shift_labels: ``[batch, seq]``, already shifted; used instead of ``labels`` when given. Those given to the
+                model itself arrive here whatever the model passes on.
             kwargs: What else the model passes.
         """
+        if shift_labels is None:
+            shift_labels, self.targets = self.targets, None
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)
         rows = logits.flatten(0, -2)
@@ -63,7 +68,9 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
         model: The model, before it is sharded.
         fused: Fuse head and loss where that is exact; say so in the log where it is not.
     """
-    if not hasattr(model, "loss_function") or getattr(model, "loss_type", None) != "ForCausalLM":
+    if not hasattr(model, "loss_function"):
+        return
+    if getattr(model, "loss_type", None) not in ("ForCausalLM", "ForConditionalGeneration"):
         return
     head = model.get_output_embeddings() if fused else None  # type: ignore[operator]
     reason = _why_not_fused(model, head) if fused else None
@@ -72,6 +79,7 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
         head = None
     loss = TokenMeanLoss(head)
     model.loss_function = loss  # type: ignore[assignment]
+    _pass_shifted_labels(model, loss)
     if head is not None:
         _pass_hidden_states(model, head, loss)
 
@@ -122,6 +130,25 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
         del body.forward
         del model._loss_function
     return not (len(returned) == len(received) == 1 and returned[0] is received[0])
+
+
+def _pass_shifted_labels(model: nn.Module, loss: TokenMeanLoss) -> None:
+    """Bring ``shift_labels`` past the model's forward, which need not know them, to the loss."""
+
+    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        loss.targets = kwargs.pop("shift_labels", None)
+        return args, kwargs
+
+    def retire(module: nn.Module, args: Any, output: Any) -> None:
+        left, loss.targets = loss.targets, None
+        if left is not None and getattr(output, "loss", None) is not None:
+            raise ModelError(
+                f"{type(model).__name__} computes its loss by itself, and would shift labels that are shifted already",
+                "set train.ulysses_parallel_size and train.context_parallel_size to 1",
+            )
+
+    model.register_forward_pre_hook(announce, with_kwargs=True)
+    model.register_forward_hook(retire)
 
 
 def _pass_hidden_states(model: nn.Module, head: nn.Linear, loss: TokenMeanLoss) -> None:

@@ -73,7 +73,7 @@ class UlyssesAttention:
         whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], self.group)
         query, key, value = (part.transpose(1, 2) for part in whole)
         local = _LocalHeads(module, query.shape[1], key.shape[1], self.group.rank())
-        options = _local_options(kwargs, local)
+        options = local_options(kwargs, local.heads)
         output, _ = self._backend(module)(
             local, query, key, value, _local_mask(attention_mask, query, heads, local), **options
         )
@@ -98,21 +98,20 @@ class _LocalHeads:
 
     def __init__(self, module: nn.Module, heads: int, kv_heads: int, rank: int) -> None:
         self._module = module
-        self._heads = slice(rank * heads, (rank + 1) * heads)
+        self.heads = slice(rank * heads, (rank + 1) * heads)
         self.num_key_value_groups = heads // kv_heads
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        return self.cut(value) if name in _PER_HEAD else value
-
-    def cut(self, per_head: Tensor) -> Tensor:
-        return per_head[self._heads]
-
-    def cut_mask(self, mask: Tensor) -> Tensor:
-        return mask[:, self._heads]
+        return value[self.heads] if name in _PER_HEAD else value
 
 
-def _local_options(kwargs: dict[str, Any], local: _LocalHeads) -> dict[str, Any]:
+def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
+    """Return what a model passes to its attention beside queries, keys, values and a mask, cut to some heads.
+
+    Raises:
+        ModelError: there is a tensor that nobody can split with certainty.
+    """
     options = dict(kwargs)
     options.pop("position_ids", None)  # this rank's only; documents are known by cu_seqlens and masks
     for name, value in kwargs.items():
@@ -123,7 +122,7 @@ def _local_options(kwargs: dict[str, Any], local: _LocalHeads) -> dict[str, Any]
                 f"the model passes {name} to its attention, which Ulysses does not know how to split",
                 "set train.ulysses_parallel_size to 1",
             )
-        options[name] = local.cut(value)
+        options[name] = value[heads]
     return options
 
 
@@ -135,7 +134,7 @@ def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any
             f"the model's attention mask is {list(mask.shape)}, not of the whole row of {query.shape[2]} positions",
             "set train.ulysses_parallel_size to 1: this model builds masks of its own",
         )
-    return local.cut_mask(mask) if mask.shape[1] == heads > 1 else mask
+    return mask[:, local.heads] if mask.shape[1] == heads > 1 else mask
 
 
 def register_ulysses(backend: str, group: ProcessGroup) -> str:
@@ -164,4 +163,4 @@ def _whole_row_masks(backend: str, group: ProcessGroup) -> Callable[..., Any]:
     return make
 
 
-__all__ = ["PREFIX", "UlyssesAttention", "register_ulysses"]
+__all__ = ["PREFIX", "UlyssesAttention", "local_options", "register_ulysses"]

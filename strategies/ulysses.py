@@ -1,0 +1,57 @@
+"""Ulysses sequence parallelism: each rank holds a part of every row, and for attention a part of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from veomni.errors import LayoutError, ModelError
+from veomni.mesh import ParallelState
+from veomni.ops.ulysses_attention import register_ulysses
+from veomni.strategies.sequence_parallel import SequenceStrategy
+
+
+class Ulysses(SequenceStrategy):
+    """Split every row over ranks; before attention exchange positions for heads, and back after it.
+
+    Works beside any strategy that holds parameters, for every model whose attention goes through transformers'
+    attention interface. See Jacobs et al., 2023 (arXiv:2309.14509).
+
+    Args:
+        size: Ranks that share each row; must divide the number of attention heads.
+        check_rows: See :class:`SequenceStrategy`.
+    """
+
+    name = "ulysses"
+
+    def __init__(self, size: int, *, check_rows: bool = False) -> None:
+        if size < 1:
+            raise LayoutError(f"Ulysses has size {size}", "give a positive size (train.ulysses_parallel_size)")
+        super().__init__(check_rows=check_rows)
+        self.size = size
+
+    @override
+    def mesh_axes(self) -> Mapping[str, int]:
+        return {"ulysses": self.size}
+
+    @override
+    def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
+        refuse_heads(config.num_attention_heads, self.size)
+        return register_ulysses(backend, state.group("ulysses"))
+
+
+def refuse_heads(heads: int, size: int) -> None:
+    """Refuse a number of attention heads that ranks cannot share.
+
+    Raises:
+        ModelError: ``size`` does not divide ``heads``.
+    """
+    if heads % size:
+        divisors = [str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0]
+        raise ModelError(
+            f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
+            f"use one of {', '.join(divisors)}, or train.context_parallel_size",
+        )
