@@ -72,6 +72,7 @@ class FSDP2(ParameterStrategy):
             fully_shard(block, mp_policy=policy, reshard_after_forward=reshard, **options)
         # The root keeps what is outside the blocks gathered until the backward: the loss reads the head's weight.
         fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
+        model.register_forward_hook(_reshard_without_backward)
         self._set_prefetch(blocks)
         context.materialize(model, "")
         return model
@@ -111,6 +112,13 @@ class FSDP2(ParameterStrategy):
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:
         return sharded_grad_norm(model.parameters(), self._device)
+
+
+def _reshard_without_backward(model: nn.Module, args: Any, output: Any) -> None:
+    # What the root gathers is freed by the backward: a forward that has none would leave it gathered.
+    if not torch.is_grad_enabled():
+        assert isinstance(model, FSDPModule)
+        model.reshard()
 
 
 def _policy(context: SetupContext) -> MixedPrecisionPolicy:
