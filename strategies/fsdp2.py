@@ -115,10 +115,11 @@ class FSDP2(ParameterStrategy):
 
 
 def _reshard_without_backward(model: nn.Module, args: Any, output: Any) -> None:
-    # What the root gathers is freed by the backward: a forward that has none would leave it gathered.
+    # The root and the last block are freed by the backward: a forward that has none would leave them gathered.
     if not torch.is_grad_enabled():
-        assert isinstance(model, FSDPModule)
-        model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _policy(context: SetupContext) -> MixedPrecisionPolicy:
