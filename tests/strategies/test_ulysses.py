@@ -1,0 +1,195 @@
+"""Ulysses beside the parameter strategies: what it refuses, what it checks, and rows that do not divide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.harness import RankFailed, run_ranks
+from tests.models.tiny import tiny_config
+from tests.parity.documents import global_rows, pack
+from veomni.errors import DataError, LayoutError, ModelError
+from veomni.launcher import Launcher
+from veomni.models import build_model
+from veomni.strategies import DDP, FSDP2, Ulysses
+
+
+def launched(strategies, **options) -> Launcher:
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", timeout_seconds=60, **options)
+    launcher.launch()
+    return launcher
+
+
+def set_up(model_name: str, size: int, attention: str = "auto") -> None:
+    launcher = launched([DDP(), Ulysses(size)])
+    launcher.setup_model(build_model(tiny_config(model_name), weights="random", attention=attention))
+
+
+def refusal(function, ranks: int, *args, **kwargs) -> BaseException:
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(function, ranks, *args, init=False, **kwargs)
+    return caught.value.exceptions[0]
+
+
+def two_attention_heads() -> None:
+    launcher = launched([DDP(), Ulysses(4)])
+    launcher.setup_model(build_model(tiny_config("llama", num_attention_heads=2), weights="random"))
+
+
+def test_heads_that_do_not_divide_are_refused():
+    error = refusal(two_attention_heads, 4)
+    assert isinstance(error, ModelError)
+    assert "2 attention heads cannot be shared by train.ulysses_parallel_size 4" in str(error)
+    assert "use one of 1, 2" in str(error)
+
+
+def test_a_world_it_does_not_divide_is_refused_before_any_process_group():
+    error = refusal(set_up, 3, "llama", 2)
+    assert isinstance(error, LayoutError)
+    assert "ulysses 2" in str(error)
+
+
+def test_a_size_below_one_is_refused():
+    with pytest.raises(LayoutError, match="size 0"):
+        Ulysses(0)
+
+
+@pytest.mark.parametrize(("model", "named"), [("qwen3_next", "linear_attn"), ("t5", "position_bias")])
+def test_models_that_cannot_be_split_are_refused_with_what_stands_in_the_way(model, named):
+    error = refusal(set_up, 2, model, 2)
+    assert isinstance(error, ModelError)
+    assert named in str(error)
+
+
+class Mixing(nn.Module):
+    """What a layer may hide: every position also gets a little of the one before it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden + 0.1 * torch.roll(hidden, 1, dims=1))
+
+
+def mixing_outside_attention() -> None:
+    launcher = launched([DDP(), Ulysses(2)])
+    model = build_model(tiny_config("llama"), weights="random")
+    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
+    launcher.setup_model(model)
+
+
+def test_mixing_that_no_name_gives_away_is_found_by_the_probe():
+    error = refusal(mixing_outside_attention, 2)
+    assert isinstance(error, ModelError)
+    assert "see each other outside attention" in str(error)
+
+
+def counting_its_own_positions() -> None:
+    launcher = launched([DDP(), Ulysses(2)])
+    model = build_model(tiny_config("llama"), weights="random")
+    rotary = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: rotary(x, torch.arange(x.shape[1])[None])
+    launcher.setup_model(model)
+
+
+def test_positions_that_the_model_counts_by_itself_are_found_by_the_probe():
+    error = refusal(counting_its_own_positions, 2)
+    assert isinstance(error, ModelError)
+    assert "position_ids" in str(error)
+
+
+def plain_module() -> None:
+    launched([DDP(), Ulysses(2)]).setup_model(nn.Linear(2, 2))
+
+
+def test_a_module_that_is_no_transformers_model_is_refused():
+    error = refusal(plain_module, 2)
+    assert isinstance(error, ModelError)
+    assert "Linear is not a transformers model" in str(error)
+
+
+def unknown_backend() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("linearised", lambda *args, **kwargs: None)
+    AttentionMaskInterface.register("linearised", lambda *args, **kwargs: None)
+    launcher = launched([DDP(), Ulysses(2)])
+    model = build_model(tiny_config("llama"), weights="random")
+    model.set_attn_implementation("linearised")
+    launcher.setup_model(model)
+
+
+def test_an_attention_that_cannot_take_document_borders_is_refused():
+    error = refusal(unknown_backend, 2)
+    assert isinstance(error, ModelError)
+    assert "linearised" in str(error)
+    assert "cu_seqlens" in str(error)
+
+
+def different_rows(check: bool) -> None:
+    launcher = launched([DDP(), Ulysses(2, check_rows=check)])
+    model = launcher.setup_model(build_model(tiny_config("llama"), weights="random"))
+    rows = global_rows(128)
+    wrong = [[pack(rows[launcher.rank : launcher.rank + 1])]]  # as a loader that takes ranks for data ranks gives them
+    for batch in launcher.track(wrong):
+        for micro in launcher.accumulate(model, batch):
+            launcher.backward(model(**micro.inputs).loss, micro)
+
+
+def test_ranks_of_a_group_that_read_different_rows_are_caught_in_debug_mode():
+    error = refusal(different_rows, 2, True)
+    assert isinstance(error, DataError)
+    assert "different rows" in str(error)
+
+
+def evaluated(strategies, rows) -> float:
+    launcher = launched(strategies, precision="fp64")
+    model = launcher.setup_model(build_model(tiny_config("llama"), weights="random"))
+    loss = launcher.evaluate(model, [[pack(rows[launcher.data_parallel.rank :: launcher.data_parallel.size])]])
+    launcher.close()
+    return loss["eval_loss"]
+
+
+def test_evaluation_counts_every_token_once():
+    rows = global_rows(128)[:4]
+    (expected,) = run_ranks(evaluated, 1, [FSDP2()], rows, init=False)
+    for found in run_ranks(evaluated, 4, [FSDP2(), Ulysses(2)], rows, init=False):
+        assert found == pytest.approx(expected, rel=1e-13)
+
+
+def gradients_of(strategies, length: int, compile: bool = False):
+    """One row of ``length`` tokens in two documents, and one that is a single document."""
+    from tests.parity.layouts import full_gradients
+
+    launcher = launched(strategies, precision="fp32" if compile else "fp64", compile=compile)
+    model = launcher.setup_model(build_model(tiny_config("qwen3"), weights="random"))
+    ids = torch.randint(1, 128, (2, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(length - 5)]), torch.arange(length)])
+    labels = torch.where(positions == 0, -100, ids)
+    labels[0, 5:] = -100  # at four ranks, parts of row 0 have no label at all
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    for step in launcher.track([[batch]]):
+        for micro in launcher.accumulate(model, step):
+            launcher.backward(model(**micro.inputs).loss, micro)
+        found = full_gradients(model), launcher.global_loss(step).item()
+    launcher.close()
+    return found
+
+
+@pytest.mark.parametrize("length", [17, 22, 24])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_rows_that_do_not_divide_are_padded_and_exact(length, ranks):
+    ((expected, loss),) = run_ranks(gradients_of, 1, [FSDP2()], length, init=False)
+    for found, found_loss in run_ranks(gradients_of, ranks, [FSDP2(), Ulysses(ranks)], length, init=False):
+        assert found_loss == pytest.approx(loss, rel=1e-13)
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_compiled_blocks_give_the_same():
+    ((expected, _),) = run_ranks(gradients_of, 1, [FSDP2()], 24, init=False, compile=True)
+    for found, _ in run_ranks(gradients_of, 2, [FSDP2(), Ulysses(2)], 24, init=False, compile=True, timeout=300):
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
