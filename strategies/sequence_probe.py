@@ -46,6 +46,10 @@ def refuse_unsplittable(model: nn.Module, body: Any, size: int) -> None:
             _try(model.eval(), body, probe)
     finally:
         use_attention(body, installed)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            _run_installed(model.eval(), body, size)
+    finally:
         model.train(training)
 
 
@@ -128,6 +132,12 @@ def _try(model: nn.Module, body: Any, probe: _Probe) -> None:
     rotated = run(tokens.roll(_ROTATION), positions.roll(_ROTATION))
     if not bool(((rotated - reference.roll(_ROTATION, 0)).abs() <= tolerance).all()):
         raise ModelError(f"{name} does not take the place of a token from position_ids alone", _FIX)
+
+
+def _run_installed(model: nn.Module, body: Any, size: int) -> None:
+    # What the attention itself refuses is refused now, and not in the first step.
+    positions = torch.arange(_LENGTH, device=body.device)
+    _output(model, positions % body.config.get_text_config().vocab_size, positions, size, type(body).__name__)
 
 
 def _output(model: nn.Module, tokens: Tensor, positions: Tensor, size: int, name: str) -> Tensor:

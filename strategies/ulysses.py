@@ -10,6 +10,8 @@ from typing_extensions import override
 
 from veomni.errors import LayoutError, ModelError
 from veomni.mesh import ParallelState
+from veomni.ops.sequence_layers import text_part
+from veomni.ops.ulysses_async import overlap_projections
 from veomni.ops.ulysses_attention import register_ulysses
 from veomni.strategies.sequence_parallel import SequenceStrategy
 
@@ -22,16 +24,18 @@ class Ulysses(SequenceStrategy):
 
     Args:
         size: Ranks that share each row; must divide the number of attention heads.
+        async_: Send queries while keys are projected, and keys while values are; the backward mirrors it. For attention
+            modules of the standard q/k/v/o form, which most language models have; others are refused by name.
         check_rows: See :class:`SequenceStrategy`.
     """
 
     name = "ulysses"
 
-    def __init__(self, size: int, *, check_rows: bool = False) -> None:
+    def __init__(self, size: int, *, async_: bool = False, check_rows: bool = False) -> None:
         if size < 1:
             raise LayoutError(f"Ulysses has size {size}", "give a positive size (train.ulysses_parallel_size)")
         super().__init__(check_rows=check_rows)
-        self.size = size
+        self.size, self.async_ = size, async_
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
@@ -40,6 +44,8 @@ class Ulysses(SequenceStrategy):
     @override
     def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
         refuse_heads(config.num_attention_heads, self.size)
+        if self.async_:
+            overlap_projections(text_part(model), state.group("ulysses"))
         return register_ulysses(backend, state.group("ulysses"))
 
 

@@ -70,7 +70,7 @@ def build_strategies(train: TrainConfig) -> list[Strategy]:
     """Return the strategies of the ``train`` section: the one that holds the parameters, and those beside it."""
     strategies: list[Strategy] = [build_strategy(train)]
     if train.ulysses_parallel_size > 1:
-        strategies.append(Ulysses(train.ulysses_parallel_size, check_rows=train.debug))
+        strategies.append(Ulysses(train.ulysses_parallel_size, async_=train.ulysses_async, check_rows=train.debug))
     return strategies
 
 

@@ -15,7 +15,7 @@ def layer_outside_attention(model: nn.Module) -> str | None:
     Args:
         model: A transformers model; of one with towers, only the text part is looked at.
     """
-    text = {id(module) for module in _text_part(model).modules()}
+    text = {id(module) for module in text_part(model).modules()}
     for name, module in model.named_modules():
         if id(module) in text and _mixes(module):
             return f"{name} ({type(module).__name__})"
@@ -28,7 +28,8 @@ def _mixes(module: nn.Module) -> bool:
     return bool(_STATE_PARAMETERS & module._parameters.keys())
 
 
-def _text_part(model: nn.Module) -> nn.Module:
+def text_part(model: nn.Module) -> nn.Module:
+    """Return the text decoder of a transformers model, without towers and head; other modules are returned whole."""
     decoder = getattr(model, "get_decoder", None)
     found = decoder() if callable(decoder) else None
     return found if isinstance(found, nn.Module) else model

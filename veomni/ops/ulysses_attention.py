@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,26 @@ from veomni.ops.sequence_exchange import gather_heads_scatter_seq, gather_seq_sc
 PREFIX = "ulysses_"
 _PER_HEAD = ("s_aux", "sinks")
 _PER_SEQUENCE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+_exchanged: ContextVar[bool] = ContextVar("veomni_exchanged", default=False)
+
+
+@contextmanager
+def on_exchanged_heads() -> Iterator[None]:
+    """Run attention on queries, keys and values that have been exchanged already, and leave its output so."""
+    token = _exchanged.set(True)
+    try:
+        yield
+    finally:
+        _exchanged.reset(token)
+
+
+def attention_in_use(module: nn.Module) -> Any:
+    """Return what transformers calls for an attention module now, or None where that is the module's own eager one."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface().get(module.config._attn_implementation)  # type: ignore[union-attr]
 
 
 class UlyssesAttention:
@@ -58,6 +80,15 @@ class UlyssesAttention:
         Raises:
             ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
         """
+        if not _exchanged.get():
+            query, key, value = self._exchange(query, key, value)
+        local = _LocalHeads(module, query.shape[1], key.shape[1], self.group.rank())
+        mask = _local_mask(attention_mask, query, query.shape[1] * self.group.size(), local)
+        options = local_options(kwargs, local.heads)
+        output, _ = self._backend(module)(local, query, key, value, mask, **options)
+        return (output if _exchanged.get() else gather_heads_scatter_seq(output, self.group)), None
+
+    def _exchange(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         size = self.group.size()
         heads, kv_heads = query.shape[1], key.shape[1]
         if heads % size:
@@ -71,13 +102,7 @@ class UlyssesAttention:
             *(tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value)),
         ]
         whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], self.group)
-        query, key, value = (part.transpose(1, 2) for part in whole)
-        local = _LocalHeads(module, query.shape[1], key.shape[1], self.group.rank())
-        options = local_options(kwargs, local.heads)
-        output, _ = self._backend(module)(
-            local, query, key, value, _local_mask(attention_mask, query, heads, local), **options
-        )
-        return gather_heads_scatter_seq(output, self.group), None
+        return (part.transpose(1, 2) for part in whole)
 
     def _backend(self, module: nn.Module) -> Callable[..., Any]:
         from transformers import AttentionInterface
@@ -163,4 +188,4 @@ def _whole_row_masks(backend: str, group: ProcessGroup) -> Callable[..., Any]:
     return make
 
 
-__all__ = ["PREFIX", "UlyssesAttention", "local_options", "register_ulysses"]
+__all__ = ["PREFIX", "UlyssesAttention", "attention_in_use", "local_options", "on_exchanged_heads", "register_ulysses"]

@@ -1,0 +1,127 @@
+"""Exchanges under the projections: what travels while what is computed, and which modules are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tests.harness import RankFailed, run_ranks
+from tests.models.tiny import tiny_config
+from veomni.errors import ModelError
+from veomni.launcher import Launcher
+from veomni.models import build_model
+from veomni.ops.ulysses_async import attention_modules, why_not_overlapped
+from veomni.strategies import DDP, Ulysses
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "num_hidden_layers": 1}
+
+
+def launched_model(config):
+    launcher = Launcher([DDP(), Ulysses(2, async_=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
+    launcher.launch()
+    return launcher, launcher.setup_model(build_model(config, weights="random"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "granite"])
+def test_the_standard_families_overlap(name):
+    model = build_model(tiny_config(name), weights="random")
+    modules = attention_modules(model)
+    assert len(modules) == model.config.num_hidden_layers
+    assert [why_not_overlapped(module) for _, module in modules] == [None] * len(modules)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("phi3", "no plain Linear called q_proj, k_proj, v_proj"),
+        ("gpt2", "no plain Linear called q_proj"),
+        ("olmo2", "q_norm normalises over all heads together"),
+        ("deepseek_v3", "no plain Linear called q_proj"),
+    ],
+)
+def test_other_forms_are_refused_with_the_reason(name, reason):
+    (_, module), *_ = attention_modules(build_model(tiny_config(name), weights="random"))
+    assert reason in (why_not_overlapped(module) or "")
+
+
+def test_gated_queries_and_parts_of_its_own_are_refused():
+    _, module = attention_modules(build_model(tiny_config("llama"), weights="random"))[0]
+    module.q_proj = nn.Linear(32, 64)
+    assert "gated" in (why_not_overlapped(module) or "")
+    module.scale = nn.Linear(2, 2)
+    assert "parts of its own: scale" in (why_not_overlapped(module) or "")
+
+
+def setup_only(name: str) -> None:
+    launched_model(tiny_config(name))
+
+
+def test_a_model_is_refused_by_the_name_of_its_layer():
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(setup_only, 2, "phi3", init=False)
+    error = caught.value.exceptions[0]
+    assert isinstance(error, ModelError)
+    assert "layers.0.self_attn (Phi3Attention)" in str(error)
+    assert "ulysses_async" in error.fix
+
+
+def reading_its_hidden_states() -> None:
+    launcher = Launcher([DDP(), Ulysses(2, async_=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
+    launcher.launch()
+    model = build_model(tiny_config("llama"), weights="random")
+    module = model.model.layers[0].self_attn
+    inner = module.forward
+
+    def forward(hidden_states, position_embeddings=None, **kwargs):
+        output, weights = inner(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        return output * hidden_states.mean(), weights
+
+    module.forward = forward
+    launcher.setup_model(model)
+
+
+def test_a_forward_that_reads_its_hidden_states_is_refused_at_setup():
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(reading_its_hidden_states, 2, init=False)
+    error = caught.value.exceptions[0]
+    assert isinstance(error, ModelError)
+    assert "reads its hidden states" in str(error)
+
+
+def named(module: nn.Module, name: str) -> None:
+    """Give a projection's matrix products a span of their own in the trace."""
+    forward = module.forward
+
+    def run(hidden):
+        with record_function(f"project {name}"):
+            return forward(hidden)
+
+    module.forward = run
+
+
+def trace() -> list[tuple[str, int, int]]:
+    """Spans of one forward and backward: name, start and end in nanoseconds."""
+    launcher = Launcher([DDP(), Ulysses(2, async_=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
+    launcher.launch()
+    model = build_model(tiny_config("llama", **WIDE), weights="random")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        named(getattr(model.model.layers[0].self_attn, name), name)
+    model = launcher.setup_model(model)
+    ids = torch.randint(1, 128, (1, 128))
+    spans = []
+    for batch in launcher.track([[{"input_ids": ids, "labels": ids}] * 2]):
+        for micro in launcher.accumulate(model, batch):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                launcher.backward(model(**micro.inputs).loss, micro)
+            if not micro.last:  # in the last one gradients are exchanged as well
+                spans = [(e.name, e.time_range.start, e.time_range.end) for e in profiler.events()]
+    launcher.close()
+    return spans
+
+
+def test_the_trace_shows_an_exchange_in_flight_while_another_projection_is_computed():
+    for spans in run_ranks(trace, 2, init=False):
+        exchanges = sorted((start, end) for name, start, end in spans if name == "gloo:all_to_all")
+        print(sorted({name for name, _, _ in spans if "all" in name or "project" in name}), exchanges)
