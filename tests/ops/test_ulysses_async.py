@@ -15,7 +15,14 @@ from veomni.models import build_model
 from veomni.ops.ulysses_async import attention_modules, why_not_overlapped
 from veomni.strategies import DDP, Ulysses
 
-WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "num_hidden_layers": 1}
+WIDE = {
+    "max_position_embeddings": 4096,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 32,
+    "num_hidden_layers": 1,
+}
 
 
 def launched_model(config):
@@ -76,7 +83,7 @@ def reading_its_hidden_states() -> None:
 
     def forward(hidden_states, position_embeddings=None, **kwargs):
         output, weights = inner(hidden_states, position_embeddings=position_embeddings, **kwargs)
-        return output * hidden_states.mean(), weights
+        return output * hidden_states.abs(), weights
 
     module.forward = forward
     launcher.setup_model(model)
@@ -109,7 +116,7 @@ def trace() -> list[tuple[str, int, int]]:
     for name in ("q_proj", "k_proj", "v_proj"):
         named(getattr(model.model.layers[0].self_attn, name), name)
     model = launcher.setup_model(model)
-    ids = torch.randint(1, 128, (1, 128))
+    ids = torch.randint(1, 128, (1, 4096))
     spans = []
     for batch in launcher.track([[{"input_ids": ids, "labels": ids}] * 2]):
         for micro in launcher.accumulate(model, batch):
@@ -121,7 +128,23 @@ def trace() -> list[tuple[str, int, int]]:
     return spans
 
 
-def test_the_trace_shows_an_exchange_in_flight_while_another_projection_is_computed():
+def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def test_the_trace_shows_exchanges_in_flight_while_other_projections_are_computed():
     for spans in run_ranks(trace, 2, init=False):
         exchanges = sorted((start, end) for name, start, end in spans if name == "gloo:all_to_all")
-        print(sorted({name for name, _, _ in spans if "all" in name or "project" in name}), exchanges)
+        queries, keys, values, outputs, _, *back = exchanges
+        project = {name: (start, end) for name, start, end in spans if name.startswith("project")}
+        # each is sent as soon as it is ready, and nothing waits for it before all are projected
+        assert queries[0] < project["project k_proj"][0]
+        assert keys[0] < project["project v_proj"][0]
+        assert project["project v_proj"][1] < outputs[0]
+        assert overlap(queries, project["project k_proj"])
+        assert overlap(keys, project["project v_proj"])
+        # the backward sends all three before it multiplies by the first projection's weight
+        products = [(start, end) for name, start, end in spans if name == "aten::mm" and start > back[0][0]]
+        assert len(back) == 3
+        assert any(overlap(exchange, product) for exchange in back[:2] for product in products)
+        assert values[0] < outputs[0]

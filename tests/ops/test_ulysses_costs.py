@@ -88,8 +88,8 @@ def saved_bytes(ranks: int) -> int:
 
     for micro in launcher.accumulate(model, batch):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**micro.inputs).loss
-        launcher.backward(loss, micro)
+            model(**micro.inputs)
+        break
     launcher.close()
     return sum(kept.values())
 

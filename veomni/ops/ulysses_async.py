@@ -125,7 +125,7 @@ class _Overlapped:
     def _send_back(self, attended: Tensor) -> Tensor:
         if not isinstance(attention_in_use(self.module), UlyssesAttention):
             return self.project["o_proj"](attended)
-        heads = attended.unflatten(-1, (-1, self.module.head_dim))  # type: ignore[arg-type]
+        heads = attended.unflatten(-1, (-1, self.module.head_dim))
         return self.project["o_proj"](gather_heads_scatter_seq(heads, self.group).flatten(2))
 
     @contextmanager
