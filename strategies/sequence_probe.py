@@ -137,7 +137,9 @@ def _try(model: nn.Module, body: Any, probe: _Probe) -> None:
 def _run_installed(model: nn.Module, body: Any, size: int) -> None:
     # What the attention itself refuses is refused now, and not in the first step.
     positions = torch.arange(_LENGTH, device=body.device)
-    _output(model, positions % body.config.get_text_config().vocab_size, positions, size, type(body).__name__)
+    installed = body.config.get_text_config()._attn_implementation
+    name = f"{type(body).__name__} with attention {installed}"
+    _output(model, positions % body.config.get_text_config().vocab_size, positions, size, name)
 
 
 def _output(model: nn.Module, tokens: Tensor, positions: Tensor, size: int, name: str) -> Tensor:
@@ -147,7 +149,7 @@ def _output(model: nn.Module, tokens: Tensor, positions: Tensor, size: int, name
     except ModelError:
         raise
     except Exception as error:  # whatever a model's own forward raises, it cannot be given parts of rows
-        problem = f"{name} does not run on tokens and position ids alone ({type(error).__name__}: {str(error)[:160]})"
+        problem = f"{name} does not run on parts of rows ({type(error).__name__}: {str(error)[:160]})"
         raise ModelError(problem, _FIX) from error
     values: Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]
     return values[0]

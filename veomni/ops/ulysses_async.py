@@ -3,15 +3,15 @@
 An attention module of the standard form keeps its own forward. Around it, queries, keys and values are projected from
 this rank's positions and sent as each is ready; the module's forward then runs as if it held the whole row and a part
 of the heads: its projections hand out what arrived, so its own norms, rotary embedding and attention call work on that.
-The hidden states it is given have the right shape and no values (meta device): what would compute with them fails.
+The hidden states it is given have the right shape and no values (meta device): what would compute with them fails,
+and so the trial run of a strategy's set-up finds it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +85,6 @@ class _Overlapped:
 
     def __init__(self, module: nn.Module, group: ProcessGroup, tables: _RotaryTables) -> None:
         self.module, self.group, self.tables = module, group, tables
-        self.name = type(module).__name__
         self.inner: Callable[..., Any] = module.forward
         self.signature = inspect.signature(self.inner)
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
@@ -107,7 +106,7 @@ class _Overlapped:
         shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
         bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
         bound.arguments["position_embeddings"] = self.tables.whole(bound.arguments["position_embeddings"])
-        with on_exchanged_heads(), self._explaining():
+        with on_exchanged_heads():
             return self.inner(*bound.args, **bound.kwargs)
 
     def _launch(self, projected: Tensor) -> _Flight:
@@ -127,18 +126,6 @@ class _Overlapped:
             return self.project["o_proj"](attended)
         heads = attended.unflatten(-1, (-1, self.module.head_dim))
         return self.project["o_proj"](gather_heads_scatter_seq(heads, self.group).flatten(2))
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        try:
-            yield
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):
-                raise
-            problem = f"{self.name} reads its hidden states beside the projections of queries, keys and values"
-            raise ModelError(problem, _FIX) from error
-        finally:
-            self.arriving.clear()
 
 
 class _RotaryTables:
