@@ -20,6 +20,7 @@ from tests.parity.oracle import oracle
 CASES = [
     *((layout, "fp64") for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2")),
     *((layout, precision) for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2") for precision in ("fp32", "bf16")),
+    *((layout, precision) for layout in ("ulysses2_ddp", "async2_ddp") for precision in BOUNDS),
 ]
 
 
@@ -35,12 +36,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="qwen3")
     parser.add_argument("--accelerator", default="cuda")
+    parser.add_argument("--layouts", default=",".join(dict.fromkeys(layout for layout, _ in CASES)))
     args = parser.parse_args()
     failed = 0
     for model in args.models.split(","):
         # In a process of its own: a process that has touched CUDA cannot be forked again.
         (truth,) = run_ranks(oracle, 1, model, args.accelerator, init=False)
-        for layout, precision in CASES:
+        for layout, precision in (case for case in CASES if case[0] in args.layouts.split(",")):
             try:
                 outcomes = run_ranks(
                     one_step, LAYOUTS[layout][0], model, layout, init=False,

@@ -37,7 +37,7 @@ def config_of(size):
         head_dim=head_dim,
         vocab_size=vocab,
         tie_word_embeddings=True,
-        max_position_embeddings=65536,
+        max_position_embeddings=131_072,
         rope_theta=1e6,
     )
     config.use_cache = False
@@ -72,9 +72,10 @@ def run_veomni(args):
     import torch
 
     from veomni import Launcher, build_model
-    from veomni.strategies import FSDP2
+    from veomni.strategies import FSDP2, Ulysses
 
-    launcher = Launcher(FSDP2(), precision="bf16", devices=1, compile=not args.no_compile, recompute=args.recompute)
+    strategies = [FSDP2(), Ulysses(1)] if args.ulysses else [FSDP2()]
+    launcher = Launcher(strategies, precision="bf16", devices=1, compile=not args.no_compile, recompute=args.recompute)
     launcher.launch()
     model = launcher.setup_model(build_model(config_of(args.size), weights="random")).train()
     optimizer = launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-5, fused=True)
@@ -195,6 +196,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--recompute", choices=["none", "full", "selective"], default="none")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--ulysses", action="store_true", help="give veomni Ulysses(1): what its machinery costs")
     parser.add_argument("--only", default="veomni,accelerate,fabric")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--child", choices=RUNNERS, help=argparse.SUPPRESS)

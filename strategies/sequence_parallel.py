@@ -49,11 +49,13 @@ class SequenceStrategy(Strategy):
 
     @override
     def prepare(self, model: nn.Module, state: ParallelState) -> None:
+        if state.size("sequence") == 1:
+            return
         name = type(model).__name__
         if not hasattr(model, "set_attn_implementation"):
             raise ModelError(f"{name} is not a transformers model: nobody can exchange its attention", _FIX)
         layer = layer_outside_attention(model)
-        if layer is not None and state.size("sequence") > 1:
+        if layer is not None:
             raise ModelError(f"{name} has a layer that sees the sequence outside attention: {layer}", _FIX)
         config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
         backend = str(config._attn_implementation)
