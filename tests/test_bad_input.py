@@ -132,6 +132,8 @@ STEP_2 = ("--train.checkpoint.resume={place}/output/checkpoints/global_step_2", 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 HEADER = "model: {config_path: qwen3}\n"
 
+SHARED = ("--train.data_parallel_mode=ddp",)
+
 CASES: dict[str, Case] = {
     # --- the file and the command line
     "no configuration file": Case("nowhere.yaml", ("nowhere.yaml",)),
@@ -176,6 +178,18 @@ CASES: dict[str, Case] = {
     "no vocabulary for all bytes": Case("train_tokenizer_vocab_size", ("--model.train_tokenizer_vocab_size=100",)),
     # --- the model
     "unknown architecture": Case("qwen33", ("--model.config_path=qwen33",)),
+    "heads that ranks cannot share": Case(
+        "use one of 1, 2, 4",
+        (*SHARED, "--train.devices=3", "--train.global_batch_size=4", "--train.ulysses_parallel_size=3"),
+    ),
+    "rows shorter than the ranks that share them": Case(
+        "data.max_seq_len 3 is shorter than",
+        (*SHARED, "--train.devices=4", "--train.ulysses_parallel_size=4", "--data.max_seq_len=3"),
+    ),
+    "ranks that are no multiple of those that share a row": Case(
+        "start a multiple of 2 ranks", (*SHARED, "--train.devices=3", "--train.ulysses_parallel_size=2")
+    ),
+    "overlap without exchanges": Case("train.ulysses_async", ("--train.ulysses_async=true",)),
     "unknown override": Case("num_hiden_layers", ("--model.config_overrides={{num_hiden_layers: 2}}",)),
     "more tokens than embeddings": Case(
         "400", ("--model.config_overrides={{vocab_size: 400}}", "--model.train_tokenizer_vocab_size=512")

@@ -12,7 +12,7 @@ from veomni.accelerators import select_accelerator
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.config import Config, TrainConfig, check_layout, save_args
 from veomni.config.layout import local_processes
-from veomni.errors import ConfigError
+from veomni.errors import ConfigError, LayoutError
 from veomni.launch import detect_environment
 from veomni.launcher import Launcher
 from veomni.precision import select_precision
@@ -33,6 +33,7 @@ def build_launcher(config: Config) -> Launcher:
     devices = local_processes(train, accelerator.device_type, accelerator.device_count())
     joined = detect_environment()
     check_layout(config, devices if joined is None else joined.world_size)
+    _check_shared_rows(config)
     return Launcher(
         build_strategies(train),
         accelerator=accelerator,
@@ -64,6 +65,24 @@ def build_launcher(config: Config) -> Launcher:
             verify_hash=save.verify_hash,
         ),
     )
+
+
+def _check_shared_rows(config: Config) -> None:
+    """Refuse heads and rows that ranks cannot share, before any of them is started."""
+    from veomni.models import build_config
+    from veomni.strategies.ulysses import refuse_heads
+
+    section, size = config.model, config.train.ulysses_parallel_size
+    source = section.config_path or section.model_path
+    if size == 1 or source is None:
+        return
+    if config.data.max_seq_len < size:
+        raise LayoutError(
+            f"data.max_seq_len {config.data.max_seq_len} is shorter than train.ulysses_parallel_size {size} ranks",
+            f"set data.max_seq_len to at least {size}",
+        )
+    architecture: Any = build_config(source, section.config_overrides, trust_remote_code=section.trust_remote_code)
+    refuse_heads(architecture.get_text_config().num_attention_heads, size)
 
 
 def build_strategies(train: TrainConfig) -> list[Strategy]:

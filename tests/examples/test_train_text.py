@@ -24,6 +24,9 @@ def single(corpus, tmp_path_factory):
         (2, "fsdp2", {}),
         (4, "fsdp2", {}),
         (4, "fsdp2", {"train.data_parallel_replicate_size": 2}),
+        (2, "ddp", {"train.ulysses_parallel_size": 2}),
+        (4, "fsdp1", {"train.ulysses_parallel_size": 2, "train.ulysses_async": True}),
+        (4, "fsdp2", {"train.ulysses_parallel_size": 4, "data.num_workers": 1, "train.debug": True}),
     ],
 )
 def test_every_layout_writes_the_same_losses_and_norms(corpus, tmp_path, single, ranks, mode, options):
@@ -38,6 +41,15 @@ def test_a_run_resumes_from_the_middle(corpus, tmp_path, single, ranks):
         shutil.rmtree(tmp_path / "checkpoints" / f"global_step_{step}")
     resumed = train(corpus, tmp_path, ranks, "fsdp2", saving)
     agree(resumed, unbroken, 0.0 if ranks == 2 else 1e-9)
+
+
+def test_a_run_resumes_with_another_number_of_ranks_per_row(corpus, tmp_path, single):
+    saving = {**SMALL, "train.checkpoint.save_steps": 3, "train.checkpoint.keep_last": 5}
+    train(corpus, tmp_path, 4, "fsdp2", {**saving, "train.ulysses_parallel_size": 4})
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "checkpoints" / f"global_step_{step}")
+    resumed = train(corpus, tmp_path, 4, "fsdp2", {**saving, "train.ulysses_parallel_size": 2})
+    agree(resumed, single[1], 1e-9)
 
 
 def test_what_a_run_leaves_behind(single):

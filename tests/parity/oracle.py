@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from tests.models.tiny import tiny_config
-from tests.parity.documents import IGNORE, global_rows, supervised
+from tests.parity.documents import IGNORE, Document, global_rows, supervised
 from veomni.models import Materializer, build_model
 from veomni.strategies.compute_dtype import Float64Throughout
 
@@ -24,9 +25,9 @@ def vocabulary(name: str) -> int:
     return int(tiny_config(name).vocab_size)
 
 
-def initial_model(name: str, device: str, seed: int = 0) -> torch.nn.Module:
+def initial_model(config: Any, device: str, seed: int = 0) -> torch.nn.Module:
     """The tiny model as every layout must start with it: drawn in float32 on ``device``, computed with in float64."""
-    model = build_model(tiny_config(name), attention="eager", weights="random")
+    model = build_model(config, attention="eager", weights="random")
     Materializer(model, device=torch.device(device), seed=seed)(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
@@ -36,8 +37,11 @@ def initial_model(name: str, device: str, seed: int = 0) -> torch.nn.Module:
 
 
 def oracle(name: str, device: str = "cpu") -> Truth:
-    model = initial_model(name, device)
-    rows = global_rows(vocabulary(name))
+    return truth_of(tiny_config(name), global_rows(vocabulary(name)), device)
+
+
+def truth_of(config: Any, rows: list[list[Document]], device: str = "cpu") -> Truth:
+    model = initial_model(config, device)
     total = sum(supervised(documents) for documents in rows)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with Float64Throughout():
