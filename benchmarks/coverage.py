@@ -30,7 +30,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, Single, Ulysses
 
-EXACT, REFUSED, LIMIT, WRONG = "exact", "refused", "transformers' own limit", "wrong"
+EXACT, REFUSED, UNMEASURED, WRONG = "exact", "refused", "not measured", "wrong"
 BOUND = 1e-9
 COMMAND = "python benchmarks/coverage.py --write docs/coverage.md"
 
@@ -78,13 +78,13 @@ def verdict(model_type: str) -> Verdict:
     try:
         any_tiny_config(model_type)
     except Exception as error:  # whatever a configuration class raises
-        return Verdict(LIMIT, f"no tiny configuration: {_first_line(error)}")
+        return Verdict(UNMEASURED, f"no tiny configuration: {_first_line(error)}")
     try:
         (expected,) = run_ranks(truth, 1, model_type, init=False, timeout=120)
     except RankFailed as failed:
-        return Verdict(LIMIT, _reason(failed))
+        return Verdict(UNMEASURED, _reason(failed))
     if not expected.gradients:
-        return Verdict(LIMIT, "no parameter has a gradient")
+        return Verdict(UNMEASURED, "no parameter has a gradient")
     packed = _compare(expected, model_type, [Single()], "one process, packed")
     if packed.status != EXACT:
         return packed
@@ -140,7 +140,7 @@ def page(verdicts: dict[str, Verdict]) -> str:
         "```",
         "",
         f"with torch {torch.__version__.split('+')[0]} and transformers {transformers.__version__}: "
-        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, REFUSED, LIMIT, WRONG))
+        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, REFUSED, UNMEASURED, WRONG))
         + ". The error is the largest of any parameter's gradient, relative to it.",
         "",
         "| architecture | status | error, or why not |",

@@ -13,9 +13,10 @@ from veomni.batch import SEQUENCE_SIZE, PackedInputs
 from veomni.errors import DataError, ModelError
 from veomni.mesh import ParallelState, get_parallel_state
 from veomni.ops.sequence_layers import layer_outside_attention
+from veomni.ops.text_attention import UNSPLIT_ATTENTION, use_attention
 from veomni.sequence_split import split_rows
 from veomni.strategies.base import SetupContext, Strategy
-from veomni.strategies.sequence_probe import refuse_unsplittable, use_attention
+from veomni.strategies.sequence_probe import refuse_unsplittable
 
 _FIX = "set train.ulysses_parallel_size and train.context_parallel_size to 1"
 _PACKING_BACKENDS = (
@@ -64,6 +65,8 @@ class SequenceStrategy(Strategy):
                 f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",
                 "set model.attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
             )
+        if not hasattr(model, UNSPLIT_ATTENTION):
+            setattr(model, UNSPLIT_ATTENTION, backend)
         use_attention(model, self.install(model, config, backend, state))
 
     def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
@@ -78,7 +81,7 @@ class SequenceStrategy(Strategy):
     def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
         size = context.state.size("sequence")
         if size > 1:
-            refuse_unsplittable(model, body, size)
+            refuse_unsplittable(model, body, size, context.device)
 
 
 def _refuse_different_rows(digest: int, state: ParallelState) -> None:

@@ -43,7 +43,9 @@ class Ulysses(SequenceStrategy):
 
     @override
     def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
-        refuse_heads(config.num_attention_heads, self.size)
+        heads = getattr(config, "num_attention_heads", None)
+        if heads is not None:  # some differ from layer to layer: attention checks each
+            refuse_heads(heads, self.size)
         if self.async_:
             overlap_projections(text_part(model), state.group("ulysses"))
         return register_ulysses(backend, state.group("ulysses"))

@@ -213,6 +213,7 @@ class Launcher:
             isolate_documents,
             resolve_attention,
             resolve_experts,
+            try_packing,
             unwrap,
         )
 
@@ -234,6 +235,7 @@ class Launcher:
             compile_blocks(model, plan, self.precision)
         context = SetupContext(self.state, self.accelerator, self.device, self.precision, plan, materialize)
         ready = self.parameter_strategy.parallelize(model, context)
+        try_packing(ready, unwrap(ready), self.device)
         for strategy in self.strategies:
             strategy.verify(ready, unwrap(ready), context)
         return ready

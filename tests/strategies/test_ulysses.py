@@ -55,7 +55,7 @@ def test_a_size_below_one_is_refused():
         Ulysses(0)
 
 
-@pytest.mark.parametrize(("model", "named"), [("qwen3_next", "linear_attn"), ("t5", "position_bias")])
+@pytest.mark.parametrize(("model", "named"), [("qwen3_next", "linear_attn"), ("t5", "takes no position_ids")])
 def test_models_that_cannot_be_split_are_refused_with_what_stands_in_the_way(model, named):
     error = refusal(set_up, 2, model, 2)
     assert isinstance(error, ModelError)

@@ -10,6 +10,7 @@ from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
 from veomni.models.materialize import Materializer
 from veomni.models.packed_masks import isolate_documents
+from veomni.models.packing_probe import try_packing
 from veomni.models.plan import derive_plan
 from veomni.models.source import WeightSource
 from veomni.models.token_loss import install_token_loss
@@ -33,5 +34,6 @@ __all__ = [
     "isolate_documents",
     "resolve_attention",
     "resolve_experts",
+    "try_packing",
     "unwrap",
 ]

@@ -21,6 +21,7 @@ from veomni.models import hf
 from veomni.ops.sequence_layers import layer_outside_attention
 
 _ISOLATES = "_veomni_isolates_documents"
+_LEAK = "_veomni_leak"
 
 _row: ContextVar[Row | None] = ContextVar("veomni_row", default=None)
 
@@ -57,15 +58,14 @@ def isolate_documents(model: nn.Module) -> None:
     setattr(model, _ISOLATES, True)
     _wrap_mask_makers()
     hf.leave_packing_to(lambda: _row.get() is not None)
-    leaking = layer_outside_attention(model)
+    layer = layer_outside_attention(model)
+    carries = f"{layer} carries state from one document of a packed row into the next" if layer else None
 
     def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         row = row_of(kwargs)
-        if leaking is not None and row is not None and row.documents is not None:
-            raise ModelError(
-                f"{leaking} carries state from one document of a packed row into the next",
-                "set data.packing to none, so that every row is one document",
-            )
+        reason = carries or getattr(model, _LEAK, None)
+        if reason is not None and row is not None and row.documents is not None:
+            raise ModelError(reason, "set data.packing to none, so that every row is one document")
         _row.set(row)
         return args, {name: value for name, value in kwargs.items() if name != SEQUENCE_SIZE}
 
@@ -74,6 +74,11 @@ def isolate_documents(model: nn.Module) -> None:
 
     model.register_forward_pre_hook(announce, with_kwargs=True)
     model.register_forward_hook(retire, always_call=True)
+
+
+def remember_leak(model: nn.Module, reason: str | None) -> None:
+    """Let ``model`` refuse packed rows for ``reason``; None lets it take them."""
+    setattr(model, _LEAK, reason)
 
 
 def row_of(inputs: Mapping[str, Any]) -> Row | None:

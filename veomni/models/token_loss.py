@@ -70,7 +70,8 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
     """
     if not hasattr(model, "loss_function"):
         return
-    if getattr(model, "loss_type", None) not in ("ForCausalLM", "ForConditionalGeneration"):
+    # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
+    if getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
         return
     head = model.get_output_embeddings() if fused else None  # type: ignore[operator]
     reason = _why_not_fused(model, head) if fused else None

@@ -21,6 +21,7 @@ from veomni.ops.sequence_exchange import gather_heads_scatter_seq, gather_seq_sc
 
 PREFIX = "ulysses_"
 _PER_HEAD = ("s_aux", "sinks")
+_NOT_FOR_ATTENTION = ("position_ids", "labels", "shift_labels")  # of this rank's part only
 _PER_SEQUENCE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -138,8 +139,9 @@ def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
         ModelError: there is a tensor that nobody can split with certainty.
     """
     options = dict(kwargs)
-    options.pop("position_ids", None)  # this rank's only; documents are known by cu_seqlens and masks
-    for name, value in kwargs.items():
+    for name in _NOT_FOR_ATTENTION:
+        options.pop(name, None)
+    for name, value in list(options.items()):
         if not isinstance(value, Tensor) or name in _PER_SEQUENCE or not value.dim():
             continue
         if name not in _PER_HEAD:
