@@ -4,7 +4,8 @@
 
 Each takes one packed step in float64: alone and unpacked through plain transformers (the truth), alone and packed
 through the launcher, and on two ranks that share every row. An architecture is exact when every parameter's gradient
-equals the truth, refused when veomni says why it cannot be, and wrong otherwise.
+equals the truth, refused when veomni says why it cannot be, and wrong otherwise. Not measured is what has no tiny configuration here,
+or fails before anything is packed or split.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from transformers import AutoModelForCausalLM
 
 from tests.harness import RankFailed, run_ranks
 from tests.models.any_tiny import VOCAB, any_tiny_config, causal_types
@@ -56,6 +59,9 @@ def rows() -> list[list[Document]]:
 
 
 def truth(model_type: str) -> Truth:
+    """The gradients to compare with, of a model whose own forward takes labels."""
+    tokens = rows()[0][0].tokens[None]
+    AutoModelForCausalLM.from_config(any_tiny_config(model_type))(input_ids=tokens, labels=tokens)
     return truth_of(any_tiny_config(model_type), rows())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from veomni.errors import LayoutError, ModelError
+from veomni.errors import LayoutError
 from veomni.mesh import ParallelState
 from veomni.ops.sequence_layers import text_part
 from veomni.ops.ulysses_async import overlap_projections
@@ -43,23 +43,6 @@ class Ulysses(SequenceStrategy):
 
     @override
     def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
-        heads = getattr(config, "num_attention_heads", None)
-        if heads is not None:  # some differ from layer to layer: attention checks each
-            refuse_heads(heads, self.size)
         if self.async_:
             overlap_projections(text_part(model), state.group("ulysses"))
         return register_ulysses(backend, state.group("ulysses"))
-
-
-def refuse_heads(heads: int, size: int) -> None:
-    """Refuse a number of attention heads that ranks cannot share.
-
-    Raises:
-        ModelError: ``size`` does not divide ``heads``.
-    """
-    if heads % size:
-        divisors = [str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0]
-        raise ModelError(
-            f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
-            f"use one of {', '.join(divisors)}, or train.context_parallel_size",
-        )

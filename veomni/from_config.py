@@ -70,7 +70,7 @@ def build_launcher(config: Config) -> Launcher:
 def _check_shared_rows(config: Config) -> None:
     """Refuse heads and rows that ranks cannot share, before any of them is started."""
     from veomni.models import build_config
-    from veomni.strategies.ulysses import refuse_heads
+    from veomni.ops.ulysses_attention import refuse_heads
 
     section, size = config.model, config.train.ulysses_parallel_size
     source = section.config_path or section.model_path
@@ -82,7 +82,9 @@ def _check_shared_rows(config: Config) -> None:
             f"set data.max_seq_len to at least {size}",
         )
     architecture: Any = build_config(source, section.config_overrides, trust_remote_code=section.trust_remote_code)
-    refuse_heads(architecture.get_text_config().num_attention_heads, size)
+    heads = architecture.get_text_config().to_dict().get("num_attention_heads")
+    if heads is not None:  # in some models they differ from layer to layer: setup_model checks each
+        refuse_heads(heads, size)
 
 
 def build_strategies(train: TrainConfig) -> list[Strategy]:

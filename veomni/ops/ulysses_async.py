@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.ops.sequence_exchange import gather_heads_scatter_seq, gather_sequence
-from veomni.ops.ulysses_attention import UlyssesAttention, attention_in_use, on_exchanged_heads
+from veomni.ops.ulysses_attention import UlyssesAttention, attention_in_use, on_exchanged_heads, refuse_heads
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
@@ -102,15 +102,17 @@ class _Overlapped:
         bound = self.signature.bind(*args, **kwargs)
         hidden = bound.arguments["hidden_states"]
         for name in _PROJECTIONS[:3]:
-            self.arriving[name] = self._launch(self.project[name](hidden))
+            self.arriving[name] = self._launch(name, self.project[name](hidden))
         shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
         bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
         bound.arguments["position_embeddings"] = self.tables.whole(bound.arguments["position_embeddings"])
         with on_exchanged_heads():
             return self.inner(*bound.args, **bound.kwargs)
 
-    def _launch(self, projected: Tensor) -> _Flight:
+    def _launch(self, name: str, projected: Tensor) -> _Flight:
         heads = projected.unflatten(-1, (-1, self.module.head_dim))
+        if name == "q_proj":
+            refuse_heads(heads.shape[2], self.group.size())
         repeats = math.lcm(heads.shape[2], self.group.size()) // heads.shape[2]
         return _Flight(heads.repeat_interleave(repeats, dim=2) if repeats > 1 else heads, self.group)
 

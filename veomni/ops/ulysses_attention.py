@@ -92,11 +92,7 @@ class UlyssesAttention:
     def _exchange(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         size = self.group.size()
         heads, kv_heads = query.shape[1], key.shape[1]
-        if heads % size:
-            raise ModelError(
-                f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
-                f"use a divisor of {heads}",
-            )
+        refuse_heads(heads, size)
         repeats = math.lcm(kv_heads, size) // kv_heads
         parts = [
             query,
@@ -164,6 +160,20 @@ def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any
     return mask[:, local.heads] if mask.shape[1] == heads > 1 else mask
 
 
+def refuse_heads(heads: int, size: int) -> None:
+    """Refuse a number of attention heads that ranks cannot share.
+
+    Raises:
+        ModelError: ``size`` does not divide ``heads``.
+    """
+    if heads % size:
+        divisors = [str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0]
+        raise ModelError(
+            f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
+            f"use one of {', '.join(divisors)}, or train.context_parallel_size",
+        )
+
+
 def register_ulysses(backend: str, group: ProcessGroup) -> str:
     """Make Ulysses around ``backend`` known to transformers, mask maker included, and return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -190,4 +200,12 @@ def _whole_row_masks(backend: str, group: ProcessGroup) -> Callable[..., Any]:
     return make
 
 
-__all__ = ["PREFIX", "UlyssesAttention", "attention_in_use", "local_options", "on_exchanged_heads", "register_ulysses"]
+__all__ = [
+    "PREFIX",
+    "UlyssesAttention",
+    "attention_in_use",
+    "local_options",
+    "on_exchanged_heads",
+    "refuse_heads",
+    "register_ulysses",
+]
