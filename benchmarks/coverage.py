@@ -4,8 +4,8 @@
 
 Each takes one packed step in float64: alone and unpacked through plain transformers (the truth), alone and packed
 through the launcher, and on two ranks that share every row. An architecture is exact when every parameter's gradient
-equals the truth, refused when veomni says why it cannot be, and wrong otherwise. Not measured is what has no tiny configuration here,
-or fails before anything is packed or split.
+equals the truth, refused when veomni says why it cannot be, and wrong otherwise. Not measured is what has no tiny
+configuration here, or fails before anything is packed or split.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from veomni.strategies.ddp import DDP
 from veomni.strategies.fsdp1 import FSDP1
 from veomni.strategies.fsdp2 import FSDP2
 from veomni.strategies.single import Single
+from veomni.strategies.ulysses import Ulysses
 
 _BUILT_IN = {strategy.name: strategy for strategy in (Single, DDP, FSDP1, FSDP2)}
 
@@ -28,7 +29,8 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
         return [choice]
     if isinstance(choice, str):
         return [FSDP2() if choice == "auto" else load_plugin("veomni.strategies", choice, _BUILT_IN)()]
-    return list(choice)
+    # Ulysses last: it exchanges heads around whatever attends, the ring of context parallelism too.
+    return sorted(choice, key=lambda strategy: isinstance(strategy, Ulysses))
 
 
 def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:

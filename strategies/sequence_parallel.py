@@ -67,9 +67,9 @@ class SequenceStrategy(Strategy):
             )
         if not hasattr(model, UNSPLIT_ATTENTION):
             setattr(model, UNSPLIT_ATTENTION, backend)
-        use_attention(model, self.install(model, config, backend, state))
+        use_attention(model, self.install(model, backend, state))
 
-    def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
+    def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
         """Return the name of an attention over whole rows that runs ``backend`` inside.
 
         Raises:

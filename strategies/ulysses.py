@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 from typing_extensions import override
@@ -42,7 +41,7 @@ class Ulysses(SequenceStrategy):
         return {"ulysses": self.size}
 
     @override
-    def install(self, model: nn.Module, config: Any, backend: str, state: ParallelState) -> str:
+    def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
         if self.async_:
             overlap_projections(text_part(model), state.group("ulysses"))
         return register_ulysses(backend, state.group("ulysses"))

@@ -183,7 +183,7 @@ CASES: dict[str, Case] = {
         (*SHARED, "--train.devices=3", "--train.global_batch_size=4", "--train.ulysses_parallel_size=3"),
     ),
     "rows shorter than the ranks that share them": Case(
-        "data.max_seq_len 3 is shorter than",
+        "data.max_seq_len 3 is too short for 4 ranks",
         (*SHARED, "--train.devices=4", "--train.ulysses_parallel_size=4", "--data.max_seq_len=3"),
     ),
     "ranks that are no multiple of those that share a row": Case(

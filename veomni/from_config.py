@@ -17,7 +17,8 @@ from veomni.launch import detect_environment
 from veomni.launcher import Launcher
 from veomni.precision import select_precision
 from veomni.reporter import Reporter
-from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single, Strategy, Ulysses
+from veomni.sequence_split import SequencePart
+from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ParameterStrategy, Single, Strategy, Ulysses
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -72,24 +73,28 @@ def _check_shared_rows(config: Config) -> None:
     from veomni.models import build_config
     from veomni.ops.ulysses_attention import refuse_heads
 
-    section, size = config.model, config.train.ulysses_parallel_size
+    section, train = config.model, config.train
+    part = SequencePart(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
     source = section.config_path or section.model_path
-    if size == 1 or source is None:
+    if part.size == 1 or source is None:
         return
-    if config.data.max_seq_len < size:
+    if config.data.max_seq_len < part.multiple:
         raise LayoutError(
-            f"data.max_seq_len {config.data.max_seq_len} is shorter than train.ulysses_parallel_size {size} ranks",
-            f"set data.max_seq_len to at least {size}",
+            f"data.max_seq_len {config.data.max_seq_len} is too short for {part.size} ranks per row "
+            f"(train.ulysses_parallel_size {part.ulysses} x train.context_parallel_size {part.cp})",
+            f"set data.max_seq_len to at least {part.multiple}",
         )
     architecture: Any = build_config(source, section.config_overrides, trust_remote_code=section.trust_remote_code)
     heads = architecture.get_text_config().to_dict().get("num_attention_heads")
     if heads is not None:  # in some models they differ from layer to layer: setup_model checks each
-        refuse_heads(heads, size)
+        refuse_heads(heads, part.ulysses)
 
 
 def build_strategies(train: TrainConfig) -> list[Strategy]:
     """Return the strategies of the ``train`` section: the one that holds the parameters, and those beside it."""
     strategies: list[Strategy] = [build_strategy(train)]
+    if train.context_parallel_size > 1:
+        strategies.append(ContextParallel(train.context_parallel_size, check_rows=train.debug))
     if train.ulysses_parallel_size > 1:
         strategies.append(Ulysses(train.ulysses_parallel_size, async_=train.ulysses_async, check_rows=train.debug))
     return strategies

@@ -60,8 +60,13 @@ class SequencePart:
         mine = torch.arange(length)
         if self.cp > 1:
             chunks = mine.chunk(2 * self.cp)
-            mine = torch.cat([chunks[self.cp_rank], chunks[-1 - self.cp_rank]])
+            mine = torch.cat([chunks[number] for number in zigzag_chunks(self.cp, self.cp_rank)])
         return mine.chunk(self.ulysses)[self.ulysses_rank]
+
+
+def zigzag_chunks(size: int, rank: int) -> tuple[int, int]:
+    """Return which of ``2 * size`` chunks of a row a rank of the attention ring holds: an early one and a late one."""
+    return rank, 2 * size - 1 - rank
 
 
 WHOLE_ROWS = SequencePart()

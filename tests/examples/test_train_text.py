@@ -26,6 +26,7 @@ def single(corpus, tmp_path_factory):
         (4, "fsdp2", {"train.data_parallel_replicate_size": 2}),
         (2, "ddp", {"train.ulysses_parallel_size": 2}),
         (4, "fsdp1", {"train.ulysses_parallel_size": 2, "train.ulysses_async": True}),
+        (4, "fsdp2", {"train.ulysses_parallel_size": 2, "train.context_parallel_size": 2}),
         (4, "fsdp2", {"train.ulysses_parallel_size": 4, "data.num_workers": 1, "train.debug": True}),
     ],
 )

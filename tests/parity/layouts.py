@@ -16,7 +16,7 @@ from tests.parity.documents import global_rows, share
 from tests.parity.oracle import Truth, vocabulary
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, FSDP1, FSDP2, Single, Ulysses
+from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
 
 LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "single": (1, Single),
@@ -36,6 +36,11 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "ulysses2_ddp_2": (4, lambda: [DDP(), Ulysses(2)]),
     "ulysses4_fsdp1": (4, lambda: [FSDP1(), Ulysses(4)]),
     "ulysses4_fsdp2": (4, lambda: [FSDP2(), Ulysses(4)]),
+    "ring2_ddp": (2, lambda: [DDP(), ContextParallel(2)]),
+    "ring2_fsdp1": (2, lambda: [FSDP1(), ContextParallel(2)]),
+    "ring4_fsdp2": (4, lambda: [FSDP2(), ContextParallel(4)]),
+    "ring2_ulysses2_fsdp2": (4, lambda: [FSDP2(), Ulysses(2), ContextParallel(2)]),
+    "ring2_async2_ddp": (4, lambda: [DDP(), Ulysses(2, async_=True), ContextParallel(2)]),
     "async2_ddp": (2, lambda: [DDP(), Ulysses(2, async_=True)]),
     "async2_fsdp1": (2, lambda: [FSDP1(), Ulysses(2, async_=True)]),
     "async4_fsdp2": (4, lambda: [FSDP2(), Ulysses(4, async_=True)]),

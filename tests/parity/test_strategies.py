@@ -39,6 +39,12 @@ def test_every_architecture_on_split_rows(model, layout):
     run(model, layout, accumulation=3)
 
 
+@pytest.mark.parametrize("layout", ["ring4_fsdp2", "ring2_ulysses2_fsdp2"])
+@pytest.mark.parametrize("model", ["llama", "gemma3_text", "qwen3_moe"])
+def test_every_architecture_on_a_ring(model, layout):
+    run(model, layout, accumulation=3)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("layout", MULTI_RANK)
 @pytest.mark.parametrize("model", [name for name in ARCHITECTURES if name != "qwen3"])
@@ -47,13 +53,15 @@ def test_every_architecture(model, layout, accumulation):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "hsdp_2x2", "ulysses2_ddp", "ulysses2_fsdp2"])
+@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "hsdp_2x2", "ulysses2_ddp", "ulysses2_fsdp2", "ring2_ddp"])
 def test_lower_precisions(layout, precision):
     run("qwen3", layout, precision=precision, accumulation=3)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-@pytest.mark.parametrize("layout", ["single", *MULTI_RANK, "ulysses2_fsdp1", "ulysses2_fsdp2", *OVERLAPPED])
+@pytest.mark.parametrize(
+    "layout", ["single", *MULTI_RANK, "ulysses2_fsdp1", "ulysses2_fsdp2", "ring2_fsdp1", *OVERLAPPED]
+)
 def test_recomputation_changes_nothing(layout, recompute):
     run("qwen3", layout, recompute=recompute, accumulation=3)
 

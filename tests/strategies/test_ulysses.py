@@ -12,7 +12,7 @@ from tests.parity.documents import global_rows, pack
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, FSDP2, Ulysses
+from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
 
 
 def launched(strategies, **options) -> Launcher:
@@ -60,6 +60,27 @@ def test_models_that_cannot_be_split_are_refused_with_what_stands_in_the_way(mod
     error = refusal(set_up, 2, model, 2)
     assert isinstance(error, ModelError)
     assert named in str(error)
+
+
+def on_a_ring(model_name: str, **changes) -> None:
+    launcher = launched([DDP(), ContextParallel(2)])
+    launcher.setup_model(build_model(tiny_config(model_name, **changes), weights="random"))
+
+
+def test_sinks_are_refused_on_a_ring():
+    error = refusal(on_a_ring, 2, "gpt_oss")
+    assert isinstance(error, ModelError)
+    assert "s_aux" in str(error)
+    assert "train.ulysses_parallel_size" in error.fix
+
+
+def test_a_ring_needs_no_heads_that_divide():
+    run_ranks(on_a_ring, 2, "llama", num_attention_heads=3, num_key_value_heads=3, init=False)
+
+
+def test_a_ring_of_no_ranks_is_refused():
+    with pytest.raises(LayoutError, match="size 0"):
+        ContextParallel(0)
 
 
 class Mixing(nn.Module):
@@ -179,10 +200,11 @@ def gradients_of(strategies, length: int, compile: bool = False):
 
 
 @pytest.mark.parametrize("length", [17, 22, 24])
+@pytest.mark.parametrize("split", [Ulysses, ContextParallel])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_rows_that_do_not_divide_are_padded_and_exact(length, ranks):
+def test_rows_that_do_not_divide_are_padded_and_exact(length, ranks, split):
     ((expected, loss),) = run_ranks(gradients_of, 1, [FSDP2()], length, init=False)
-    for found, found_loss in run_ranks(gradients_of, ranks, [FSDP2(), Ulysses(ranks)], length, init=False):
+    for found, found_loss in run_ranks(gradients_of, ranks, [FSDP2(), split(ranks)], length, init=False):
         assert found_loss == pytest.approx(loss, rel=1e-13)
         for name, gradient in expected.items():
             assert (found[name] - gradient).norm() <= 1e-12 * gradient.norm(), name

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 _RESERVED = {
     "tensor_parallel_size": "tensor parallelism",
     "expert_parallel_size": "expert parallelism",
-    "context_parallel_size": "context parallelism",
 }
 
 

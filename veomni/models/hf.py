@@ -271,11 +271,11 @@ def use_experts(model: nn.Module, name: str) -> None:
     model.set_experts_implementation(name)  # type: ignore[operator]
 
 
-def mask_makers() -> dict[str, Any]:
-    """Return transformers' functions that materialise attention masks, by attention name."""
+def mask_makers(names: Sequence[str]) -> dict[str, Any]:
+    """Return the functions that make attention masks for the attentions called ``names``."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    return {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager", "flex_attention")}
+    return {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in names}
 
 
 def within_documents(mask_function: Any, documents: Tensor) -> Any:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from veomni.batch import SEQUENCE_SIZE
 from veomni.errors import ModelError
 from veomni.models import hf
+from veomni.ops.ring_attention import MASK_RULE, register_mask_rule
 from veomni.ops.sequence_layers import layer_outside_attention
 
 _ISOLATES = "_veomni_isolates_documents"
 _LEAK = "_veomni_leak"
+_MAKERS = ("sdpa", "eager", "flex_attention")
 
 _row: ContextVar[Row | None] = ContextVar("veomni_row", default=None)
 
@@ -113,7 +115,8 @@ def _documents_between(borders: Tensor, batch: int, length: int) -> Tensor:
 def _wrap_mask_makers() -> None:
     from transformers import AttentionMaskInterface
 
-    for name, make in hf.mask_makers().items():
+    register_mask_rule()
+    for name, make in hf.mask_makers((*_MAKERS, MASK_RULE)).items():
         if not hasattr(make, "_veomni_packed"):
             AttentionMaskInterface.register(name, _packed(make))
 

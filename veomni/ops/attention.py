@@ -50,7 +50,7 @@ def varlen_attention(
         ``[batch, seq, heads, head_dim]`` and None in place of weights.
     """
     _refuse(attention_mask, dropout if module.training else 0.0, kwargs)
-    query, key, value = _in_autocast_dtype(query, key, value)
+    query, key, value = in_autocast_dtype(query, key, value)
     batch, _, length, _ = query.shape
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -77,8 +77,11 @@ def varlen_attention(
     return output.unflatten(0, (batch, length)), None
 
 
-def _in_autocast_dtype(*heads: Tensor) -> tuple[Tensor, ...]:
-    # Norms and rotary embeddings leave queries and keys in float32 under autocast; the kernels take half precision.
+def in_autocast_dtype(*heads: Tensor) -> tuple[Tensor, ...]:
+    """Return queries, keys and values in the format of the autocast they are in, as SDPA would.
+
+    Norms and rotary embeddings leave queries and keys in float32 under autocast; kernels take one format for all.
+    """
     device_type = heads[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return heads
