@@ -140,7 +140,7 @@ def test_plan_knows_replicas_frozen_parameters_and_ddp(capsys: pytest.CaptureFix
     main(["plan", TINY, "--world", "4", "--train.data_parallel_mode", "ddp", "--train.precision", "fp64"])
     replicated = facts(capsys)
     assert sharded["mesh"].startswith("pp 1 x dp_replicate 2 x dp_shard 2")
-    assert sharded["parameters of the model"] == f"2,410,432, {2_410_432 - 4096 * 192:,} trained"
+    assert sharded["parameters of the model"] == f"2,410,560, {2_410_560 - 4096 * 192:,} trained"
     assert replicated["mesh"].startswith("pp 1 x dp_replicate 4 x dp_shard 1")
     assert replicated["parameters per rank"] == f"{2_410_432 * 8 / 1024**3:.3f} GiB (device)"
 

@@ -20,8 +20,10 @@ PARAMETERS = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
     "qwen3_30b_a3b": 30_532_122_624,
-    "tiny": 2_410_432,
+    "tiny": 2_410_560,
+    "long_context": 360_768,
 }
+WORLDS = {"tiny": 2, "long_context": 4}
 FILES = {path.stem: path for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))}
 
 
@@ -35,7 +37,7 @@ def test_every_file_has_its_number() -> None:
 def test_it_loads_and_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     config = Config.from_file(FILES[name])
-    check_layout(config, 2 if name == "tiny" else 32 if config.train.micro_batch_size <= 2 else 16)
+    check_layout(config, WORLDS.get(name, 32 if config.train.micro_batch_size <= 2 else 16))
     model = build_model(str(config.model.config_path), weights="random")
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     assert config.data.max_seq_len <= model.config.max_position_embeddings  # type: ignore[union-attr, operator]

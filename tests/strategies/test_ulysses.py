@@ -75,7 +75,7 @@ def test_sinks_are_refused_on_a_ring():
 
 
 def test_a_ring_needs_no_heads_that_divide():
-    run_ranks(on_a_ring, 2, "llama", num_attention_heads=3, num_key_value_heads=3, init=False)
+    run_ranks(on_a_ring, 2, "llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=24, init=False)
 
 
 def test_a_ring_of_no_ranks_is_refused():
