@@ -50,7 +50,7 @@ def test_help_exits_with_0(command: list[str], capsys: pytest.CaptureFixture[str
         (["plan", TINY, "--world", "3"], "train.global_batch_size 16"),
         (["plan", TINY, "--train.sed", "1"], "train.sed"),
         (["plan", TINY, "--model.config_path", "no/config.json"], "no/config.json"),
-        (["plan", TINY, "--train.ulysses_parallel_size", "2"], "train.ulysses_parallel_size"),
+        (["plan", TINY, "--train.tensor_parallel_size", "2"], "train.tensor_parallel_size"),
         (["data", TINY, "--data.train_path", "gone"], "data.train_path: gone"),
     ],
 )

@@ -225,6 +225,8 @@ def _efficient_backward(
     # Weights are exp(score - lse): an infinite lse makes those of the padding and of blind queries zero.
     aligned = torch.nn.functional.pad(_finite(lse, torch.inf), (0, -lse.shape[-1] % _LSE_MULTIPLE), value=torch.inf)
     unused = torch.empty((), dtype=torch.int64, device=query.device)
+    # In half precision the kernel reads the output as [batch, q, heads, head_dim] in memory, whatever its strides say.
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
     grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         grad, query, _repeated(key, query), _repeated(value, query), bias, output, aligned, unused, unused, 0.0,
         [True, True, True, False], causal, scale=scale,
