@@ -20,7 +20,11 @@ from tests.parity.oracle import oracle
 CASES = [
     *((layout, "fp64") for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2")),
     *((layout, precision) for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2") for precision in ("fp32", "bf16")),
-    *((layout, precision) for layout in ("ulysses2_ddp", "async2_ddp", "ring2_ddp", "ring2_async2_ddp") for precision in BOUNDS),
+    *(
+        (layout, precision)
+        for layout in ("ulysses2_ddp", "async2_ddp", "ring2_ddp", "ring2_async2_ddp")
+        for precision in BOUNDS
+    ),
 ]
 
 

@@ -242,7 +242,7 @@ CASES: dict[str, Case] = {
         ("--train.devices=2", "--train.data_parallel_mode=fsdp2", "--train.data_parallel_replicate_size=3"),
     ),
     "single in two processes": Case("train.devices", ("--train.devices=2", "--train.data_parallel_mode=single")),
-    "an axis that is not built yet": Case("ulysses_parallel_size", ("--train.ulysses_parallel_size=2",)),
+    "an axis that is not built yet": Case("tensor_parallel_size", ("--train.tensor_parallel_size=2",)),
     "no such accelerator": Case("train.accelerator", ("--train.accelerator=tpu",)),
     "CUDA where there is none": Case("CUDA", ("--train.accelerator=cuda",), environment={"CUDA_VISIBLE_DEVICES": ""}),
     "NPU without torch_npu": Case("pip install 'veomni[npu]'", ("--train.accelerator=npu",)),

@@ -156,7 +156,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "tensor": ({"train.tensor_parallel_size": 2}, 2, "train.tensor_parallel_size is 2", "set it to 1"),
     "experts": ({"train.expert_parallel_size": 2}, 2, "train.expert_parallel_size is 2", "set it to 1"),
     "ulysses": ({"train.ulysses_parallel_size": 4}, 2, "not a multiple of 4", "start a multiple of 4 ranks"),
-    "context": ({"train.context_parallel_size": 4}, 2, "context 4", "start a multiple of 4 ranks"),
+    "context": ({"train.context_parallel_size": 4}, 2, "train.context_parallel_size 4", "start a multiple of 4 ranks"),
     "async alone": ({"train.ulysses_async": True}, 1, "train.ulysses_async", "false"),
     "single": ({"train.data_parallel_mode": "single"}, 2, "single runs in one process", "train.devices to 1"),
     "replicas with ddp": (

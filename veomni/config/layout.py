@@ -86,8 +86,9 @@ def _axes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
     if world_size % product:
         problem = (
             f"the {world_size} ranks are not a multiple of {product} = train.data_parallel_replicate_size {replicas} x "
-            f"tensor {train.tensor_parallel_size} x ulysses {train.ulysses_parallel_size} x "
-            f"context {train.context_parallel_size}"
+            f"train.tensor_parallel_size {train.tensor_parallel_size} x "
+            f"train.ulysses_parallel_size {train.ulysses_parallel_size} x "
+            f"train.context_parallel_size {train.context_parallel_size}"
         )
         yield Problem(problem, f"start a multiple of {product} ranks (train.devices), or change the sizes")
 
