@@ -13,6 +13,7 @@ from veomni.batch import SEQUENCE_SIZE, PackedInputs
 from veomni.errors import DataError, ModelError
 from veomni.mesh import ParallelState, get_parallel_state
 from veomni.ops.sequence_layers import layer_outside_attention
+from veomni.ops.shared_towers import share_towers
 from veomni.ops.text_attention import UNSPLIT_ATTENTION, use_attention
 from veomni.sequence_split import split_rows
 from veomni.strategies.base import SetupContext, Strategy
@@ -67,6 +68,7 @@ class SequenceStrategy(Strategy):
             )
         if not hasattr(model, UNSPLIT_ATTENTION):
             setattr(model, UNSPLIT_ATTENTION, backend)
+            share_towers(model, state.sequence_part, state.group("sequence"))
         use_attention(model, self.install(model, backend, state))
 
     def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.harness import RankFailed, run_ranks
@@ -12,6 +13,7 @@ from tests.parity.documents import global_rows, pack
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
+from veomni.ops.ulysses_attention import UlyssesAttention
 from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
 
 
@@ -147,6 +149,28 @@ def test_an_attention_that_cannot_take_document_borders_is_refused():
     assert isinstance(error, ModelError)
     assert "linearised" in str(error)
     assert "cu_seqlens" in str(error)
+
+
+def backend_that_asks_who_it_is() -> str:
+    from transformers import AttentionInterface
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        assert module.config.hidden_size == 32
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)[0], asked.append(
+            module.config._attn_implementation
+        )
+
+    asked: list[str] = []
+    AttentionInterface.register("flash_attention_2", attend)
+    module = build_model(tiny_config("llama"), weights="random").model.layers[0].self_attn
+    heads = [torch.randn(1, number, 6, 8) for number in (4, 2, 2)]
+    UlyssesAttention("flash_attention_2", dist.group.WORLD)(module, *heads, None)
+    return asked[-1]
+
+
+def test_a_backend_finds_its_own_name_in_the_configuration():
+    """transformers' flash attention looks there for the package to call."""
+    assert run_ranks(backend_that_asks_who_it_is, 2) == ["flash_attention_2"] * 2
 
 
 def different_rows(check: bool) -> None:

@@ -83,7 +83,7 @@ class UlyssesAttention:
         """
         if not _exchanged.get():
             query, key, value = self._exchange(query, key, value)
-        local = _LocalHeads(module, query.shape[1], key.shape[1], self.group.rank())
+        local = _LocalHeads(module, self.backend, query.shape[1], key.shape[1], self.group.rank())
         mask = _local_mask(attention_mask, query, query.shape[1] * self.group.size(), local)
         options = local_options(kwargs, local.heads)
         output, _ = self._backend(module)(local, query, key, value, mask, **options)
@@ -116,16 +116,28 @@ class UlyssesAttention:
 
 
 class _LocalHeads:
-    """An attention module as the backend may see it: with this rank's share of the heads."""
+    """An attention module as the backend may see it: with this rank's share of the heads, and as if it were alone."""
 
-    def __init__(self, module: nn.Module, heads: int, kv_heads: int, rank: int) -> None:
+    def __init__(self, module: nn.Module, backend: str, heads: int, kv_heads: int, rank: int) -> None:
         self._module = module
+        self.config = _ConfigOf(module, backend)
         self.heads = slice(rank * heads, (rank + 1) * heads)
         self.num_key_value_groups = heads // kv_heads
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         return value[self.heads] if name in _PER_HEAD else value
+
+
+class _ConfigOf:
+    """An attention module's configuration that names the backend: transformers' flash attention looks it up there."""
+
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        self._module = module
+        self._attn_implementation = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module.config, name)
 
 
 def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
