@@ -110,8 +110,11 @@ class _Shared:
         encoded.pooler_output = (self._placed(encoded.pooler_output, counts, numbers),)
         if getattr(encoded, "deepstack_features", None):
             encoded.deepstack_features = [
-                (self._placed(layer, counts, numbers),) for layer in encoded.deepstack_features
-            ]
+                # 5.17 keeps the images of a layer together, 5.23 splits them
+                self._placed((layer,), counts, numbers) if isinstance(layer, Tensor)
+                else (self._placed(layer, counts, numbers),)
+                for layer in encoded.deepstack_features
+            ]  # fmt: skip
         return encoded
 
     def _counts(self, features: tuple[Tensor, ...], images: int, rank: int) -> list[int]:
