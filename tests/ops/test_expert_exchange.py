@@ -1,0 +1,303 @@
+"""Experts on other ranks: results, gradients, what travels when, how much, and what the host reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.harness import run_ranks
+from veomni.ops.expert_exchange import Departed, ExpertExchange, exchange_experts
+from veomni.ops.shared_experts import shared_experts_beside
+
+TOKENS, HIDDEN, EXPERTS, TOP_K = 13, 6, 8, 3
+OPTIONS = [
+    {},
+    {"chunks": 2},
+    {"chunks": 5},
+    {"fixed_size": True},
+    {"fixed_size": True, "chunks": 4},
+]
+
+
+def world(rank: int, choice: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens, experts and weights of a rank; float64, the same whoever asks."""
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+    if choice == "one expert":
+        index[:, 0], index[:, 1], index[:, 2] = 5, 6, 7
+    weights = torch.rand(TOKENS, TOP_K, generator=generator, dtype=torch.float64)
+    return hidden.requires_grad_(), index, weights.requires_grad_()
+
+
+def expert_weights() -> Tensor:
+    generator = torch.Generator().manual_seed(99)
+    return torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def run_stack(stack: Tensor):
+    """Experts that are one matrix each, and rows behind the last of them that nobody may look at."""
+
+    def run(rows: Tensor, offsets: Tensor) -> Tensor:
+        parts, start = [], 0
+        for matrix, end in zip(stack, offsets.tolist(), strict=True):
+            parts.append(torch.tanh(rows[start:end] @ matrix))
+            start = end
+        return torch.cat([*parts, torch.full_like(rows[start:], torch.nan)])
+
+    return run
+
+
+def exchanged(choice: str, options: dict) -> dict[str, Tensor]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hidden, index, weights = world(rank, choice)
+    local = EXPERTS // size
+    stack = expert_weights().detach()[rank * local : (rank + 1) * local].clone().requires_grad_()
+    exchange = ExpertExchange(dist.group.WORLD, **options)
+    out = exchange_experts(hidden, index, weights, EXPERTS, run_stack(stack), exchange)
+    (out * torch.arange(1, TOKENS + 1)[:, None] * (rank + 1)).sum().backward()
+    return {"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad, "stack": stack.grad}
+
+
+def expected(size: int, choice: str) -> list[dict[str, Tensor]]:
+    """One process that holds every expert, one token at a time."""
+    stack, found = expert_weights(), []
+    for rank in range(size):
+        hidden, index, weights = world(rank, choice)
+        rows = [
+            sum(weights[t, k] * torch.tanh(hidden[t] @ stack[index[t, k]]) for k in range(TOP_K)) for t in range(TOKENS)
+        ]
+        out = torch.stack(rows)
+        (out * torch.arange(1, TOKENS + 1)[:, None] * (rank + 1)).sum().backward()
+        found.append({"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad})
+    local = EXPERTS // size
+    for rank, part in enumerate(found):
+        part["stack"] = stack.grad[rank * local : (rank + 1) * local]
+    return found
+
+
+@pytest.mark.parametrize("choice", ["any", "one expert"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_results_and_gradients_are_those_of_one_process(size, options, choice):
+    for found, truth in zip(run_ranks(exchanged, size, choice, options), expected(size, choice), strict=True):
+        for name, value in truth.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+# ---------------------------------------------------------------- costs
+
+
+class SentBytes(TorchDispatchMode):
+    """What this rank gives to collectives, by its number type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            assert func is torch.ops.c10d.alltoall_base_.default, func
+            self.sent[args[1].dtype] += args[1].numel() * args[1].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the ways in which Python asks a tensor for its values."""
+
+    READS = (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.nonzero, Tensor.cpu)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+def identity(rows: Tensor, offsets: Tensor) -> Tensor:
+    return rows * 1.0
+
+
+def costs(options: dict) -> tuple[Counter, Counter, int]:
+    hidden, index, weights = world(dist.get_rank(), "any")
+    exchange = ExpertExchange(dist.group.WORLD, **options)
+    with SentBytes() as forward, HostReads() as reads:
+        out = exchange_experts(hidden, index, weights, EXPERTS, identity, exchange)
+    with SentBytes() as backward:
+        out.sum().backward()
+    return forward.sent, backward.sent, reads.count
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_row_travels_once_each_way_and_the_host_reads_once(chunks):
+    rows = TOKENS * TOP_K * HIDDEN * 8
+    found = run_ranks(costs, 2, {"chunks": chunks})
+    counts = chunks * EXPERTS * 8
+    for forward, backward, reads in found:
+        assert forward[torch.int64] == counts
+        assert reads == 1
+        assert backward[torch.int64] == 0
+    # out and back: what one rank sends more, the other receives more
+    for sent in ([part for part, _, _ in found], [part for _, part, _ in found]):
+        assert sum(part[torch.float64] for part in sent) == 2 * 2 * rows
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_host_reads_nothing_when_buffers_have_a_fixed_size(chunks):
+    for forward, _, reads in run_ranks(costs, 2, {"chunks": chunks, "fixed_size": True}):
+        assert reads == 0
+        assert forward[torch.float64] == 2 * 2 * TOKENS * TOP_K * HIDDEN * 8  # to each of 2 ranks, and back
+
+
+# ---------------------------------------------------------------- what travels when
+
+
+def chunks_in_flight() -> list[str]:
+    """Rank 1 sends its second chunk only when rank 0 has begun to work on the first."""
+    store = dist.distributed_c10d._get_default_store()
+    rank, seen = dist.get_rank(), []
+    launch = dist.all_to_all_single
+
+    def held_back(output, rows, *sizes, **options):
+        if options.get("async_op"):
+            seen.append("send")
+            if rank == 1 and seen.count("send") == 2:
+                store.wait(["working"])
+        return launch(output, rows, *sizes, **options)
+
+    def run(rows, offsets):
+        seen.append("work")
+        if rank == 0:
+            store.set("working", "")
+        return rows * 1.0
+
+    dist.all_to_all_single = held_back
+    hidden, index, weights = world(rank, "any")
+    out = exchange_experts(hidden, index, weights, EXPERTS, run, ExpertExchange(dist.group.WORLD, chunks=2))
+    seen.append("backward")
+    out.sum().backward()
+    return seen
+
+
+def test_a_chunk_travels_while_experts_work_on_another():
+    for seen in run_ranks(chunks_in_flight, 2, timeout=30):
+        # dispatch 1, dispatch 2, work, return 1, work, return 2; and in the backward the same from the end
+        assert seen == ["send", "send", "work", "send", "work", "send", "backward", *["send"] * 4]
+
+
+class Gate(nn.Module):
+    """A router that knows its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        _, index, weights = world(dist.get_rank(), "any")
+        return index, weights.detach() * hidden.sum(1, keepdim=True)
+
+
+class Block(nn.Module):
+    """What a mixture-of-experts block does around its experts, in one of the two orders there are."""
+
+    def __init__(self, exchange: ExpertExchange | None, shared_first: bool) -> None:
+        super().__init__()
+        self.experts = nn.Identity()
+        self.gate = Gate()
+        self.shared_experts = nn.Linear(HIDDEN, HIDDEN, bias=False).double()
+        nn.init.constant_(self.shared_experts.weight, 0.25)
+        self.shared_first, self.exchange = shared_first, exchange
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        whole = hidden.view(1, *hidden.shape)
+        early = self.shared_experts(whole) if self.shared_first else None
+        index, weights = self.gate(hidden)
+        routed = exchange_experts(hidden, index, weights, EXPERTS, identity, self.exchange).view(whole.shape)
+        return routed + (early if self.shared_first else self.shared_experts(whole))
+
+
+def block_with_shared(shared_first: bool, ahead: bool = True) -> tuple[Block, list[str]]:
+    """The block, and what happens in it: shared experts and the first rows that travel, in order."""
+    block, plain, seen = Block(None, shared_first), ExpertExchange(dist.group.WORLD), []
+    run = block.shared_experts.forward
+    block.shared_experts.forward = lambda input: seen.append("shared") or run(input)
+    depart = lambda hidden, index: Departed(hidden, index, EXPERTS, plain)  # noqa: E731
+    block.exchange = replace(plain, shared=shared_experts_beside(block, "experts", depart) if ahead else None)
+    return block, seen
+
+
+def with_shared(shared_first: bool, ahead: bool) -> list[tuple]:
+    hidden, _, _ = world(dist.get_rank(), "any")
+    block, seen = block_with_shared(shared_first, ahead)
+    results = []
+    for _ in range(3):
+        seen.clear()
+        block.zero_grad()
+        hidden.grad, block.gate.calls = None, 0
+        out = block(hidden)
+        out.sum().backward()
+        results.append((out.detach(), hidden.grad, block.shared_experts.weight.grad, len(seen), block.gate.calls))
+    return results
+
+
+@pytest.mark.parametrize("shared_first", [False, True])
+def test_shared_experts_give_the_same_ahead_of_time(shared_first):
+    plain = run_ranks(with_shared, 2, shared_first, ahead=False)
+    early = run_ranks(with_shared, 2, shared_first, ahead=True)
+    for rank_plain, rank_early in zip(plain, early, strict=True):
+        for (*expected, _, _), (*found, shared_calls, router_calls) in zip(rank_plain, rank_early, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)  # gradients are summed in another order
+            assert shared_calls == router_calls == 1
+
+
+def other_choice_in_the_end() -> tuple[Tensor, Tensor]:
+    """What replays a recorded choice replaces the router's: tokens that left early must not count."""
+    hidden, _, _ = world(dist.get_rank(), "any")
+    block, _ = block_with_shared(shared_first=True)
+    block(hidden)
+    block.gate.register_forward_hook(lambda module, args, answer: (answer[0].flip(0).clone(), answer[1]))
+    plain, _ = block_with_shared(shared_first=True, ahead=False)
+    plain.gate.register_forward_hook(lambda module, args, answer: (answer[0].flip(0).clone(), answer[1]))
+    return block(hidden).detach(), plain(hidden).detach()
+
+
+def test_tokens_that_left_early_for_other_experts_do_not_count():
+    for found, truth in run_ranks(other_choice_in_the_end, 2):
+        assert torch.equal(found, truth)
+
+
+def shared_in_flight(shared_first: bool) -> None:
+    """Rank 1 sends its rows only when rank 0 has begun with its shared experts."""
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank()
+    hidden, _, _ = world(rank, "any")
+    block, _ = block_with_shared(shared_first)
+    if shared_first:
+        block(hidden)  # it is known from the second call on
+    launch = dist.all_to_all_single
+
+    def held_back(output, rows, *sizes, **options):
+        if options.get("async_op") and rank == 1:
+            store.wait(["shared"])
+        return launch(output, rows, *sizes, **options)
+
+    dist.all_to_all_single = held_back
+    told = block.exchange.shared
+    run = told._run
+    told._run = lambda input: store.set("shared", "") or run(input)
+    block(hidden)
+
+
+@pytest.mark.parametrize("shared_first", [False, True])
+def test_shared_experts_run_while_tokens_travel(shared_first):
+    run_ranks(shared_in_flight, 2, shared_first, timeout=30)

@@ -1,0 +1,127 @@
+"""Experts that every token goes to, run while tokens travel to the other experts.
+
+Most blocks call them after their other experts: they are run ahead, and handed out when the block asks. Some blocks
+call them first: then the block's router is asked at once, and tokens depart before the shared experts run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+_SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+_ROUTERS = ("gate", "router")
+
+
+class SharedExperts:
+    """The shared experts of a block.
+
+    Which of the two orders a block has is found out at its first call.
+
+    Args:
+        module: The shared experts; their forward takes hidden states and nothing else.
+        router: What chooses experts in the same block, or None where it cannot be asked early.
+        depart: Sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns what is under way.
+    """
+
+    def __init__(self, module: nn.Module, router: nn.Module | None, depart: Callable[[Tensor, Tensor], Any]) -> None:
+        self._module, self._run = module, module.forward
+        self._ahead: tuple[Tensor, Tensor] | None = None
+        self._called_first = False
+        self._early = _EarlyRouter(router) if router is not None else None
+        self._depart = depart
+        self._under_way: tuple[Tensor, Tensor, Any] | None = None
+        setattr(module, "forward", self._hand_out)  # noqa: B010  (mypy takes no assignment to a method)
+
+    def run_ahead(self, hidden: Tensor) -> None:
+        """Compute what the block is going to ask for, on ``[tokens, hidden]``."""
+        # Calling a forward alone leaves FSDP's hooks out, which would gather the module's own parameters.
+        if not self._called_first and not isinstance(self._module, FSDPModule):
+            self._ahead = hidden, self._run(hidden)
+
+    def take_departed(self, hidden: Tensor, index: Tensor) -> Any | None:
+        """Return what departed early with these tokens to these experts, or None."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return None
+        tokens, experts, departed = under_way
+        if _same(tokens, hidden) and _same(experts, index):
+            return departed
+        departed.cancel()
+        return None
+
+    def _hand_out(self, hidden: Tensor) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and _same(ahead[0], hidden):
+            return ahead[1].view(*hidden.shape[:-1], ahead[1].shape[-1])
+        if self._called_first and self._early is not None:
+            self._send_first(hidden)
+        self._called_first = True
+        result: Tensor = self._run(hidden)
+        return result
+
+    def _send_first(self, hidden: Tensor) -> None:
+        assert self._early is not None
+        tokens = hidden.view(-1, hidden.shape[-1])
+        index = self._early.choose(tokens)
+        if index is not None:
+            self._under_way = tokens, index, self._depart(tokens, index)
+
+
+class _EarlyRouter:
+    """A router that is asked before its block asks, which is then given the same answer."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self._router, self._run = router, router.forward
+        self._answer: tuple[Tensor, Any] | None = None
+        setattr(router, "forward", self._hand_out)  # noqa: B010
+
+    def choose(self, tokens: Tensor) -> Tensor | None:
+        """Return the experts of ``[tokens, hidden]``, int64 ``[tokens, k]``; None where the router does not say."""
+        if isinstance(self._router, FSDPModule):
+            return None
+        answer = self._run(tokens)
+        self._answer = tokens, answer
+        found = [part for part in answer if _is_choice(part)] if isinstance(answer, tuple) else []
+        return found[0] if len(found) == 1 else None
+
+    def _hand_out(self, hidden: Tensor) -> Any:
+        answer, self._answer = self._answer, None
+        return answer[1] if answer is not None and _same(answer[0], hidden) else self._run(hidden)
+
+
+def shared_experts_beside(
+    model: nn.Module, experts: str, depart: Callable[[Tensor, Tensor], Any]
+) -> SharedExperts | None:
+    """Return the shared experts of the block that holds the experts of that name, or None."""
+    block = model.get_submodule(experts.rpartition(".")[0])
+    found = _children(block, _SHARED)
+    if len(found) != 1:
+        return None
+    routers = _children(block, _ROUTERS)
+    return SharedExperts(found[0], routers[0] if len(routers) == 1 else None, depart)
+
+
+def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """Return the children of these names whose forward takes hidden states and nothing else."""
+    children = [child for name, child in block.named_children() if name in names]
+    return [child for child in children if len(inspect.signature(child.forward).parameters) == 1]
+
+
+def _is_choice(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dim() == 2 and part.dtype == torch.int64
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are views of the same values."""
+    return (
+        first.data_ptr() == second.data_ptr()
+        and first.numel() == second.numel()
+        and first.dtype == second.dtype
+        and first._version == second._version
+    )
