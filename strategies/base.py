@@ -61,7 +61,7 @@ class Strategy(ABC):
         """Return this rank's part of a micro-batch; strategies that do not split samples return it whole."""
         return inputs
 
-    def prepare(self, model: nn.Module, state: ParallelState) -> None:
+    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
         """Change ``model`` before it is recomputed, compiled and sharded; it may be on the meta device.
 
         Raises:

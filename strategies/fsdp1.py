@@ -12,18 +12,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import (
     BackwardPrefetch,
     CPUOffload,
+    CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
+    OffloadPolicy,
     ShardingStrategy,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
+from veomni.mesh import ParallelState
+from veomni.plan import ParallelPlan
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.compute_dtype import compute_in
-from veomni.strategies.grad_norm import square_sum
+from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
+from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
 
 logger = create_logger(__name__)
 
@@ -44,6 +51,11 @@ class FSDP1(ParameterStrategy):
         sharding: "full" frees parameters after the forward, "grad_op" keeps them until the backward is done.
         cpu_offload: Keep parameters and gradients in host memory.
         forward_prefetch: Gather the next block's parameters before this one's forward has ended.
+        expert_parallel_size: Ranks that share the experts of every layer. Experts are never flattened: they are
+            sharded as FSDP2 shards them.
+        expert_parallel_outside: See :class:`~veomni.strategies.expert_parallel.ExpertParallel`, like the next two.
+        expert_chunks: Parts of the tokens that travel one behind the other.
+        expert_exchange: "exact" or "fixed".
     """
 
     name = "fsdp1"
@@ -55,6 +67,10 @@ class FSDP1(ParameterStrategy):
         sharding: Sharding = "full",
         cpu_offload: bool = False,
         forward_prefetch: bool = False,
+        expert_parallel_size: int = 1,
+        expert_parallel_outside: bool = False,
+        expert_chunks: int = 1,
+        expert_exchange: ExchangeSize = "exact",
     ) -> None:
         if (sharding, replicate > 1) not in _STRATEGIES:
             raise LayoutError(
@@ -64,11 +80,17 @@ class FSDP1(ParameterStrategy):
         self.sharding = sharding
         self.cpu_offload = cpu_offload
         self.forward_prefetch = forward_prefetch
+        self.experts = ExpertParallel(expert_parallel_size, expert_parallel_outside, expert_chunks, expert_exchange)
+        self._expert_units: list[FSDPModule] = []
         self._group: dist.ProcessGroup | None = None
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
-        return {"dp_replicate": self.replicate, "dp_shard": -1}
+        return {"dp_replicate": self.replicate, "dp_shard": -1, **self.experts.mesh_axes()}
+
+    @override
+    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
+        self.experts.split(model, plan, state)
 
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
@@ -78,6 +100,7 @@ class FSDP1(ParameterStrategy):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not list(module.parameters()):
                 context.materialize(module, name)  # FSDP1 materialises only modules that have parameters
         compute_in(model, context.precision, context.device.type, autocast=False)
+        self._expert_units = self._shard_experts(model, context)
         return FullyShardedDataParallel(
             model,
             device_mesh=context.state.parameter_mesh,
@@ -90,7 +113,20 @@ class FSDP1(ParameterStrategy):
             device_id=context.device,
             param_init_fn=lambda module: context.materialize(module, names[id(module)]),
             use_orig_params=True,
+            ignored_states=[parameter for unit in self._expert_units for parameter in unit.parameters()],  # type: ignore[attr-defined]
         )
+
+    def _shard_experts(self, model: nn.Module, context: SetupContext) -> list[FSDPModule]:
+        offload = CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
+        units = self.experts.shard(
+            model, context.plan, context.state, context.precision,
+            reshard_after_forward=self.sharding == "full",
+            offload_policy=offload if self.cpu_offload else OffloadPolicy(),
+        )  # fmt: skip
+        if units:
+            for name in context.plan.experts:
+                context.materialize(model.get_submodule(name), name)
+        return units
 
     def _offloads(self, context: SetupContext) -> bool:
         if self.cpu_offload and context.device.type == "cpu":  # FSDP1 would pin the memory, which needs an accelerator
@@ -101,17 +137,24 @@ class FSDP1(ParameterStrategy):
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         assert isinstance(model, FullyShardedDataParallel)
+        for unit in self._expert_units:
+            unit.set_requires_gradient_sync(last)
+            unit.set_is_last_backward(last)
         return nullcontext() if last else model.no_sync()
 
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:
         """Sum the squares of this rank's shards over the shard group; replicas hold the same and are not summed."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        experts = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+        parameters = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
         device = _collective_device(model)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters) else torch.float32
         total = square_sum(gradients, device).to(wide)
         dist.all_reduce(total, group=self._group)
+        if experts:
+            total += sharded_grad_norm(experts, device).to(wide).square()
         return total.sqrt()
 
 

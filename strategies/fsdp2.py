@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch.distributed.fsdp import (
 )
 from typing_extensions import override
 
+from veomni.mesh import ParallelState
+from veomni.plan import ParallelPlan
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.compute_dtype import compute_in
+from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
 from veomni.strategies.grad_norm import sharded_grad_norm
 
 
@@ -31,8 +34,13 @@ class FSDP2(ParameterStrategy):
             backward.
         reshard_after_backward: Free them between the micro-batches of an accumulated step.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory.
-        prefetch: Blocks whose gathering is started ahead in the forward and the backward; 0 leaves it to PyTorch, which
-            gathers one block ahead where nothing synchronises with the host.
+        prefetch: Units (blocks, and the experts inside them) whose gathering is started ahead in the forward and the
+            backward; 0 leaves it to PyTorch, which gathers one ahead where nothing synchronises with the host. Experts
+            on several ranks do synchronise: with them, 0 is 1.
+        expert_parallel_size: Ranks that share the experts of every layer.
+        expert_parallel_outside: See :class:`~veomni.strategies.expert_parallel.ExpertParallel`, like the next two.
+        expert_chunks: Parts of the tokens that travel one behind the other.
+        expert_exchange: "exact" or "fixed".
     """
 
     name = "fsdp2"
@@ -45,17 +53,26 @@ class FSDP2(ParameterStrategy):
         reshard_after_backward: bool = True,
         cpu_offload: bool = False,
         prefetch: int = 0,
+        expert_parallel_size: int = 1,
+        expert_parallel_outside: bool = False,
+        expert_chunks: int = 1,
+        expert_exchange: ExchangeSize = "exact",
     ) -> None:
         self.replicate = replicate
         self.reshard_after_forward = reshard_after_forward
         self.reshard_after_backward = reshard_after_backward
         self.cpu_offload = cpu_offload
         self.prefetch = prefetch
+        self.experts = ExpertParallel(expert_parallel_size, expert_parallel_outside, expert_chunks, expert_exchange)
         self._device = torch.device("cpu")
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
-        return {"dp_replicate": self.replicate, "dp_shard": -1}
+        return {"dp_replicate": self.replicate, "dp_shard": -1, **self.experts.mesh_axes()}
+
+    @override
+    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
+        self.experts.split(model, plan, state)
 
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
@@ -65,6 +82,10 @@ class FSDP2(ParameterStrategy):
         policy = _policy(context)
         for name in context.plan.keep_fp32 if context.precision.mixed else ():
             fully_shard(model.get_submodule(name), mp_policy=_fp32_policy(), reshard_after_forward=False, **options)
+        experts = self.experts.shard(
+            model, context.plan, context.state, context.precision,
+            reshard_after_forward=self.reshard_after_forward, offload_policy=options["offload_policy"],
+        )  # fmt: skip
         blocks = [model.get_submodule(name) for name in context.plan.blocks]
         for block in blocks:
             # The backward starts with the last block, so its parameters stay; unsharded ones would free nothing.
@@ -73,7 +94,7 @@ class FSDP2(ParameterStrategy):
         # The root keeps what is outside the blocks gathered until the backward: the loss reads the head's weight.
         fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
         model.register_forward_hook(_reshard_without_backward)
-        self._set_prefetch(blocks)
+        set_prefetch(blocks, max(self.prefetch, 1 if experts else 0))
         context.materialize(model, "")
         return model
 
@@ -81,16 +102,6 @@ class FSDP2(ParameterStrategy):
         if not self.cpu_offload:
             return OffloadPolicy()
         return CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
-
-    def _set_prefetch(self, blocks: list[nn.Module]) -> None:
-        if not self.prefetch:
-            return
-        for index, block in enumerate(blocks):
-            assert isinstance(block, FSDPModule)
-            ahead: Any = blocks[index + 1 : index + 1 + self.prefetch]
-            behind: Any = blocks[max(0, index - self.prefetch) : index][::-1]
-            block.set_modules_to_forward_prefetch(ahead)
-            block.set_modules_to_backward_prefetch(behind)
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -112,6 +123,19 @@ class FSDP2(ParameterStrategy):
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:
         return sharded_grad_norm(model.parameters(), self._device)
+
+
+def set_prefetch(blocks: Sequence[nn.Module], depth: int) -> None:
+    """Start gathering each unit ``depth`` units early: a block's attention, then its experts, then the next block."""
+    if not depth:
+        return
+    parts = [[module for module in block.modules() if isinstance(module, FSDPModule)] for block in blocks]
+    forward: list[FSDPModule] = [unit for units in parts for unit in units]
+    backward: list[FSDPModule] = [unit for units in reversed(parts) for unit in units[:1] + units[:0:-1]]
+    for index, unit in enumerate(forward):
+        unit.set_modules_to_forward_prefetch(forward[index + 1 : index + 1 + depth])
+    for index, unit in enumerate(backward):
+        unit.set_modules_to_backward_prefetch(backward[index + 1 : index + 1 + depth])
 
 
 def _reshard_without_backward(model: nn.Module, args: Any, output: Any) -> None:

@@ -15,6 +15,7 @@ from veomni.mesh import ParallelState, get_parallel_state
 from veomni.ops.sequence_layers import layer_outside_attention
 from veomni.ops.shared_towers import share_towers
 from veomni.ops.text_attention import UNSPLIT_ATTENTION, use_attention
+from veomni.plan import ParallelPlan
 from veomni.sequence_split import split_rows
 from veomni.strategies.base import SetupContext, Strategy
 from veomni.strategies.sequence_probe import refuse_unsplittable
@@ -50,7 +51,7 @@ class SequenceStrategy(Strategy):
         return part
 
     @override
-    def prepare(self, model: nn.Module, state: ParallelState) -> None:
+    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
         if state.size("sequence") == 1:
             return
         name = type(model).__name__

@@ -155,7 +155,7 @@ class Launcher:
         return join_or_start(devices)
 
     def _dims(self, world_size: int) -> ParallelDims:
-        axes: dict[str, int] = {}
+        axes: dict[str, Any] = {}
         for strategy in self.strategies:
             axes.update(strategy.mesh_axes())
         return ParallelDims(**{"dp_shard": -1 if world_size > 1 else 1, **axes}).resolve(world_size)
@@ -229,7 +229,7 @@ class Launcher:
         self.reporter.describe_model(model, self.accelerator, self.precision, self.world_size)
         install_token_loss(model, fused=self.fused_loss)
         for strategy in self.strategies:
-            strategy.prepare(model, self.state)
+            strategy.prepare(model, plan, self.state)
         apply_recompute(model, plan, self.recompute)
         if self.compile:
             compile_blocks(model, plan, self.precision)

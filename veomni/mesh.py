@@ -7,13 +7,14 @@ The order of the axes is fixed, slowest first: ``pp, dp_replicate, dp_shard, uly
 - ``fsdp``: ranks that parameters are sharded over (``dp_shard x ulysses x cp``);
 - ``loss``: ranks that losses and gradients are reduced over (``dp_replicate x fsdp``).
 
-The same ranks have a second view for experts, ``ep_fsdp x ep``. The design follows torchtitan's ``ParallelDims``.
+The ranks of ``fsdp`` have a second view for experts, ``ep_fsdp x ep``: ``ep`` ranks share the experts of a layer, and
+each expert is sharded over ``ep_fsdp`` ranks. The design follows torchtitan's ``ParallelDims``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,12 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the mesh axes; at most one of ``dp_replicate`` and ``dp_shard`` may be -1, "the rest of the world"."""
+    """Sizes of the mesh axes; at most one of ``dp_replicate`` and ``dp_shard`` may be -1, "the rest of the world".
+
+    ``ep`` is no axis of its own: it divides the ranks of ``fsdp``. Neighbouring ranks share experts, or with
+    ``ep_outside`` those that are ``fsdp / ep`` apart: then each expert is gathered inside a node, and tokens travel
+    between nodes.
+    """
 
     pp: int = 1
     dp_replicate: int = 1
@@ -44,6 +50,7 @@ class ParallelDims:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    ep_outside: bool = False
 
     def resolve(self, world_size: int) -> ParallelDims:
         """Return the same sizes with -1 filled in.
@@ -51,10 +58,10 @@ class ParallelDims:
         Raises:
             LayoutError: a size is not positive, the product is not ``world_size``, or ``ep`` does not divide ``fsdp``.
         """
-        for axis in fields(self):
-            size = getattr(self, axis.name)
-            if size < 1 and not (size == -1 and axis.name in ("dp_replicate", "dp_shard")):
-                raise LayoutError(f"mesh axis {axis.name} has size {size}", "give a positive size")
+        for axis in (*AXES, "ep"):
+            size = getattr(self, axis)
+            if size < 1 and not (size == -1 and axis in ("dp_replicate", "dp_shard")):
+                raise LayoutError(f"mesh axis {axis} has size {size}", "give a positive size")
         dims = self._fill(world_size)
         product = math.prod(getattr(dims, axis) for axis in AXES)
         if product != world_size:
@@ -120,14 +127,29 @@ class ParallelState:
             dense = (dims.pp, dims.dp_replicate, dims.fsdp, dims.tp)
             mesh = init_device_mesh(device_type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
             self._parameters = mesh["dp_replicate", "fsdp"]
+        self._experts = self._parameters
+        if dims.ep > 1:
+            self._experts = self._expert_views(device_type)
         if timeout is not None:
             self._limit(timeout)
+
+    def _expert_views(self, device_type: str) -> DeviceMesh:
+        """Lay the same ranks out for experts, and return the mesh that shards each of them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        dims = self.dims
+        sizes = {"ep_fsdp": dims.fsdp // dims.ep, "ep": dims.ep}
+        inner = ("ep", "ep_fsdp") if dims.ep_outside else ("ep_fsdp", "ep")
+        shape = (dims.pp, dims.dp_replicate, sizes[inner[0]], sizes[inner[1]], dims.tp)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp_replicate", *inner, "tp"))
+        self._meshes |= {"ep": mesh["ep"], "ep_fsdp": mesh["ep_fsdp"]}
+        return mesh["dp_replicate", "ep_fsdp"] if dims.dp_replicate > 1 else self._meshes["ep_fsdp"]
 
     def _limit(self, timeout: timedelta) -> None:
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
         # A mesh makes its groups with the backend's default timeout, not with that of the world.
-        for mesh in (*self._meshes.values(), self._parameters):
+        for mesh in (*self._meshes.values(), self._parameters, self._experts):
             for group in mesh.get_all_groups():
                 _set_pg_timeout(timeout, group)
 
@@ -145,6 +167,11 @@ class ParallelState:
     def parameter_mesh(self) -> DeviceMesh:
         """What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated (HSDP)."""
         return self._parameters
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """What each expert is sharded over: ``[ep_fsdp]``, or ``[dp_replicate, ep_fsdp]``; all ranks without ``ep``."""
+        return self._experts
 
     def size(self, axis: str) -> int:
         """Return how many ranks an axis or view has."""

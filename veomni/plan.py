@@ -12,7 +12,9 @@ class ParallelPlan:
     Attributes:
         blocks: The repeated layers: each is one unit of sharding, recomputation and compilation, in forward order.
         keep_fp32: Modules whose parameters stay in float32 under bf16 (routers, some norms).
+        experts: Modules that hold all experts of a layer, every parameter of theirs a stack ``[experts, ...]``.
     """
 
     blocks: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = field(default=())
+    experts: tuple[str, ...] = field(default=())

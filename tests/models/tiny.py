@@ -29,6 +29,8 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _MOE,
     "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 24},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "layer_types": _ALTERNATE},
     "deepseek_v3": {
         **_MLA, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,

@@ -49,6 +49,25 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "fsdp2_offload": (2, lambda: FSDP2(cpu_offload=True)),
 }
 
+EXPERT_LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
+    "ep2_fsdp2": (2, lambda: FSDP2(expert_parallel_size=2)),
+    "ep2_fsdp2_4": (4, lambda: FSDP2(expert_parallel_size=2)),
+    "ep2_outside": (4, lambda: FSDP2(expert_parallel_size=2, expert_parallel_outside=True)),
+    "ep4_chunks": (4, lambda: FSDP2(expert_parallel_size=4, expert_chunks=2)),
+    "ep4_fixed": (4, lambda: FSDP2(expert_parallel_size=4, expert_chunks=3, expert_exchange="fixed")),
+    "ep2_hsdp": (4, lambda: FSDP2(expert_parallel_size=2, replicate=2)),
+    "ep2_ulysses2": (4, lambda: [FSDP2(expert_parallel_size=2), Ulysses(2)]),
+    "ep4_ulysses2": (4, lambda: [FSDP2(expert_parallel_size=4), Ulysses(2)]),
+    "ep4_ring2_ulysses2": (4, lambda: [FSDP2(expert_parallel_size=4), ContextParallel(2), Ulysses(2)]),
+    "ep2_fsdp1": (2, lambda: FSDP1(expert_parallel_size=2)),
+    "ep2_fsdp1_4": (4, lambda: FSDP1(expert_parallel_size=2, expert_chunks=2)),
+    "ep2_fsdp1_hybrid": (4, lambda: FSDP1(expert_parallel_size=2, replicate=2)),
+    "ep4_fsdp1_ulysses2": (4, lambda: [FSDP1(expert_parallel_size=4), Ulysses(2)]),
+    "ep2_offload": (4, lambda: FSDP2(expert_parallel_size=2, cpu_offload=True)),
+    "ep2_keep_gathered": (
+        4, lambda: FSDP2(expert_parallel_size=2, reshard_after_forward=False, reshard_after_backward=False, prefetch=2)
+    ),
+}  # fmt: skip
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
 """Relative, per tensor: ARCHITECTURE section 4."""
 
@@ -71,10 +90,11 @@ def one_step(
     max_norm: float = 1e9,
     accelerator: str = "cpu",
     mutate: Callable[[Launcher], None] | None = None,
+    weights: str = "random",
 ) -> Outcome:
     """What every rank runs; ``mutate`` breaks something on purpose."""
     launcher = Launcher(
-        LAYOUTS[layout][1](),
+        (LAYOUTS | EXPERT_LAYOUTS)[layout][1](),
         accelerator=accelerator,
         backend="gloo",
         precision=precision,
@@ -84,7 +104,7 @@ def one_step(
     launcher.launch()
     if mutate is not None:
         mutate(launcher)
-    model = launcher.setup_model(build_model(tiny_config(model_name), weights="random"))
+    model = launcher.setup_model(build_model(tiny_config(model_name), weights=weights))
     model.train()
     place = launcher.data_parallel
     loader = [share(global_rows(vocabulary(model_name)), place.rank, place.size, accumulation)]

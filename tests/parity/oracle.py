@@ -25,9 +25,9 @@ def vocabulary(name: str) -> int:
     return int(tiny_config(name).vocab_size)
 
 
-def initial_model(config: Any, device: str, seed: int = 0) -> torch.nn.Module:
+def initial_model(config: Any, device: str, seed: int = 0, weights: str = "random") -> torch.nn.Module:
     """The tiny model as every layout must start with it: drawn in float32 on ``device``, computed with in float64."""
-    model = build_model(config, attention="eager", weights="random")
+    model = build_model(config, attention="eager", weights=weights)
     Materializer(model, device=torch.device(device), seed=seed)(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
@@ -36,12 +36,17 @@ def initial_model(config: Any, device: str, seed: int = 0) -> torch.nn.Module:
     return model.train()
 
 
-def oracle(name: str, device: str = "cpu") -> Truth:
-    return truth_of(tiny_config(name), global_rows(vocabulary(name)), device)
+def oracle(name: str, device: str = "cpu", weights: str = "random") -> Truth:
+    return truth_of(tiny_config(name), global_rows(vocabulary(name)), device, weights)
 
 
-def truth_of(config: Any, rows: list[list[Document]], device: str = "cpu") -> Truth:
-    model = initial_model(config, device)
+def truth_of(config: Any, rows: list[list[Document]], device: str = "cpu", weights: str = "random") -> Truth:
+    model = initial_model(config, device, weights=weights)
+    return backward_of(model, rows, device)
+
+
+def backward_of(model: torch.nn.Module, rows: list[list[Document]], device: str = "cpu") -> Truth:
+    """Leave the gradients of a step in ``model`` and return them."""
     total = sum(supervised(documents) for documents in rows)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with Float64Throughout():

@@ -48,6 +48,7 @@ def plain_name(name: str) -> str:
 
 def _fsdp1_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
 
     for path, unit in list(model.named_modules()):
         if not isinstance(unit, FullyShardedDataParallel):
@@ -58,4 +59,6 @@ def _fsdp1_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         ):
             for name, parameter in unit.module.named_parameters():
                 if _FSDP1 not in name:  # the others belong to units inside this one
-                    yield plain_name(f"{path}.{name}" if path else name), parameter.detach()
+                    tensor = parameter.detach()
+                    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # experts are not flattened
+                    yield plain_name(f"{path}.{name}" if path else name), whole

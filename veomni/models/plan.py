@@ -24,7 +24,11 @@ def derive_plan(model: nn.Module) -> ParallelPlan:
     if callable(own):
         plan: ParallelPlan = own()
         return plan
-    return ParallelPlan(blocks=_blocks(model), keep_fp32=_keep_fp32(model))
+    return ParallelPlan(blocks=_blocks(model), keep_fp32=_keep_fp32(model), experts=_experts(model))
+
+
+def _experts(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, module in model.named_modules() if hf.holds_experts(module))
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
