@@ -19,6 +19,7 @@ from veomni.precision import select_precision
 from veomni.reporter import Reporter
 from veomni.sequence_split import SequencePart
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ParameterStrategy, Single, Strategy, Ulysses
+from veomni.strategies.expert_parallel import refuse_experts
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -35,6 +36,7 @@ def build_launcher(config: Config) -> Launcher:
     joined = detect_environment()
     check_layout(config, devices if joined is None else joined.world_size)
     _check_shared_rows(config)
+    _check_experts(config)
     return Launcher(
         build_strategies(train),
         accelerator=accelerator,
@@ -90,6 +92,19 @@ def _check_shared_rows(config: Config) -> None:
         refuse_heads(heads, part.ulysses)
 
 
+def _check_experts(config: Config) -> None:
+    """Refuse experts that ranks cannot share, before any of them is started."""
+    from veomni.models import build_model, derive_plan
+
+    section, size = config.model, config.train.expert_parallel_size
+    source = section.config_path or section.model_path
+    if size == 1 or source is None:
+        return
+    trust = section.trust_remote_code
+    model = build_model(source, overrides=section.config_overrides, weights="random", trust_remote_code=trust)
+    refuse_experts(model, derive_plan(model), size)
+
+
 def build_strategies(train: TrainConfig) -> list[Strategy]:
     """Return the strategies of the ``train`` section: the one that holds the parameters, and those beside it."""
     strategies: list[Strategy] = [build_strategy(train)]
@@ -103,6 +118,12 @@ def build_strategies(train: TrainConfig) -> list[Strategy]:
 def build_strategy(train: TrainConfig) -> ParameterStrategy:
     """Return the strategy that ``train.data_parallel_mode`` names, with the options of ``train.fsdp``."""
     fsdp, replicate = train.fsdp, train.data_parallel_replicate_size
+    experts: dict[str, Any] = {
+        "expert_parallel_size": train.expert_parallel_size,
+        "expert_parallel_outside": train.expert_parallel.outside,
+        "expert_chunks": train.expert_parallel.chunks,
+        "expert_exchange": train.expert_parallel.exchange,
+    }
     match train.data_parallel_mode:
         case "single":
             return Single()
@@ -114,6 +135,7 @@ def build_strategy(train: TrainConfig) -> ParameterStrategy:
                 sharding="grad_op" if fsdp.sharding == "grad_op" else "full",
                 cpu_offload=fsdp.cpu_offload,
                 forward_prefetch=fsdp.prefetch > 0,
+                **experts,
             )
         case "fsdp2":
             return FSDP2(
@@ -122,6 +144,7 @@ def build_strategy(train: TrainConfig) -> ParameterStrategy:
                 reshard_after_backward=fsdp.reshard_after_backward,
                 cpu_offload=fsdp.cpu_offload,
                 prefetch=fsdp.prefetch,
+                **experts,
             )
 
 

@@ -154,7 +154,16 @@ def test_the_value_of_an_unknown_key_is_not_shown(tmp_path: Path) -> None:
 # Changes, ranks, what the problem says, what the fix says.
 LAYOUTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "tensor": ({"train.tensor_parallel_size": 2}, 2, "train.tensor_parallel_size is 2", "set it to 1"),
-    "experts": ({"train.expert_parallel_size": 2}, 2, "train.expert_parallel_size is 2", "set it to 1"),
+    "experts over 3 ranks": (
+        {"train.expert_parallel_size": 2}, 3, "expert_parallel_size 2 does not divide the 3 ranks", "a divisor of 3",
+    ),
+    "experts over replicas": (
+        {"train.expert_parallel_size": 4, "train.data_parallel_replicate_size": 2}, 4,
+        "expert_parallel_size 4 does not divide the 2 ranks", "a divisor of 2",
+    ),
+    "experts with ddp": (
+        {"train.expert_parallel_size": 2, "train.data_parallel_mode": "ddp"}, 2, "has no meaning", "fsdp1 or fsdp2",
+    ),
     "ulysses": ({"train.ulysses_parallel_size": 4}, 2, "not a multiple of 4", "start a multiple of 4 ranks"),
     "context": ({"train.context_parallel_size": 4}, 2, "train.context_parallel_size 4", "start a multiple of 4 ranks"),
     "async alone": ({"train.ulysses_async": True}, 1, "train.ulysses_async", "false"),

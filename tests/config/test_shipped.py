@@ -20,10 +20,13 @@ PARAMETERS = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
     "qwen3_30b_a3b": 30_532_122_624,
+    "gpt_oss_20b": 20_914_757_184,
+    "deepseek_v3": 671_026_404_352,  # without the layer that predicts a second token
     "tiny": 2_410_560,
+    "tiny_moe": 3_299_904,
     "long_context": 360_768,
 }
-WORLDS = {"tiny": 2, "long_context": 4}
+WORLDS = {"tiny": 2, "tiny_moe": 4, "long_context": 4, "deepseek_v3": 256}
 FILES = {path.stem: path for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from veomni.plan import ParallelPlan
 from veomni.precision import Precision
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class RankMemory:
         gradients: Gradients, in the master weights' format.
         optimizer: Optimizer state.
         gathered: Copies in the compute format that exist besides: blocks gathered by FSDP (two at a time, all of them
-            when they stay gathered), or the weights that autocast keeps under ``single`` and ``ddp``.
+            when they stay gathered; of the experts only the rank's own), or the weights that autocast keeps under
+            ``single`` and ``ddp``.
     """
 
     parameters: float
@@ -37,13 +39,13 @@ class RankMemory:
 
 
 def rank_memory(
-    model: nn.Module, blocks: tuple[str, ...], train: TrainConfig, precision: Precision, shards: int
+    model: nn.Module, plan: ParallelPlan, train: TrainConfig, precision: Precision, shards: int
 ) -> RankMemory:
     """Return the memory of one rank.
 
     Args:
         model: The model; the meta device will do.
-        blocks: Names of the modules that are gathered one at a time.
+        plan: Its blocks, which are gathered one at a time, and its experts.
         train: The section ``train`` of the configuration.
         precision: The number formats.
         shards: Ranks that each parameter is spread over.
@@ -55,7 +57,7 @@ def rank_memory(
         parameters=everything * item / shards,
         gradients=trained * item / shards,
         optimizer=trained * item * _states(train) / shards,
-        gathered=_gathered(model, blocks, train, precision, shards),
+        gathered=_gathered(model, plan, train, precision, shards),
     )
 
 
@@ -66,15 +68,18 @@ def _states(train: TrainConfig) -> int:
     return 1 if train.optimizer.momentum else 0
 
 
-def _gathered(
-    model: nn.Module, blocks: tuple[str, ...], train: TrainConfig, precision: Precision, shards: int
-) -> float:
-    everything = _count(model)
+def _gathered(model: nn.Module, plan: ParallelPlan, train: TrainConfig, precision: Precision, shards: int) -> float:
+    elsewhere = 1 - 1 / train.expert_parallel_size  # the share of the experts that other ranks hold
+    experts = {name: elsewhere * _count(model.get_submodule(name)) for name in plan.experts}
+    everything = _count(model) - sum(experts.values())
     if train.data_parallel_mode in ("single", "ddp"):
         return everything * precision.compute.itemsize if precision.mixed else 0
     if shards == 1 and not precision.mixed:
         return 0
-    sizes = [_count(model.get_submodule(name)) for name in blocks]
+    sizes = [
+        _count(model.get_submodule(block)) - sum(size for name, size in experts.items() if name.startswith(f"{block}."))
+        for block in plan.blocks
+    ]
     root = everything - sum(sizes)
     stays = not train.fsdp.reshard_after_forward or train.fsdp.sharding == "grad_op"
     at_once = sum(sizes) if stays else max(sizes, default=0) * (1 + max(1, train.fsdp.prefetch))

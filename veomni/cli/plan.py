@@ -71,6 +71,9 @@ def _mesh(config: Config, world: int) -> Iterator[tuple[str, str]]:
     yield "ranks", f"{world}"
     yield "mesh", " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES)
     yield "parameters are sharded over", f"{dims.fsdp} ranks ({config.train.data_parallel_mode})"
+    if dims.ep > 1:
+        far = "far apart" if dims.ep_outside else "neighbours"
+        yield "experts are spread over", f"{dims.ep} ranks ({far}), each of them sharded over {dims.fsdp // dims.ep}"
 
 
 def _dims(config: Config, world: int) -> ParallelDims:
@@ -85,6 +88,7 @@ def _dims(config: Config, world: int) -> ParallelDims:
         cp=train.context_parallel_size,
         tp=train.tensor_parallel_size,
         ep=train.expert_parallel_size,
+        ep_outside=train.expert_parallel.outside,
     ).resolve(world)
 
 
@@ -122,7 +126,7 @@ def _memory(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str,
     precision = select_precision(config.train.precision)
     count = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    memory = rank_memory(model, derive_plan(model).blocks, config.train, precision, _dims(config, world).fsdp)
+    memory = rank_memory(model, derive_plan(model), config.train, precision, _dims(config, world).fsdp)
     yield "parameters of the model", f"{count:,}" + (f", {trained:,} trained" if trained < count else "")
     where = "host" if config.train.fsdp.cpu_offload else "device"
     for name in ("parameters", "gradients", "optimizer", "gathered", "total"):

@@ -8,6 +8,7 @@ from veomni.config.data import DataConfig
 from veomni.config.model import ModelConfig
 from veomni.config.problems import Problem
 from veomni.config.train import TrainConfig
+from veomni.config.train_parts import ExpertParallelConfig
 
 _DOUBLE_PRECISION_ATTENTION = ("auto", "eager", "sdpa")
 _ANY_PRECISION_ATTENTION = (*_DOUBLE_PRECISION_ATTENTION, "flex_attention")
@@ -23,6 +24,7 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     yield from _length(train)
     yield from _devices(train)
     yield from _sharding(train)
+    yield from _expert_parallel(train)
 
 
 def _sources(model: ModelConfig) -> Iterator[Problem]:
@@ -112,3 +114,10 @@ def _sharding(train: TrainConfig) -> Iterator[Problem]:
     if fsdp.reduce_dtype == "bf16" and train.precision != "bf16":
         problem = f"train.fsdp.reduce_dtype bf16 has no meaning with train.precision {train.precision}"
         yield Problem(problem, "leave it out, or set train.precision to bf16")
+
+
+def _expert_parallel(train: TrainConfig) -> Iterator[Problem]:
+    if train.expert_parallel_size == 1 and train.expert_parallel != ExpertParallelConfig():
+        changed = train.expert_parallel.model_dump(exclude_defaults=True)
+        names = ", ".join(f"train.expert_parallel.{key} {value}" for key, value in changed.items())
+        yield Problem(f"{names} has no meaning with train.expert_parallel_size 1", "leave it out, or use a larger size")

@@ -13,10 +13,7 @@ if TYPE_CHECKING:
     from veomni.config.train import TrainConfig
 
 # Keys whose strategies come with a later release: whoever adds one deletes its entry.
-_RESERVED = {
-    "tensor_parallel_size": "tensor parallelism",
-    "expert_parallel_size": "expert parallelism",
-}
+_RESERVED = {"tensor_parallel_size": "tensor parallelism"}
 
 
 def check_layout(config: Config, world_size: int) -> None:
@@ -82,8 +79,15 @@ def _axes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
     if replicas > 1 and mode not in ("fsdp1", "fsdp2"):
         problem = f"train.data_parallel_replicate_size {replicas} has no meaning with train.data_parallel_mode {mode}"
         yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
+    if train.expert_parallel_size > 1 and mode not in ("fsdp1", "fsdp2"):
+        problem = (
+            f"train.expert_parallel_size {train.expert_parallel_size} has no meaning with data_parallel_mode {mode}"
+        )
+        yield Problem(problem, "set it to 1, or train.data_parallel_mode to fsdp1 or fsdp2")
     product = replicas * ranks_per_row(train)
-    if world_size % product:
+    if world_size % product == 0:
+        yield from _experts(train, world_size // replicas)
+    else:
         problem = (
             f"the {world_size} ranks are not a multiple of {product} = train.data_parallel_replicate_size {replicas} x "
             f"train.tensor_parallel_size {train.tensor_parallel_size} x "
@@ -91,6 +95,15 @@ def _axes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
             f"train.context_parallel_size {train.context_parallel_size}"
         )
         yield Problem(problem, f"start a multiple of {product} ranks (train.devices), or change the sizes")
+
+
+def _experts(train: TrainConfig, shards: int) -> Iterator[Problem]:
+    size = train.expert_parallel_size
+    if shards % size:
+        yield Problem(
+            f"train.expert_parallel_size {size} does not divide the {shards} ranks that share parameters",
+            f"use a divisor of {shards}, or start another number of ranks (train.devices)",
+        )
 
 
 def _batch(train: TrainConfig, world_size: int) -> Iterator[Problem]:

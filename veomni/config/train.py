@@ -10,6 +10,7 @@ from veomni.config.base import PathText, Section
 from veomni.config.train_parts import (
     CheckpointConfig,
     EvalConfig,
+    ExpertParallelConfig,
     ExportConfig,
     FSDPConfig,
     LoggingConfig,
@@ -98,6 +99,9 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig, description="The learning rate over time.")
     fsdp: FSDPConfig = Field(default_factory=FSDPConfig, description="How fsdp1 and fsdp2 shard.")
+    expert_parallel: ExpertParallelConfig = Field(
+        default_factory=ExpertParallelConfig, description="How tokens reach experts on other ranks."
+    )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="What is written at the end.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation on held-out data.")

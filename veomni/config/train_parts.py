@@ -66,6 +66,24 @@ class FSDPConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Format that bf16 runs sum gradients in.")
 
 
+class ExpertParallelConfig(Section):
+    """How tokens reach experts, with ``expert_parallel_size`` above 1."""
+
+    outside: bool = Field(
+        default=False,
+        description="Share experts between ranks that are far apart, and gather each one among neighbours; false is "
+        "the reverse.",
+    )
+    chunks: int = Field(
+        default=1, ge=1, description="Parts of the tokens that travel one behind the other, while experts work."
+    )
+    exchange: Literal["exact", "fixed"] = Field(
+        default="exact",
+        description="exact sends the rows there are, whose number the host reads once per layer; fixed sends buffers "
+        "of the largest possible size and reads nothing.",
+    )
+
+
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
