@@ -19,7 +19,7 @@ from veomni.config.layout import local_processes
 from veomni.config.overrides import parse_argv
 from veomni.logging import create_logger
 
-_SCRIPT = "examples/train_text.py"
+_SCRIPTS = ("examples/train_text.py", "examples/train_moe.py")
 
 
 def commands(text: str) -> list[str]:
@@ -37,10 +37,10 @@ def run(command: str) -> tuple[int, str]:
     a shell of its own.
     """
     words = shlex.split(command, comments=True)
-    if words[:2] == ["python", _SCRIPT]:
-        return _train(words[2:])
-    if words[:3] == ["veomni", "launch", _SCRIPT]:
-        return _train(words[3:])
+    for script in _SCRIPTS:
+        for start in (["python", script], ["veomni", "launch", script]):
+            if words[: len(start)] == start:
+                return _train(script, words[len(start) :])
     if words[0] == "veomni":
         return forked(lambda: veomni(words[1:]), 1)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -78,12 +78,12 @@ def _captured(function: Callable[[], None], printed: Path) -> None:
     function()
 
 
-def _train(arguments: list[str]) -> tuple[int, str]:
+def _train(path: str, arguments: list[str]) -> tuple[int, str]:
     arguments = [*arguments, "--train.accelerator=cpu"]
 
     def script() -> None:
-        sys.argv = [_SCRIPT, *arguments]
-        runpy.run_path(_SCRIPT, run_name="__main__")
+        sys.argv = [path, *arguments]
+        runpy.run_path(path, run_name="__main__")
 
     return forked(script, _ranks(arguments))
 
@@ -98,7 +98,7 @@ def _ranks(arguments: list[str]) -> int:
 def check(command: str) -> None:
     """Check what a command that is not run says: the script is there, and configuration and layout hold."""
     words = shlex.split(command.partition(";")[0], comments=True)
-    script = next((index for index, word in enumerate(words) if word == _SCRIPT), None)
+    script = next((index for index, word in enumerate(words) if word in _SCRIPTS), None)
     if script is not None:
         arguments = words[script + 1 :]
     elif words[:2] == ["veomni", "plan"]:

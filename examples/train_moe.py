@@ -1,0 +1,71 @@
+"""Train a mixture-of-experts model: the loop of train_text.py, with experts spread over ranks.
+
+    python examples/train_moe.py configs/text/tiny_moe.yaml --train.max_steps 20
+
+It starts its own ranks (one per accelerator, or train.devices), and joins those of torchrun or Slurm.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+from veomni import entrypoint, load_config
+from veomni.from_config import (
+    build_launcher,
+    create_optimizer,
+    create_scheduler,
+    load_batches,
+    load_datasets,
+    load_model,
+    load_tokenizer,
+    save_assets,
+    total_steps,
+)
+
+
+@entrypoint
+def main() -> None:
+    config = load_config(sys.argv[1:])
+    launcher = build_launcher(config)  # FSDP2(expert_parallel_size=...), Ulysses(size=...), as the train section says
+    launcher.launch()  # from here on every line runs once per rank
+
+    train_set, held_out = load_datasets(config)
+    tokenizer = load_tokenizer(config, train_set)
+    loader = load_batches(config, train_set, tokenizer, launcher, train=True)
+    eval_loader = load_batches(config, held_out, tokenizer, launcher, train=False) if held_out else None
+
+    model = launcher.setup_model(load_model(config, tokenizer))  # each rank reads its experts only
+    optimizer = create_optimizer(config, model)  # one per mesh behind a single step(): experts live on their own
+    steps = total_steps(config, loader)
+    scheduler = create_scheduler(config, optimizer, steps)
+
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    launcher.resume(state)  # whatever the expert and data sizes of the run that saved it
+    if launcher.is_rank_zero:
+        save_assets(config, model, tokenizer)
+
+    for batch in launcher.track(loader, max_steps=steps):
+        for micro in launcher.accumulate(model, batch):
+            launcher.backward(model(**micro.inputs).loss, micro)
+        grad_norm = launcher.clip_grad_norm(model, config.train.max_grad_norm)  # each expert once, over both meshes
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+        metrics = {"loss": launcher.global_loss(batch), "grad_norm": grad_norm, "lr": lr}
+        every = config.train.eval.every_steps
+        if eval_loader and every and (batch.index % every == 0 or batch.index == steps):
+            metrics |= launcher.evaluate(model, islice(eval_loader, config.train.eval.max_batches))
+        launcher.log(metrics)
+        launcher.checkpoint(state)
+
+    if config.train.export.hf:
+        launcher.export(model, Path(config.train.output_dir) / "hf", tokenizer=tokenizer)
+    launcher.close()
+
+
+if __name__ == "__main__":
+    main()
