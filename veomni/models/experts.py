@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
 
 from veomni.logging import create_logger
 from veomni.models import hf
+from veomni.ops.experts.backends import choose_backend
+from veomni.ops.experts.forward import experts_forward
+from veomni.ops.experts.layout import find_activation, holds_experts
 from veomni.precision import Precision
 
 logger = create_logger(__name__)
 
+_WANTED = "_veomni_experts"
 
-def resolve_experts(model: nn.Module, precision: Precision) -> None:
-    """Run mixture-of-experts layers with a kernel that computes in the precision of the run.
 
-    transformers' default, grouped matrix products, has no float64 kernel; its loop over experts has no such limit.
+def want_experts(model: nn.Module, backend: str) -> None:
+    """Remember which backend the experts of ``model`` were asked to run with; "auto" leaves it open."""
+    setattr(model, _WANTED, backend)
+
+
+def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[str]) -> None:
+    """Run mixture-of-experts layers with the fastest backend that computes in the precision of the run.
 
     Args:
         model: Any model; those without experts are left alone.
         precision: The precision of the run.
+        available: The backends of the device, fastest first.
+
+    Raises:
+        ModelError: the backend that was asked for cannot run the model here.
     """
-    if precision.name == "fp64" and hf.has_experts(model):
-        hf.use_experts(model, "eager")
-        logger.info_rank0("experts: eager, the only implementation in float64")
+    if not hf.has_experts(model):
+        return
+    modules = [module for module in model.modules() if holds_experts(module)]
+    for module in modules:
+        find_activation(module)  # now: it cannot be tried out in a compiled forward
+    backend = choose_backend(modules, getattr(model, _WANTED, "auto"), available, precision.compute)
+    name = f"veomni_{backend}"
+    hf.register_experts(name, partial(run_experts, backend=backend))
+    hf.use_experts(model, name)
+    logger.info_rank0("experts: %s", backend)
+
+
+def run_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
+) -> Tensor:
+    """Return each token's weighted sum over its experts, ``[tokens, hidden]``.
+
+    Args:
+        module: A transformers experts module.
+        hidden_states: ``[tokens, hidden]``.
+        top_k_index: int64 ``[tokens, k]``.
+        top_k_weights: ``[tokens, k]``.
+        backend: Who multiplies.
+    """
+    return experts_forward(module, hidden_states, top_k_index, top_k_weights, backend=backend)

@@ -266,6 +266,13 @@ def has_experts(model: nn.Module) -> bool:
     return is_pretrained(model) and bool(model._can_set_experts_implementation())  # type: ignore[operator]
 
 
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Make an experts implementation known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
 def use_experts(model: nn.Module, name: str) -> None:
     """Make a model's experts run with the implementation called ``name``."""
     model.set_experts_implementation(name)  # type: ignore[operator]
