@@ -91,6 +91,11 @@ class Accelerator(ABC):
         """Whether ``torch.nn.attention.varlen`` runs on this device."""
         return False
 
+    @property
+    def experts_backends(self) -> tuple[str, ...]:
+        """Backends that run mixture-of-experts layers on this device, fastest first; each but "loop" in bf16 only."""
+        return ("loop",)
+
     def check_devices(self, processes: int, *, shared: bool) -> None:
         """Check that ``processes`` local ranks find a device each.
 

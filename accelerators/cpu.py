@@ -77,6 +77,11 @@ class CPU(Accelerator):
     def supports_pinned_memory(self) -> bool:
         return False
 
+    @property
+    @override
+    def experts_backends(self) -> tuple[str, ...]:
+        return ("loop", "grouped_mm")
+
     @override
     def check_devices(self, processes: int, *, shared: bool) -> None:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from typing_extensions import override
 
@@ -35,3 +37,11 @@ class CUDA(DiscreteAccelerator):
     def supports_varlen_attention(self) -> bool:
         # The kernel is FlashAttention 2, which needs Ampere or newer; a ROCm build does not have it.
         return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+    @property
+    @override
+    def experts_backends(self) -> tuple[str, ...]:
+        # PyTorch's grouped product has a kernel from Ampere on; elsewhere it reads the sizes on the host.
+        if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+            return ("loop",)
+        return ("triton", "grouped_mm", "loop") if find_spec("triton") else ("grouped_mm", "loop")

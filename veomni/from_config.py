@@ -210,6 +210,7 @@ def load_model(config: Config, tokenizer: Any) -> nn.Module:
     model = build_model(
         architecture,
         attention=section.attention,
+        experts=section.experts,
         weights=section.model_path or "random",
         trust_remote_code=trust,
     )

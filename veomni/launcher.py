@@ -220,7 +220,7 @@ class Launcher:
         half = self.precision.compute is torch.bfloat16
         isolate_documents(model)
         resolve_attention(model, varlen=half and self.accelerator.supports_varlen_attention)
-        resolve_experts(model, self.precision)
+        resolve_experts(model, self.precision, self.accelerator.experts_backends)
         _store_in(model, self.precision.storage)
         self._share_values(model)
         plan = derive_plan(model)

@@ -62,6 +62,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     "a CUDA kernel on the CPU": (
         {"model.attention": "varlen", "train.precision": "bf16", "train.accelerator": "cpu"}, [], "CPU", "sdpa",
     ),
+    "fp64 with grouped products": (
+        {"model.experts": "grouped_mm", "train.precision": "fp64"}, [], "model.experts grouped_mm", "loop",
+    ),
+    "experts of another device": (
+        {"model.experts": "npu", "train.precision": "bf16", "train.accelerator": "cpu"}, [], "accelerator cpu", "auto",
+    ),
     "evaluation without data": ({"train.eval.every_steps": 5}, [], "train.eval.every_steps", "data.eval_fraction"),
     "a chat template for plain text": ({"data.chat_template": "chatml"}, [], "data.chat_template", "conversation"),
     "two held-out sets": (

@@ -50,7 +50,7 @@ def test_every_architecture(model, layout):
 
 
 # A choice is discrete: a token for which rounding changes it has other gradients. In these models, none has.
-@pytest.mark.parametrize(("model", "precision"), [("qwen3_moe", "fp32"), ("olmoe", "bf16"), ("qwen2_moe", "bf16")])
+@pytest.mark.parametrize(("model", "precision"), [("qwen3_moe", "fp32"), ("olmoe", "bf16"), ("glm4_moe", "bf16")])
 @pytest.mark.parametrize("layout", ["ep2_fsdp2_4", "ep4_fixed", "ep2_fsdp1_4", "ep2_hsdp"])
 def test_lower_precisions(layout, model, precision):
     run(model, layout, precision=precision, accumulation=3)

@@ -12,6 +12,7 @@ from veomni.config.train_parts import ExpertParallelConfig
 
 _DOUBLE_PRECISION_ATTENTION = ("auto", "eager", "sdpa")
 _ANY_PRECISION_ATTENTION = (*_DOUBLE_PRECISION_ATTENTION, "flex_attention")
+_EXPERTS_ON = {"grouped_mm": ("cpu", "cuda"), "triton": ("cuda",), "npu": ("npu",)}
 _BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl", "gloo")}
 
 
@@ -19,6 +20,7 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     """Yield every contradiction between keys."""
     yield from _sources(model)
     yield from _attention(model, train)
+    yield from _experts(model, train)
     yield from _held_out(data, train)
     yield from _chat_template(data)
     yield from _length(train)
@@ -48,6 +50,20 @@ def _attention(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
         )
     elif train.accelerator == "cpu" and model.attention not in _ANY_PRECISION_ATTENTION:
         yield Problem(f"model.attention {model.attention} does not run on the CPU", "use auto, eager or sdpa")
+
+
+def _experts(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
+    if model.experts in ("auto", "loop"):
+        return
+    if train.precision != "bf16":
+        yield Problem(
+            f"model.experts {model.experts} does not compute in {train.precision}",
+            "use auto or loop, or train.precision bf16",
+        )
+    elif train.accelerator not in (None, "auto", *_EXPERTS_ON[model.experts]):
+        yield Problem(
+            f"model.experts {model.experts} does not run on accelerator {train.accelerator}", "use auto or loop"
+        )
 
 
 def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ Attention = Literal[
     "flash_attention_4",
     "flex_attention",
 ]
+Experts = Literal["auto", "loop", "grouped_mm", "triton", "npu"]
 
 
 class ModelConfig(Section):
@@ -50,6 +51,11 @@ class ModelConfig(Section):
         default="auto",
         description="Attention kernel. auto takes the fastest that is installed and keeps packed documents apart; "
         "varlen is PyTorch's own and needs CUDA and bf16, as the flash_attention kernels do.",
+    )
+    experts: Experts = Field(
+        default="auto",
+        description="Who multiplies in mixture-of-experts layers. auto takes the device's fastest that can; loop runs "
+        "everywhere and in every precision, the others in bf16: grouped_mm is PyTorch's, triton needs CUDA.",
     )
     fused_loss: bool = Field(
         default=True, description="Compute the loss in chunks, without holding the logits of a whole row in memory."

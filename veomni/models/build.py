@@ -14,6 +14,7 @@ from veomni.logging import create_logger
 from veomni.models import hf
 from veomni.models.attention import leave_attention_open
 from veomni.models.config import build_config, find_directory
+from veomni.models.experts import want_experts
 from veomni.models.loader import model_class
 from veomni.models.packed_masks import isolate_documents
 from veomni.models.safetensors_files import has_safetensors, refuse_without_safetensors
@@ -32,6 +33,7 @@ def build_model(
     *,
     overrides: Mapping[str, Any] | None = None,
     attention: str = "auto",
+    experts: str = "auto",
     weights: str | Path = "auto",
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -41,6 +43,7 @@ def build_model(
         source: What :func:`~veomni.models.build_config` takes, or a configuration.
         overrides: Configuration values that replace those of the source.
         attention: transformers' name of an attention implementation; "auto" is "sdpa" where the model supports it.
+        experts: Backend of mixture-of-experts layers; "auto" takes the device's fastest one that can run them.
         weights: "auto" takes the source's own safetensors where it has some and random weights otherwise; "random"; or
             a directory with safetensors.
         trust_remote_code: Run the Python files that a model directory brings along.
@@ -61,6 +64,7 @@ def build_model(
         model = _construct(config, attention, trust_remote_code)
     if attention == "auto":
         leave_attention_open(model)
+    want_experts(model, experts)
     isolate_documents(model)
     if origin is not None:
         _take_generation_config(model, origin)

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from veomni.logging import create_logger
 from veomni.models import hf
 from veomni.ops.expert_exchange import EXCHANGE, exchange_experts
-from veomni.ops.experts.permute import combine_rows, permute_tokens
-from veomni.ops.experts.routing import route
+from veomni.ops.experts.backends import choose_backend
+from veomni.ops.experts.forward import experts_forward
+from veomni.ops.experts.layout import find_activation, holds_experts
 from veomni.ops.experts.rows import expert_rows
 from veomni.precision import Precision
 
 logger = create_logger(__name__)
 
+_WANTED = "_veomni_experts"
 
-def resolve_experts(model: nn.Module, precision: Precision) -> None:
-    """Run mixture-of-experts layers with a kernel that computes in the precision of the run.
 
-    Grouped matrix products compute in bfloat16 only; a loop over experts has no such limit.
+def want_experts(model: nn.Module, backend: str) -> None:
+    """Remember which backend the experts of ``model`` were asked to run with; "auto" leaves it open."""
+    setattr(model, _WANTED, backend)
+
+
+def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[str]) -> None:
+    """Run mixture-of-experts layers with the fastest backend that computes in the precision of the run.
 
     Args:
         model: Any model; those without experts are left alone.
         precision: The precision of the run.
+        available: The backends of the device, fastest first.
+
+    Raises:
+        ModelError: the backend that was asked for cannot run the model here.
     """
     if not hf.has_experts(model):
         return
-    backend = "grouped_mm" if precision.compute is torch.bfloat16 else "loop"
+    modules = [module for module in model.modules() if holds_experts(module)]
+    for module in modules:
+        find_activation(module)  # now: it cannot be tried out in a compiled forward
+    backend = choose_backend(modules, getattr(model, _WANTED, "auto"), available, precision.compute)
     name = f"veomni_{backend}"
     hf.register_experts(name, partial(run_experts, backend=backend))
     hf.use_experts(model, name)
@@ -47,13 +59,10 @@ def run_experts(
         hidden_states: ``[tokens, hidden]``.
         top_k_index: int64 ``[tokens, k]``.
         top_k_weights: ``[tokens, k]``.
-        backend: "loop" or "grouped_mm".
+        backend: Who multiplies.
     """
-    experts: Any = module
-    run = partial(expert_rows, module, backend=backend)
     exchange = getattr(module, EXCHANGE, None)
-    if exchange is not None:
-        return exchange_experts(hidden_states, top_k_index, top_k_weights, experts.num_experts, run, exchange)
-    routing = route(top_k_index, experts.num_experts)
-    rows = run(permute_tokens(hidden_states, routing, top_k_index.shape[1]), routing.offsets)
-    return combine_rows(rows, routing, top_k_weights)
+    if exchange is None:
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights, backend=backend)
+    run, num_experts = partial(expert_rows, module, backend=backend), int(module.num_experts)  # type: ignore[arg-type]
+    return exchange_experts(hidden_states, top_k_index, top_k_weights, num_experts, run, exchange)

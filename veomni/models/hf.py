@@ -266,11 +266,6 @@ def has_experts(model: nn.Module) -> bool:
     return is_pretrained(model) and bool(model._can_set_experts_implementation())  # type: ignore[operator]
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Return whether a module holds all experts of a layer, and runs them through transformers' experts interface."""
-    return all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "is_transposed"))
-
-
 def register_experts(name: str, function: Callable[..., Tensor]) -> None:
     """Make an experts implementation known to transformers."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

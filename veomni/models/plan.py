@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from veomni.models import hf
+from veomni.ops.experts.layout import holds_experts
 from veomni.plan import ParallelPlan
 
 
@@ -28,7 +29,7 @@ def derive_plan(model: nn.Module) -> ParallelPlan:
 
 
 def _experts(model: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, module in model.named_modules() if hf.holds_experts(module))
+    return tuple(name for name, module in model.named_modules() if holds_experts(module))
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

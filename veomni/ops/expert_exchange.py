@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -132,7 +133,8 @@ class _Layout:
         by_expert: Of every sorted row, its place among those that arrived; and the inverse.
         sent: Rows sent to each rank, or None where all buffers have one size.
         received: Rows received from each rank, or None.
-        slots: Places of this rank's rows in the buffer that travels, or None where they fill it.
+        rows: This rank's rows; the last of them travel nowhere where a token was sent to no expert.
+        slots: Places of this rank's rows in the buffer that travels (behind it: nowhere), or None where they fill it.
         room: Rows of that buffer.
     """
 
@@ -140,6 +142,7 @@ class _Layout:
     offsets: Tensor
     by_expert: Tensor
     inverse: Tensor
+    rows: int
     sent: list[int] | None = None
     received: list[int] | None = None
     slots: Tensor | None = None
@@ -148,12 +151,14 @@ class _Layout:
     def pack(self, rows: Tensor) -> Tensor:
         """Put this rank's rows, sorted by expert, where they travel from."""
         if self.slots is None:
-            return rows
-        return rows.new_zeros(self.room, rows.shape[1]).index_copy(0, self.slots, rows)
+            return rows.narrow(0, 0, sum(self.sent or ()))
+        return rows.new_zeros(self.room + 1, rows.shape[1]).index_copy(0, self.slots, rows)[:-1]
 
     def unpack(self, buffer: Tensor) -> Tensor:
-        """Take this rank's rows, sorted by expert, from where they arrived."""
-        return buffer if self.slots is None else buffer.index_select(0, self.slots)
+        """Take this rank's rows, sorted by expert, from where they arrived; those of no expert are zeros."""
+        if self.slots is None:
+            return F.pad(buffer, (0, 0, 0, self.rows - len(buffer))) if len(buffer) < self.rows else buffer
+        return F.pad(buffer, (0, 0, 0, 1)).index_select(0, self.slots)
 
 
 def _exact_layouts(trips: Sequence[_Trip], received: Tensor, group: ProcessGroup) -> list[_Layout]:
@@ -162,13 +167,14 @@ def _exact_layouts(trips: Sequence[_Trip], received: Tensor, group: ProcessGroup
     counts = torch.stack([trip.routing.counts for trip in trips]).unflatten(1, (ranks, local))
     sent_sizes, received_sizes = torch.stack([counts.sum(2), received.sum(2).t()]).tolist()
     layouts = []
-    for chunk in range(chunks):
+    for chunk, trip in zip(range(chunks), trips, strict=True):
         arriving, total = received[:, chunk], sum(received_sizes[chunk])
         local_ids = torch.arange(local, device=received.device).repeat(ranks)
         experts = local_ids.repeat_interleave(arriving.flatten(), output_size=total)
         by_expert = experts.argsort(stable=True)
         sizes = {"sent": sent_sizes[chunk], "received": received_sizes[chunk]}
-        layouts.append(_Layout(group, _ends(arriving), by_expert, _inverse(by_expert), **sizes))
+        rows = len(trip.routing.order)
+        layouts.append(_Layout(group, _ends(arriving), by_expert, _inverse(by_expert), rows, **sizes))
     return layouts
 
 
@@ -184,10 +190,13 @@ def _fixed_layouts(trips: Sequence[_Trip], received: Tensor, group: ProcessGroup
         experts = torch.searchsorted(arriving.cumsum(1), places.expand(ranks, room).contiguous(), right=True)
         by_expert = experts.flatten().argsort(stable=True)
         sent = trip.routing.counts.unflatten(0, (ranks, local)).sum(1)
-        rank_of_row = torch.arange(ranks, device=sent.device).repeat_interleave(sent, output_size=rows)
-        place_in_rank = torch.arange(rows, device=sent.device) - (sent.cumsum(0) - sent)[rank_of_row]
-        slots = rank_of_row * room + place_in_rank
-        layouts.append(_Layout(group, _ends(arriving), by_expert, _inverse(by_expert), slots=slots, room=ranks * room))
+        row, ends = torch.arange(rows, device=sent.device), sent.cumsum(0)
+        rank_of_row = torch.searchsorted(ends, row, right=True)
+        starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
+        slots = (rank_of_row * room + row - starts[rank_of_row]).clamp(max=ranks * room)
+        layouts.append(
+            _Layout(group, _ends(arriving), by_expert, _inverse(by_expert), rows, slots=slots, room=ranks * room)
+        )
     return layouts
 
 

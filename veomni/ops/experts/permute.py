@@ -30,9 +30,8 @@ def combine_rows(rows: Tensor, routing: Routing, weights: Tensor) -> Tensor:
         routing: The sorted pairs.
         weights: ``[tokens, k]``.
     """
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    by_token = gather_rows(rows, routing.inverse, routing.order).unflatten(0, weights.shape)
-    return (by_token.to(wide) * weights.to(wide)[..., None]).sum(1).to(rows.dtype)
+    tokens: Tensor = _Combine.apply(rows, weights, routing.order, routing.inverse)
+    return tokens
 
 
 def gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -46,23 +45,83 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
-        return hidden.index_select(0, order // top_k)
+        return rows_of_tokens(hidden, order, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        by_token = grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.top_k))
-        wide = torch.promote_types(by_token.dtype, torch.float32)
-        return by_token.sum(1, dtype=wide).to(by_token.dtype), None, None, None
+        return sum_of_rows(grads[0].contiguous(), inverse, ctx.top_k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, order, inverse)
+        return sum_of_rows(rows, inverse, weights.shape[1], weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, order, inverse = ctx.saved_tensors
+        to_rows, to_weights = sum_of_rows_backward(grads[0].contiguous(), rows, weights, order, inverse)
+        return to_rows, to_weights, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, index)
+        return rows_of_tokens(rows, index, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+        return rows_of_tokens(grads[0].contiguous(), inverse, 1), None, None
+
+
+# ---------------------------------------------------------------- without gradients
+
+
+def rows_of_tokens(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Return of every sorted pair its token, ``[tokens * k, hidden]``; has no gradient.
+
+    Args:
+        hidden: ``[tokens, hidden]``.
+        order: Places of the sorted pairs, int64 ``[tokens * k]``.
+        top_k: Pairs per token.
+    """
+    return hidden.index_select(0, order // top_k if top_k > 1 else order)
+
+
+def sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
+    """Return of every token the sum of its rows, ``[tokens, hidden]``; has no gradient.
+
+    Args:
+        rows: ``[tokens * k, hidden]``, sorted by expert.
+        inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
+        top_k: Pairs per token.
+        weights: Factors, ``[tokens, k]``, or None for ones.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    by_token = rows.index_select(0, inverse).unflatten(0, (-1, top_k))
+    if weights is None:
+        return by_token.sum(1, dtype=wide).to(rows.dtype)
+    return (by_token.to(wide) * weights.to(wide)[..., None]).sum(1).to(rows.dtype)
+
+
+def sum_of_rows_backward(
+    grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rows and weights of :func:`sum_of_rows`.
+
+    Args:
+        grad: Gradient of the sums, ``[tokens, hidden]``.
+        rows: ``[tokens * k, hidden]``, sorted by expert.
+        weights: ``[tokens, k]``.
+        order: Places of the sorted pairs, int64 ``[tokens * k]``.
+        inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    by_row = rows_of_tokens(grad, order, weights.shape[1]).to(wide)
+    to_rows = (by_row * weights.flatten().index_select(0, order).to(wide)[:, None]).to(rows.dtype)
+    to_weights = (by_row * rows.to(wide)).sum(1).index_select(0, inverse).view_as(weights).to(weights.dtype)
+    return to_rows, to_weights

@@ -26,12 +26,16 @@ class Routing:
 
 
 def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    """Return the pairs of ``top_k_index``, int64 ``[tokens, k]``, sorted by expert."""
-    flat = top_k_index.flatten()
-    order = flat.argsort(stable=True)
+    """Return the pairs of ``top_k_index``, int64 ``[tokens, k]``, sorted by expert.
+
+    A pair whose expert is ``num_experts`` means no expert (zaya skips experts so): it is sorted behind all others.
+    """
+    # Radix sort passes over the bits of its keys: narrow ones take a fraction of the time.
+    narrow = torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32_768 else torch.int64
+    experts, order = top_k_index.flatten().to(narrow).sort(stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
-    return Routing(order, inverse, counts, counts.cumsum(0).to(torch.int32))
+    inverse.scatter_(0, order, torch.arange(len(order), device=order.device))
+    ids = torch.arange(num_experts, device=order.device)
+    offsets = torch.searchsorted(experts.to(torch.int32), ids.to(torch.int32), right=True, out_int32=True)
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).to(torch.int64)
+    return Routing(order, inverse, counts, offsets)
