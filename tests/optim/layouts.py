@@ -93,7 +93,7 @@ def dense_mesh(layout: str) -> DeviceMesh:
 
 
 def shard_experts(experts: nn.Module, layout: str) -> None:
-    """``Shard(0)`` over ``ep``, then ``fully_shard`` over ``ep_fsdp`` on rows or columns, as expert parallelism does."""
+    """``Shard(0)`` over ``ep``, then ``fully_shard`` over ``ep_fsdp`` on rows or columns, as expert parallelism is."""
     ranks = LAYOUTS[layout]
     replicas = 2 if layout.startswith("hsdp") else 1
     ep = next(size for size in (4, 2, 1) if f"ep{size}" in layout)
@@ -131,7 +131,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gradients(step: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return {name: torch.randn(p.shape, generator=generator, dtype=dtype) for name, p in new_model(dtype).named_parameters()}
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=dtype) for name, p in new_model(dtype).named_parameters()
+    }
 
 
 def give_gradients(model: nn.Module, step: int, skip: tuple[str, ...] = ()) -> None:

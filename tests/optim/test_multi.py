@@ -219,9 +219,7 @@ def by_launcher(layout: str) -> tuple[list[str], dict[str, torch.Tensor]]:
     return list(getattr(optimizer, "members", {})), values(model)
 
 
-@pytest.mark.parametrize(
-    ("layout", "members"), [("fsdp2_2", []), ("ep2_fsdp2", ["fsdp", "ep_fsdp.ep"]), ("ddp", [])]
-)
+@pytest.mark.parametrize(("layout", "members"), [("fsdp2_2", []), ("ep2_fsdp2", ["fsdp", "ep_fsdp.ep"]), ("ddp", [])])
 def test_the_launcher_gives_every_mesh_an_optimizer_of_the_users(layout, members):
     _, truth = by_launcher("single")
     for found, trained in run_ranks(by_launcher, LAYOUTS[layout], layout):

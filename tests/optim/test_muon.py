@@ -89,10 +89,14 @@ def test_a_matrix_that_is_also_the_embedding_is_left_to_adamw():
 @pytest.mark.parametrize(
     ("name", "inside", "outside"),
     [
-        ("qwen3_moe", {"self_attn.q_proj.weight", "mlp.gate.weight", "mlp.experts.gate_up_proj"}, {"input_layernorm.weight"}),
+        (
+            "qwen3_moe",
+            {"self_attn.q_proj.weight", "mlp.gate.weight", "mlp.experts.gate_up_proj"},
+            {"input_layernorm.weight"},
+        ),
         ("gpt_oss", {"mlp.router.weight", "mlp.experts.down_proj"}, {"mlp.experts.down_proj_bias", "self_attn.sinks"}),
     ],
-)  # fmt: skip
+)
 def test_the_matrices_of_real_models(name, inside, outside):
     from transformers import AutoModelForCausalLM
 

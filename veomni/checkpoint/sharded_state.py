@@ -22,7 +22,7 @@ from veomni.errors import CheckpointError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _IMPLEMENTATION = ("fused", "foreach")
-"""Options of an optimizer that choose a kernel: what is fastest on this run's devices and layout, not on the saved one's."""
+"""Options of an optimizer that choose a kernel: what fits this run's devices and layout, not those of the saved one."""
 
 
 def sharded_state(model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def _decay(train: TrainConfig) -> Iterator[Problem]:
             yield Problem(problem, "leave it out, or set train.scheduler.name to wsd")
     if schedule.name == "wsd" and (schedule.warmup_ratio or 0.0) + schedule.decay_ratio > 1:
         yield Problem(
-            f"train.scheduler.warmup_ratio {schedule.warmup_ratio} and decay_ratio {schedule.decay_ratio} are more than "
-            "the whole run",
+            f"train.scheduler.warmup_ratio {schedule.warmup_ratio} and decay_ratio {schedule.decay_ratio} are more "
+            "than the whole run",
             "make their sum 1 at most",
         )
 

@@ -17,7 +17,7 @@ class MuonConfig(Section):
     lr: float | None = Field(
         default=None,
         ge=0.0,
-        description="Peak learning rate of the matrices; null takes optimizer.lr, which fits as steps have AdamW's size.",
+        description="Peak learning rate of the matrices; null takes that of AdamW, whose size steps are scaled to.",
     )
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0, description="Decay rate of the mean of gradients.")
     nesterov: bool = Field(default=True, description="Look ahead by one gradient.")

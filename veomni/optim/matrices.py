@@ -30,7 +30,8 @@ def hidden_matrices(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[nn
         ConfigError: a pattern matches nothing.
     """
     names = parameter_names(model)
-    excluded = matching([name for aliases in names.values() for name in aliases], exclude, "train.optimizer.muon.exclude")
+    everyone = [name for aliases in names.values() for name in aliases]
+    excluded = matching(everyone, exclude, "train.optimizer.muon.exclude")
     inside = _inside_blocks(inner_module(model))
     return [
         parameter

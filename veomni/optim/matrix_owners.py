@@ -138,8 +138,11 @@ def _holders(parameter: nn.Parameter) -> tuple[Holders, int | None]:
             f"muon cannot gather a matrix {list(parameter.shape)} sharded over several axes, {parameter.placements}",
             "use train.optimizer.name adamw with this layout",
         )
-    axis, dim = sharded[0] if sharded else (None, None)
-    return Holders(mesh, axis, copied[0] if copied else None), dim
+    replicas = copied[0] if copied else None
+    if not sharded:
+        return Holders(mesh, None, replicas), None
+    ((axis, dim),) = sharded
+    return Holders(mesh, axis, replicas), dim
 
 
 class MatrixOwners:
@@ -152,9 +155,7 @@ class MatrixOwners:
         dtype: The format they travel in.
     """
 
-    def __init__(
-        self, holders: Holders, matrices: Sequence[Matrix], device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, holders: Holders, matrices: Sequence[Matrix], device: torch.device, dtype: torch.dtype) -> None:
         self.holders, self.device, self.dtype = holders, device, dtype
         self.ranks, self.rank = holders.size(holders.shards), holders.rank(holders.shards)
         self.replicas, self.replica = holders.size(holders.replicas), holders.rank(holders.replicas)
@@ -247,9 +248,8 @@ class _Trip:
         ranks = self.owners.ranks
         parts: list[list[Tensor]] = [[] for _ in self.mine]
         for source, block in enumerate(received.split(self.arriving)):
-            shapes = [matrix.shard(ranks, source) for matrix in self.mine]
-            for part, flat, shape in zip(parts, block.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
-                part.append(flat.view(shape))
+            for part, shard in zip(parts, _unpack(block, self.mine, ranks, source), strict=True):
+                part.append(shard)
         return [torch.cat(part, dim=matrix.dim or 0) for part, matrix in zip(parts, self.mine, strict=True)]
 
     def come_home(self) -> Iterator[tuple[Matrix, Tensor]]:
@@ -257,9 +257,7 @@ class _Trip:
         owners = self.owners
         for matrices, flat in zip(self.owned, self._from_all_replicas(self._land()), strict=True):
             here = [matrix for rank in matrices for matrix in rank]
-            shapes = [matrix.shard(owners.ranks, owners.rank) for matrix in here]
-            for matrix, part, shape in zip(here, flat.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
-                yield matrix, part.view(shape)
+            yield from zip(here, _unpack(flat, here, owners.ranks, owners.rank), strict=True)
 
     def _from_all_replicas(self, own: Tensor) -> list[Tensor]:
         owners = self.owners
@@ -297,6 +295,13 @@ class _Flight:
         if self._work is not None:
             self._work.wait()
         return self._arrived
+
+
+def _unpack(flat: Tensor, matrices: Sequence[Matrix], ranks: int, rank: int) -> Iterator[Tensor]:
+    """Yield a rank's shards of matrices out of the buffer that they lie in one behind the other."""
+    shapes = [matrix.shard(ranks, rank) for matrix in matrices]
+    for part, shape in zip(flat.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+        yield part.view(shape)
 
 
 def _elements(matrices: Sequence[Matrix], ranks: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Several optimizers, or the schedules of several, behind one: PyTorch's kernels cannot mix parameters of two meshes."""
+"""Several optimizers, or several schedules, behind one: PyTorch's kernels cannot mix parameters of two meshes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MultiOptimizer(Optimizer):
         super().__init__(self.param_groups, {})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The members' groups, one member after the other: the very dictionaries that they read."""
         return [group for member in self.members.values() for group in member.param_groups]
 
@@ -54,7 +54,7 @@ class MultiOptimizer(Optimizer):
         pass  # PyTorch's constructor starts with none; they are the members'
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """What the members remember of each parameter; a parameter nobody knows has an empty memory, as in PyTorch."""
         kept: defaultdict[Tensor, Any] = defaultdict(dict)
         for member in self.members.values():

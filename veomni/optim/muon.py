@@ -32,7 +32,7 @@ class Muon(Optimizer):
         W <- (1 - lr weight_decay) W - 0.2 sqrt(max(rows, columns)) lr U
 
     The factor gives a step the root mean square that AdamW's typically has, so that AdamW's learning rate and weight
-    decay can be used (Liu et al., arXiv:2502.16982, section 2.2). A three-dimensional parameter is a stack of matrices,
+    decay can be used (Liu et al., arXiv:2502.16982). A three-dimensional parameter is a stack of matrices,
     one per expert; each is orthogonalised as it is stored, a fused gate and up projection as one matrix.
     Orthogonalising computes in bf16, in float64 for float64 parameters.
 

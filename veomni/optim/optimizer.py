@@ -99,9 +99,7 @@ def _muon_matrices(model: nn.Module, exclude: Sequence[str]) -> set[Tensor]:
         )
     matrices = hidden_matrices(model, exclude=exclude)
     if not matrices:
-        raise ModelError(
-            "muon found no matrix to train inside the model's blocks", "set train.optimizer.name to adamw"
-        )
+        raise ModelError("muon found no matrix to train inside the model's blocks", "set train.optimizer.name to adamw")
     return set(matrices)
 
 

@@ -87,11 +87,11 @@ def lr_factor(
 ) -> float:
     """Return the learning rate of a step as a share of the peak.
 
-    With ``w = warmup_steps``, ``T = total_steps``, ``m = min_lr_ratio``: ``(step + 1) / (w + 1)`` before step ``w``, then
-    1 (constant), or ``1 - (1 - m) f(p)`` with ``p = (step - s) / (T - s)``, ``p = 0`` before step ``s`` and ``p = 1`` from
-    step ``T`` on: no step of the run has rate 0. The decay starts at ``s = w`` (linear, cosine), or, in the
-    warmup-stable-decay schedule of MiniCPM (arXiv:2404.06395, section 4.2), :func:`decay_steps` before ``T`` (wsd). Its
-    shape is ``f(p) = p`` (linear), ``(1 - cos(pi p)) / 2`` (cosine) or ``sqrt(p)`` (sqrt: arXiv:2405.18392, section 3).
+    With ``w = warmup_steps``, ``T = total_steps``, ``m = min_lr_ratio``: ``(step + 1) / (w + 1)`` before step ``w``,
+    then 1 (constant), or ``1 - (1 - m) f(p)`` with ``p = (step - s) / (T - s)``, ``p = 0`` before step ``s`` and
+    ``p = 1`` from step ``T`` on: no step of the run has rate 0. The decay starts at ``s = w`` (linear, cosine), or, in
+    the warmup-stable-decay schedule of MiniCPM (arXiv:2404.06395), :func:`decay_steps` before ``T`` (wsd). Its shape is
+    ``f(p) = p`` (linear), ``(1 - cos(pi p)) / 2`` (cosine) or ``sqrt(p)`` (sqrt: arXiv:2405.18392).
 
     Args:
         step: Optimizer steps done before this one.
