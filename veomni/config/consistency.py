@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from veomni.config.data import DataConfig
@@ -88,12 +89,10 @@ def _decay(train: TrainConfig) -> Iterator[Problem]:
         if schedule.name != "wsd" and value != getattr(default, key):
             problem = f"train.scheduler.{key} {value} has no meaning with train.scheduler.name {schedule.name}"
             yield Problem(problem, "leave it out, or set train.scheduler.name to wsd")
-    if schedule.name == "wsd" and (schedule.warmup_ratio or 0.0) + schedule.decay_ratio > 1:
-        yield Problem(
-            f"train.scheduler.warmup_ratio {schedule.warmup_ratio} and decay_ratio {schedule.decay_ratio} are more "
-            "than the whole run",
-            "make their sum 1 at most",
-        )
+    warmup = schedule.warmup_ratio or (schedule.warmup_steps or 0) / (train.max_steps or math.inf)
+    if schedule.name == "wsd" and warmup + schedule.decay_ratio > 1:
+        problem = f"the warm-up and train.scheduler.decay_ratio {schedule.decay_ratio} are more than the whole run"
+        yield Problem(problem, "warm up in fewer steps, or decay in a smaller share of them")
 
 
 def _optimizer(train: TrainConfig) -> Iterator[Problem]:
