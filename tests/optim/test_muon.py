@@ -27,6 +27,7 @@ from tests.optim.layouts import (
 )
 from veomni.errors import ConfigError, ModelError
 from veomni.optim import MultiOptimizer, Muon, build_optimizer, hidden_matrices, matrix_owners
+from veomni.optim.matrix_owners import Matrix
 from veomni.optim.newton_schulz import orthogonalize
 
 OPTIONS = {
@@ -294,6 +295,15 @@ def test_no_rank_receives_all_matrices(layout, shards):
         # Its shards of all, once from each replica: nothing where there is one.
         assert elements.pop("c10d.broadcast_.default", 0) == (everything // shards if copies > 1 else 0)
         assert not elements
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_dear_matrices_are_shared_out_first(order):
+    """One that costs as much as eight others has an owner for itself."""
+    shapes = [(32, 64)] + [(16, 32)] * 9
+    matrices = [Matrix(index, None, shape, 0) for index, shape in enumerate(shapes)][::order]
+    ((owned,),) = matrix_owners._share_out(matrices, 1, 4)
+    assert sorted(sorted(matrix.shape for matrix in own) for own in owned) == [[(16, 32)] * 3] * 3 + [[(32, 64)]]
 
 
 def on_fsdp1() -> None:
