@@ -82,7 +82,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     "an optimizer there is not": ({"train.optimizer.name": "lion"}, [], "train.optimizer.name", "'muon'"),
     "muon's keys for adamw": ({"train.optimizer.muon.ns_steps": 3}, [], "train.optimizer.muon has no", "name to muon"),
     "muon on flat shards": (
-        {"train.optimizer.name": "muon", "train.data_parallel_mode": "fsdp1"}, [], "train.data_parallel_mode fsdp1", "fsdp2",
+        {"train.optimizer.name": "muon", "train.data_parallel_mode": "fsdp1"},
+        [], "train.data_parallel_mode fsdp1", "fsdp2",
     ),
     "single on two devices": (
         {"train.devices": 2, "train.data_parallel_mode": "single"}, [], "train.devices is 2", "train.devices to 1",
