@@ -30,6 +30,7 @@ from veomni.plan import ParallelPlan
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
+from veomni.strategies.fsdp2 import reshard_without_backward
 from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
 
 logger = create_logger(__name__)
@@ -101,7 +102,7 @@ class FSDP1(ParameterStrategy):
                 context.materialize(module, name)  # FSDP1 materialises only modules that have parameters
         compute_in(model, context.precision, context.device.type, autocast=False)
         self._expert_units = self._shard_experts(model, context)
-        return FullyShardedDataParallel(
+        wrapped = FullyShardedDataParallel(
             model,
             device_mesh=context.state.parameter_mesh,
             sharding_strategy=_STRATEGIES[self.sharding, self.replicate > 1],
@@ -115,6 +116,9 @@ class FSDP1(ParameterStrategy):
             use_orig_params=True,
             ignored_states=[parameter for unit in self._expert_units for parameter in unit.parameters()],  # type: ignore[attr-defined]
         )
+        if self._expert_units:
+            wrapped.register_forward_hook(reshard_without_backward)
+        return wrapped
 
     def _shard_experts(self, model: nn.Module, context: SetupContext) -> list[FSDPModule]:
         offload = CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)

@@ -93,7 +93,7 @@ class FSDP2(ParameterStrategy):
             fully_shard(block, mp_policy=policy, reshard_after_forward=reshard, **options)
         # The root keeps what is outside the blocks gathered until the backward: the loss reads the head's weight.
         fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
-        model.register_forward_hook(_reshard_without_backward)
+        model.register_forward_hook(reshard_without_backward)
         set_prefetch(blocks, max(self.prefetch, 1 if experts else 0))
         context.materialize(model, "")
         return model
@@ -138,8 +138,11 @@ def set_prefetch(blocks: Sequence[nn.Module], depth: int) -> None:
         unit.set_modules_to_backward_prefetch(backward[index + 1 : index + 1 + depth])
 
 
-def _reshard_without_backward(model: nn.Module, args: Any, output: Any) -> None:
-    # The root and the last block are freed by the backward: a forward that has none would leave them gathered.
+def reshard_without_backward(model: nn.Module, args: Any, output: Any) -> None:
+    """Free what stays gathered from forward to backward, after a forward that has none; a forward hook.
+
+    What was left gathered would be used by the next forward, though an optimizer has changed the shards by then.
+    """
     if not torch.is_grad_enabled():
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -293,6 +293,8 @@ def create_scheduler(config: Config, optimizer: Optimizer, total_steps: int) -> 
         total_steps=total_steps,
         warmup_steps=warmup,
         min_lr_ratio=section.min_lr_ratio,
+        decay_ratio=section.decay_ratio,
+        decay_shape=section.decay_shape,
     )
 
 

@@ -255,6 +255,8 @@ class Launcher:
     def setup_optimizer(self, model: nn.Module, factory: Callable[..., Optimizer], **options: Any) -> Optimizer:
         """Return ``factory`` applied to the model's trainable parameters; to be called after :meth:`setup_model`.
 
+        Parameters on several device meshes, as experts are, get an optimizer for each behind one ``MultiOptimizer``.
+
         Args:
             model: What :meth:`setup_model` returned.
             factory: An optimizer class.
@@ -263,13 +265,13 @@ class Launcher:
         Raises:
             ModelError: the model still has parameters without storage: it has not been set up.
         """
-        from veomni.optim import build_optimizer_groups
+        from veomni.optim import build_optimizer_groups, combine, members_by_mesh
 
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError("the optimizer was built before the model was sharded", "call setup_model first")
         no_decay = options.pop("no_decay", ())
         groups = build_optimizer_groups(model, weight_decay=options.get("weight_decay", 0.0), no_decay=no_decay)
-        return factory(groups, **options)
+        return combine(members_by_mesh(groups, lambda part: factory(part, **options)))
 
     # ---------------------------------------------------------------- one step
 

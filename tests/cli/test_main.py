@@ -134,6 +134,14 @@ def test_plan_counts_what_a_rank_holds(capsys: pytest.CaptureFixture[str]) -> No
     assert found["tokens in all"] == f"{64 * 4096 * 10:,} in 10 steps"
 
 
+def test_plan_counts_one_number_for_every_element_of_muons_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "configs/text/qwen3_8b.yaml", "--world", "8", "--train.optimizer.name", "muon"])
+    count, layers = 8_190_735_360, 36
+    matrices = layers * (4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288)
+    expected = (2 * count - matrices) * 4 / 8 / 1024**3
+    assert facts(capsys)["optimizer per rank"] == f"{expected:.3f} GiB (device)"
+
+
 def test_plan_knows_replicas_frozen_parameters_and_ddp(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", TINY, "--world", "4", "--train.data_parallel_replicate_size", "2", "--model.freeze", "['*embed*']"])
     sharded = facts(capsys)

@@ -77,6 +77,20 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     "a warm-up longer than the run": (
         {"train.scheduler.warmup_steps": 9, "train.max_steps": 5}, [], "train.scheduler.warmup_steps 9", "fewer",
     ),
+    "a decay of a schedule that has none": (
+        {"train.scheduler.decay_ratio": 0.2}, [], "train.scheduler.decay_ratio 0.2", "train.scheduler.name to wsd",
+    ),
+    "a warm-up and a decay longer than the run": (
+        {"train.scheduler": {"name": "wsd", "warmup_steps": 8, "decay_ratio": 0.5}, "train.max_steps": 10},
+        [], "decay_ratio 0.5", "warm up in fewer",
+    ),
+    "all steps decay twice": ({}, ["--train.scheduler.decay_ratio", "2"], "train.scheduler.decay_ratio", "equal to 1"),
+    "an optimizer there is not": ({"train.optimizer.name": "lion"}, [], "train.optimizer.name", "'muon'"),
+    "muon's keys for adamw": ({"train.optimizer.muon.ns_steps": 3}, [], "train.optimizer.muon has no", "name to muon"),
+    "muon on flat shards": (
+        {"train.optimizer.name": "muon", "train.data_parallel_mode": "fsdp1"},
+        [], "train.data_parallel_mode fsdp1", "fsdp2",
+    ),
     "single on two devices": (
         {"train.devices": 2, "train.data_parallel_mode": "single"}, [], "train.devices is 2", "train.devices to 1",
     ),

@@ -95,7 +95,7 @@ def sharded(name: str, mixed: bool) -> tuple[bool, list[Tensor]]:
     fully_shard(network[0])
     if not mixed:
         fully_shard(network)
-    fused = bool(train(network, name).param_groups[0]["fused"])
+    fused = all(group["fused"] for group in train(network, name).param_groups)
     return fused, [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in network.parameters()]
 
 
@@ -104,7 +104,7 @@ def sharded(name: str, mixed: bool) -> tuple[bool, list[Tensor]]:
 def test_sharded_parameters_take_the_same_steps(name, truth, mixed) -> None:
     """The last layer is one row: of two ranks, one has nothing of it."""
     for fused, values in run_ranks(sharded, 2, name, mixed):
-        assert fused is (name == "adamw" and not mixed)
+        assert fused is (name == "adamw")  # of several meshes, each has an optimizer of its own
         assert_equal(values, truth())
 
 

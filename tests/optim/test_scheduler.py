@@ -22,7 +22,7 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": layer.parameters(), "lr": lr} for layer, lr in zip(layers, PEAKS, strict=True)])
 
 
-def start(**shape) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+def start(**shape) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     made = optimizer()
     return made, build_scheduler(made, **{**SHAPE, **shape})
 
@@ -35,6 +35,21 @@ def rates(made, scheduler, steps: int) -> list[tuple[float, ...]]:
         made.step()
         scheduler.step()
     return found
+
+
+WSD = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: math.cos(math.pi * done / 2) ** 2,
+    "sqrt": lambda done: 1 - done**0.5,
+}
+
+
+def warmup_stable_decay(step: int, total: int, warmup: int, minimum: float, decay: int, shape: str) -> float:
+    """MiniCPM, section 4.2: proportional to the step, then constant, then a falling function."""
+    if step < warmup:
+        return float(Fraction(step + 1, warmup + 1))
+    done = float(Fraction(max(0, min(step, total) - (total - decay)), decay))
+    return minimum + (1 - minimum) * WSD[shape](done)
 
 
 def closed_form(step: int, name: str, total: int, warmup: int, minimum: float) -> float:
@@ -59,6 +74,31 @@ def test_every_step_is_the_closed_form(name, total, warmup, minimum) -> None:
         assert values == pytest.approx([peak * factor for peak in PEAKS], rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+@pytest.mark.parametrize(
+    ("total", "warmup", "ratio", "decay"),
+    [(30, 4, 0.1, 3), (30, 0, 1.0, 30), (30, 15, 0.5, 15), (30, 4, 0.01, 1), (7, 1, 0.3, 2), (1, 0, 0.1, 1)],
+)
+@pytest.mark.parametrize("minimum", [0.0, 0.1])
+def test_every_step_of_warm_up_stable_decay_is_the_closed_form(shape, total, warmup, ratio, decay, minimum) -> None:
+    options = {"name": "wsd", "total_steps": total, "warmup_steps": warmup, "min_lr_ratio": minimum}
+    found = rates(*start(**options, decay_ratio=ratio, decay_shape=shape), total + 5)
+    for step, values in enumerate(found):
+        factor = warmup_stable_decay(step, total, warmup, minimum, decay, shape)
+        assert values == pytest.approx([peak * factor for peak in PEAKS], rel=1e-12, abs=1e-15), step
+
+
+def test_warm_up_stable_decay_is_at_its_peak_in_between() -> None:
+    found = [values[0] for values in rates(*start(name="wsd", decay_ratio=0.2, min_lr_ratio=0.0), 30)]
+    assert [step for step, rate in enumerate(found) if rate == PEAKS[0]] == list(range(4, 25))  # 24: none decayed yet
+    assert min(found) > 0
+
+
+def test_a_decay_that_overlaps_the_warm_up_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"26 steps of warm-up and train\.scheduler\.decay_ratio 0\.2 .* 30 steps"):
+        start(name="wsd", warmup_steps=26, decay_ratio=0.2)
+
+
 def test_the_peak_is_reached_once_and_no_step_of_the_run_is_wasted() -> None:
     found = [values[0] for values in rates(*start(min_lr_ratio=0.0), 30)]
     assert found.index(max(found)) == 4
@@ -66,13 +106,14 @@ def test_the_peak_is_reached_once_and_no_step_of_the_run_is_wasted() -> None:
     assert min(found) > 0
 
 
-@pytest.mark.parametrize("stop", [0, 2, 4, 17, 29])
-def test_a_resumed_schedule_goes_on_as_if_unbroken(stop) -> None:
-    unbroken = rates(*start(), 30)
-    made, scheduler = start()
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+@pytest.mark.parametrize("stop", [0, 2, 4, 17, 28, 29])
+def test_a_resumed_schedule_goes_on_as_if_unbroken(stop, name) -> None:
+    unbroken = rates(*start(name=name), 30)
+    made, scheduler = start(name=name)
     rates(made, scheduler, stop)
     state = json.loads(json.dumps([made.state_dict(), scheduler.state_dict()]))
-    made, scheduler = start()
+    made, scheduler = start(name=name)
     made.load_state_dict(state[0])
     scheduler.load_state_dict(state[1])
     assert rates(made, scheduler, 30 - stop) == unbroken[stop:]
@@ -103,3 +144,5 @@ def test_a_warm_up_longer_than_the_run_is_refused(warmup) -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         start(name="cosin")
+    with pytest.raises(ConfigError, match=r"(?s)decay_shape.*did you mean 'sqrt'"):
+        start(name="wsd", decay_shape="sqr")

@@ -152,7 +152,9 @@ def expected_after_three_steps(optimizer: str) -> tuple[dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("layout", ["ep2_fsdp2_4", "ep4_chunks", "ep2_hsdp", "ep2_fsdp1_4", "ep4_ulysses2"])
+@pytest.mark.parametrize(
+    "layout", ["ep2_fsdp2_4", "ep4_chunks", "ep2_hsdp", "ep2_fsdp1", "ep2_fsdp1_4", "ep4_ulysses2"]
+)
 def test_parameters_after_three_steps(layout, optimizer):
     expected, norms = expected_after_three_steps(optimizer)
     for found, seen in run_ranks(three_steps, EXPERT_LAYOUTS[layout][0], layout, optimizer, init=False):

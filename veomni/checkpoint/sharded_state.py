@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from veomni.errors import CheckpointError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_IMPLEMENTATION = ("fused", "foreach")
+"""Options of an optimizer that choose a kernel: what fits this run's devices and layout, not those of the saved one."""
 
 
 def sharded_state(model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -74,11 +76,17 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
 
     from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
 
-    _refuse_mismatch(table, SafeReader(directory).read_metadata().state_dict_metadata, directory)
+    wanted = {name: value for name, value in table.items() if not _chooses_kernel(name)}
+    _refuse_mismatch(wanted, SafeReader(directory).read_metadata().state_dict_metadata, directory)
     try:
-        load(table, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
+        load(wanted, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{directory} cannot be read: {error}", "use another checkpoint") from error
+    table.update(wanted)
+
+
+def _chooses_kernel(name: str) -> bool:
+    return name.startswith("optimizer.param_groups.") and name.rpartition(".")[2] in _IMPLEMENTATION
 
 
 def _refuse_mismatch(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from veomni.optim import hidden_matrices
 from veomni.plan import ParallelPlan
 from veomni.precision import Precision
 
@@ -56,16 +57,19 @@ def rank_memory(
     return RankMemory(
         parameters=everything * item / shards,
         gradients=trained * item / shards,
-        optimizer=trained * item * _states(train) / shards,
+        optimizer=_optimizer_numbers(model, trained, train) * item / shards,
         gathered=_gathered(model, plan, train, precision, shards),
     )
 
 
-def _states(train: TrainConfig) -> int:
-    """Return how many numbers the optimizer keeps per parameter."""
+def _optimizer_numbers(model: nn.Module, trained: int, train: TrainConfig) -> int:
+    """Return how many numbers the optimizer keeps: two a parameter (AdamW), one (momentum), or none."""
+    if train.optimizer.name == "sgd":
+        return trained if train.optimizer.momentum else 0
     if train.optimizer.name == "adamw":
-        return 2
-    return 1 if train.optimizer.momentum else 0
+        return 2 * trained
+    matrices = hidden_matrices(model, exclude=train.optimizer.muon.exclude)
+    return 2 * trained - sum(matrix.numel() for matrix in matrices)
 
 
 def _gathered(model: nn.Module, plan: ParallelPlan, train: TrainConfig, precision: Precision, shards: int) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from veomni.config.data import DataConfig
 from veomni.config.model import ModelConfig
 from veomni.config.problems import Problem
 from veomni.config.train import TrainConfig
-from veomni.config.train_parts import ExpertParallelConfig
+from veomni.config.train_parts import ExpertParallelConfig, MuonConfig, SchedulerConfig
 
 _DOUBLE_PRECISION_ATTENTION = ("auto", "eager", "sdpa")
 _ANY_PRECISION_ATTENTION = (*_DOUBLE_PRECISION_ATTENTION, "flex_attention")
@@ -24,6 +25,8 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     yield from _held_out(data, train)
     yield from _chat_template(data)
     yield from _length(train)
+    yield from _decay(train)
+    yield from _optimizer(train)
     yield from _devices(train)
     yield from _sharding(train)
     yield from _expert_parallel(train)
@@ -92,6 +95,35 @@ def _length(train: TrainConfig) -> Iterator[Problem]:
         yield Problem(
             f"train.scheduler.warmup_steps {schedule.warmup_steps} is more than train.max_steps {train.max_steps}",
             "warm up in fewer steps, or use train.scheduler.warmup_ratio",
+        )
+
+
+def _decay(train: TrainConfig) -> Iterator[Problem]:
+    schedule, default = train.scheduler, SchedulerConfig()
+    for key in ("decay_ratio", "decay_shape"):
+        value = getattr(schedule, key)
+        if schedule.name != "wsd" and value != getattr(default, key):
+            problem = f"train.scheduler.{key} {value} has no meaning with train.scheduler.name {schedule.name}"
+            yield Problem(problem, "leave it out, or set train.scheduler.name to wsd")
+    warmup = schedule.warmup_ratio or (schedule.warmup_steps or 0) / (train.max_steps or math.inf)
+    if schedule.name == "wsd" and warmup + schedule.decay_ratio > 1:
+        problem = f"the warm-up and train.scheduler.decay_ratio {schedule.decay_ratio} are more than the whole run"
+        yield Problem(problem, "warm up in fewer steps, or decay in a smaller share of them")
+
+
+def _optimizer(train: TrainConfig) -> Iterator[Problem]:
+    optimizer = train.optimizer
+    if optimizer.name == "muon":
+        if train.data_parallel_mode == "fsdp1":
+            yield Problem(
+                "train.optimizer.name muon needs the rows and columns of matrices, and train.data_parallel_mode fsdp1 "
+                "keeps flat pieces of them",
+                "use fsdp2, ddp or single, or train.optimizer.name adamw",
+            )
+    elif optimizer.muon != MuonConfig():
+        yield Problem(
+            f"train.optimizer.muon has no meaning with train.optimizer.name {optimizer.name}",
+            "leave it out, or set train.optimizer.name to muon",
         )
 
 

@@ -11,26 +11,50 @@ from veomni.config.base import PathText, Section
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class MuonConfig(Section):
+    """What is Muon's own; betas, eps and the other keys beside it are AdamW's, for what is no matrix of a block."""
+
+    lr: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="Peak learning rate of the matrices; null takes that of AdamW, whose size steps are scaled to.",
+    )
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0, description="Decay rate of the mean of gradients.")
+    nesterov: bool = Field(default=True, description="Look ahead by one gradient.")
+    ns_steps: int = Field(default=5, ge=1, le=99, description="Newton-Schulz steps that orthogonalise a matrix.")
+    exclude: list[str] = Field(
+        default=[], description="Glob patterns of parameter or module names inside the blocks that AdamW gets."
+    )
+
+
 class OptimizerConfig(Section):
     """The optimizer and its groups."""
 
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="The optimizer.")
+    name: Literal["adamw", "sgd", "muon"] = Field(
+        default="adamw",
+        description="The optimizer. muon is for the matrices of the blocks, with adamw for all other parameters.",
+    )
     lr: float = Field(default=3e-4, ge=0.0, description="Peak learning rate.")
     betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
         default=[0.9, 0.95], description="AdamW's decay rates of the first and second moment."
     )
     eps: float = Field(default=1e-8, gt=0.0, description="AdamW's addend to the denominator.")
-    weight_decay: float = Field(default=0.1, ge=0.0, description="Decoupled weight decay (AdamW), or L2 penalty (SGD).")
+    weight_decay: float = Field(
+        default=0.1, ge=0.0, description="Decoupled weight decay (AdamW, Muon), or L2 penalty (SGD)."
+    )
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="SGD's momentum.")
     no_decay: list[str] = Field(
         default=["*norm*", "*.bias"], description="Glob patterns of parameter names that weight_decay leaves alone."
     )
+    muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon, with optimizer.name muon.")
 
 
 class SchedulerConfig(Section):
     """Warm-up, then decay from ``optimizer.lr``."""
 
-    name: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Shape after the warm-up.")
+    name: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="cosine", description="Shape after the warm-up; wsd is constant until it decays at the end."
+    )
     warmup_steps: int | None = Field(
         default=None, ge=0, description="Steps of linear warm-up; null follows warmup_ratio."
     )
@@ -41,6 +65,12 @@ class SchedulerConfig(Section):
         description="Warm-up as a share of all steps; null with warmup_steps null is no warm-up.",
     )
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0, description="Final learning rate as a share of the peak.")
+    decay_ratio: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="wsd only: share of all steps, at the end, in which the rate falls."
+    )
+    decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
+        default="linear", description="wsd only: how it falls; sqrt is 1 - sqrt(share of the decay done)."
+    )
 
 
 class FSDPConfig(Section):

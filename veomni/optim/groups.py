@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from veomni.errors import ConfigError, ModelError
-from veomni.registry import did_you_mean
+from veomni.errors import ModelError
+from veomni.optim.names import FSDP1_PREFIX, is_fsdp1, matching, parameter_names, plain_name
 
-_FSDP1 = "_fsdp_wrapped_module."
-_WRAPPERS = (_FSDP1, "_checkpoint_wrapped_module.", "_orig_mod.")
 _COVERED_ANYWAY = ("*norm*", "*.bias")
 
 
@@ -38,8 +34,9 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
             ``*.bias``, may).
         ModelError: no parameter is trained.
     """
-    names = _names(model)
-    exempt = _matching([name for aliases in names.values() for name in aliases], no_decay)
+    names = parameter_names(model)
+    everyone = [name for aliases in names.values() for name in aliases]
+    exempt = matching(everyone, no_decay, "train.optimizer.no_decay", may_miss=_COVERED_ANYWAY)
     dimensions = _unsharded_dimensions(model)
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -53,35 +50,9 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
     return [group for group in groups if group["params"]]
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    for name, parameter in inner.named_parameters(remove_duplicate=False):
-        names[parameter].append(_plain(name))
-    return names
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _matching(names: list[str], patterns: Sequence[str]) -> set[str]:
-    matching: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
-        if not found and pattern not in _COVERED_ANYWAY:
-            raise ConfigError(
-                f"train.optimizer.no_decay: no parameter matches {pattern!r}", did_you_mean(pattern, names)
-            )
-        matching |= found
-    return matching
-
-
 def _unsharded_dimensions(model: nn.Module) -> dict[str, int]:
     """Return the number of dimensions of FSDP1's parameters, whose shards are flat; empty for other models."""
-    return dict(_fsdp1_dimensions(model)) if any(_FSDP1[:-1] in name for name, _ in model.named_modules()) else {}
+    return dict(_fsdp1_dimensions(model)) if is_fsdp1(model) else {}
 
 
 def _fsdp1_dimensions(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -93,5 +64,5 @@ def _fsdp1_dimensions(model: nn.Module) -> Iterator[tuple[str, int]]:
         whole = FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False)
         with torch.no_grad(), whole:
             for name, parameter in unit.module.named_parameters():
-                if _FSDP1 not in name:  # the others belong to units inside this one
-                    yield _plain(f"{path}.{name}" if path else name), parameter.ndim
+                if FSDP1_PREFIX not in name:  # the others belong to units inside this one
+                    yield plain_name(f"{path}.{name}" if path else name), parameter.ndim

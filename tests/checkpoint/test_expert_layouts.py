@@ -1,0 +1,94 @@
+"""A mixture-of-experts run, saved on one layout of experts and resumed on another, through the launcher."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # every rank would import it in its first optimizer step
+from torch import Tensor
+
+from tests.harness import run_ranks
+from tests.models.tiny import tiny_config
+from tests.optim.layouts import whole
+from tests.parity.documents import global_rows, share
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS
+from tests.parity.oracle import vocabulary
+from veomni.checkpoint import Checkpointer
+from veomni.checkpoint.sharded_state import sharded_state
+from veomni.launcher import Launcher
+from veomni.models import build_model
+from veomni.optim import build_optimizer, build_scheduler
+
+ALL = {**LAYOUTS, **EXPERT_LAYOUTS}
+OPTIONS: dict[str, Any] = {
+    "lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "no_decay": (),
+}  # fmt: skip
+
+
+def train(directory: Path, layout: str, name: str, steps: int, *, load: bool) -> tuple[dict[str, Any], list[float]]:
+    """Train, save at the end; return what a checkpoint holds (as resumed, or as saved), unsharded, and the losses."""
+    launcher = Launcher(ALL[layout][1](), accelerator="cpu", precision="fp64", timeout_seconds=60)
+    launcher.launch()
+    model = launcher.setup_model(build_model(tiny_config("qwen3_moe"), weights="random")).train()
+    optimizer = build_optimizer(model, name=name, **OPTIONS)
+    scheduler = build_scheduler(optimizer, name="wsd", total_steps=4, warmup_steps=1, min_lr_ratio=0, decay_ratio=0.5)
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    checkpointer = Checkpointer(directory)
+    found, losses = {}, []
+    if load:
+        assert checkpointer.load_latest(state) == 2
+        found = everything(state)
+    place = launcher.data_parallel
+    rows = share(global_rows(vocabulary("qwen3_moe")), place.rank, place.size, 1)
+    for batch in launcher.track([rows] * steps):
+        for micro in launcher.accumulate(model, batch):
+            launcher.backward(model(**micro.inputs).loss, micro)
+        losses.append(launcher.global_loss(batch).item())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    if not load:
+        checkpointer.save(state, 2)
+        found = everything(state)
+    checkpointer.close()
+    launcher.close()
+    return found, losses
+
+
+def everything(state: dict[str, Any]) -> dict[str, Any]:
+    table = sharded_state(state["model"], state["optimizer"])
+    return {
+        name: whole(value).clone() if isinstance(value, Tensor) else value
+        for name, value in table.items()
+        if not name.endswith((".fused", ".foreach"))
+    }
+
+
+@functools.cache
+def unbroken(name: str, directory: Path) -> list[float]:
+    return run_ranks(train, 1, directory, "single", name, 4, load=False, init=False)[0][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "targets"),
+    [
+        ("muon", "ep4_chunks", ["single", "ep2_fsdp2_4"]),
+        ("muon", "ep2_hsdp", ["ep4_ulysses2"]),
+        ("adamw", "ep2_fsdp1_4", ["single", "ep2_fsdp2_4"]),
+        ("adamw", "ep2_fsdp1_hybrid", ["ep2_fsdp1"]),
+    ],
+)
+def test_weights_and_optimizer_are_bitwise_and_the_losses_go_on(tmp_path, tmp_path_factory, name, source, targets):
+    expected = unbroken(name, tmp_path_factory.getbasetemp() / name)
+    saved, before = run_ranks(train, ALL[source][0], tmp_path, source, name, 2, load=False, init=False)[0]
+    for target in targets:
+        for found, after in run_ranks(train, ALL[target][0], tmp_path, target, name, 2, load=True, init=False):
+            assert before + after == pytest.approx(expected, rel=1e-10)
+            assert found.keys() == saved.keys()
+            for key, value in saved.items():
+                same = torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
+                assert same, (target, key)

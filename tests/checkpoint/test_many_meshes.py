@@ -1,0 +1,144 @@
+"""Parameters on several meshes, one optimizer for each: what one layout saves, any other loads, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from tests.harness import run_ranks
+from tests.optim.layouts import LAYOUTS, fsdp1_with_experts, give_gradients, laid_out, new_model, values, whole
+from veomni.checkpoint import Checkpointer
+from veomni.checkpoint.sharded_state import sharded_state
+from veomni.optim import MultiOptimizer, build_optimizer, build_scheduler
+
+FSDP1 = {"fsdp1_1": 1, "fsdp1_2": 2, "fsdp1_4": 4}
+RANKS = {**LAYOUTS, **FSDP1}
+OPTIONS = {"betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "no_decay": ()}
+
+
+def start(layout: str, name: str, lr: float):
+    if layout in FSDP1:
+        mesh = init_device_mesh("cpu", (FSDP1[layout],), mesh_dim_names=("fsdp",))
+        model: nn.Module = fsdp1_with_experts(new_model(), mesh)
+    else:
+        model = laid_out(layout)
+    optimizer = build_optimizer(model, name=name, lr=lr, **OPTIONS)
+    scheduler = build_scheduler(optimizer, name="wsd", total_steps=9, warmup_steps=3, min_lr_ratio=0.0)
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+
+def steps(state, indices) -> None:
+    model = state["model"]
+    for step in indices:
+        if isinstance(model, FullyShardedDataParallel):  # its flat gradients can only come from a backward
+            model(torch.arange(10)).square().mean().backward()
+        else:
+            give_gradients(model, step)
+        state["optimizer"].step()
+        state["scheduler"].step()
+        state["optimizer"].zero_grad()
+
+
+def everything(state) -> dict[str, object]:
+    """All that a checkpoint holds of model and optimizer, unsharded; not which kernels were used."""
+    table = sharded_state(state["model"], state["optimizer"])
+    return {
+        name: whole(value).clone() if isinstance(value, torch.Tensor) else value
+        for name, value in table.items()
+        if not name.endswith((".fused", ".foreach"))
+    }
+
+
+def save(directory: Path, layout: str, name: str) -> dict[str, object]:
+    state = start(layout, name, 0.1)
+    steps(state, range(2))
+    checkpointer = Checkpointer(directory)
+    checkpointer.save(state, 2)
+    checkpointer.close()
+    return everything(state)
+
+
+def load(directory: Path, layout: str, name: str, more: bool):
+    state = start(layout, name, 7.0)
+    with torch.no_grad():
+        for parameter in state["model"].parameters():
+            parameter.zero_()
+    checkpointer = Checkpointer(directory)
+    assert checkpointer.load_latest(state) == 2
+    checkpointer.close()
+    found = everything(state)
+    several = isinstance(state["optimizer"], MultiOptimizer)
+    if more:
+        steps(state, (2, 3))
+    return found, several, values(state["model"]) if more else {}
+
+
+def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value, name
+
+
+def unbroken(name: str) -> dict[str, torch.Tensor]:
+    state = start("single", name, 0.1)
+    steps(state, range(4))
+    return values(state["model"])
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "target"),
+    [
+        ("adamw", "ep4", "single"),
+        ("adamw", "single", "ep2_fsdp2"),
+        ("adamw", "hsdp_ep2", "ep2_fsdp2_columns"),
+        ("muon", "ep2_fsdp2", "fsdp2_2"),
+        ("muon", "fsdp2_4", "ep4"),
+        ("muon", "ddp", "fsdp2_2"),
+        ("sgd", "ep2", "single"),
+        ("sgd", "single", "ep2"),
+    ],
+)
+def test_experts_change_their_mesh(tmp_path, name, source, target):
+    saved = run_ranks(save, RANKS[source], tmp_path, source, name)
+    truth = unbroken(name)
+    for found, several, trained in run_ranks(load, RANKS[target], tmp_path, target, name, True):
+        assert several is (name == "muon" or "ep" in target)
+        assert_same(found, saved[0])
+        for key, expected in truth.items():
+            assert (trained[key] - expected).norm() <= 1e-12 * expected.norm(), key
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("fsdp1_2", "single"),
+        ("fsdp1_4", "fsdp1_2"),
+        ("fsdp1_2", "fsdp1_4"),
+        ("single", "fsdp1_2"),
+        ("ep2_fsdp2", "fsdp1_4"),
+        ("fsdp1_2", "ep2_fsdp2"),
+    ],
+)
+def test_fsdp1_around_experts_that_fsdp2_shards(tmp_path, source, target):
+    saved = run_ranks(save, RANKS[source], tmp_path, source, "adamw")
+    for found, several, _ in run_ranks(load, RANKS[target], tmp_path, target, "adamw", False):
+        assert several is (target != "single")
+        assert_same(found, saved[0])
+
+
+def kernels(directory: Path) -> list[object]:
+    state = start("fsdp2_2", "sgd", 0.1)
+    Checkpointer(directory).load_latest(state)
+    steps(state, [2])
+    return [group["fused"] for group in state["optimizer"].param_groups]
+
+
+def test_a_run_keeps_the_kernels_that_it_can_use(tmp_path):
+    """PyTorch's fused SGD takes plain tensors only; the run that saved used it."""
+    run_ranks(save, 1, tmp_path, "single", "sgd")
+    assert run_ranks(kernels, 2, tmp_path) == [[None, None]] * 2
