@@ -93,6 +93,7 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
     indices = part.indices(rows[1])
     result = PackedInputs(whole)
     result.document_lengths = document_lengths(inputs)
+    result.row_lengths = _row_lengths(inputs)
     result.row_digest = _digest(inputs)
     for name in whole:
         if name in _PADDING:
@@ -102,6 +103,43 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
         result["labels"] = result["shift_labels"]
     result[SEQUENCE_SIZE] = part.size
     return result
+
+
+def token_mask(inputs: Mapping[str, Any], part: SequencePart) -> Tensor | None:
+    """Return which of this rank's positions hold a token, bool ``[batch, seq]``; None where all of them do.
+
+    Args:
+        inputs: A micro-batch, whole or this rank's part of it.
+        part: Which positions of every row this rank holds.
+
+    Raises:
+        DataError: rows are padded, and nobody said where.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return None if bool(mask.all()) else mask.bool()
+    if getattr(inputs, "row_lengths", None) is None and not document_lengths(inputs):
+        return None
+    batch, held = _row_shape(inputs)
+    lengths = torch.tensor(_row_lengths(inputs))
+    if bool((lengths == held * part.size).all()):
+        return None
+    return part.indices(held * part.size).expand(batch, -1) < lengths[:, None]
+
+
+def _row_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    batch, length = _row_shape(inputs)
+    if not isinstance(inputs, PackedInputs):
+        return (length,) * batch
+    if inputs.row_lengths is not None:
+        return inputs.row_lengths
+    if sum(inputs.document_lengths) not in (0, batch * length):
+        raise DataError(
+            f"the documents of a batch hold {sum(inputs.document_lengths)} of its {batch * length} tokens, and it does "
+            "not say which the others are",
+            "give PackedInputs.row_lengths, the tokens of each row before its padded tail",
+        )
+    return (length,) * batch
 
 
 def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]:
