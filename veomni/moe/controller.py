@@ -21,7 +21,7 @@ from veomni.errors import ModelError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.mesh import ParallelState
 from veomni.models import hf
-from veomni.moe.balance import balance_gradient, balance_loss, with_gradient, z_gradient
+from veomni.moe.balance import balance_gradient, with_gradient, z_gradient
 from veomni.moe.bias import check_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
 from veomni.moe.options import MoEOptions
