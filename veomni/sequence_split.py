@@ -118,28 +118,33 @@ def token_mask(inputs: Mapping[str, Any], part: SequencePart) -> Tensor | None:
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return None if bool(mask.all()) else mask.bool()
-    if getattr(inputs, "row_lengths", None) is None and not document_lengths(inputs):
+    documents = document_lengths(inputs)
+    lengths = _row_lengths(inputs)
+    if lengths is None and not documents:
         return None
     batch, held = _row_shape(inputs)
-    lengths = torch.tensor(_row_lengths(inputs))
-    if bool((lengths == held * part.size).all()):
-        return None
-    return part.indices(held * part.size).expand(batch, -1) < lengths[:, None]
-
-
-def _row_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
-    batch, length = _row_shape(inputs)
-    if not isinstance(inputs, PackedInputs):
-        return (length,) * batch
-    if inputs.row_lengths is not None:
-        return inputs.row_lengths
-    if sum(inputs.document_lengths) not in (0, batch * length):
+    positions = held * part.size
+    if lengths is None:
         raise DataError(
-            f"the documents of a batch hold {sum(inputs.document_lengths)} of its {batch * length} tokens, and it does "
-            "not say which the others are",
+            f"the documents of a batch hold {sum(documents)} of its {batch * positions} tokens, and it does not say "
+            "which the others are",
             "give PackedInputs.row_lengths, the tokens of each row before its padded tail",
         )
-    return (length,) * batch
+    filled = torch.tensor(lengths)
+    if bool((filled == positions).all()):
+        return None
+    return part.indices(positions).expand(batch, -1) < filled[:, None]
+
+
+def _row_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the tokens of each row; None where padding is known to be there, but not where."""
+    if getattr(inputs, "row_lengths", None) is not None:
+        return inputs.row_lengths  # type: ignore[attr-defined]
+    documents = document_lengths(inputs)
+    if not documents:
+        return None
+    batch, length = _row_shape(inputs)
+    return (length,) * batch if sum(documents) == batch * length else None
 
 
 def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]:

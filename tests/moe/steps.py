@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import tiny_config
@@ -25,7 +24,7 @@ AUX, Z = 0.3, 0.02
 
 
 class Float64Zeros(TorchDispatchMode):
-    """transformers sums its loss from ``torch.zeros(..., dtype=torch.float32)``, and divides what it counted in that."""
+    """transformers sums its loss from zeros in float32, and divides what it counted in that."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

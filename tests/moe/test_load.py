@@ -107,7 +107,7 @@ def test_files_of_a_run(tmp_path):
     loads = lines[0]["tokens_per_expert"].values()
     assert metrics[1]["expert_load_max_violation"] == pytest.approx(max(max(c) / (sum(c) / 6) - 1 for c in loads))
     with Image.open(tmp_path / "expert_load.png") as picture:
-        assert len(set(picture.convert("RGB").resize((90, 70)).getdata())) > 20
+        assert len(set(picture.convert("RGB").resize((90, 70)).tobytes())) > 20
 
     run_ranks(reported_run, 2, tmp_path, "fsdp2_2", 6, 3, init=False)
     lines = [json.loads(line) for line in (tmp_path / "expert_load.jsonl").read_text().splitlines()]

@@ -303,7 +303,7 @@ def own_balance_loss(model: nn.Module) -> float | None:
 
     It is that of the configuration's ``router_aux_loss_coef`` while ``output_router_logits`` is set.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     for part in (config, config.get_text_config()) if is_pretrained(model) else ():
         if getattr(part, "output_router_logits", False):
             return float(getattr(part, "router_aux_loss_coef", 0.0))

@@ -3,9 +3,9 @@
 Both are means over all tokens of an optimizer step and over the routers of the model:
 
 - load balancing (Switch, arXiv:2101.03961, equation 4; over the global batch: arXiv:2501.11873),
-  ``E * sum_e f_e * P_e``, with ``f_e`` the tokens sent to expert ``e`` divided by all tokens, so that the ``f_e`` add up
-  to ``top_k``, and ``P_e`` the mean probability of expert ``e``: transformers' ``load_balancing_loss_func`` for one
-  layer at a time. The least it can be under balance is ``top_k``.
+  ``E * sum_e f_e * P_e``, with ``f_e`` the tokens sent to expert ``e`` divided by all tokens (they add up to
+  ``top_k``), and ``P_e`` the mean probability of expert ``e``: transformers' ``load_balancing_loss_func`` for one layer
+  at a time. It is ``top_k`` where experts share tokens and probability equally.
 - z-loss (ST-MoE, arXiv:2202.08906, equation 5), ``logsumexp(logits)^2``.
 """
 
@@ -51,7 +51,7 @@ class _WithGradient(torch.autograd.Function):
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(context: Any, grad_weights: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, grad_weights: Tensor) -> tuple[Tensor, Tensor, None]:
         (logits,) = context.saved_tensors
         return grad_weights, context.gradient(wide(logits)).to(logits.dtype), None
 

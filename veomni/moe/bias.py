@@ -1,4 +1,4 @@
-"""Balance without a loss: the correction bias of every expert moves towards equal load (arXiv:2408.15664, section 3)."""
+"""Balance without a loss: the correction bias of experts moves towards equal load (arXiv:2408.15664, section 3)."""
 
 from __future__ import annotations
 

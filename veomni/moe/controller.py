@@ -110,7 +110,8 @@ class RouterController:
         self._state, self._device, self._dtype = state, device, dtype
         self._step, self._micro = LoadCounter(routers, device), LoadCounter(routers, device)
         self._sizes = [router.experts for router in routers]
-        self._size_of_own = torch.tensor([size for size in self._sizes for _ in range(size)], device=device, dtype=dtype)
+        sizes = [size for size in self._sizes for _ in range(size)]
+        self._size_of_own = torch.tensor(sizes, device=device, dtype=dtype)
         self._probability_sums = torch.zeros(sum(self._sizes), device=device, dtype=dtype)
         self._z_sum = torch.zeros((), device=device, dtype=dtype)
         self._losses = torch.zeros(2, device=device, dtype=dtype)  # balance and z, this rank's share of the step's
@@ -153,8 +154,11 @@ class RouterController:
             micro_batches: Those of the step.
             run: The model; what is random in it must be drawn again alike afterwards.
         """
-        logger.warning_once("the load-balancing loss is one of the whole step: its %s micro-batches run forward once more, "
-                            "to count; train.moe.balance_scope micro_batch saves that", self._micro_batches)  # fmt: skip
+        logger.warning_once(
+            "the load-balancing loss is one of the whole step: its %s micro-batches run forward once more, to count; "
+            "train.moe.balance_scope micro_batch saves that",
+            self._micro_batches,
+        )
         self._counting = True
         try:
             for inputs in micro_batches:
@@ -263,7 +267,7 @@ class RouterController:
         if not self._watching:
             return routing
         grad = torch.is_grad_enabled()
-        if (grad or self._counting) and not recomputing():
+        if (grad or self._counting) and not recomputing():  # what is recomputed has been counted
             self._collect(position, routing)
         if not (self.aux_loss_coef or self.options.z_loss_coef) or not (grad and routing.weights.requires_grad):
             return routing

@@ -63,7 +63,8 @@ class RoutingLog:
                 number, _, name = key.partition(".")
                 forwards.setdefault(int(number), {})[name] = indices
         except (OSError, SafetensorError, ValueError) as error:
-            raise DataError(f"{path} is no recorded routing: {error}", "give a file that RoutingLog.save wrote") from error
+            problem = f"{path} is no recorded routing: {error}"
+            raise DataError(problem, "give a file that RoutingLog.save wrote") from error
         return cls([forwards[number] for number in sorted(forwards)])
 
     def part(self, part: SequencePart, batch_sizes: Sequence[int]) -> RoutingLog:
@@ -71,7 +72,7 @@ class RoutingLog:
 
         Args:
             part: Which positions of every row it holds (``launcher.sequence_part``).
-            batch_sizes: The rows of the micro-batch of every forward; their length must be divisible as the layout asks.
+            batch_sizes: The rows of every forward; the layout must divide their length.
         """
         return RoutingLog(
             [
@@ -117,7 +118,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
 
 @contextmanager
 def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
-    """Make the forwards of ``model`` inside the context choose the experts of ``log``, one of its forwards after another.
+    """Make the forwards of ``model`` inside the context choose the experts of the log's, one after another.
 
     It is exact under activation checkpointing too, as long as every forward is followed by its backward.
 
@@ -134,8 +135,8 @@ def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
     unknown = next((router for router in routers if router.scoring is None), None)
     if unknown is not None:
         raise ModelError(
-            f"how {unknown.name} ({type(unknown.module).__name__}) weighs experts is not known, so that no other choice "
-            "can be put in its place",
+            f"how {unknown.name} ({type(unknown.module).__name__}) weighs experts is not known: no other choice can "
+            "be put in the place of its own",
             "train this model without replay",
         )
     _check(log, routers)
@@ -171,7 +172,7 @@ class _Replay:
             raise DataError(
                 f"the recorded choice of {router.name} is {list(indices.shape)} and the forward makes one of "
                 f"{list(routing.indices.shape)} [tokens, top_k] (forward {self.number} of the log)",
-                "replay the micro-batches that were recorded, in their order; RoutingLog.part cuts rows that ranks share",
+                "replay the micro-batches that were recorded, in their order (RoutingLog.part cuts shared rows)",
             )
         indices = indices.to(routing.indices.device, routing.indices.dtype)
         assert router.scoring is not None

@@ -179,6 +179,9 @@ class _Trial:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = deepcopy(module).to_empty(device="cpu").float().eval()
+        for part in self.module.modules():  # hooks were made for the model's own forwards
+            part._forward_hooks.clear()
+            part._forward_pre_hooks.clear()
         generator = torch.Generator().manual_seed(0)
         for parameter in self.module.parameters():
             width = parameter.shape[-1] if parameter.dim() > 1 else 100
