@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import tiny_config
 from tests.parity.documents import IGNORE, Document, global_rows, pack, supervised
-from tests.parity.layouts import LAYOUTS, Outcome, full_gradients
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, Outcome, full_gradients
 from tests.parity.oracle import Truth, initial_model, vocabulary
 from veomni.batch import PackedInputs
 from veomni.launcher import Launcher
@@ -21,6 +21,7 @@ from veomni.moe import MoEOptions
 from veomni.strategies.compute_dtype import Float64Throughout
 
 AUX, Z = 0.3, 0.02
+ALL_LAYOUTS = {**LAYOUTS, **EXPERT_LAYOUTS}
 
 
 class Float64Zeros(TorchDispatchMode):
@@ -60,7 +61,7 @@ def balanced_step(
 ) -> tuple[Outcome, dict[str, float], dict[str, list[int]]]:
     """Gradients, metrics and the tokens of every expert; ``mutate`` breaks something on purpose."""
     launcher = Launcher(
-        LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision=precision, recompute=recompute,
+        ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision=precision, recompute=recompute,
         compile=compile, timeout_seconds=60, router=options,
     )  # fmt: skip
     launcher.launch()

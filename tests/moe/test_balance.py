@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.harness import run_ranks
-from tests.moe.steps import AUX, Z, balanced_step, balanced_truth
-from tests.parity.layouts import BOUNDS, LAYOUTS, check
+from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
+from tests.parity.layouts import BOUNDS, check
 from veomni.moe import MoEOptions
 
 OPTIONS = MoEOptions(aux_loss_coef=AUX, z_loss_coef=Z)
@@ -36,7 +36,7 @@ def agrees(results, expected, bound=1e-12) -> None:
 )
 def test_layouts(layout, accumulation):
     results = run_ranks(
-        balanced_step, LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, accumulation=accumulation
+        balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, accumulation=accumulation
     )
     agrees(results, truth("qwen3_moe", AUX, Z))
 
@@ -45,8 +45,23 @@ def test_layouts(layout, accumulation):
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp1_full", "ulysses2_fsdp2_2"])
 def test_a_recomputed_forward_counts_once(layout, recompute):
     results = run_ranks(
-        balanced_step, LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, recompute=recompute
+        balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, recompute=recompute
     )
+    agrees(results, truth("qwen3_moe", AUX, Z))
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("ep2_fsdp2_4", {"accumulation": 3}),
+        ("ep4_chunks", {"recompute": "full"}),
+        ("ep2_ulysses2", {"accumulation": 3, "recompute": "selective"}),
+        ("ep2_hsdp", {}),
+        ("ep2_fsdp1_4", {"accumulation": 3}),
+    ],
+)
+def test_experts_on_other_ranks(layout, options):
+    results = run_ranks(balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, **options)
     agrees(results, truth("qwen3_moe", AUX, Z))
 
 

@@ -8,10 +8,9 @@ from safetensors.torch import load_file
 
 from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
-from tests.moe.steps import micro_batches
+from tests.moe.steps import ALL_LAYOUTS, micro_batches
 from tests.moe.test_load import truth as load_truth
 from tests.parity.documents import global_rows
-from tests.parity.layouts import LAYOUTS
 from tests.parity.oracle import vocabulary
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import ModelError
@@ -34,7 +33,7 @@ def steps(model_name, layout, count, accumulation=1, output_dir=None, mutate=Non
     """The biases after every step."""
     schedule = None if output_dir is None else CheckpointSchedule(output_dir / "checkpoints", resume=resume)
     launcher = Launcher(
-        LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60,
+        ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60,
         router=MoEOptions(bias_update_rate=RATE), checkpoints=schedule,
     )  # fmt: skip
     launcher.launch()
@@ -68,12 +67,12 @@ def moved(load: dict[str, list[int]]) -> dict[str, list[float]]:
 @pytest.mark.parametrize("model", ["deepseek_v3", "glm4_moe"])
 @pytest.mark.parametrize(
     ("layout", "accumulation"),
-    [("single", 3), ("ddp2", 1), ("fsdp1_full", 3), ("fsdp2_2", 1), ("ulysses2_fsdp2_2", 3)],
+    [("single", 3), ("ddp2", 1), ("fsdp1_full", 3), ("fsdp2_2", 1), ("ulysses2_fsdp2_2", 3), ("ep2_fsdp2", 1)],
 )
 def test_one_step(model, layout, accumulation):
     expected = moved(load_truth(model))
     assert any(any(values) for values in expected.values())
-    for before, after in run_ranks(steps, LAYOUTS[layout][0], model, layout, 1, accumulation, init=False):
+    for before, after in run_ranks(steps, ALL_LAYOUTS[layout][0], model, layout, 1, accumulation, init=False):
         assert before == {name: [0.0] * 4 for name in expected}
         assert after == expected
 

@@ -9,9 +9,9 @@ import torch
 
 from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
-from tests.moe.steps import packed
+from tests.moe.steps import ALL_LAYOUTS, packed
 from tests.parity.documents import ROW, global_rows
-from tests.parity.layouts import LAYOUTS, _relative, full_gradients
+from tests.parity.layouts import _relative, full_gradients
 from tests.parity.oracle import initial_model, vocabulary
 from veomni.errors import DataError, ModelError
 from veomni.launcher import Launcher
@@ -72,7 +72,7 @@ def truth(model_name: str) -> tuple[float, dict[str, torch.Tensor]]:
 
 def replayed_step(model_name, layout, *, recompute="none", accumulation=1, options=None):
     launcher = Launcher(
-        LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", recompute=recompute,
+        ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", recompute=recompute,
         timeout_seconds=60, router=options,
     )  # fmt: skip
     launcher.launch()
@@ -117,11 +117,12 @@ def test_the_experts_that_were_told_are_weighed_by_the_models_own_rule(model):
         ("ulysses2_ddp", {"accumulation": 2}),
         ("ulysses2_fsdp2_2", {"recompute": "full"}),
         ("ring2_fsdp1", {}),
+        ("ep2_fsdp2_4", {"recompute": "full"}),
     ],
 )
 def test_layouts(layout, options):
     expected = truth("qwen3_moe")
-    for outcome in run_ranks(replayed_step, LAYOUTS[layout][0], "qwen3_moe", layout, init=False, **options):
+    for outcome in run_ranks(replayed_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, init=False, **options):
         agrees(*outcome, expected)
 
 
