@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.parity.documents import IGNORE, global_rows, pack
-from veomni.batch import SEQUENCE_SIZE, PackedInputs, supervised_tokens
+from veomni.batch import SEQUENCE_SIZE, PackedInputs, document_lengths, supervised_tokens
 from veomni.errors import DataError
-from veomni.sequence_split import SequencePart, split_rows
+from veomni.sequence_split import WHOLE_ROWS, SequencePart, split_rows, token_mask
 
 PARTS = {"ulysses2": (2, 1), "ulysses4": (4, 1), "ring2": (1, 2), "ring2 x ulysses2": (2, 2), "ulysses3": (3, 1)}
 
@@ -118,3 +118,38 @@ def test_what_cannot_be_cut_is_refused(inputs, part, named):
     with pytest.raises(DataError, match=named) as caught:
         split_rows(inputs, SequencePart(*part))
     assert caught.value.fix
+
+
+def test_which_positions_hold_a_token():
+    batch = PackedInputs(input_ids=torch.zeros(2, 9, dtype=torch.int64))
+    batch.document_lengths, batch.row_lengths = (4, 3, 9), (7, 9)
+    whole = torch.arange(9) < torch.tensor([[7], [9]])
+    assert torch.equal(token_mask(batch, WHOLE_ROWS), whole)
+    for part in (SequencePart(2, rank) for rank in range(2)):  # the split pads rows to 10
+        padded = torch.nn.functional.pad(whole, (0, 1))
+        assert torch.equal(token_mask(split_rows(batch, part), part), padded[:, part.indices(10)])
+    ring = SequencePart(1, 0, 2, 1)
+    padded = torch.nn.functional.pad(whole, (0, 3))
+    assert torch.equal(token_mask(split_rows(batch, ring), ring), padded[:, ring.indices(12)])
+
+
+def test_rows_without_padding_need_no_mask():
+    batch = PackedInputs(input_ids=torch.zeros(2, 8, dtype=torch.int64))
+    batch.document_lengths = (3, 5, 8)
+    assert token_mask(batch, WHOLE_ROWS) is None
+    assert token_mask({"input_ids": torch.zeros(2, 8, dtype=torch.int64)}, WHOLE_ROWS) is None
+    assert token_mask({"pixels": torch.zeros(2, 8)}, WHOLE_ROWS) is None
+
+
+def test_a_padding_mask_says_it_itself():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "attention_mask": mask}
+    assert torch.equal(token_mask(batch, WHOLE_ROWS), mask.bool())
+    assert document_lengths(batch) == (2, 3)
+
+
+def test_padding_that_nobody_placed_is_refused():
+    batch = PackedInputs(input_ids=torch.zeros(2, 8, dtype=torch.int64))
+    batch.document_lengths = (3, 5)
+    with pytest.raises(DataError, match="8 of its 16 tokens"):
+        token_mask(batch, WHOLE_ROWS)

@@ -36,10 +36,12 @@ class PackedInputs(dict[str, Any]):
 
     Attributes:
         document_lengths: Tokens of each document in it, without padding; what throughput and FLOPs are counted from.
+        row_lengths: Tokens of each row before its padded tail; None where that was not said.
         row_digest: Tells the whole rows apart that this is a part of; 0 for a batch of whole rows.
     """
 
     document_lengths: tuple[int, ...] = ()
+    row_lengths: tuple[int, ...] | None = None
     row_digest: int = 0
 
 
@@ -47,7 +49,12 @@ def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the lengths of a micro-batch's documents; of one that does not know them, every row is one document."""
     if isinstance(inputs, PackedInputs):
         return inputs.document_lengths
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return tuple(int(length) for length in mask.bool().sum(-1))
     ids = inputs.get("input_ids")
+    if ids is None and inputs.get("inputs_embeds") is not None:
+        ids = inputs["inputs_embeds"][..., 0]
     return () if ids is None else (int(ids.shape[-1]),) * (ids.numel() // int(ids.shape[-1]))
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 def build_launcher(config: Config) -> Launcher:
     """Return a launcher for the ``train`` section; nothing is started yet."""
+    from veomni.moe import MoEOptions
+
     train, output_dir = config.train, Path(config.train.output_dir)
     save, accelerator = train.checkpoint, select_accelerator(train.accelerator)
     devices = local_processes(train, accelerator.device_type, accelerator.device_count())
@@ -47,6 +49,7 @@ def build_launcher(config: Config) -> Launcher:
         recompute=train.gradient_checkpointing,
         compile=train.compile,
         fused_loss=config.model.fused_loss,
+        router=MoEOptions(**train.moe.model_dump()),
         broadcast_weights=config.model.broadcast_weights,
         deterministic=train.deterministic,
         timeout_seconds=train.timeout_seconds,

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from veomni.launch import Environment, StopSignal, collective_timeout, detect_en
 from veomni.logging import create_logger
 from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
 from veomni.precision import Precision, select_precision
-from veomni.randomness import RandomState, seed_process, use_deterministic_algorithms
+from veomni.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
 from veomni.reporter import Reporter
 from veomni.sequence_split import SequencePart
 from veomni.strategies import ParameterStrategy, Strategy
@@ -45,6 +46,9 @@ from veomni.strategies.base import SetupContext
 from veomni.strategies.compile import compile_blocks
 from veomni.strategies.recompute import Recompute, apply_recompute
 from veomni.strategies.select import parameter_strategy, select_strategies
+
+if TYPE_CHECKING:
+    from veomni.moe import MoEOptions, RouterController
 
 logger = create_logger(__name__)
 
@@ -72,6 +76,7 @@ class Launcher:
         compile: Compile each block with ``torch.compile``.
         fused_loss: Fuse the head with the loss where that is exact.
         broadcast_weights: Rank 0 reads the weights and sends them, instead of every rank reading its shards.
+        router: How experts are balanced and their load is reported; None is ``MoEOptions()``.
         deterministic: Choose reproducible kernels only.
         timeout_seconds: How long a collective waits for the other ranks; the variable ``NCCL_TIMEOUT`` goes before it.
         reporter: Where numbers go; None prints and writes nothing.
@@ -90,6 +95,7 @@ class Launcher:
         recompute: Recompute = "none",
         compile: bool = False,
         fused_loss: bool = True,
+        router: MoEOptions | None = None,
         broadcast_weights: bool = False,
         deterministic: bool = False,
         timeout_seconds: float = 1800.0,
@@ -104,6 +110,7 @@ class Launcher:
         self.backend = self.accelerator.backend if backend == "auto" else backend
         self.seed = seed
         self.recompute, self.compile, self.fused_loss = recompute, compile, fused_loss
+        self.router = router
         self.broadcast_weights, self.deterministic = broadcast_weights, deterministic
         self.timeout = timedelta(seconds=timeout_seconds)
         self.reporter = reporter or Reporter()
@@ -111,6 +118,8 @@ class Launcher:
         self.step = 0
         self._stop: StopSignal | None = None
         self._batch: StepBatch | None = None
+        self._controllers: WeakKeyDictionary[nn.Module, RouterController] = WeakKeyDictionary()
+        self._controller: RouterController | None = None
 
     # ---------------------------------------------------------------- processes
 
@@ -216,6 +225,7 @@ class Launcher:
             try_packing,
             unwrap,
         )
+        from veomni.moe import MoEOptions, install_controller
 
         half = self.precision.compute is torch.bfloat16
         isolate_documents(model)
@@ -228,6 +238,8 @@ class Launcher:
         materialize = Materializer(model, device=self._storage_device(), seed=self.seed, group=group)
         self.reporter.describe_model(model, self.accelerator, self.precision, self.world_size)
         install_token_loss(model, fused=self.fused_loss)
+        dtype = torch.float64 if self.precision.name == "fp64" else torch.float32
+        controller = install_controller(model, self.router or MoEOptions(), self.state, self.device, dtype)
         for strategy in self.strategies:
             strategy.prepare(model, plan, self.state)
         apply_recompute(model, plan, self.recompute)
@@ -238,6 +250,8 @@ class Launcher:
         try_packing(ready, unwrap(ready), self.device)
         for strategy in self.strategies:
             strategy.verify(ready, unwrap(ready), context)
+        controller.check()
+        self._controllers[ready] = controller
         return ready
 
     def _storage_device(self) -> torch.device:
@@ -326,12 +340,22 @@ class Launcher:
 
     def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
         """Yield the step's micro-batches on the device; gradients are exchanged in the last one's backward only."""
+        self._controller = self._controllers.get(model)
+        if self._controller is not None:
+            self._begin_routing(self._controller, model, batch)
         for index, inputs in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
             micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last)
-            with self.parameter_strategy.grad_sync(model, last):
+            watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
+            with self.parameter_strategy.grad_sync(model, last), watch:
                 yield micro
         self.reporter.mark("compute")
+
+    def _begin_routing(self, controller: RouterController, model: nn.Module, batch: StepBatch) -> None:
+        controller.begin_step(batch.work.tokens, len(batch.micro_batches))
+        if controller.counts_first:
+            with same_draws_after(self.accelerator):
+                controller.count_first(batch.micro_batches, lambda inputs: model(**self._to_device(inputs)))
 
     def _own_part(self, micro_batch: Mapping[str, Any]) -> Mapping[str, Any]:
         inputs = micro_batch if isinstance(micro_batch, dict) else dict(micro_batch)
@@ -355,11 +379,21 @@ class Launcher:
         Gradients after the last backward are those of the mean over all supervised tokens of the step, whatever the
         layout: strategies average over the ``loss`` view, so each part is weighed by its share of the tokens times the
         size of that view.
+
+        The losses of routers add their gradients here, and with the last backward the step of the routers ends, before
+        any parameter changes: no loop does without this call.
+
+        Raises:
+            NonFiniteError: logits of a router are not finite; raised on all ranks.
         """
         assert self._batch is not None, "call backward inside track() and accumulate()"
+        if self._controller is not None:
+            self._controller.before_backward()
         share = micro.tokens / max(1, self._batch.tokens)
         self._batch.loss = self._batch.loss + loss.detach() * share
         (loss * (share * self.state.size("loss"))).backward()
+        if self._controller is not None and micro.last:
+            self._controller.end_step()
 
     def global_loss(self, batch: StepBatch) -> Tensor:
         """Return the mean over all supervised tokens of the step, equal on all ranks."""
@@ -384,7 +418,11 @@ class Launcher:
     def log(self, metrics: Mapping[str, float | int | Tensor | None]) -> None:
         """Report numbers of the step in hand: the progress bar, ``metrics.jsonl`` and the other loggers."""
         assert self._batch is not None, "call log inside track()"
-        self.reporter.report(metrics, self._batch)
+        routing = {} if self._controller is None else self._controller.metrics()
+        self.reporter.report({**metrics, **routing}, self._batch)
+        load = None if self._controller is None else self._controller.load_due(self._batch.index)
+        if load is not None:
+            self.reporter.report_expert_load(load, self._batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, loader: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,15 @@ class RandomState:
         torch.set_rng_state(_as_bytes(state["torch"]))
         if "device" in state:
             self._accelerator.set_rng_state(_as_bytes(state["device"]))
+
+
+@contextmanager
+def same_draws_after(accelerator: Accelerator) -> Iterator[None]:
+    """Put all generators back as they were when the body ends: what follows draws what the body drew."""
+    state = RandomState(accelerator)
+    before = state.state_dict()
+    yield
+    state.load_state_dict(before)
 
 
 def _as_bytes(state: Tensor) -> Tensor:

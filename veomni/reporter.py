@@ -13,8 +13,9 @@ from veomni.batch import StepBatch, StepWork, document_lengths
 from veomni.logging import current_rank
 
 if TYPE_CHECKING:
-    from veomni.loggers import Logger, LoggerGroup
+    from veomni.loggers import JsonLines, Logger, LoggerGroup
     from veomni.metrics import FlopsCounter, Progress, Throughput
+    from veomni.moe import ExpertLoad
     from veomni.precision import Precision
 
 
@@ -26,7 +27,7 @@ class Reporter:
         loggers: Further loggers (wandb, TensorBoard).
         progress_bar: Show a bar on a terminal, plain lines elsewhere.
         log_every: Report every so many steps.
-        plot: Draw ``loss.png`` when the run ends.
+        plot: Draw ``loss.png``, and ``expert_load.png`` of a mixture of experts, when the run ends.
         config: The run's configuration, for the loggers that keep one; secrets are redacted there.
     """
 
@@ -45,6 +46,7 @@ class Reporter:
         self._progress_bar, self._config = progress_bar, config
         self._extra_loggers = list(loggers)
         self._group: LoggerGroup | None = None
+        self._expert_load: JsonLines | None = None
         self._flops: FlopsCounter | None = None
         self._throughput: Throughput | None = None
         self._progress: Progress | None = None
@@ -78,6 +80,8 @@ class Reporter:
     def resume_from(self, step: int) -> None:
         """Drop what was reported past ``step``; those steps are taken again."""
         self._logger_group().truncate_after(step)
+        if self._writes:
+            self._expert_load_lines().truncate_after(step)
 
     def start(self, step: int, total: int | None) -> None:
         """Begin to show progress from ``step`` towards ``total``."""
@@ -108,6 +112,24 @@ class Reporter:
             self._progress.update(batch.index, numbers)
         self._logger_group().log(numbers, batch.index)
 
+    def report_expert_load(self, load: ExpertLoad, batch: StepBatch) -> None:
+        """Write how many tokens every expert was sent in a step, a line of ``expert_load.jsonl``."""
+        if self._writes:
+            counts = {name: sent.tolist() for name, sent in zip(load.names, load.assignments, strict=True)}
+            self._expert_load_lines().append({"step": batch.index, "tokens_per_expert": counts})
+
+    @property
+    def _writes(self) -> bool:
+        return self.output_dir is not None and current_rank() == 0
+
+    def _expert_load_lines(self) -> JsonLines:
+        if self._expert_load is None:
+            from veomni.loggers import JsonLines
+
+            assert self.output_dir is not None
+            self._expert_load = JsonLines(self.output_dir / "expert_load.jsonl")
+        return self._expert_load
+
     def _timing(self, work: StepWork) -> dict[str, float | int | None]:
         if self._throughput is None:
             return {"tokens": int(work.tokens)}
@@ -123,10 +145,19 @@ class Reporter:
             self._progress = None
         self._logger_group().finalize(status)
         self._group = None
-        if self.plot and self.output_dir is not None and current_rank() == 0 and status == "finished":
-            from veomni.metrics import plot_loss
+        if self._expert_load is not None:
+            self._expert_load.close()
+        if self.plot and self._writes and status == "finished":
+            self._draw()
 
-            plot_loss(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+    def _draw(self) -> None:
+        from veomni.metrics import plot_expert_load, plot_loss
+
+        assert self.output_dir is not None
+        plot_loss(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+        expert_load = self.output_dir / "expert_load.jsonl"
+        if expert_load.exists():
+            plot_expert_load(expert_load, self.output_dir / "expert_load.png")
 
     def _logger_group(self) -> LoggerGroup:
         if self._group is None:

@@ -93,6 +93,7 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
     indices = part.indices(rows[1])
     result = PackedInputs(whole)
     result.document_lengths = document_lengths(inputs)
+    result.row_lengths = _row_lengths(inputs)
     result.row_digest = _digest(inputs)
     for name in whole:
         if name in _PADDING:
@@ -102,6 +103,48 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
         result["labels"] = result["shift_labels"]
     result[SEQUENCE_SIZE] = part.size
     return result
+
+
+def token_mask(inputs: Mapping[str, Any], part: SequencePart) -> Tensor | None:
+    """Return which of this rank's positions hold a token, bool ``[batch, seq]``; None where all of them do.
+
+    Args:
+        inputs: A micro-batch, whole or this rank's part of it.
+        part: Which positions of every row this rank holds.
+
+    Raises:
+        DataError: rows are padded, and nobody said where.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return None if bool(mask.all()) else mask.bool()
+    documents = document_lengths(inputs)
+    lengths = _row_lengths(inputs)
+    if lengths is None and not documents:
+        return None
+    batch, held = _row_shape(inputs)
+    positions = held * part.size
+    if lengths is None:
+        raise DataError(
+            f"the documents of a batch hold {sum(documents)} of its {batch * positions} tokens, and it does not say "
+            "which the others are",
+            "give PackedInputs.row_lengths, the tokens of each row before its padded tail",
+        )
+    filled = torch.tensor(lengths)
+    if bool((filled == positions).all()):
+        return None
+    return part.indices(positions).expand(batch, -1) < filled[:, None]
+
+
+def _row_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the tokens of each row; None where padding is known to be there, but not where."""
+    if getattr(inputs, "row_lengths", None) is not None:
+        return inputs.row_lengths  # type: ignore[attr-defined]
+    documents = document_lengths(inputs)
+    if not documents:
+        return None
+    batch, length = _row_shape(inputs)
+    return (length,) * batch if sum(documents) == batch * length else None
 
 
 def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]:

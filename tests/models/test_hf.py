@@ -111,3 +111,23 @@ def test_checkpoint_keys_that_change_name_are_grouped():
     model = transformers.LlamaForCausalLM(tiny_config("llama"))
     groups = hf.loading_conversions(model, ["layers.0.mlp.up_proj.weight", "lm_head.weight", "strange"])
     assert [group.key for group in groups] == ["model.layers.0.mlp.up_proj.weight", "lm_head.weight", "strange"]
+
+
+def test_routers_are_recorded_and_their_own_loss_is_found_and_dropped():
+    config = tiny_config("qwen3_moe", output_router_logits=True, router_aux_loss_coef=0.5)
+    model = transformers.Qwen3MoeForCausalLM(config)
+    found = [(name, type(module).__name__, index) for name, module, index in hf.router_logits(model)]
+    assert found == [(f"model.layers.{layer}.mlp.gate", "Qwen3MoeTopKRouter", 0) for layer in range(2)]
+    assert hf.own_balance_loss(model) == 0.5
+    assert hf.balances_on_softmax(model)
+    tokens = torch.arange(8)[None]
+    with_aux = model(input_ids=tokens, labels=tokens)
+    hf.drop_own_balance_loss(model)
+    without = model(input_ids=tokens, labels=tokens)
+    assert without.aux_loss is None
+    assert torch.allclose(with_aux.loss - without.loss, 0.5 * with_aux.aux_loss)
+    assert model.config.output_router_logits is True
+    dense = transformers.LlamaForCausalLM(tiny_config("llama"))
+    assert hf.own_balance_loss(dense) is None
+    assert not hf.balances_on_softmax(dense)
+    assert list(hf.router_logits(dense)) == []

@@ -14,6 +14,7 @@ from veomni.config.train_parts import (
     ExportConfig,
     FSDPConfig,
     LoggingConfig,
+    MoEConfig,
     OptimizerConfig,
     SchedulerConfig,
 )
@@ -102,6 +103,7 @@ class TrainConfig(Section):
     expert_parallel: ExpertParallelConfig = Field(
         default_factory=ExpertParallelConfig, description="How tokens reach experts on other ranks."
     )
+    moe: MoEConfig = Field(default_factory=MoEConfig, description="Routing of a mixture of experts.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="What is written at the end.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation on held-out data.")

@@ -162,3 +162,28 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(default=False, description="Write TensorBoard event files.")
     progress_bar: bool = Field(default=True, description="Show loss, speed and time left on a terminal.")
     plot: bool = Field(default=True, description="Draw <output_dir>/loss.png at the end.")
+
+
+class MoEConfig(Section):
+    """How a mixture of experts is kept balanced, and what is reported of it."""
+
+    aux_loss_coef: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="Weight of the load-balancing loss over the global batch; null takes the model configuration's "
+        "router_aux_loss_coef where it says output_router_logits, and is 0 elsewhere.",
+    )
+    z_loss_coef: float = Field(default=0.0, ge=0.0, description="Weight of the router z-loss over the global batch.")
+    bias_update_rate: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Balance without a loss: step by which the correction bias of experts moves towards equal load.",
+    )
+    balance_scope: Literal["step", "micro_batch"] = Field(
+        default="step",
+        description="Tokens that the load-balancing loss compares experts over. step, with several micro-batches, runs "
+        "them forward once more to count.",
+    )
+    log_load_every: int | None = Field(
+        default=10, ge=1, description="Steps between lines of expert_load.jsonl; null reports no load."
+    )

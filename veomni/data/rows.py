@@ -47,6 +47,7 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         positions = np.empty(shape, np.int64)
         segments: list[int] = []
         documents: list[int] = []
+        filled: list[int] = []
         for row, samples in enumerate(rows):
             at = 0
             for sample in samples:
@@ -55,12 +56,13 @@ class MicroBatches(Dataset[MicroBatchInputs]):
                 documents.append(stop - at)
                 positions[row, at:stop] = np.arange(stop - at)
                 at = stop
+            filled.append(at)
             if at < self.capacity:
                 segments.append(self.capacity - at)
                 positions[row, at:] = np.arange(self.capacity - at)
         tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
         batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
-        batch.document_lengths = tuple(documents)
+        batch.document_lengths, batch.row_lengths = tuple(documents), tuple(filled)
         if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
             batch.update(_attention(segments, self.capacity))
         return split_rows(batch, self.part) if self.part.size > 1 else batch
@@ -99,5 +101,6 @@ def _attention(segments: list[int], capacity: int) -> dict[str, Any]:
 def with_values(batch: MicroBatchInputs, change: Callable[[Any], Any]) -> MicroBatchInputs:
     """Return a micro-batch with every value changed, that still knows its documents."""
     changed = PackedInputs({name: change(value) for name, value in batch.items()})
-    changed.document_lengths, changed.row_digest = batch.document_lengths, batch.row_digest
+    changed.document_lengths, changed.row_lengths = batch.document_lengths, batch.row_lengths
+    changed.row_digest = batch.row_digest
     return changed

@@ -25,7 +25,7 @@ def plot_loss(metrics_jsonl: Path, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = list(_rows(metrics_jsonl))
+    rows = list(step_lines(metrics_jsonl))
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, norm = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -45,7 +45,8 @@ def plot_loss(metrics_jsonl: Path, out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def step_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file of JSON lines, without what a killed process left of its last one."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):

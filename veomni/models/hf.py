@@ -278,6 +278,52 @@ def use_experts(model: nn.Module, name: str) -> None:
     model.set_experts_implementation(name)  # type: ignore[operator]
 
 
+def router_logits(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield (name, router, where in its output its logits are) of what a model records as ``router_logits``."""
+    seen: set[int] = set()
+    for prefix, owner in model.named_modules():
+        if not is_pretrained(owner):
+            continue
+        for recorder in _recorders(owner, "router_logits"):
+            for name, module in owner.named_modules(prefix=prefix):
+                named = recorder.layer_name is None or recorder.layer_name in name
+                if isinstance(module, recorder.target_class) and named and id(module) not in seen:
+                    seen.add(id(module))
+                    yield name, module, int(recorder.index)
+
+
+def _recorders(model: nn.Module, output: str) -> list[Any]:
+    found = (getattr(model, "_can_record_outputs", None) or {}).get(output, ())
+    recorders = found if isinstance(found, list | tuple) else [found]
+    return [recorder for recorder in recorders if getattr(recorder, "target_class", None) is not None]
+
+
+def own_balance_loss(model: nn.Module) -> float | None:
+    """Return the weight of the load-balancing loss that a transformers model would add to its own loss; None without.
+
+    It is that of the configuration's ``router_aux_loss_coef`` while ``output_router_logits`` is set.
+    """
+    config: Any = getattr(model, "config", None)
+    for part in (config, config.get_text_config()) if is_pretrained(model) else ():
+        if getattr(part, "output_router_logits", False):
+            return float(getattr(part, "router_aux_loss_coef", 0.0))
+    return None
+
+
+def balances_on_softmax(model: nn.Module) -> bool:
+    """Whether transformers defines a load-balancing loss for a model; it is always one of the softmax of the logits."""
+    return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+
+
+def drop_own_balance_loss(model: nn.Module) -> None:
+    """Keep a transformers model from adding a load-balancing loss of its own; its configuration stays as it is."""
+
+    def never(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": False}
+
+    model.register_forward_pre_hook(never, with_kwargs=True)
+
+
 def mask_makers(names: Sequence[str]) -> dict[str, Any]:
     """Return the functions that make attention masks for the attentions called ``names``."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

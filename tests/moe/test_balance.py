@@ -1,0 +1,132 @@
+"""Load-balancing loss and z-loss: every gradient as transformers' own loss over the whole batch in one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
+from tests.parity.layouts import BOUNDS, check
+from veomni.moe import MoEOptions
+
+OPTIONS = MoEOptions(aux_loss_coef=AUX, z_loss_coef=Z)
+truth = functools.cache(balanced_truth)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _warm():
+    """What ranks are forked from knows transformers already."""
+    truth("qwen3_moe", AUX, Z)
+
+
+def agrees(results, expected, bound=1e-12) -> None:
+    known, numbers = expected
+    for outcome, metrics, _ in results:
+        check(outcome, known, bound)
+        for name, value in numbers.items():
+            assert metrics[name] == pytest.approx(value, rel=bound), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    "layout", ["single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2", "ulysses2_fsdp2", "ulysses2_ddp_2", "ring2_fsdp1"]
+)
+def test_layouts(layout, accumulation):
+    results = run_ranks(
+        balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, accumulation=accumulation
+    )
+    agrees(results, truth("qwen3_moe", AUX, Z))
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp1_full", "ulysses2_fsdp2_2"])
+def test_a_recomputed_forward_counts_once(layout, recompute):
+    results = run_ranks(
+        balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, recompute=recompute
+    )
+    agrees(results, truth("qwen3_moe", AUX, Z))
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("ep2_fsdp2_4", {"accumulation": 3}),
+        ("ep4_chunks", {"recompute": "full"}),
+        ("ep2_ulysses2", {"accumulation": 3, "recompute": "selective"}),
+        ("ep2_hsdp", {}),
+        ("ep2_fsdp1_4", {"accumulation": 3}),
+    ],
+)
+def test_experts_on_other_ranks(layout, options):
+    results = run_ranks(balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, **options)
+    agrees(results, truth("qwen3_moe", AUX, Z))
+
+
+@pytest.mark.parametrize("model", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_architectures(model):
+    agrees(run_ranks(balanced_step, 2, model, "fsdp2_2", OPTIONS, init=False), truth(model, AUX, Z))
+
+
+def test_a_loss_of_each_micro_batch():
+    options = MoEOptions(aux_loss_coef=AUX, z_loss_coef=Z, balance_scope="micro_batch")
+    results = run_ranks(balanced_step, 1, "qwen3_moe", "single", options, init=False, accumulation=3)
+    agrees(results, truth("qwen3_moe", AUX, Z, groups=3))
+
+
+def test_float32():
+    results = run_ranks(balanced_step, 2, "qwen3_moe", "fsdp2_2", OPTIONS, init=False, precision="fp32")
+    agrees(results, truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
+
+
+def test_compiled_blocks():
+    results = run_ranks(
+        balanced_step, 1, "qwen3_moe", "fsdp2_1", OPTIONS, init=False, precision="fp32", compile=True,
+        recompute="full", timeout=240,
+    )  # fmt: skip
+    agrees(results, truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
+
+
+def test_the_models_own_loss_is_replaced_and_its_weight_kept():
+    changes = {"output_router_logits": True, "router_aux_loss_coef": AUX}
+    results = run_ranks(balanced_step, 2, "qwen3_moe", "ddp2", MoEOptions(), init=False, **changes)
+    agrees(results, (truth("qwen3_moe", AUX, 0.0)[0], {"aux_loss": truth("qwen3_moe", AUX, 0.0)[1]["aux_loss"]}))
+
+
+def test_no_weight_no_loss():
+    options = MoEOptions(aux_loss_coef=0.0)
+    changes = {"output_router_logits": True, "router_aux_loss_coef": AUX}
+    for outcome, metrics, _ in run_ranks(balanced_step, 2, "qwen3_moe", "ddp2", options, init=False, **changes):
+        check(outcome, truth("qwen3_moe", 0.0, 0.0)[0], 1e-12)
+        assert "aux_loss" not in metrics
+
+
+def _count_what_is_trained_on(launcher, model):
+    for router in launcher._controllers[model].routers:
+        router.listeners.append(functools.partial(_note, router.name, launcher._controllers[model]))
+
+
+def _note(name, controller, routing):
+    if torch.is_grad_enabled():
+        real = routing.indices if controller._mask is None else routing.indices[controller._mask]
+        counts = SEEN.setdefault(name, torch.zeros(routing.logits.shape[-1], dtype=torch.int64))
+        counts += torch.bincount(real.flatten(), minlength=len(counts))
+    return routing
+
+
+SEEN: dict[str, torch.Tensor] = {}
+
+
+def step_with_dropout():
+    _, _, load = balanced_step(
+        "qwen3_moe", "single", MoEOptions(aux_loss_coef=AUX), accumulation=3, attention_dropout=0.3,
+        mutate=_count_what_is_trained_on,
+    )  # fmt: skip
+    return load, {name: counts.tolist() for name, counts in SEEN.items()}
+
+
+def test_the_counting_pass_draws_the_same_dropout():
+    ((counted, trained_on),) = run_ranks(step_with_dropout, 1, init=False)
+    assert counted == trained_on

@@ -1,0 +1,21 @@
+"""Mixture-of-experts routing: balancing losses, correction bias, load of experts, replay of choices."""
+
+from veomni.moe.controller import RouterController, install_controller
+from veomni.moe.load import ExpertLoad
+from veomni.moe.options import BalanceScope, MoEOptions
+from veomni.moe.replay import RoutingLog, record_routing, replay_routing
+from veomni.moe.routers import Router, Routers, find_routers
+
+__all__ = [
+    "BalanceScope",
+    "ExpertLoad",
+    "MoEOptions",
+    "Router",
+    "RouterController",
+    "Routers",
+    "RoutingLog",
+    "find_routers",
+    "install_controller",
+    "record_routing",
+    "replay_routing",
+]

@@ -1,0 +1,52 @@
+"""Balance without a loss: the correction bias of experts moves towards equal load (arXiv:2408.15664, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from veomni.errors import ModelError
+from veomni.moe.routers import Router
+
+
+def check_bias(router: Router) -> None:
+    """Refuse a bias that cannot be moved; called when the model is sharded.
+
+    Raises:
+        ModelError: the router has none, or it is part of FSDP1's flat parameters.
+    """
+    if router.bias is None:
+        raise ModelError(
+            f"{router.name} ({type(router.module).__name__}) has no correction bias that bias_update_rate could move",
+            "set train.moe.bias_update_rate to 0, and train.moe.aux_loss_coef to balance with a loss",
+        )
+    if _bias(router).numel() != router.experts:
+        raise ModelError(
+            f"the correction bias of {router.name} is a parameter, and fsdp1 flattens parameters",
+            "use train.data_parallel_mode fsdp2, or train.moe.aux_loss_coef instead of train.moe.bias_update_rate",
+        )
+
+
+@torch.no_grad()
+def move_bias(router: Router, assignments: Tensor, rate: float) -> None:
+    """Add ``rate`` to the bias of experts with less than the mean load, and take it from those with more.
+
+    Args:
+        router: A router with a bias.
+        assignments: int64 ``[experts]``, tokens sent to each expert in the step, over all ranks.
+        rate: By how much.
+    """
+    load = assignments.double()
+    bias = _bias(router)
+    step = (rate * (load.mean() - load).sign()).to(bias.dtype).view(bias.shape).to(bias.device)
+    if isinstance(bias, DTensor):
+        step = distribute_tensor(step, bias.device_mesh, bias.placements, src_data_rank=None)
+    bias.add_(step)
+
+
+def _bias(router: Router) -> Tensor:
+    assert router.bias is not None
+    owner, name = router.bias
+    bias: Tensor = getattr(owner, name)
+    return bias

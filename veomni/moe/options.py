@@ -1,0 +1,48 @@
+"""What a run asks of its routers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from veomni.errors import ConfigError
+
+BalanceScope = Literal["step", "micro_batch"]
+
+
+@dataclass(frozen=True)
+class MoEOptions:
+    """How experts are kept equally busy, and how often their load is reported.
+
+    Attributes:
+        aux_loss_coef: Weight of the load-balancing loss; None takes the model configuration's ``router_aux_loss_coef``
+            where that says ``output_router_logits``, and is 0 elsewhere.
+        z_loss_coef: Weight of the router z-loss.
+        bias_update_rate: What the correction bias of every expert moves by after each step, towards equal load.
+        balance_scope: The tokens that the load-balancing loss compares experts over: those of the whole optimizer step,
+            or those of one micro-batch on all ranks.
+        log_load_every: Steps between reports of the load of every expert; None reports none.
+
+    Raises:
+        ConfigError: a number is negative.
+    """
+
+    aux_loss_coef: float | None = None
+    z_loss_coef: float = 0.0
+    bias_update_rate: float = 0.0
+    balance_scope: BalanceScope = "step"
+    log_load_every: int | None = 10
+
+    def __post_init__(self) -> None:
+        for name in ("aux_loss_coef", "z_loss_coef", "bias_update_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value}", "give a finite number that is not negative")
+        if self.log_load_every is not None and self.log_load_every < 1:
+            raise ConfigError(f"log_load_every is {self.log_load_every}", "give at least 1, or None for no reports")
+
+    @property
+    def asked_for(self) -> str | None:
+        """The name of an option that only a model with readable routers can honour, or None."""
+        names = ("aux_loss_coef", "z_loss_coef", "bias_update_rate")
+        return next((name for name in names if getattr(self, name)), None)

@@ -1,0 +1,229 @@
+"""Record which experts a forward chose, and make another forward choose them again.
+
+Reinforcement learning needs it: between the engine that sampled a text and the model that is trained on it, rounding
+alone sends some tokens to other experts (arXiv:2510.11370). Only the choice is replayed; the weights of the chosen
+experts are computed anew from the logits, so that gradients reach the router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from veomni.errors import DataError, ModelError
+from veomni.models import unwrap
+from veomni.moe.recomputation import recomputing
+from veomni.moe.routers import Listener, Router, Routing, watch_routers
+from veomni.moe.scoring import wide
+from veomni.sequence_split import SequencePart
+
+
+@dataclass
+class RoutingLog:
+    """The choices of a model's routers.
+
+    Attributes:
+        forwards: For every forward, by the name of the router, int16 ``[tokens, top_k]`` on whatever device they were
+            made: ``tokens`` counts the positions of the micro-batch row by row, padding included.
+    """
+
+    forwards: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file, with one tensor a forward and router."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{number}.{name}": indices.cpu().contiguous()
+            for number, forward in enumerate(self.forwards)
+            for name, indices in forward.items()
+        }
+        save_file(tensors, str(path))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what :meth:`save` wrote; the tensors are on the CPU.
+
+        Raises:
+            DataError: the file is not one.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        forwards: dict[int, dict[str, Tensor]] = {}
+        try:
+            for key, indices in load_file(str(path)).items():
+                number, _, name = key.partition(".")
+                forwards.setdefault(int(number), {})[name] = indices
+        except (OSError, SafetensorError, ValueError) as error:
+            problem = f"{path} is no recorded routing: {error}"
+            raise DataError(problem, "give a file that RoutingLog.save wrote") from error
+        return cls([forwards[number] for number in sorted(forwards)])
+
+    def part(self, part: SequencePart, batch_sizes: Sequence[int]) -> RoutingLog:
+        """Return what one of the ranks that share rows has to replay of a log of whole rows.
+
+        Args:
+            part: Which positions of every row it holds (``launcher.sequence_part``).
+            batch_sizes: The rows of every forward; the layout must divide their length.
+        """
+        return RoutingLog(
+            [
+                {name: _cut(indices, part, rows) for name, indices in forward.items()}
+                for forward, rows in zip(self.forwards, batch_sizes, strict=True)
+            ]
+        )
+
+
+def _cut(indices: Tensor, part: SequencePart, rows: int) -> Tensor:
+    whole = indices.unflatten(0, (rows, -1))
+    return whole[:, part.indices(whole.shape[1]).to(indices.device)].flatten(0, 1)
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
+    """Record the choices of every forward of ``model`` inside the context; a recomputed one is not recorded again.
+
+    Args:
+        model: A transformers model, or what ``launcher.setup_model`` returned for one.
+
+    Raises:
+        ModelError: the model has no routers that can be read.
+    """
+    body = unwrap(model)
+    log = RoutingLog()
+
+    def begin(module: nn.Module, args: object) -> None:
+        log.forwards.append({})
+
+    def note(router: Router, routing: Routing) -> Routing:
+        if log.forwards and not recomputing():
+            log.forwards[-1][router.name] = routing.indices.detach().to(torch.int16)
+        return routing
+
+    hook = body.register_forward_pre_hook(begin)
+    try:
+        with _listening({router: partial(note, router) for router in _routers(body)}, last=True):
+            yield log
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
+    """Make the forwards of ``model`` inside the context choose the experts of the log's, one after another.
+
+    It is exact under activation checkpointing too, as long as every forward is followed by its backward.
+
+    Args:
+        model: A transformers model, or what ``launcher.setup_model`` returned for one.
+        log: Of a model with routers of the same names.
+
+    Raises:
+        ModelError: the model has no routers that can be read, or one whose weights do not follow from its logits.
+        DataError: the log is one of other routers, experts or tokens, or of fewer forwards.
+    """
+    body = unwrap(model)
+    routers = _routers(body)
+    unknown = next((router for router in routers if router.scoring is None), None)
+    if unknown is not None:
+        raise ModelError(
+            f"how {unknown.name} ({type(unknown.module).__name__}) weighs experts is not known: no other choice can "
+            "be put in the place of its own",
+            "train this model without replay",
+        )
+    _check(log, routers)
+    replay = _Replay(log)
+    hook = body.register_forward_pre_hook(replay.begin)
+    try:
+        with _listening({router: partial(replay.choose, router) for router in routers}, last=False):
+            yield
+    finally:
+        hook.remove()
+
+
+class _Replay:
+    def __init__(self, log: RoutingLog) -> None:
+        self.log = log
+        self.number = -1
+        self.waiting = 0  # forwards whose backward has not begun
+
+    def begin(self, module: nn.Module, args: object) -> None:
+        self.number += 1
+        self.waiting += torch.is_grad_enabled()
+        if self.number >= len(self.log.forwards):
+            raise DataError(
+                f"the recorded routing holds {len(self.log.forwards)} forwards, and the model runs one more",
+                "record as many forwards as are replayed",
+            )
+
+    def choose(self, router: Router, routing: Routing) -> Routing:
+        if recomputing():
+            self._begin_backward()
+        indices = self.log.forwards[self.number][router.name]
+        if indices.shape != routing.indices.shape:
+            raise DataError(
+                f"the recorded choice of {router.name} is {list(indices.shape)} and the forward makes one of "
+                f"{list(routing.indices.shape)} [tokens, top_k] (forward {self.number} of the log)",
+                "replay the micro-batches that were recorded, in their order (RoutingLog.part cuts shared rows)",
+            )
+        indices = indices.to(routing.indices.device, routing.indices.dtype)
+        assert router.scoring is not None
+        weights = router.scoring.weights(wide(routing.logits), indices).to(routing.weights.dtype)
+        return replace(routing, weights=weights, indices=indices)
+
+    def _begin_backward(self) -> None:
+        if self.waiting > 1:
+            raise DataError(
+                f"{self.waiting} forwards were replayed before the first backward, which recomputes one of them",
+                "run the backward of a micro-batch before the next forward, or train without activation checkpointing",
+            )
+        self.waiting = 0
+
+
+def _routers(body: nn.Module) -> tuple[Router, ...]:
+    found = watch_routers(body)
+    if found.unreadable or not found.readable:
+        which = found.unreadable[0] if found.unreadable else type(body).__name__
+        raise ModelError(
+            f"the routing of {which} can be neither recorded nor replayed: it has no router that can be read",
+            "use a mixture-of-experts model whose routers return logits, weights and experts",
+        )
+    return found.readable
+
+
+@contextmanager
+def _listening(listeners: dict[Router, Listener], *, last: bool) -> Iterator[None]:
+    for router, listener in listeners.items():
+        router.listeners.insert(len(router.listeners) if last else 0, listener)
+    try:
+        yield
+    finally:
+        for router, listener in listeners.items():
+            router.listeners.remove(listener)
+
+
+def _check(log: RoutingLog, routers: Sequence[Router]) -> None:
+    names = {router.name for router in routers}
+    experts = {router.name: router.experts for router in routers}
+    for number, forward in enumerate(log.forwards):
+        if forward.keys() != names:
+            odd = sorted(forward.keys() ^ names)[0]
+            raise DataError(
+                f"forward {number} of the recorded routing and the model do not have the same routers: {odd}",
+                "replay on the architecture that was recorded",
+            )
+        for name, indices in forward.items():
+            if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < experts[name]:
+                raise DataError(
+                    f"forward {number} of the recorded routing sends tokens of {name} to experts up to "
+                    f"{int(indices.max())}, and there are {experts[name]}",
+                    "replay on the architecture that was recorded",
+                )
