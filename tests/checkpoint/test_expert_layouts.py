@@ -11,7 +11,8 @@ import torch
 import torch._dynamo  # every rank would import it in its first optimizer step
 from torch import Tensor
 
-from tests.harness import run_ranks
+from tests.harness import RankFailed, run_ranks
+from tests.models.layouts import materialized
 from tests.models.tiny import tiny_config
 from tests.optim.layouts import whole
 from tests.parity.documents import global_rows, share
@@ -19,9 +20,11 @@ from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS
 from tests.parity.oracle import vocabulary
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.sharded_state import sharded_state
+from veomni.errors import CheckpointError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.optim import build_optimizer, build_scheduler
+from veomni.strategies import FSDP2
 
 ALL = {**LAYOUTS, **EXPERT_LAYOUTS}
 OPTIONS: dict[str, Any] = {
@@ -92,3 +95,35 @@ def test_weights_and_optimizer_are_bitwise_and_the_losses_go_on(tmp_path, tmp_pa
             for key, value in saved.items():
                 same = torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
                 assert same, (target, key)
+
+
+def resume_with(directory: Path, experts: int, *, save: bool) -> None:
+    launcher = Launcher(FSDP2(expert_parallel_size=2), accelerator="cpu", precision="fp32", timeout_seconds=60)
+    launcher.launch()
+    config = tiny_config("qwen3_moe", num_experts=experts)
+    state = {"model": launcher.setup_model(build_model(config, weights="random"))}
+    checkpointer = Checkpointer(directory)
+    if save:
+        checkpointer.save(state, 1)
+    else:
+        checkpointer.load(state, directory / "global_step_1")
+    checkpointer.close()
+    launcher.close()
+
+
+def test_a_checkpoint_with_another_number_of_experts_is_refused(tmp_path):
+    run_ranks(resume_with, 2, tmp_path, 4, save=True, init=False)
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(resume_with, 2, tmp_path, 8, save=False, init=False)
+    error = caught.value.exceptions[0]
+    assert isinstance(error, CheckpointError)
+    assert "experts.down_proj (4, 32, 16) there, (8, 32, 16) here" in error.problem
+    assert "of the run that saved it" in error.fix
+
+
+def test_weights_with_another_number_of_experts_are_refused(tmp_path):
+    materialized(tiny_config("qwen3_moe")).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        materialized(tiny_config("qwen3_moe", num_experts=8), weights=tmp_path)
+    assert "experts" in caught.value.problem
+    assert "use the config.json that belongs to the weights" in caught.value.fix

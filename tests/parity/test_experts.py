@@ -95,6 +95,25 @@ def test_experts_without_a_token_get_zero_gradients(choice, layout, tmp_path):
         assert all(not grad[dead].any() and grad.any() for grad in experts.values())
 
 
+def skip_experts_without_rows(launcher: Launcher) -> None:
+    from veomni.models import experts
+
+    run = experts.expert_rows
+    experts.expert_rows = lambda module, rows, offsets, backend: (
+        run(module, rows, offsets, backend) if int(offsets[-1]) else rows * 0
+    )
+
+
+def test_experts_that_are_skipped_without_a_token_are_noticed(tmp_path):
+    weights = biased(tmp_path, CHOICES["all_to_one_rank"])
+    expected = oracle("deepseek_v3", weights=weights)
+    with pytest.raises(AssertionError):  # the gradients are not equal, or the ranks do not even gather the same ones
+        for outcome in run_ranks(
+            one_step, 2, "deepseek_v3", "ep2_fsdp2", init=False, weights=weights, mutate=skip_experts_without_rows
+        ):
+            check(outcome, expected, BOUNDS["fp64"])
+
+
 # ---------------------------------------------------------------- after three steps
 
 
