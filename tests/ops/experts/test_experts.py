@@ -18,11 +18,20 @@ from veomni.strategies.compute_dtype import Float64Throughout
 TOKENS, TOP_K = 37, 3
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 BACKENDS = [
-    ("loop", torch.float64),
-    ("loop", torch.float32),
-    ("loop", torch.bfloat16),
-    ("grouped_mm", torch.bfloat16),
+    ("loop", torch.float64, "cpu"),
+    ("loop", torch.float32, "cpu"),
+    ("loop", torch.bfloat16, "cpu"),
+    ("grouped_mm", torch.bfloat16, "cpu"),
 ]
+if torch.cuda.is_available():
+    BACKENDS += [
+        ("loop", torch.float64, "cuda"),
+        ("loop", torch.float32, "cuda"),
+        ("grouped_mm", torch.bfloat16, "cuda"),
+        ("triton", torch.bfloat16, "cuda"),
+    ]
+COMPILED = [(torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.bfloat16, "cuda")]
+each_backend = pytest.mark.parametrize(("backend", "dtype", "device"), BACKENDS)
 
 
 def inputs(seed=0):
@@ -34,20 +43,20 @@ def inputs(seed=0):
     return hidden, index, weights
 
 
-def gradients(module, run, dtype=torch.float64, values=None):
+def gradients(module, run, dtype=torch.float64, values=None, device="cpu"):
     """Run and return output and gradients of tokens, weights and every parameter by name."""
     hidden, index, weights = values or inputs()
-    hidden, weights = (value.to(dtype, copy=True).requires_grad_() for value in (hidden, weights))
-    output = run(hidden, index, weights)
+    hidden, weights = (value.to(device, dtype, copy=True).requires_grad_() for value in (hidden, weights))
+    output = run(hidden, index.to(device), weights)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    output.backward(grad.to(dtype))
+    output.backward(grad.to(device, dtype))
     named = {name: parameter.grad for name, parameter in module.named_parameters()}
     return {"output": output.detach(), "hidden": hidden.grad, "weights": weights.grad, **named}
 
 
 def truth(module, values=None):
     """What transformers computes, in float64 throughout; an expert without a token has a zero gradient."""
-    module = copy.deepcopy(module).double()
+    module = copy.deepcopy(module).cpu().double()
     if type(module).__name__ in ("OpenAIPrivacyFilterExperts", "Inkling2Experts"):
         module.config._experts_implementation = "batched_mm"  # their own loops add up in float32
     with Float64Throughout():
@@ -60,7 +69,7 @@ def assert_close(result, expected, bound):
     for name, value in expected.items():
         assert result[name] is not None, name
         assert torch.isfinite(result[name]).all(), name
-        error = (result[name].double() - value).norm() / value.norm()
+        error = (result[name].cpu().double() - value).norm() / value.norm()
         assert error < bound, f"{name}: {error:.1e}"
 
 
@@ -74,26 +83,26 @@ def ours(module, backend):
     return run
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_equals_transformers(name, backend, dtype):
-    module = experts(name, dtype)
-    assert_close(gradients(module, ours(module, backend), dtype), truth(module), BOUNDS[dtype])
+def test_equals_transformers(name, backend, dtype, device):
+    module = experts(name, dtype).to(device)
+    assert_close(gradients(module, ours(module, backend), dtype, device=device), truth(module), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"])
-def test_rows_past_the_end_and_dead_experts(name, backend, dtype):
-    module = experts(name, dtype)
+def test_rows_past_the_end_and_dead_experts(name, backend, dtype, device):
+    module = experts(name, dtype).to(device)
     hidden, index, weights = inputs()
     routing = route(index, EXPERTS)
-    rows = hidden[routing.order // TOP_K].to(dtype)
-    padding = torch.full((7, HIDDEN), float("nan"), dtype=dtype)
+    rows = hidden[routing.order // TOP_K].to(device, dtype)
+    padding = torch.full((7, HIDDEN), float("nan"), dtype=dtype, device=device)
     padded = torch.cat([rows, padding]).requires_grad_()
     with Float64Throughout() if dtype is torch.float64 else torch.enable_grad():
-        result = expert_rows(module, padded, routing.offsets, backend)
+        result = expert_rows(module, padded, routing.offsets.to(device), backend)
     assert not result[len(rows) :].any()
-    by_token = result[: len(rows)][routing.inverse].unflatten(0, (TOKENS, TOP_K))
+    by_token = result[: len(rows)].cpu()[routing.inverse].unflatten(0, (TOKENS, TOP_K))
     output = (by_token.double() * weights[..., None]).sum(1)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
     output.backward(grad)
@@ -105,12 +114,12 @@ def test_rows_past_the_end_and_dead_experts(name, backend, dtype):
             assert not parameter.grad[-1].any()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "muse_spark"])
-def test_no_rows_at_all(name, backend, dtype):
-    module = experts(name, dtype)
-    rows = torch.zeros(0, HIDDEN, dtype=dtype, requires_grad=True)
-    expert_rows(module, rows, torch.zeros(EXPERTS, dtype=torch.int32), backend).sum().backward()
+def test_no_rows_at_all(name, backend, dtype, device):
+    module = experts(name, dtype).to(device)
+    rows = torch.zeros(0, HIDDEN, dtype=dtype, device=device, requires_grad=True)
+    expert_rows(module, rows, torch.zeros(EXPERTS, dtype=torch.int32, device=device), backend).sum().backward()
     assert rows.grad.shape == (0, HIDDEN)
     for parameter in module.parameters():
         assert parameter.grad is not None
@@ -152,14 +161,14 @@ def test_recomputation(name):
     assert_close(result, truth(module), 1e-12)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("loop", torch.float32), ("grouped_mm", torch.bfloat16)])
+@pytest.mark.parametrize(("backend", "dtype", "device"), [case for case in BACKENDS if case[1:] in COMPILED])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4", "muse_spark"])
-def test_compiles_without_a_break(name, backend, dtype):
-    module = experts(name, dtype)
+def test_compiles_without_a_break(name, backend, dtype, device):
+    module = experts(name, dtype).to(device)
     find_activation(module)
     torch._dynamo.reset()
     run = torch.compile(ours(module, backend), backend="aot_eager", fullgraph=True)
-    assert_close(gradients(module, run, dtype), truth(module), BOUNDS[dtype])
+    assert_close(gradients(module, run, dtype, device=device), truth(module), BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
