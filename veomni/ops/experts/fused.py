@@ -87,7 +87,7 @@ class _Up(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weights, offsets, order, inverse)
         ctx.top_k, ctx.backend = top_k, backend
-        return grouped_matmul(_rows(hidden, order, top_k), weights, offsets, backend)
+        return grouped_matmul(_rows(hidden, order, inverse, top_k), weights, offsets, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +95,7 @@ class _Up(torch.autograd.Function):
         needs_hidden, needs_weights, *_ = ctx.needs_input_grad
         to_hidden = to_weights = None
         if needs_weights:
-            rows = _rows(hidden, order, ctx.top_k)
+            rows = _rows(hidden, order, inverse, ctx.top_k, again=True)
             to_weights = weights_gradient(rows, grads[0], weights, offsets, ctx.backend)
             del rows
         if needs_hidden:
@@ -120,7 +120,7 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, bias, top_k_weights, weights, offsets, order, inverse = ctx.saved_tensors
         _, needs_bias, _, needs_weights, *_ = ctx.needs_input_grad
-        grad = _rows(grads[0].contiguous(), order, ctx.top_k)
+        grad = _rows(grads[0].contiguous(), order, inverse, ctx.top_k)
         to_hidden = grouped_matmul(grad, weights.transpose(1, 2), offsets, ctx.backend)
         to_gate_up, hidden, to_top_k_weights = _activate_backward(
             gate_up, to_hidden, bias, top_k_weights, offsets, order, inverse, ctx.form, ctx.backend
@@ -131,8 +131,10 @@ class _Down(torch.autograd.Function):
         return to_gate_up, to_bias, to_top_k_weights, to_weights, *[None] * 9
 
 
-def _rows(hidden: Tensor, order: Tensor | None, top_k: int) -> Tensor:
-    return hidden if order is None else rows_of_tokens(hidden, order, top_k)
+def _rows(hidden: Tensor, order: Tensor | None, inverse: Tensor | None, top_k: int, *, again: bool = False) -> Tensor:
+    if order is None or inverse is None:
+        return hidden
+    return rows_of_tokens(hidden, order, inverse, top_k, again=again)
 
 
 def _tokens(rows: Tensor, offsets: Tensor, inverse: Tensor | None, top_k: int) -> Tensor:

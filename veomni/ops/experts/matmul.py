@@ -22,6 +22,11 @@ def grouped_matmul(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str)
     """
     if backend == "loop" or not rows.shape[0]:
         return _loop_matmul(rows, weights, offsets)
+    if backend == "triton":
+        from veomni.ops.experts import matmul_triton
+
+        if matmul_triton.tiles_fit(weights):
+            return matmul_triton.tiled_matmul(rows, weights, offsets)
     return F.grouped_mm(rows, weights, offs=offsets)
 
 
@@ -36,9 +41,7 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
     """
     if backend == "loop" or not left.shape[0]:
         return _loop_outer(left, right, offsets)
-    product = F.grouped_mm(left.t(), right, offs=offsets)
-    dead = offsets.diff(prepend=offsets.new_zeros(1)) == 0
-    return product.masked_fill_(dead[:, None, None], 0)
+    return F.grouped_mm(left.t(), right, offs=offsets)
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:

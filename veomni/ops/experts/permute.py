@@ -45,7 +45,7 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
-        return rows_of_tokens(hidden, order, top_k)
+        return rows_of_tokens(hidden, order, inverse, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,30 +69,33 @@ class _Combine(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows_of_tokens(rows, index, 1)
+        ctx.save_for_backward(index, inverse)
+        return rows_of_tokens(rows, index, inverse, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return rows_of_tokens(grads[0].contiguous(), inverse, 1), None, None
+        index, inverse = ctx.saved_tensors
+        return rows_of_tokens(grads[0].contiguous(), inverse, index, 1), None, None
 
 
 # ---------------------------------------------------------------- without gradients
 
 
-def rows_of_tokens(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+def rows_of_tokens(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int, *, again: bool = False) -> Tensor:
     """Return of every sorted pair its token, ``[tokens * k, hidden]``; has no gradient.
 
     Args:
         hidden: ``[tokens, hidden]``.
         order: Places of the sorted pairs, int64 ``[tokens * k]``.
+        inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
         top_k: Pairs per token.
+        again: Whether the same rows were made before and given up. A compiler that saw the same call twice would keep
+            the rows of the forward for the backward.
     """
     if _has_kernels(hidden):
         from veomni.ops.experts import permute_triton
 
-        return permute_triton.rows_of_tokens(hidden, order, top_k)
+        return permute_triton.rows_of_tokens(hidden, inverse, top_k, again)
     return hidden.index_select(0, order // top_k if top_k > 1 else order)
 
 
@@ -140,7 +143,7 @@ def sum_of_rows_backward(
         to_rows, to_weights = permute_triton.sum_of_rows_backward(grad, rows, weights, order)
         return to_rows, to_weights
     wide = torch.promote_types(rows.dtype, torch.float32)
-    by_row = rows_of_tokens(grad, order, weights.shape[1]).to(wide)
+    by_row = rows_of_tokens(grad, order, inverse, weights.shape[1]).to(wide)
     to_rows = (by_row * weights.flatten().index_select(0, order).to(wide)[:, None]).to(rows.dtype)
     to_weights = (by_row * rows.to(wide)).sum(1).index_select(0, inverse).view_as(weights).to(weights.dtype)
     return to_rows, to_weights

@@ -9,18 +9,15 @@ from torch import Tensor
 
 
 @triton.jit
-def _gather_kernel(
-    source, order, target, rows, channels, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    token = tl.load(order + row, mask=inside, other=0) // TOP_K
-    source += token[:, None] * channels
-    target += row.to(tl.int64)[:, None] * channels
-    for start in range(0, channels, BLOCK):
-        place = start + tl.arange(0, BLOCK)[None, :]
-        mask = inside[:, None] & (place < channels)
-        tl.store(target + place, tl.load(source + place, mask=mask), mask=mask)
+def _scatter_kernel(source, inverse, target, channels, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    # A token is read once and written to all of its rows.
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < channels
+    values = tl.load(source + token * channels + place, mask=inside)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(inverse + token * TOP_K + choice)
+        tl.store(target + row * channels + place, values, mask=inside)
 
 
 @triton.jit
@@ -73,14 +70,15 @@ def _zero_tail_kernel(rows, offsets, count, channels, EXPERTS: tl.constexpr, ROW
             tl.store(target, tl.zeros((ROWS, BLOCK), dtype=rows.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("veomni::gather_rows", mutates_args=())
-def rows_of_tokens(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+@torch.library.custom_op("veomni::rows_of_tokens", mutates_args=())
+def rows_of_tokens(hidden: Tensor, inverse: Tensor, top_k: int, again: bool) -> Tensor:
     """See :func:`veomni.ops.experts.permute.rows_of_tokens`."""
-    rows, channels = order.shape[0], hidden.shape[1]
-    target = hidden.new_empty(rows, channels)
+    tokens, channels = hidden.shape
+    target = hidden.new_empty(inverse.shape[0], channels)
     if target.numel():
-        _gather_kernel[(triton.cdiv(rows, 4),)](
-            hidden.contiguous(), order, target, rows, channels, TOP_K=top_k, ROWS=4, BLOCK=_block(channels, 1024)
+        block = _block(channels, 2048)
+        _scatter_kernel[(tokens, triton.cdiv(channels, block))](
+            hidden.contiguous(), inverse, target, channels, TOP_K=top_k, BLOCK=block, num_warps=_warps(block)
         )
     return target
 
@@ -126,8 +124,8 @@ def zero_tail_(rows: Tensor, offsets: Tensor) -> None:
 
 
 @rows_of_tokens.register_fake
-def _(hidden, order, top_k):
-    return hidden.new_empty(order.shape[0], hidden.shape[1])
+def _(hidden, inverse, top_k, again):
+    return hidden.new_empty(inverse.shape[0], hidden.shape[1])
 
 
 @sum_of_rows.register_fake
