@@ -28,10 +28,10 @@ def build(args):
         _experts_implementation="eager",
     )  # fmt: skip
     torch.manual_seed(0)
-    module = Qwen3MoeExperts(config)
+    with torch.device("cuda"):
+        module = Qwen3MoeExperts(config).bfloat16()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    module = module.to("cuda", torch.bfloat16)
     find_activation(module)
     return module
 
@@ -79,14 +79,16 @@ def reference(module, hidden, index, weights, grad):
 
 
 def build_float32(module):
-    wide = Qwen3MoeExperts(module.config).to("cuda")
+    with torch.device("cuda"):
+        wide = Qwen3MoeExperts(module.config)
     wide.load_state_dict({name: value.float() for name, value in module.state_dict().items()})
     wide.config = SimpleNamespace(**{**vars(module.config), "_experts_implementation": "eager"})
     return wide
 
 
 def worst_error(results, truth):
-    return max(((ours.float() - exact).norm() / exact.norm()).item() for ours, exact in zip(results, truth, strict=True))
+    errors = [(ours.float() - exact).norm() / exact.norm() for ours, exact in zip(results, truth, strict=True)]
+    return max(error.item() for error in errors)
 
 
 def milliseconds(function):
@@ -110,24 +112,26 @@ def kept_gib(run, hidden, index, weights):
 def compare(module, args, tokens, rate):
     values = problem(args, tokens)
     operations = 18 * tokens * args.top_k * args.hidden * args.intermediate
-    found, truth = contenders(module, args), reference(module, *values) if tokens <= args.check_tokens else None
-    times = {name: [] for name in found}
+    found = contenders(module, args)
+    truth = reference(module, *values) if tokens <= args.check_tokens else None
     errors = {}
     for name, run in found.items():
-        results = forward_backward(run, module, *values)
+        results = forward_backward(run, module, *values)  # compiles and tunes, too
         errors[name] = f"{worst_error(results, truth):.1e}" if truth else "-"
         del results
     del truth
+    times = {name: [] for name in found}
     for _ in range(ROUNDS):  # in turns, so that clocks and heat are the same for all
         for name, run in found.items():
             times[name].append(milliseconds(lambda run=run: forward_backward(run, module, *values)))
     ours = min(times["veomni"])
     print(f"{tokens} tokens, {args.experts} experts, top {args.top_k}, {args.hidden} -> {args.intermediate}, bf16")
     for name, measured in times.items():
-        best, tflops = min(measured), operations / min(measured) / 1e9
+        best = min(measured)
+        tflops, kept = operations / best / 1e9, kept_gib(found[name], *values[:3])
         print(
-            f"  {name:16s} {best:8.2f} ms (to {max(measured):.2f})  {tflops:5.0f} TFLOP/s  {tflops / rate:4.0%} of matmul"
-            f"  keeps {kept_gib(found[name], *values[:3]):5.2f} GiB  error {errors[name]}  veomni is {best / ours:.2f}x",
+            f"  {name:16s} {best:7.2f} ms (to {max(measured):.2f}) {tflops:4.0f} TFLOP/s {tflops / rate:4.0%} of matmul, "
+            f"keeps {kept:.2f} GiB, error {errors[name]}, veomni is {best / ours:.2f}x",
             flush=True,
         )
 
