@@ -130,8 +130,8 @@ def compare(module, args, tokens, rate):
         best = min(measured)
         tflops, kept = operations / best / 1e9, kept_gib(found[name], *values[:3])
         print(
-            f"  {name:16s} {best:7.2f} ms (to {max(measured):.2f}) {tflops:4.0f} TFLOP/s {tflops / rate:4.0%} of matmul, "
-            f"keeps {kept:.2f} GiB, error {errors[name]}, veomni is {best / ours:.2f}x",
+            f"  {name:16s} {best:7.2f} ms (to {max(measured):.2f}) {tflops:4.0f} TFLOP/s {tflops / rate:4.0%} of matmul"
+            f", keeps {kept:.2f} GiB, error {errors[name]}, veomni is {best / ours:.2f}x",
             flush=True,
         )
 

@@ -23,6 +23,7 @@ from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
 from veomni.strategies.grad_norm import sharded_grad_norm
+from veomni.strategies.gradient_copy import copy_one_by_one
 from veomni.strategies.lone_shard import reduce_in_place
 
 
@@ -78,6 +79,7 @@ class FSDP2(ParameterStrategy):
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
         self._device = context.device
+        copy_one_by_one()
         compute_in(model, context.precision, context.device.type, autocast=False)
         options: dict[str, Any] = {"mesh": context.state.parameter_mesh, "offload_policy": self._offload(context)}
         policy = _policy(context)
