@@ -7,42 +7,31 @@ kilobytes. The host writes them anew each time: for the experts of one layer (12
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.library import Library
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 
-@functools.cache
-def copy_one_by_one() -> Library:
-    """Make FSDP2 copy gradients with :func:`chunk_cat` from now on, on CPUs and GPUs."""
-    from torch.distributed.fsdp import fully_shard  # noqa: F401  (defines the operation)
-
-    library = Library("fsdp", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there was another implementation is the point
-        for key in ("CPU", "CUDA"):
-            library.impl("chunk_cat", chunk_cat, key)
-    return library
+def copy_one_by_one() -> None:
+    """Make FSDP2 copy gradients with :func:`copy_gradients` from now on."""
+    # torch 2.11 lets nobody replace the operation behind it, so the function is replaced that calls the operation.
+    _fsdp_collectives.foreach_reduce_scatter_copy_in = copy_gradients
 
 
-def chunk_cat(tensors: Sequence[Tensor], dim: int, num_chunks: int, out: Tensor) -> None:
-    """Write the ``i``-th chunk of every tensor, side by side, into the ``i``-th row of ``out``.
+def copy_gradients(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
+    """Write the part of every gradient that belongs to rank ``i``, one behind the other, into part ``i`` of a buffer.
 
     Args:
-        tensors: Gradients; their first dimension is what is split.
-        dim: 0.
-        num_chunks: Ranks that share the parameters.
-        out: ``[num_chunks, *]``, of another format, maybe.
+        unsharded_grads: Gradients; their first dimension is what ranks share.
+        reduce_scatter_input: One dimension, of another format, maybe; of equal parts for the ranks.
+        world_size: Ranks that share the parameters.
     """
-    if dim != 0 or any(tensor.ndim == 0 or tensor.shape[0] % num_chunks for tensor in tensors):
-        torch._chunk_cat(tensors, dim, num_chunks, out=out)  # it pads
+    parts = reduce_scatter_input.view(world_size, -1)
+    if any(grad.ndim == 0 or grad.shape[0] % world_size for grad in unsharded_grads):
+        torch._chunk_cat(unsharded_grads, 0, world_size, out=parts)  # it pads
         return
     place = 0
-    for tensor in tensors:
-        width = tensor.numel() // num_chunks
-        out[:, place : place + width].copy_(tensor.reshape(num_chunks, width))
+    for grad in unsharded_grads:
+        width = grad.numel() // world_size
+        parts[:, place : place + width].copy_(grad.reshape(world_size, width))
         place += width
