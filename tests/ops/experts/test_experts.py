@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.experts.modules import ARCHITECTURES, EXPERTS, HIDDEN, experts
@@ -13,7 +15,9 @@ from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import find_activation
 from veomni.ops.experts.routing import route
 from veomni.ops.experts.rows import expert_rows
+from veomni.plan import ParallelPlan
 from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.recompute import apply_recompute
 
 TOKENS, TOP_K = 37, 3
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -150,15 +154,12 @@ def test_a_choice_of_no_expert(name):
     """zaya skips experts with the id behind the last one."""
     hidden, index, weights = inputs()
     index[::4, 1] = EXPERTS
-    values = hidden, index, weights
-    if name == "gpt_oss":  # its own loop cannot: the same without their weights
-        kept = hidden, index.where(index < EXPERTS, EXPERTS - 1), weights.where(index < EXPERTS, 0.0)
-    else:
-        kept = values
+    # Not all of transformers' loops can: the same with another expert there, and without its weight.
+    there = index < EXPERTS
+    kept = hidden, index.where(there, EXPERTS - 1), weights.where(there, 0.0)
     module = experts(name)
-    result, expected = gradients(module, ours(module, "loop"), values=values), truth(module, kept)
-    if name == "gpt_oss":
-        expected["weights"] = expected["weights"].where(index < EXPERTS, 0.0)
+    result, expected = gradients(module, ours(module, "loop"), values=(hidden, index, weights)), truth(module, kept)
+    expected["weights"] = expected["weights"].where(there, 0.0)
     assert_close(result, expected, 1e-12)
 
 
@@ -178,6 +179,28 @@ def test_recomputation(name):
     run = ours(module, "loop")
     result = gradients(module, lambda *args: checkpoint(run, *args, use_reentrant=False))
     assert_close(result, truth(module), 1e-12)
+
+
+class CountProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() == "veomni::loop_matmul"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "products"), [("none", 4), ("selective", 5), ("full", 6)])
+def test_selective_recomputation_keeps_the_first_product(mode, products):
+    block = nn.Module()
+    block.experts = experts("qwen3_moe")
+    block.forward = ours(block.experts, "loop")
+    apply_recompute(nn.ModuleDict({"block": block}), ParallelPlan(blocks=("block",)), mode)
+    with CountProducts() as counted:
+        result = gradients(block.experts, block)
+    assert counted.count == products
+    assert_close(result, truth(block.experts), 1e-12)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "device"), [case for case in BACKENDS if case[1:] in COMPILED])

@@ -27,6 +27,10 @@ def grouped_matmul(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str)
 
         if matmul_triton.tiles_fit(weights):
             return matmul_triton.tiled_matmul(rows, weights, offsets)
+    if backend == "npu":
+        from veomni.ops.experts import matmul_npu
+
+        return matmul_npu.grouped_matmul(rows, weights, offsets)
     return F.grouped_mm(rows, weights, offs=offsets)
 
 
@@ -41,6 +45,10 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
     """
     if backend == "loop" or not left.shape[0]:
         return _loop_outer(left, right, offsets)
+    if backend == "npu":
+        from veomni.ops.experts import matmul_npu
+
+        return matmul_npu.grouped_outer(left, right, offsets)
     return F.grouped_mm(left.t(), right, offs=offsets)
 
 
