@@ -41,7 +41,9 @@ class CUDA(DiscreteAccelerator):
     @property
     @override
     def experts_backends(self) -> tuple[str, ...]:
-        # PyTorch's grouped product has a kernel from Ampere on; elsewhere it reads the sizes on the host.
+        # PyTorch's grouped product has a kernel from Ampere on; those in Triton feed on Hopper's copy engine.
         if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
             return ("loop",)
-        return ("triton", "grouped_mm", "loop") if find_spec("triton") else ("grouped_mm", "loop")
+        if torch.cuda.get_device_capability() < (9, 0) or find_spec("triton") is None:
+            return ("grouped_mm", "loop")
+        return ("triton", "grouped_mm", "loop")

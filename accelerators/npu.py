@@ -56,3 +56,8 @@ class NPU(DiscreteAccelerator):
                 "accelerator npu: no Ascend device is visible",
                 "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or set train.accelerator to cpu",
             )
+
+    @property
+    @override
+    def experts_backends(self) -> tuple[str, ...]:
+        return ("npu", "loop")

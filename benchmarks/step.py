@@ -1,6 +1,7 @@
-"""One optimizer step of a dense model, through VeOmni, Accelerate and Lightning Fabric side by side in one run.
+"""One optimizer step of a model, through VeOmni, Accelerate and Lightning Fabric side by side in one run.
 
     python benchmarks/step.py --size 1.7b --rows 4 --length 4096
+    python benchmarks/step.py --size 30b-a3b --layers 6 --only veomni,accelerate
 
 Each runs in a process of its own with the same random Qwen3 weights, tokens, optimizer (fused AdamW on fp32 master
 weights), clipping and bf16 compute; one optimizer step is forward, backward, clip and update. Prints the median of the
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 SIZES = {
     # hidden, intermediate, layers, heads, kv_heads, head_dim, vocab
@@ -22,16 +24,22 @@ SIZES = {
     "0.6b": (1024, 3072, 28, 16, 8, 128, 151_936),
     "1.7b": (2048, 6144, 28, 16, 8, 128, 151_936),
 }
+FILES = {"30b-a3b": "qwen3_30b_a3b.json"}
 
 
-def config_of(size):
-    from transformers import Qwen3Config
+def config_of(args):
+    from transformers import AutoConfig, Qwen3Config
 
-    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab = SIZES[size]
+    if args.size in FILES:
+        config = AutoConfig.from_pretrained(Path(__file__).parents[1] / "configs/model_configs" / FILES[args.size])
+        config.num_hidden_layers = args.layers or config.num_hidden_layers
+        config.use_cache = False
+        return config
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab = SIZES[args.size]
     config = Qwen3Config(
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=layers,
+        num_hidden_layers=args.layers or layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -77,7 +85,7 @@ def run_veomni(args):
     strategies = [FSDP2(), Ulysses(1)] if args.ulysses else [FSDP2()]
     launcher = Launcher(strategies, precision="bf16", devices=1, compile=not args.no_compile, recompute=args.recompute)
     launcher.launch()
-    model = launcher.setup_model(build_model(config_of(args.size), weights="random")).train()
+    model = launcher.setup_model(build_model(config_of(args), weights="random")).train()
     optimizer = launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-5, fused=True)
     ids = tokens_of(args, model.config.vocab_size)
     positions = torch.arange(args.length).expand_as(ids).contiguous()
@@ -99,7 +107,8 @@ def peer_model(args):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config_of(args.size), attn_implementation="sdpa", dtype=torch.float32)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config_of(args), attn_implementation="sdpa", dtype=torch.float32)
     if args.recompute == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -115,7 +124,7 @@ def run_accelerate(args):
     model = peer_model(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-    ids = tokens_of(args, SIZES[args.size][-1]).to(accelerator.device)
+    ids = tokens_of(args, model.config.vocab_size).to(accelerator.device)
 
     def step():
         loss = model(input_ids=ids, labels=ids).loss
@@ -145,7 +154,7 @@ def run_fabric(args):
     fabric.launch()
     model = fabric.setup(peer_model(args).to(fabric.device))
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
-    ids = tokens_of(args, SIZES[args.size][-1]).to(fabric.device)
+    ids = tokens_of(args, model.config.vocab_size).to(fabric.device)
 
     def step():
         loss = model(input_ids=ids, labels=ids).loss
@@ -181,7 +190,8 @@ def compare(args):
         results[name] = json.loads(lines[0].removeprefix("RESULT "))
     tokens = args.rows * args.length
     ours = results.get("veomni")
-    print(f"qwen3 {args.size}, {args.rows} x {args.length} tokens a step, recompute {args.recompute}")
+    layers = f", {args.layers} layers" if args.layers else ""
+    print(f"qwen3 {args.size}{layers}, {args.rows} x {args.length} tokens a step, recompute {args.recompute}")
     for name, (seconds, gib) in results.items():
         ratio = f"veomni is {seconds / ours[0]:.2f}x" if ours and name != "veomni" else ""
         print(f"{name:11s} {seconds * 1e3:8.1f} ms  {tokens / seconds:9.0f} tokens/s  {gib:6.1f} GiB  {ratio}")
@@ -189,7 +199,8 @@ def compare(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="1.7b")
+    parser.add_argument("--size", choices=[*SIZES, *FILES], default="1.7b")
+    parser.add_argument("--layers", type=int, help="layers instead of the size's own")
     parser.add_argument("--rows", type=int, default=4, help="documents of a step, one per row")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a document")
     parser.add_argument("--warmup", type=int, default=4)

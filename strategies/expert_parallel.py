@@ -23,6 +23,7 @@ from veomni.ops.expert_exchange import EXCHANGE, Departed, ExpertExchange
 from veomni.ops.shared_experts import shared_experts_beside
 from veomni.plan import ParallelPlan
 from veomni.precision import Precision
+from veomni.strategies.lone_shard import reduce_in_place
 
 ExchangeSize = Literal["exact", "fixed"]
 _FIX = "set train.expert_parallel_size to 1"
@@ -105,6 +106,8 @@ class ExpertParallel:
             fully_shard(module, mesh=state.expert_mesh, shard_placement_fn=place, **options)
             assert isinstance(module, FSDPModule)
             _average_over(module, state.size("loss"))
+            if state.size("ep_fsdp") == 1:
+                reduce_in_place(module)
             units.append(module)
         return units
 

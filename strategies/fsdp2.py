@@ -23,6 +23,8 @@ from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
 from veomni.strategies.grad_norm import sharded_grad_norm
+from veomni.strategies.gradient_copy import copy_one_by_one
+from veomni.strategies.lone_shard import reduce_in_place
 
 
 class FSDP2(ParameterStrategy):
@@ -77,6 +79,7 @@ class FSDP2(ParameterStrategy):
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
         self._device = context.device
+        copy_one_by_one()
         compute_in(model, context.precision, context.device.type, autocast=False)
         options: dict[str, Any] = {"mesh": context.state.parameter_mesh, "offload_policy": self._offload(context)}
         policy = _policy(context)
@@ -93,6 +96,9 @@ class FSDP2(ParameterStrategy):
             fully_shard(block, mp_policy=policy, reshard_after_forward=reshard, **options)
         # The root keeps what is outside the blocks gathered until the backward: the loss reads the head's weight.
         fully_shard(model, mp_policy=policy, reshard_after_forward=False, **options)
+        if context.state.dims.fsdp == 1:
+            for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+                reduce_in_place(unit)
         model.register_forward_hook(reshard_without_backward)
         set_prefetch(blocks, max(self.prefetch, 1 if experts else 0))
         context.materialize(model, "")

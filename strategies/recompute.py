@@ -17,6 +17,7 @@ from veomni.strategies.compute_dtype import keep_float64
 Recompute = Literal["none", "full", "selective"]
 
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+_GROUPED = frozenset({"aten::_grouped_mm", "veomni::tiled_matmul", "veomni::loop_matmul"})
 _ATTENTION = (
     ("aten", "_scaled_dot_product_flash_attention"),
     ("aten", "_scaled_dot_product_efficient_attention"),
@@ -63,16 +64,23 @@ class _SaveEverySecondMatmul:
 
     def __init__(self) -> None:
         self._matmuls: Counter[bool] = Counter()
+        self._grouped: Counter[bool] = Counter()
         self._attention = _attention_operations()
 
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operation in self._attention:
             return CheckpointPolicy.MUST_SAVE
         if operation in _MATMULS:
-            self._matmuls[context.is_recompute] += 1
-            if self._matmuls[context.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
+            return self._every_second(self._matmuls, context)
+        if operation.name() in _GROUPED:  # of experts' two products the first: the backward needs no second one
+            return self._every_second(self._grouped, context)
         return CheckpointPolicy.PREFER_RECOMPUTE
+
+    @staticmethod
+    def _every_second(count: Counter[bool], context: Any) -> CheckpointPolicy:
+        count[context.is_recompute] += 1
+        odd = count[context.is_recompute] % 2
+        return CheckpointPolicy.MUST_SAVE if odd else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from veomni.ops.experts.activation import SwiGLU, swiglu, swiglu_backward
-from veomni.ops.experts.matmul import expert_of_row, grouped_matmul, past_end, sum_by_expert, weights_gradient
-from veomni.ops.experts.permute import rows_of_tokens, sum_of_rows
+from veomni.ops.experts.matmul import expert_of_row, grouped_matmul, sum_by_expert, weights_gradient
+from veomni.ops.experts.permute import past_end, rows_of_tokens, sum_of_rows, zero_tail_
 from veomni.ops.experts.routing import Routing
 
 
@@ -87,7 +87,7 @@ class _Up(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weights, offsets, order, inverse)
         ctx.top_k, ctx.backend = top_k, backend
-        return grouped_matmul(_rows(hidden, order, top_k), weights, offsets, backend)
+        return grouped_matmul(_rows(hidden, order, inverse, top_k), weights, offsets, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +95,7 @@ class _Up(torch.autograd.Function):
         needs_hidden, needs_weights, *_ = ctx.needs_input_grad
         to_hidden = to_weights = None
         if needs_weights:
-            rows = _rows(hidden, order, ctx.top_k)
+            rows = _rows(hidden, order, inverse, ctx.top_k, again=True)
             to_weights = weights_gradient(rows, grads[0], weights, offsets, ctx.backend)
             del rows
         if needs_hidden:
@@ -113,35 +113,66 @@ class _Down(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(gate_up, bias, top_k_weights, weights, offsets, order, inverse)
         ctx.form, ctx.top_k, ctx.backend = (alpha, limit, shift, interleaved), top_k, backend
-        hidden = swiglu(_biased(gate_up, bias, offsets), SwiGLU(*ctx.form), _scale(top_k_weights, order))
+        hidden = _activate(gate_up, bias, top_k_weights, offsets, order, ctx.form, backend)
         return _tokens(grouped_matmul(hidden, weights, offsets, backend), offsets, inverse, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, bias, top_k_weights, weights, offsets, order, inverse = ctx.saved_tensors
         _, needs_bias, _, needs_weights, *_ = ctx.needs_input_grad
-        grad = _rows(grads[0].contiguous(), order, ctx.top_k)
+        grad = _rows(grads[0].contiguous(), order, inverse, ctx.top_k)
         to_hidden = grouped_matmul(grad, weights.transpose(1, 2), offsets, ctx.backend)
-        to_gate_up, hidden, to_scale = swiglu_backward(
-            _biased(gate_up, bias, offsets), to_hidden, SwiGLU(*ctx.form), _scale(top_k_weights, order)
+        to_gate_up, hidden, to_top_k_weights = _activate_backward(
+            gate_up, to_hidden, bias, top_k_weights, offsets, order, inverse, ctx.form, ctx.backend
         )
         del to_hidden
         to_weights = weights_gradient(hidden, grad, weights, offsets, ctx.backend) if needs_weights else None
         to_bias = sum_by_expert(to_gate_up, offsets, ctx.backend) if needs_bias else None
-        to_top_k_weights = None
-        if to_scale is not None:
-            to_scale = to_scale.masked_fill(past_end(to_scale, offsets)[:, 0], 0)
-            to_top_k_weights = to_scale.index_select(0, inverse).view_as(top_k_weights)
         return to_gate_up, to_bias, to_top_k_weights, to_weights, *[None] * 9
 
 
-def _rows(hidden: Tensor, order: Tensor | None, top_k: int) -> Tensor:
-    return hidden if order is None else rows_of_tokens(hidden, order, top_k)
+def _rows(hidden: Tensor, order: Tensor | None, inverse: Tensor | None, top_k: int, *, again: bool = False) -> Tensor:
+    if order is None or inverse is None:
+        return hidden
+    return rows_of_tokens(hidden, order, inverse, top_k, again=again)
 
 
 def _tokens(rows: Tensor, offsets: Tensor, inverse: Tensor | None, top_k: int) -> Tensor:
-    rows = rows.masked_fill_(past_end(rows, offsets), 0)
-    return rows if inverse is None else sum_of_rows(rows, inverse, top_k)
+    return zero_tail_(rows, offsets) if inverse is None else sum_of_rows(rows, inverse, top_k, offsets=offsets)
+
+
+def _activate(
+    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, offsets: Tensor, order: Tensor | None,
+    form: tuple[float, float, float, bool], backend: str,
+) -> Tensor:  # fmt: skip
+    if backend == "triton":
+        from veomni.ops.experts import activation_triton
+
+        experts = None if bias is None else expert_of_row(gate_up, offsets)
+        return activation_triton.swiglu(gate_up, bias, experts, top_k_weights, order, *form)
+    return swiglu(_biased(gate_up, bias, offsets), SwiGLU(*form), _scale(top_k_weights, order))
+
+
+def _activate_backward(
+    gate_up: Tensor, grad: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, offsets: Tensor,
+    order: Tensor | None, inverse: Tensor | None, form: tuple[float, float, float, bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``top_k_weights``."""
+    if backend == "triton":
+        from veomni.ops.experts import activation_triton
+
+        experts = None if bias is None else expert_of_row(gate_up, offsets)
+        to_gate_up, hidden, to_weights = activation_triton.swiglu_backward(
+            gate_up, grad, bias, experts, top_k_weights, order, offsets, *form
+        )
+        return to_gate_up, hidden, None if top_k_weights is None else to_weights
+    to_gate_up, hidden, to_scale = swiglu_backward(
+        _biased(gate_up, bias, offsets), grad, SwiGLU(*form), _scale(top_k_weights, order)
+    )
+    if to_scale is None or top_k_weights is None or inverse is None:
+        return to_gate_up, hidden, None
+    to_scale = to_scale.masked_fill(past_end(to_scale, offsets)[:, 0], 0)
+    return to_gate_up, hidden, to_scale.index_select(0, inverse).view_as(top_k_weights)
 
 
 def _biased(gate_up: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:

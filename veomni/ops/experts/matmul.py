@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veomni.ops.experts.permute import past_end, zero_tail_
+
 
 def grouped_matmul(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """Multiply every row by its expert's matrix; rows past ``offsets[-1]`` give anything. Has no gradient.
@@ -20,6 +22,15 @@ def grouped_matmul(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str)
     """
     if backend == "loop" or not rows.shape[0]:
         return _loop_matmul(rows, weights, offsets)
+    if backend == "triton":
+        from veomni.ops.experts import matmul_triton
+
+        if matmul_triton.tiles_fit(weights):
+            return matmul_triton.tiled_matmul(rows, weights, offsets)
+    if backend == "npu":
+        from veomni.ops.experts import matmul_npu
+
+        return matmul_npu.grouped_matmul(rows, weights, offsets)
     return F.grouped_mm(rows, weights, offs=offsets)
 
 
@@ -34,9 +45,11 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
     """
     if backend == "loop" or not left.shape[0]:
         return _loop_outer(left, right, offsets)
-    product = F.grouped_mm(left.t(), right, offs=offsets)
-    dead = offsets.diff(prepend=offsets.new_zeros(1)) == 0
-    return product.masked_fill_(dead[:, None, None], 0)
+    if backend == "npu":
+        from veomni.ops.experts import matmul_npu
+
+        return matmul_npu.grouped_outer(left, right, offsets)
+    return F.grouped_mm(left.t(), right, offs=offsets)
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
@@ -101,11 +114,6 @@ def add_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -
     return biased
 
 
-def past_end(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Return which rows have no expert, bool ``[rows, 1]``."""
-    return (torch.arange(rows.shape[0], device=rows.device) >= offsets[-1])[:, None]
-
-
 def expert_of_row(rows: Tensor, offsets: Tensor) -> Tensor:
     """Return the expert of every row, int64 ``[rows]``; the last one for rows that have none."""
     places = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
@@ -124,7 +132,7 @@ class _ExpertLinear(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(rows, weights, offsets)
         ctx.backend = backend
-        return grouped_matmul(rows, weights, offsets, backend).masked_fill_(past_end(rows, offsets), 0)
+        return zero_tail_(grouped_matmul(rows, weights, offsets, backend), offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,7 +142,7 @@ class _ExpertLinear(torch.autograd.Function):
         to_rows = to_weights = None
         if needs_rows:
             to_rows = grouped_matmul(grad, weights.transpose(1, 2), offsets, ctx.backend)
-            to_rows = to_rows.masked_fill_(past_end(rows, offsets), 0)
+            to_rows = zero_tail_(to_rows, offsets)
         if needs_weights:
             to_weights = weights_gradient(rows, grad, weights, offsets, ctx.backend)
         return to_rows, to_weights, None, None

@@ -45,7 +45,7 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
-        return rows_of_tokens(hidden, order, top_k)
+        return rows_of_tokens(hidden, order, inverse, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,30 +69,39 @@ class _Combine(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows_of_tokens(rows, index, 1)
+        ctx.save_for_backward(index, inverse)
+        return rows_of_tokens(rows, index, inverse, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return rows_of_tokens(grads[0].contiguous(), inverse, 1), None, None
+        index, inverse = ctx.saved_tensors
+        return rows_of_tokens(grads[0].contiguous(), inverse, index, 1), None, None
 
 
 # ---------------------------------------------------------------- without gradients
 
 
-def rows_of_tokens(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+def rows_of_tokens(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int, *, again: bool = False) -> Tensor:
     """Return of every sorted pair its token, ``[tokens * k, hidden]``; has no gradient.
 
     Args:
         hidden: ``[tokens, hidden]``.
         order: Places of the sorted pairs, int64 ``[tokens * k]``.
+        inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
         top_k: Pairs per token.
+        again: Whether the same rows were made before and given up. A compiler that saw the same call twice would keep
+            the rows of the forward for the backward.
     """
+    if _has_kernels(hidden):
+        from veomni.ops.experts import permute_triton
+
+        return permute_triton.rows_of_tokens(hidden, inverse, top_k, again)
     return hidden.index_select(0, order // top_k if top_k > 1 else order)
 
 
-def sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
+def sum_of_rows(
+    rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     """Return of every token the sum of its rows, ``[tokens, hidden]``; has no gradient.
 
     Args:
@@ -100,7 +109,15 @@ def sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | Non
         inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
         top_k: Pairs per token.
         weights: Factors, ``[tokens, k]``, or None for ones.
+        offsets: Where each expert's rows end, int32 ``[experts]``: rows past the last end count as zeros. None where
+            all rows count.
     """
+    if _has_kernels(rows):
+        from veomni.ops.experts import permute_triton
+
+        return permute_triton.sum_of_rows(rows, inverse, top_k, weights, offsets)
+    if offsets is not None:
+        rows = rows.masked_fill(past_end(rows, offsets), 0)
     wide = torch.promote_types(rows.dtype, torch.float32)
     by_token = rows.index_select(0, inverse).unflatten(0, (-1, top_k))
     if weights is None:
@@ -120,8 +137,32 @@ def sum_of_rows_backward(
         order: Places of the sorted pairs, int64 ``[tokens * k]``.
         inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
     """
+    if _has_kernels(rows):
+        from veomni.ops.experts import permute_triton
+
+        to_rows, to_weights = permute_triton.sum_of_rows_backward(grad, rows, weights, order)
+        return to_rows, to_weights
     wide = torch.promote_types(rows.dtype, torch.float32)
-    by_row = rows_of_tokens(grad, order, weights.shape[1]).to(wide)
+    by_row = rows_of_tokens(grad, order, inverse, weights.shape[1]).to(wide)
     to_rows = (by_row * weights.flatten().index_select(0, order).to(wide)[:, None]).to(rows.dtype)
     to_weights = (by_row * rows.to(wide)).sum(1).index_select(0, inverse).view_as(weights).to(weights.dtype)
     return to_rows, to_weights
+
+
+def zero_tail_(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Write zeros into the rows past ``offsets[-1]`` and return ``rows``; has no gradient."""
+    if _has_kernels(rows):
+        from veomni.ops.experts import permute_triton
+
+        permute_triton.zero_tail_(rows, offsets)
+        return rows
+    return rows.masked_fill_(past_end(rows, offsets), 0)
+
+
+def past_end(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Return which rows have no expert, bool ``[rows, 1]``."""
+    return (torch.arange(rows.shape[0], device=rows.device) >= offsets[-1])[:, None]
+
+
+def _has_kernels(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype is not torch.float64  # the kernels add up in float32
