@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veomni.precision import Precision
 
+_ALIKE = (torch.ops.aten.grid_sampler_2d.default, torch.ops.aten.grid_sampler_2d_backward.default)
+"""Operations that take tensors of one format only."""
+
 
 class Float64Throughout(TorchDispatchMode):
     """Keep float64 where modeling code asks for float32 (norms, softmax, rotary tables).
@@ -38,6 +41,9 @@ class Float64Throughout(TorchDispatchMode):
             and args[0].dtype is torch.float64
         ):
             kwargs = {**kwargs, "dtype": torch.float64}
+        if func in _ALIKE and args[0].dtype is torch.float64:
+            # Modeling code makes the places in float32, from whole numbers, whatever it samples.
+            args = tuple(part.double() if isinstance(part, torch.Tensor) else part for part in args)
         return func(*args, **kwargs)
 
 

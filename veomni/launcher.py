@@ -220,6 +220,7 @@ class Launcher:
             derive_plan,
             install_token_loss,
             isolate_documents,
+            prepare_towers,
             resolve_attention,
             resolve_experts,
             try_packing,
@@ -240,6 +241,7 @@ class Launcher:
         install_token_loss(model, fused=self.fused_loss)
         dtype = torch.float64 if self.precision.name == "fp64" else torch.float32
         controller = install_controller(model, self.router or MoEOptions(), self.state, self.device, dtype)
+        prepare_towers(model)
         for strategy in self.strategies:
             strategy.prepare(model, plan, self.state)
         apply_recompute(model, plan, self.recompute)

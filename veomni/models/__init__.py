@@ -15,6 +15,7 @@ from veomni.models.plan import derive_plan
 from veomni.models.source import WeightSource
 from veomni.models.token_loss import install_token_loss
 from veomni.models.tokenizer import build_processor, build_tokenizer
+from veomni.models.towers import prepare_towers
 
 __all__ = [
     "MODELING_REGISTRY",
@@ -32,6 +33,7 @@ __all__ = [
     "freeze",
     "install_token_loss",
     "isolate_documents",
+    "prepare_towers",
     "resolve_attention",
     "resolve_experts",
     "try_packing",
