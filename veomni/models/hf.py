@@ -253,6 +253,11 @@ def _add(groups: dict[str, Conversion], key: str, name: str, pattern: str | None
     group.sources.setdefault(pattern, []).append(name)
 
 
+def computes_loss_itself(model: nn.Module) -> bool:
+    """Return whether a model takes the causal loss within its forward, and not by its ``loss_function``."""
+    return type(model).__name__ == "Qwen2AudioForConditionalGeneration"
+
+
 def supports_flash_attention(model: nn.Module) -> bool:
     """Return whether a model's attention works on packed rows without a mask."""
     return bool(getattr(model, "_supports_flash_attn", False))

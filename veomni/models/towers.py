@@ -8,6 +8,7 @@ gradient are exactly those without, zeros for the tower.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,8 @@ def prepare_towers(model: nn.Module) -> None:
         return
     own_merge = merges_audio_itself(owner)
     filled: dict[str, TowerCall] = {}
-    owner.register_forward_pre_hook(_fill_in(filled), with_kwargs=True)
+    named = frozenset(inspect.signature(type(owner).forward).parameters)
+    owner.register_forward_pre_hook(_fill_in(filled, named), with_kwargs=True)
     if own_merge:
         give_audio_method(owner)
     calls = {kind.modality: call for kind in _kinds(owner) if (call := _tower_call(owner, kind)) is not None}
@@ -140,14 +142,27 @@ def _smallest_sound(owner: Any, kind: TowerKind) -> Callable[[torch.device], Ite
     return make
 
 
-def _fill_in(calls: dict[str, TowerCall]) -> Callable[..., Any]:
+def _fill_in(calls: dict[str, TowerCall], named: frozenset[str]) -> Callable[..., Any]:
+    """Return a hook that gives the towers what is missing, and keeps from the language model what is theirs alone.
+
+    Args:
+        calls: By modality; may still be filled.
+        named: What the owner's forward takes by name: the rest goes to every layer of the language model.
+    """
+
     def fill(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
         if given is None or kwargs.get("past_key_values") is not None:
             return args, kwargs
-        absent = [call for call in calls.values() if kwargs.get(call.kind.values) is None]
-        return args, {**kwargs, **{call.kind.values: call.stand_in(given.device) for call in absent}}
+        prefixes = tuple(f"{modality}_" for modality in calls)
+        theirs = {name for name in kwargs if name.startswith(prefixes) and name not in named}
+        kept = {name: value for name, value in kwargs.items() if name not in theirs}
+        for modality, call in calls.items():
+            call.precomputed = {name: kwargs[name] for name in theirs if name.startswith(f"{modality}_")}
+            if kept.get(call.kind.values) is None:
+                kept[call.kind.values] = call.stand_in(given.device)
+        return args, kept
 
     return fill
 
@@ -180,7 +195,7 @@ def _tell_apart(owner: Any) -> None:
                 )
         return tuple(mask.unsqueeze(-1) for mask in found)
 
-    owner.register_forward_pre_hook(remember, with_kwargs=True)
+    owner.register_forward_pre_hook(remember, with_kwargs=True, prepend=True)  # before dummies are filled in
     owner.get_placeholder_mask = masks
 
 

@@ -47,24 +47,31 @@ class _Placeholders:
         self.tokens: Tensor | None = None
         self.types: Tensor | None = None
 
-    def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep what tells placeholders; give whole rows of ``token_type_ids``, which models build masks from."""
         self.split = SEQUENCE_SIZE in kwargs
         self.tokens, self.types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
+        types = kwargs.get("token_type_ids")
+        return args, {**kwargs, "token_type_ids": self._whole(types)} if self.split and types is not None else kwargs
 
     def numbers(self, kind: TowerKind, token: int) -> Tensor:
         """Return which features, counted over whole rows, belong to this rank's placeholders, in their order."""
-        own = self._marks(kind, token)
+        whole = self._whole(self._marks(kind, token))
+        count = (whole.flatten().cumsum(0) - 1).view_as(whole)
+        mine = self.part.indices(whole.shape[1]).to(whole.device)
+        return count[:, mine][whole[:, mine] == 1]
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """Return whole rows ``[batch, seq]`` of what this rank has a part of."""
         parts = [torch.empty_like(own) for _ in range(self.group.size())]
         dist.all_gather(parts, own.contiguous(), group=self.group)
         length = own.shape[1] * len(parts)
         whole = own.new_empty(own.shape[0], length)
-        for place, marks in enumerate(parts):
+        for place, part in enumerate(parts):
             ulysses, cp = divmod(place, self.part.cp)
             indices = SequencePart(self.part.ulysses, ulysses, self.part.cp, cp).indices(length)
-            whole[:, indices.to(whole.device)] = marks
-        count = (whole.flatten().cumsum(0) - 1).view_as(whole)
-        mine = self.part.indices(length).to(whole.device)
-        return count[:, mine][whole[:, mine] == 1]
+            whole[:, indices.to(whole.device)] = part
+        return whole
 
     def _marks(self, kind: TowerKind, token: int) -> Tensor:
         """Return 1 where this rank's tokens are placeholders of one modality, int64 ``[batch, seq / P]``."""

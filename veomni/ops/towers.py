@@ -106,6 +106,10 @@ class TowerCall:
         kind: The modality.
         dummy: Makes the smallest legal item on a device.
         counts: From items to the features of each; needed only where the method returns them in one piece.
+
+    Attributes:
+        exchange: Who encodes which items; None where each rank encodes its own.
+        precomputed: Arguments for all items of the batch in hand that were computed from their sizes beforehand.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class TowerCall:
         counts: Callable[[Items], list[int]] | None = None,
     ) -> None:
         self.kind, self.exchange = kind, None
+        self.precomputed: dict[str, Any] = {}
         self._encode, self._make_dummy, self._counts = encode, dummy, counts
         self._parameters = inspect.signature(encode)
         self._absent: Tensor | None = None
@@ -140,9 +145,9 @@ class TowerCall:
         absent = values is self._absent and values is not None
         self._absent = None
         if not absent and self.exchange is None:
-            return self.encode(**{name: value for name, value in given.items() if name != "kwargs"}, **rest)
+            named = {name: value for name, value in given.items() if name != "kwargs"}
+            return self.encode(**{**named, **rest, **self.precomputed})
         # What a loader precomputed is of all items in their order, and so of no use to another choice of them.
-        rest = {name: value for name, value in rest.items() if not name.startswith(f"{self.kind.modality}_")}
         fixed = {name: value for name, value in given.items() if name not in ("kwargs", self.kind.values)}
         items = self._none(values.device) if absent else self._items(given)
         encoder = _Encoder(self, {**fixed, **rest})
