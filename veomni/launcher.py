@@ -276,18 +276,20 @@ class Launcher:
         Args:
             model: What :meth:`setup_model` returned.
             factory: An optimizer class.
-            options: What the factory takes, and ``no_decay``: name patterns of parameters without weight decay.
+            options: What the factory takes; ``no_decay``: name patterns of parameters without weight decay; and
+                ``lr_scale``: name patterns to factors of the learning rate.
 
         Raises:
             ModelError: the model still has parameters without storage: it has not been set up.
         """
-        from veomni.optim import build_optimizer_groups, combine, members_by_mesh
+        from veomni.optim import build_optimizer_groups, combine, members_by_mesh, scale_lr, split_by_lr_scale
 
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError("the optimizer was built before the model was sharded", "call setup_model first")
-        no_decay = options.pop("no_decay", ())
+        no_decay, lr_scale = options.pop("no_decay", ()), options.pop("lr_scale", {})
         groups = build_optimizer_groups(model, weight_decay=options.get("weight_decay", 0.0), no_decay=no_decay)
-        return combine(members_by_mesh(groups, lambda part: factory(part, **options)))
+        groups = split_by_lr_scale(model, groups, lr_scale)
+        return scale_lr(combine(members_by_mesh(groups, lambda part: factory(part, **options))))
 
     # ---------------------------------------------------------------- one step
 

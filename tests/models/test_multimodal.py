@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, IMAGES, MROPE, Sampler, alone, documents_of, family_config, family_model
-from veomni.models import build_model, export_hf, prepare_towers
+from veomni.models import build_model, derive_plan, export_hf, prepare_towers
 from veomni.models.mrope import DocumentPositions
 from veomni.models.vision_inputs import vision_inputs
 from veomni.ops.towers import towers_of
@@ -37,6 +37,19 @@ def test_towers_are_found(name):
     assert tuple(towers) == MODALITIES[name]
     prepare_towers(model)
     assert towers_of(model) is towers  # nothing is wrapped twice
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_repeated_layer_is_a_unit_of_sharding(name):
+    """Of towers too: what no block holds is gathered as a whole, and stays so until the backward."""
+    model = build_model(family_config(name))
+    blocks = derive_plan(model).blocks
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and "experts" not in path:
+            for child in map(str, range(len(module))):
+                assert any(f"{path}.{child}.".startswith(f"{block}.") for block in blocks), f"{path}.{child}"
+    towers = [name for name in blocks if "language_model" not in name]
+    assert len(towers) >= 2 * len({name.split(".")[1] for name in towers})
 
 
 @pytest.mark.parametrize("name", MROPE)
