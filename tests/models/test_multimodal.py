@@ -45,7 +45,7 @@ def test_every_repeated_layer_is_a_unit_of_sharding(name):
     model = build_model(family_config(name))
     blocks = derive_plan(model).blocks
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) > 1 and "experts" not in path:
+        if path.endswith((".layers", ".layer", ".blocks")):
             for child in map(str, range(len(module))):
                 assert any(f"{path}.{child}.".startswith(f"{block}.") for block in blocks), f"{path}.{child}"
     towers = [name for name in blocks if "language_model" not in name]
