@@ -5,8 +5,9 @@ One table. A key that is not in it is refused by whoever would have to pack or s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from veomni.batch import IGNORE_INDEX
 from veomni.registry import Registry
@@ -25,12 +26,14 @@ class KeyRule:
             where ``ragged``.
         dim: The axis that is concatenated; for tokens counted in a sample without batch.
         ragged: Items differ in their last axis (mel frames), and are padded to the longest.
+        counts: The part of a model whose loss is a mean over this key's tokens: those that are not negative.
     """
 
     per: Literal["token", "item"]
     pad: float = 0
     dim: int = 0
     ragged: bool = False
+    counts: str | None = None
 
 
 KEY_RULES: Registry[KeyRule] = Registry("batch key")
@@ -52,3 +55,13 @@ KEY_RULES.register("inputs_embeds")(KeyRule("token", dim=-2))
 KEY_RULES.register("position_ids")(KeyRule("token", dim=-1))
 KEY_RULES.register("input_features")(KeyRule("item", ragged=True))
 KEY_RULES.register("feature_attention_mask")(KeyRule("item", ragged=True))
+
+
+def part_tokens(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Count the tokens that each part's loss is a mean over, for all parts that are known; text is apart."""
+    found = {}
+    for key in KEY_RULES:
+        part = KEY_RULES.get(key).counts
+        if part is not None:
+            found[part] = int((inputs[key] >= 0).sum()) if key in inputs else 0
+    return dict(sorted(found.items()))

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.agreement import agree
 from veomni.batch import MicroBatch, StepBatch, StepWork, supervised_tokens
+from veomni.batch_keys import part_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
@@ -327,6 +328,7 @@ class Launcher:
             tokens=sum(supervised_tokens(micro) for micro in mine),
             stop=self._stop.requested,
             work=self.reporter.measure(mine),
+            parts=_summed(part_tokens(micro) for micro in mine),
         )
         if agreed.ranks_with_batch < self.world_size:
             if agreed.ranks_with_batch:
@@ -339,7 +341,7 @@ class Launcher:
         copies = self.state.size("sequence")  # ranks that share rows count the work of whole rows, each of them
         work = StepWork(*(amount / copies for amount in astuple(agreed.work)))
         zero = torch.zeros((), device=self.device)
-        self._batch = StepBatch(mine, agreed.tokens, work, self.step, zero)
+        self._batch = StepBatch(mine, agreed.tokens, work, self.step, zero, agreed.parts)
         return self._batch
 
     def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
@@ -349,7 +351,7 @@ class Launcher:
             self._begin_routing(self._controller, model, batch)
         for index, inputs in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last)
+            micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last, part_tokens(inputs))
             watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
             with self.parameter_strategy.grad_sync(model, last), watch:
                 yield micro
@@ -373,16 +375,17 @@ class Launcher:
             for name, value in inputs.items()
         }
 
-    def backward(self, loss: Tensor, micro: MicroBatch) -> None:
+    def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add this micro-batch's gradients.
 
         Args:
-            loss: The mean over the micro-batch's supervised tokens (over its rows, for a batch without labels).
+            loss: The mean over the micro-batch's supervised tokens (over its rows, for a batch without labels). Of a
+                composed model its ``losses`` by part, each the mean over its own tokens: "text", then its decoders.
             micro: What the loss was computed on.
 
         Gradients after the last backward are those of the mean over all supervised tokens of the step, whatever the
         layout: strategies average over the ``loss`` view, so each part is weighed by its share of the tokens times the
-        size of that view.
+        size of that view. Losses by part are each such a mean, and their sum is what is learned.
 
         The losses of routers add their gradients here, and with the last backward the step of the routers ends, before
         any parameter changes: no loop does without this call.
@@ -393,11 +396,20 @@ class Launcher:
         assert self._batch is not None, "call backward inside track() and accumulate()"
         if self._controller is not None:
             self._controller.before_backward()
-        share = micro.tokens / max(1, self._batch.tokens)
-        self._batch.loss = self._batch.loss + loss.detach() * share
-        (loss * (share * self.state.size("loss"))).backward()
+        shared = _shared_loss(loss, micro, self._batch)
+        self._batch.loss = self._batch.loss + shared.detach()
+        (shared * self.state.size("loss")).backward()
         if self._controller is not None and micro.last:
             self._controller.end_step()
+
+    def global_losses(self, batch: StepBatch) -> dict[str, Tensor]:
+        """Return the mean loss of every part over its tokens of the step, equal on all ranks; to be logged by name."""
+        names = sorted(batch.losses)
+        if not names:
+            return {}
+        means = torch.stack([batch.losses[name] for name in names])
+        dist.all_reduce(means, group=self.state.group("loss"))
+        return {f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def global_loss(self, batch: StepBatch) -> Tensor:
         """Return the mean over all supervised tokens of the step, equal on all ranks."""
@@ -482,6 +494,36 @@ class Launcher:
         self.reporter.close("preempted")
         self.checkpoints.close()
         raise SystemExit(EXIT_PREEMPTED)
+
+
+def _shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: StepBatch) -> Tensor:
+    """Return a micro-batch's part of the step's mean loss; parts are remembered in the batch."""
+    if isinstance(loss, Tensor):
+        return loss * (micro.tokens / max(1, batch.tokens))
+    shares = {name: part * _share(name, micro, batch) for name, part in loss.items()}
+    for name, part in shares.items():
+        batch.losses[name] = batch.losses.get(name, torch.zeros_like(batch.loss)) + part.detach()
+    return torch.stack(list(shares.values())).sum()
+
+
+def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
+    """Return which share of the tokens that a part's loss is the mean of are in a micro-batch."""
+    if name == "text":
+        return micro.tokens / max(1, batch.tokens)
+    if name not in batch.part_tokens:
+        raise ModelError(
+            f"a loss called {name!r} is the mean over nobody knows how many tokens",
+            "register a key with KeyRule(counts=...) that tells them (veomni/batch_keys.py)",
+        )
+    return micro.part_tokens[name] / max(1, batch.part_tokens[name])
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sums by name over micro-batches; every known part is in it, also without any."""
+    total = part_tokens({})
+    for one in counts:
+        total = {name: total[name] + one[name] for name in total}
+    return total
 
 
 def _store_in(model: nn.Module, dtype: torch.dtype) -> None:

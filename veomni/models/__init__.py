@@ -9,6 +9,7 @@ from veomni.models.freeze import freeze
 from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
 from veomni.models.materialize import Materializer
+from veomni.models.omni import build_omni_model
 from veomni.models.packed_masks import isolate_documents
 from veomni.models.packing_probe import try_packing
 from veomni.models.plan import derive_plan
@@ -25,6 +26,7 @@ __all__ = [
     "WeightSource",
     "build_config",
     "build_model",
+    "build_omni_model",
     "build_processor",
     "build_tokenizer",
     "derive_plan",

@@ -69,6 +69,10 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
         model: The model, before it is sharded.
         fused: Fuse head and loss where that is exact; say so in the log where it is not.
     """
+    part = getattr(model, "loss_part", None)
+    if part is not None:  # a composed model: its language foundation takes the loss
+        install_token_loss(model.get_submodule(part), fused=fused)
+        return
     if not hasattr(model, "loss_function"):
         return
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.

@@ -14,7 +14,10 @@ from veomni.errors import DataError
 from veomni.models import hf
 
 _FAMILY_OF_ONE_TOKEN = ("glm4v", "glm4v_moe")
-_UNREAD = ("audio_bos_eos_token.", "vision_tower.head.", "vision_tower.vision_model.head.")
+_UNREAD = (
+    "audio_bos_eos_token.", "vision_tower.head.", "vision_tower.vision_model.head.",
+    "image_encoder.head.", "image_encoder.vision_model.head.",
+)  # fmt: skip
 
 
 def shares_placeholders(owner: Any) -> bool:
@@ -25,6 +28,11 @@ def shares_placeholders(owner: Any) -> bool:
 def merges_audio_itself(owner: nn.Module) -> bool:
     """Whether a model encodes and places sounds within its forward, as Qwen2-Audio does, and not by a method."""
     return hasattr(owner, "audio_tower") and not hasattr(owner, "get_image_features")
+
+
+def takes_padded_audio(owner: Any) -> bool:
+    """Whether mel features are padded to the span of the encoder, 30 seconds in Whisper's family."""
+    return owner.config.audio_config.model_type == "qwen2_audio_encoder"
 
 
 def audio_counts(owner: Any) -> Callable[[Tensor], Tensor]:
@@ -45,6 +53,10 @@ def unread_parameters(owner: Any) -> list[nn.Parameter]:
     nothing comes out of, and an embedding that Qwen2.5-Omni keeps for its checkpoints.
     """
     found = [parameter for name, parameter in owner.named_parameters() if any(part in name for part in _UNREAD)]
+    if getattr(getattr(owner, "image_encoder", None), "config", None) is not None:
+        kind = owner.image_encoder.config.model_type
+        named = owner.image_encoder.named_parameters()
+        return found + [part for name, part in named if kind == "clip_vision_model" and "post_layernorm" in name]
     layer = getattr(owner.config, "vision_feature_layer", None)
     tower = getattr(owner, "vision_tower", None)
     if tower is None or layer is None:

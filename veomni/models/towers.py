@@ -23,6 +23,7 @@ from veomni.models.tower_families import (
     give_audio_method,
     merges_audio_itself,
     shares_placeholders,
+    takes_padded_audio,
     unread_parameters,
 )
 from veomni.ops.towers import TOWERS, Items, TowerCall, TowerKind
@@ -82,7 +83,7 @@ def _kinds(owner: Any) -> list[TowerKind]:
     shared = shares_placeholders(owner)
     found = []
     for modality, method, values, sizes in _KINDS:
-        if hasattr(owner, method):
+        if hasattr(owner, method) and _has_encoder(config, modality):
             patches = grids and modality != "audio"
             token_type = _TOKEN_TYPES.get(modality) if shared else None
             token = "image_token_id" if shared else f"{modality}_token_id"
@@ -90,6 +91,10 @@ def _kinds(owner: Any) -> list[TowerKind]:
                 modality, method, values, sizes if patches or modality == "audio" else None, patches, token, token_type
             ))  # fmt: skip
     return found
+
+
+def _has_encoder(config: Any, modality: str) -> bool:
+    return getattr(config, "audio_config" if modality == "audio" else "vision_config", None) is not None
 
 
 def _tower_call(owner: Any, kind: TowerKind) -> TowerCall | None:
@@ -100,7 +105,7 @@ def _tower_call(owner: Any, kind: TowerKind) -> TowerCall | None:
             type(owner).__name__, kind.modality,
         )  # fmt: skip
         return None
-    counts = audio_counts(owner) if kind.modality == "audio" else None
+    counts = audio_counts(owner) if kind.modality == "audio" and hasattr(owner, "audio_tower") else None
     return TowerCall(getattr(owner, kind.method), kind, dummy, _of_masks(counts) if counts else None)
 
 
@@ -132,7 +137,7 @@ def _smallest(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items] | 
 
 def _smallest_sound(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items]:
     audio = owner.config.audio_config
-    frames = 2 * audio.max_source_positions if merges_audio_itself(owner) else 8
+    frames = 2 * audio.max_source_positions if takes_padded_audio(owner) else 8
 
     def make(device: torch.device) -> Items:
         mask = torch.zeros(1, frames, dtype=torch.int64, device=device)

@@ -174,7 +174,7 @@ class TowerCall:
     def _answer(self, output: Any, streams: list[Tensor]) -> Any:
         """Put streams into an output in the form that the owner reads: one piece, or a tuple of pieces."""
         pooled, *layers = streams
-        if self.kind.modality == "audio":
+        if _in_one_piece(self.kind, output):
             output.last_hidden_state = pooled
             return output
         output.pooler_output = pooled if isinstance(output.pooler_output, Tensor) else (pooled,)
@@ -205,7 +205,7 @@ class _Encoder:
 
     def _streams(self, items: Items) -> list[list[Tensor]]:
         output = self.output
-        pooled = output.last_hidden_state if self.call.kind.modality == "audio" else output.pooler_output
+        pooled = output.last_hidden_state if _in_one_piece(self.call.kind, output) else output.pooler_output
         if isinstance(pooled, Tensor) and pooled.dim() == 2:
             assert self.call._counts is not None
             pooled = pooled.split(self.call._counts(items))
@@ -214,6 +214,11 @@ class _Encoder:
         for layer in getattr(output, "deepstack_features", None) or ():
             streams.append(list(layer.split(counts)) if isinstance(layer, Tensor) else list(layer))
         return streams
+
+
+def _in_one_piece(kind: TowerKind, output: Any) -> bool:
+    """Whether the owner reads features from the last hidden state: transformers' models that hear do."""
+    return kind.modality == "audio" and hasattr(output, "last_hidden_state")
 
 
 def towers_of(model: nn.Module) -> dict[str, TowerCall]:

@@ -16,6 +16,7 @@ from veomni.data.rows import segment_offsets
 from veomni.errors import DataError
 from veomni.models.loader import model_class
 from veomni.models.mrope import DocumentPositions
+from veomni.models.omni.decoders import DECODERS
 from veomni.models.vision_inputs import vision_inputs
 from veomni.registry import did_you_mean
 from veomni.sequence_split import WHOLE_ROWS, SequencePart, split_rows
@@ -27,7 +28,7 @@ Sample = Mapping[str, Any]
 """One document as a processor gives it, without a batch axis for what has an entry per token."""
 
 _FOR_POSITIONS = ("mm_token_type_ids", "second_per_grid_ts", "video_second_per_grid", "audio_feature_lengths")
-_FLAGS = ("use_audio_in_video",)
+_FLAGS = ("use_audio_in_video", "noise_seed")
 
 
 class MultimodalCollator:
@@ -48,6 +49,7 @@ class MultimodalCollator:
     ) -> None:
         self.config, self.max_seq_len, self.pad_token_id, self.part = config, max_seq_len, pad_token_id, part
         self.positions = DocumentPositions(config)
+        self._decoders = [DECODERS.get(name) for name in getattr(config, "decoders", {})]
         self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
 
     def __call__(self, rows: Sequence[Sequence[Sample]]) -> PackedInputs:
@@ -83,6 +85,9 @@ class MultimodalCollator:
             raise DataError("a document has no input_ids", "tokenise it first")
         kept = {key: value for key, value in sample.items() if value is not None and key not in _FLAGS}
         kept["position_ids"] = self.positions(sample)
+        for decoder in self._decoders:
+            if decoder.keys[0] in kept:
+                kept |= decoder.document({**kept, **{flag: sample.get(flag) for flag in _FLAGS}})
         if "labels" in kept:
             kept["labels"] = kept["labels"].clone()
             kept["labels"][:1] = IGNORE_INDEX  # it would be predicted from the document before
@@ -98,16 +103,16 @@ class MultimodalCollator:
 
     def _pack_tokens(self, key: str, rule: KeyRule, rows: Sequence[Sequence[Sample]]) -> Tensor:
         fill = self.pad_token_id if key == "input_ids" else rule.pad
+        like = next(sample[key] for row in rows for sample in row if key in sample)
         packed = []
         for row in rows:
             parts = [sample.get(key) for sample in row]
-            shape = next(part for other in rows for part in (s.get(key) for s in other) if part is not None).shape[1:]
             whole = [
-                part if part is not None else torch.full((len(sample["input_ids"]), *shape), rule.pad).to(torch.int64)
+                like.new_full((len(sample["input_ids"]), *like.shape[1:]), rule.pad) if part is None else part
                 for part, sample in zip(parts, row, strict=True)
             ]
-            joined = torch.cat(whole) if whole else torch.empty(0, *shape, dtype=torch.int64)
-            packed.append(F.pad(joined, [0, 0] * len(shape) + [0, self.max_seq_len - len(joined)], value=fill))
+            joined = torch.cat([like[:0], *whole])
+            packed.append(F.pad(joined, [0, 0] * (like.dim() - 1) + [0, self.max_seq_len - len(joined)], value=fill))
         return torch.stack(packed)
 
     def _pack_positions(self, rows: Sequence[Sequence[Sample]]) -> Tensor:
