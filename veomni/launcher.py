@@ -38,6 +38,7 @@ from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
 from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
+from veomni.ops.tower_balance import balance_towers
 from veomni.precision import Precision, select_precision
 from veomni.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
 from veomni.reporter import Reporter
@@ -75,6 +76,7 @@ class Launcher:
         seed: Of weights, data order and dropout.
         recompute: Activation checkpointing: "none", "full" or "selective".
         compile: Compile each block with ``torch.compile``.
+        balance_towers: Let ranks encode each other's images, videos and sounds, so that all have as much to do.
         fused_loss: Fuse the head with the loss where that is exact.
         broadcast_weights: Rank 0 reads the weights and sends them, instead of every rank reading its shards.
         router: How experts are balanced and their load is reported; None is ``MoEOptions()``.
@@ -95,6 +97,7 @@ class Launcher:
         seed: int = 0,
         recompute: Recompute = "none",
         compile: bool = False,
+        balance_towers: bool = False,
         fused_loss: bool = True,
         router: MoEOptions | None = None,
         broadcast_weights: bool = False,
@@ -113,6 +116,7 @@ class Launcher:
         self.recompute, self.compile, self.fused_loss = recompute, compile, fused_loss
         self.router = router
         self.broadcast_weights, self.deterministic = broadcast_weights, deterministic
+        self.balance_towers = balance_towers
         self.timeout = timedelta(seconds=timeout_seconds)
         self.reporter = reporter or Reporter()
         self.checkpoints = checkpoints or CheckpointSchedule()
@@ -245,6 +249,8 @@ class Launcher:
         prepare_towers(model)
         for strategy in self.strategies:
             strategy.prepare(model, plan, self.state)
+        if self.balance_towers:
+            balance_towers(model, self.state.group("loss"))
         apply_recompute(model, plan, self.recompute)
         if self.compile:
             compile_blocks(model, plan, self.precision)

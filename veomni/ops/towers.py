@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ Encode = Callable[["Items"], list[list[Tensor]]]
 
 Exchange = Callable[["Items", Encode], list[Tensor]]
 """Encodes this rank's items with other ranks; returns each stream's ``[tokens, hidden]`` for this rank's tokens."""
+
+Balance = Callable[["Items", Encode], list[list[Tensor]]]
+"""Encodes this rank's items where there is least to do; returns what ``Encode`` does, at least an empty piece each."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ class TowerCall:
         counts: From items to the features of each; needed only where the method returns them in one piece.
 
     Attributes:
-        exchange: Who encodes which items; None where each rank encodes its own.
+        exchange: Who encodes which items of rows that ranks share; None where rows are whole.
+        balance: Who encodes which items of all rows; None where each rank encodes its own.
         precomputed: Arguments for all items of the batch in hand that were computed from their sizes beforehand.
     """
 
@@ -119,13 +124,14 @@ class TowerCall:
         dummy: Callable[[torch.device], Items],
         counts: Callable[[Items], list[int]] | None = None,
     ) -> None:
-        self.kind, self.exchange = kind, None
+        self.kind, self.exchange, self.balance = kind, None, None
         self.precomputed: dict[str, Any] = {}
         self._encode, self._make_dummy, self._counts = encode, dummy, counts
         self._parameters = inspect.signature(encode)
         self._absent: Tensor | None = None
 
     exchange: Exchange | None
+    balance: Balance | None
     _encoding = False  # of any modality: Qwen3-VL's videos go through the method of images
 
     def stand_in(self, device: torch.device) -> Tensor:
@@ -144,18 +150,23 @@ class TowerCall:
         values = given[self.kind.values]
         absent = values is self._absent and values is not None
         self._absent = None
-        if not absent and self.exchange is None:
+        if not absent and self.exchange is None and self.balance is None:
             named = {name: value for name, value in given.items() if name != "kwargs"}
             return self.encode(**{**named, **rest, **self.precomputed})
         # What a loader precomputed is of all items in their order, and so of no use to another choice of them.
         fixed = {name: value for name, value in given.items() if name not in ("kwargs", self.kind.values)}
         items = self._none(values.device) if absent else self._items(given)
         encoder = _Encoder(self, {**fixed, **rest})
+        encode = encoder if self.balance is None else partial(self._balanced, encoder)
         if self.exchange is None:
-            streams = [torch.cat(stream) for stream in encoder(items)]
+            streams = [torch.cat(stream) for stream in encode(items)]
         else:
-            streams = self.exchange(items, encoder)
+            streams = self.exchange(items, encode)
         return self._answer(encoder.output, streams)
+
+    def _balanced(self, encoder: Encode, items: Items) -> list[list[Tensor]]:
+        assert self.balance is not None
+        return self.balance(items, encoder)
 
     def encode(self, **arguments: Any) -> Any:
         """Call the owner's own method."""
