@@ -51,6 +51,7 @@ LAYOUTS = {
     "ulysses": (4, lambda: [FSDP2(), Ulysses(2)]),
     "ulysses ddp": (4, lambda: [DDP(), Ulysses(2)]),
     "ulysses fsdp1": (4, lambda: [FSDP1(), Ulysses(2)]),
+    "experts": (2, lambda: FSDP2(expert_parallel_size=2)),
     "ring": (4, lambda: [FSDP1(), ContextParallel(2)]),
 }
 
@@ -139,7 +140,7 @@ def step_of(name):
     return "images here, text there" if name in ("internvl", "llava", "gemma3") else "images here, videos there"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "experts"])
 @pytest.mark.parametrize("step", ["one rank reads text only", "no rank has any"])
 def test_every_layout(layout, step):
     check("qwen3_vl", layout, step)
@@ -160,6 +161,11 @@ def test_replicas_wait_for_no_parameter(name):
 @pytest.mark.parametrize("name", ["qwen3_omni_moe_thinker", "glm4v"])
 def test_flat_shards_and_a_ring(name):
     check(name, "ring", step_of(name))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_omni_moe_thinker"])
+def test_experts_on_other_ranks(name):
+    check(name, "experts", step_of(name))
 
 
 def test_a_mask_that_a_ring_cannot_split_is_refused():

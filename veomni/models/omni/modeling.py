@@ -7,7 +7,7 @@ in transformers' own vision-language models: by the names that the methods here 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,8 +87,8 @@ class OmniModel(PreTrainedModel):
         plans = {name: derive_plan(self.get_submodule(name)) for name in self.part_names}
         return ParallelPlan(
             **{
-                field: tuple(f"{name}.{inner}" for name, plan in plans.items() for inner in getattr(plan, field))
-                for field in ("blocks", "keep_fp32")
+                field.name: tuple(f"{name}.{inner}" for name, plan in plans.items() for inner in getattr(plan, field.name))
+                for field in fields(ParallelPlan)
             }
         )
 
