@@ -118,8 +118,10 @@ def truth():
     return sums, gradients(model)
 
 
-def one_step(strategies):
-    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
+def one_step(strategies, balance):
+    launcher = Launcher(
+        strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60, balance_towers=balance
+    )
     launcher.launch()
     model = launcher.setup_model(build_model(weights())).train()
     collate = MultimodalCollator(build_config(TINY), max_seq_len=ROW, part=launcher.sequence_part)
@@ -138,6 +140,7 @@ LAYOUTS = {
     "fsdp1": (2, [FSDP1()]),
     "fsdp2": (2, [FSDP2()]),
     "ulysses": (4, [FSDP2(), Ulysses(2)]),
+    "balanced": (2, [FSDP2()]),
 }
 
 
@@ -145,7 +148,7 @@ LAYOUTS = {
 def test_every_loss_is_a_mean_over_its_own_tokens_of_all_ranks(layout):
     sums, expected = truth()
     ranks, strategies = LAYOUTS[layout]
-    for losses, total, found in run_ranks(one_step, ranks, strategies, init=False):
+    for losses, total, found in run_ranks(one_step, ranks, strategies, layout == "balanced", init=False):
         assert losses == pytest.approx({f"loss_{name}": value for name, value in sums.items()}, rel=1e-12)
         assert total == pytest.approx(sum(sums.values()), rel=1e-12)
         assert worst({key: found[key] for key in expected}, expected) <= 1e-12

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.harness import run_ranks
-from tests.models.multimodal import Sampler, family_config, worst
+from tests.models.multimodal import FAMILIES, Sampler, family_config, worst
 from tests.strategies import test_absent_media as absent
 from tests.strategies.test_absent_media import ROW, STEPS, step_of, truth, weights_of, whole_gradients
 from veomni.data.multimodal.collate import MultimodalCollator
@@ -69,9 +69,13 @@ def test_gradients_are_those_of_one_process(layout, step):
     check("qwen3_vl", layout, step)
 
 
-@pytest.mark.parametrize("name", ["qwen3_omni_moe_thinker", "qwen2_audio", "llava", "glm4v"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families(name):
     check(name, "fsdp2", step_of(name))
+
+
+def test_sounds_of_shared_rows():
+    check("qwen2_5_omni_thinker", "ulysses", step_of("qwen2_5_omni_thinker"))
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

@@ -87,7 +87,9 @@ class OmniModel(PreTrainedModel):
         plans = {name: derive_plan(self.get_submodule(name)) for name in self.part_names}
         return ParallelPlan(
             **{
-                field.name: tuple(f"{name}.{inner}" for name, plan in plans.items() for inner in getattr(plan, field.name))
+                field.name: tuple(
+                    f"{name}.{inner}" for name, plan in plans.items() for inner in getattr(plan, field.name)
+                )
                 for field in fields(ParallelPlan)
             }
         )
