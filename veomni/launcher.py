@@ -464,7 +464,9 @@ class Launcher:
             for raw in micro_batches:
                 inputs = self._own_part(raw)
                 tokens = supervised_tokens(inputs)
-                metric.update(model(**self._to_device(inputs)).loss * tokens, tokens)
+                output = model(**self._to_device(inputs))
+                loss = output.losses["text"] if hasattr(output, "losses") else output.loss  # decoders' count otherwise
+                metric.update(loss * tokens, tokens)
         model.train(training)
         found = metric.compute()
         self.reporter.mark("evaluation")
