@@ -1,6 +1,7 @@
-"""The parity check of tests/parity on a GPU, several gloo ranks sharing it: CUDA kernels proven sharded.
+"""The parity check of tests/parity on GPUs: CUDA kernels proven sharded, several gloo ranks sharing one, or over NCCL.
 
     python benchmarks/parity_on_device.py --models qwen3,llama --accelerator cuda
+    python benchmarks/parity_on_device.py --models olmoe --layouts ep2_fsdp2,ep2_fsdp1 --backend nccl
 
 Prints, for every layout and precision, the worst relative error of any parameter's gradient against the float64 oracle.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.harness import run_ranks
-from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
+from tests.parity.layouts import BOUNDS, EXPERT_LAYOUTS, LAYOUTS, check, one_step
 from tests.parity.oracle import oracle
 
 CASES = [
@@ -26,6 +27,14 @@ CASES = [
         for precision in BOUNDS
     ),
 ]
+EXPERT_CASES = [
+    (layout, precision) for layout in ("ep2_fsdp2", "ep2_chunks", "ep2_fixed", "ep2_fsdp1") for precision in BOUNDS
+]
+SPLIT_CASES = [
+    (layout, precision) for layout in ("ulysses2_fsdp2", "ring2_fsdp1", "async2_fsdp1") for precision in BOUNDS
+]
+
+ALL_CASES = CASES + EXPERT_CASES + SPLIT_CASES
 
 
 def worst(outcomes, truth):
@@ -40,16 +49,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="qwen3")
     parser.add_argument("--accelerator", default="cuda")
+    parser.add_argument("--backend", default="gloo")
     parser.add_argument("--layouts", default=",".join(dict.fromkeys(layout for layout, _ in CASES)))
     args = parser.parse_args()
     failed = 0
     for model in args.models.split(","):
         # In a process of its own: a process that has touched CUDA cannot be forked again.
         (truth,) = run_ranks(oracle, 1, model, args.accelerator, init=False)
-        for layout, precision in (case for case in CASES if case[0] in args.layouts.split(",")):
+        for layout, precision in (case for case in ALL_CASES if case[0] in args.layouts.split(",")):
             try:
                 outcomes = run_ranks(
-                    one_step, LAYOUTS[layout][0], model, layout, init=False,
+                    one_step, (LAYOUTS | EXPERT_LAYOUTS)[layout][0], model, layout, init=False, backend=args.backend,
                     accumulation=3, precision=precision, accelerator=args.accelerator,
                 )  # fmt: skip
                 for outcome in outcomes:

@@ -51,6 +51,8 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
 
 EXPERT_LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "ep2_fsdp2": (2, lambda: FSDP2(expert_parallel_size=2)),
+    "ep2_chunks": (2, lambda: FSDP2(expert_parallel_size=2, expert_chunks=2)),
+    "ep2_fixed": (2, lambda: FSDP2(expert_parallel_size=2, expert_exchange="fixed")),
     "ep2_fsdp2_4": (4, lambda: FSDP2(expert_parallel_size=2)),
     "ep2_outside": (4, lambda: FSDP2(expert_parallel_size=2, expert_parallel_outside=True)),
     "ep4_chunks": (4, lambda: FSDP2(expert_parallel_size=4, expert_chunks=2)),
@@ -89,6 +91,7 @@ def one_step(
     recompute: str = "none",
     max_norm: float = 1e9,
     accelerator: str = "cpu",
+    backend: str = "gloo",
     mutate: Callable[[Launcher], None] | None = None,
     weights: str = "random",
 ) -> Outcome:
@@ -96,7 +99,7 @@ def one_step(
     launcher = Launcher(
         (LAYOUTS | EXPERT_LAYOUTS)[layout][1](),
         accelerator=accelerator,
-        backend="gloo",
+        backend=backend,
         precision=precision,
         recompute=recompute,
         timeout_seconds=60,
