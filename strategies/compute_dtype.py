@@ -8,9 +8,22 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from veomni.precision import Precision
+
+
+class _SamplingPlaces(TorchFunctionMode):
+    """Give ``grid_sample`` its places in the format of what it samples.
+
+    Modeling code makes them in float32, from whole numbers, and the function takes one format only.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.grid_sample:
+            args = (args[0], args[1].to(args[0].dtype), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 class Float64Throughout(TorchDispatchMode):
@@ -21,13 +34,19 @@ class Float64Throughout(TorchDispatchMode):
 
     depth = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._places = _SamplingPlaces()
+
     def __enter__(self) -> Self:
         Float64Throughout.depth += 1
+        self._places.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         Float64Throughout.depth -= 1
+        self._places.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

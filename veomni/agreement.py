@@ -6,6 +6,7 @@ process into a decision of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +24,27 @@ class Agreement:
         tokens: Supervised tokens.
         stop: Whether any rank was asked to stop.
         work: What is computed.
+        parts: Tokens of the losses of each part.
     """
 
     ranks_with_batch: int
     tokens: int
     stop: bool
     work: StepWork
+    parts: dict[str, int]
 
 
-def agree(*, has_batch: bool, tokens: int, stop: bool, work: StepWork) -> Agreement:
+def agree(
+    *, has_batch: bool, tokens: int, stop: bool, work: StepWork, parts: Mapping[str, int] | None = None
+) -> Agreement:
     """Sum everything over all ranks and return the result, equal everywhere.
 
-    It travels as float64, which holds counts exactly up to 2^53.
+    It travels as float64, which holds counts exactly up to 2^53. ``parts`` has the same names on every rank.
     """
-    mine = torch.tensor([has_batch, tokens, stop, work.tokens, work.flops_causal, work.flops_full], dtype=torch.float64)
+    own = dict(parts or {})
+    numbers = [has_batch, tokens, stop, work.tokens, work.flops_causal, work.flops_full, *own.values()]
+    mine = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(mine)
-    with_batch, total, stopping, *summed = mine.tolist()
-    return Agreement(int(with_batch), int(total), stopping > 0, StepWork(*summed))
+    with_batch, total, stopping, *rest = mine.tolist()
+    counts = dict(zip(own, map(int, rest[3:]), strict=True))
+    return Agreement(int(with_batch), int(total), stopping > 0, StepWork(*rest[:3]), counts)

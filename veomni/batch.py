@@ -79,11 +79,13 @@ class MicroBatch:
         inputs: The model's keyword arguments, on the device.
         tokens: Supervised tokens of this micro-batch on this rank.
         last: Whether gradients are synchronised in this micro-batch's backward.
+        part_tokens: By part of a composed model, the tokens that its own loss is the mean of.
     """
 
     inputs: dict[str, Any]
     tokens: int
     last: bool = True
+    part_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class StepBatch:
         work: Everything computed in the step over all ranks.
         index: The optimizer step, counted from 1 over the whole run.
         loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
+        part_tokens: By part of a composed model, the tokens of the step over all ranks that its loss is the mean of.
+        losses: This rank's share of each part's global mean, where ``Launcher.backward`` was given losses by part.
     """
 
     micro_batches: Sequence[Mapping[str, Any]]
@@ -118,3 +122,5 @@ class StepBatch:
     work: StepWork
     index: int
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    part_tokens: Mapping[str, int] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)

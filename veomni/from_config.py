@@ -48,6 +48,7 @@ def build_launcher(config: Config) -> Launcher:
         seed=train.seed,
         recompute=train.gradient_checkpointing,
         compile=train.compile,
+        balance_towers=train.balance_towers,
         fused_loss=config.model.fused_loss,
         router=MoEOptions(**train.moe.model_dump()),
         broadcast_weights=config.model.broadcast_weights,

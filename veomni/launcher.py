@@ -32,11 +32,13 @@ from torch.optim import Optimizer
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.agreement import agree
 from veomni.batch import MicroBatch, StepBatch, StepWork, supervised_tokens
+from veomni.batch_keys import part_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
 from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
+from veomni.ops.tower_balance import balance_towers
 from veomni.precision import Precision, select_precision
 from veomni.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
 from veomni.reporter import Reporter
@@ -74,6 +76,7 @@ class Launcher:
         seed: Of weights, data order and dropout.
         recompute: Activation checkpointing: "none", "full" or "selective".
         compile: Compile each block with ``torch.compile``.
+        balance_towers: Let ranks encode each other's images, videos and sounds, so that all have as much to do.
         fused_loss: Fuse the head with the loss where that is exact.
         broadcast_weights: Rank 0 reads the weights and sends them, instead of every rank reading its shards.
         router: How experts are balanced and their load is reported; None is ``MoEOptions()``.
@@ -94,6 +97,7 @@ class Launcher:
         seed: int = 0,
         recompute: Recompute = "none",
         compile: bool = False,
+        balance_towers: bool = False,
         fused_loss: bool = True,
         router: MoEOptions | None = None,
         broadcast_weights: bool = False,
@@ -112,6 +116,7 @@ class Launcher:
         self.recompute, self.compile, self.fused_loss = recompute, compile, fused_loss
         self.router = router
         self.broadcast_weights, self.deterministic = broadcast_weights, deterministic
+        self.balance_towers = balance_towers
         self.timeout = timedelta(seconds=timeout_seconds)
         self.reporter = reporter or Reporter()
         self.checkpoints = checkpoints or CheckpointSchedule()
@@ -220,6 +225,7 @@ class Launcher:
             derive_plan,
             install_token_loss,
             isolate_documents,
+            prepare_towers,
             resolve_attention,
             resolve_experts,
             try_packing,
@@ -240,8 +246,11 @@ class Launcher:
         install_token_loss(model, fused=self.fused_loss)
         dtype = torch.float64 if self.precision.name == "fp64" else torch.float32
         controller = install_controller(model, self.router or MoEOptions(), self.state, self.device, dtype)
+        prepare_towers(model)
         for strategy in self.strategies:
             strategy.prepare(model, plan, self.state)
+        if self.balance_towers:
+            balance_towers(model, self.state.group("loss"))
         apply_recompute(model, plan, self.recompute)
         if self.compile:
             compile_blocks(model, plan, self.precision)
@@ -274,18 +283,20 @@ class Launcher:
         Args:
             model: What :meth:`setup_model` returned.
             factory: An optimizer class.
-            options: What the factory takes, and ``no_decay``: name patterns of parameters without weight decay.
+            options: What the factory takes; ``no_decay``: name patterns of parameters without weight decay; and
+                ``lr_scale``: name patterns to factors of the learning rate.
 
         Raises:
             ModelError: the model still has parameters without storage: it has not been set up.
         """
-        from veomni.optim import build_optimizer_groups, combine, members_by_mesh
+        from veomni.optim import build_optimizer_groups, combine, members_by_mesh, scale_lr, split_by_lr_scale
 
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError("the optimizer was built before the model was sharded", "call setup_model first")
-        no_decay = options.pop("no_decay", ())
+        no_decay, lr_scale = options.pop("no_decay", ()), options.pop("lr_scale", {})
         groups = build_optimizer_groups(model, weight_decay=options.get("weight_decay", 0.0), no_decay=no_decay)
-        return combine(members_by_mesh(groups, lambda part: factory(part, **options)))
+        groups = split_by_lr_scale(model, groups, lr_scale)
+        return scale_lr(combine(members_by_mesh(groups, lambda part: factory(part, **options))))
 
     # ---------------------------------------------------------------- one step
 
@@ -323,6 +334,7 @@ class Launcher:
             tokens=sum(supervised_tokens(micro) for micro in mine),
             stop=self._stop.requested,
             work=self.reporter.measure(mine),
+            parts=_summed(part_tokens(micro) for micro in mine),
         )
         if agreed.ranks_with_batch < self.world_size:
             if agreed.ranks_with_batch:
@@ -335,7 +347,7 @@ class Launcher:
         copies = self.state.size("sequence")  # ranks that share rows count the work of whole rows, each of them
         work = StepWork(*(amount / copies for amount in astuple(agreed.work)))
         zero = torch.zeros((), device=self.device)
-        self._batch = StepBatch(mine, agreed.tokens, work, self.step, zero)
+        self._batch = StepBatch(mine, agreed.tokens, work, self.step, zero, agreed.parts)
         return self._batch
 
     def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
@@ -345,7 +357,7 @@ class Launcher:
             self._begin_routing(self._controller, model, batch)
         for index, inputs in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last)
+            micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last, part_tokens(inputs))
             watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
             with self.parameter_strategy.grad_sync(model, last), watch:
                 yield micro
@@ -369,16 +381,17 @@ class Launcher:
             for name, value in inputs.items()
         }
 
-    def backward(self, loss: Tensor, micro: MicroBatch) -> None:
+    def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add this micro-batch's gradients.
 
         Args:
-            loss: The mean over the micro-batch's supervised tokens (over its rows, for a batch without labels).
+            loss: The mean over the micro-batch's supervised tokens (over its rows, for a batch without labels). Of a
+                composed model its ``losses`` by part, each the mean over its own tokens: "text", then its decoders.
             micro: What the loss was computed on.
 
         Gradients after the last backward are those of the mean over all supervised tokens of the step, whatever the
         layout: strategies average over the ``loss`` view, so each part is weighed by its share of the tokens times the
-        size of that view.
+        size of that view. Losses by part are each such a mean, and their sum is what is learned.
 
         The losses of routers add their gradients here, and with the last backward the step of the routers ends, before
         any parameter changes: no loop does without this call.
@@ -389,11 +402,20 @@ class Launcher:
         assert self._batch is not None, "call backward inside track() and accumulate()"
         if self._controller is not None:
             self._controller.before_backward()
-        share = micro.tokens / max(1, self._batch.tokens)
-        self._batch.loss = self._batch.loss + loss.detach() * share
-        (loss * (share * self.state.size("loss"))).backward()
+        shared = _shared_loss(loss, micro, self._batch)
+        self._batch.loss = self._batch.loss + shared.detach()
+        (shared * self.state.size("loss")).backward()
         if self._controller is not None and micro.last:
             self._controller.end_step()
+
+    def global_losses(self, batch: StepBatch) -> dict[str, Tensor]:
+        """Return the mean loss of every part over its tokens of the step, equal on all ranks; to be logged by name."""
+        names = sorted(batch.losses)
+        if not names:
+            return {}
+        means = torch.stack([batch.losses[name] for name in names])
+        dist.all_reduce(means, group=self.state.group("loss"))
+        return {f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def global_loss(self, batch: StepBatch) -> Tensor:
         """Return the mean over all supervised tokens of the step, equal on all ranks."""
@@ -442,7 +464,9 @@ class Launcher:
             for raw in micro_batches:
                 inputs = self._own_part(raw)
                 tokens = supervised_tokens(inputs)
-                metric.update(model(**self._to_device(inputs)).loss * tokens, tokens)
+                output = model(**self._to_device(inputs))
+                loss = output.losses["text"] if hasattr(output, "losses") else output.loss  # decoders' count otherwise
+                metric.update(loss * tokens, tokens)
         model.train(training)
         found = metric.compute()
         self.reporter.mark("evaluation")
@@ -478,6 +502,36 @@ class Launcher:
         self.reporter.close("preempted")
         self.checkpoints.close()
         raise SystemExit(EXIT_PREEMPTED)
+
+
+def _shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: StepBatch) -> Tensor:
+    """Return a micro-batch's part of the step's mean loss; parts are remembered in the batch."""
+    if isinstance(loss, Tensor):
+        return loss * (micro.tokens / max(1, batch.tokens))
+    shares = {name: part * _share(name, micro, batch) for name, part in loss.items()}
+    for name, part in shares.items():
+        batch.losses[name] = batch.losses.get(name, torch.zeros_like(batch.loss)) + part.detach()
+    return torch.stack(list(shares.values())).sum()
+
+
+def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
+    """Return which share of the tokens that a part's loss is the mean of are in a micro-batch."""
+    if name == "text":
+        return micro.tokens / max(1, batch.tokens)
+    if name not in batch.part_tokens:
+        raise ModelError(
+            f"a loss called {name!r} is the mean over nobody knows how many tokens",
+            "register a key with KeyRule(counts=...) that tells them (veomni/batch_keys.py)",
+        )
+    return micro.part_tokens[name] / max(1, batch.part_tokens[name])
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sums by name over micro-batches; every known part is in it, also without any."""
+    total = part_tokens({})
+    for one in counts:
+        total = {name: total[name] + one[name] for name in total}
+    return total
 
 
 def _store_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -16,17 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veomni.batch import IGNORE_INDEX, SEQUENCE_SIZE, PackedInputs, document_lengths
+from veomni.batch_keys import KEY_RULES
 from veomni.errors import DataError
-
-_PADDING = {
-    "input_ids": 0,
-    "inputs_embeds": 0,
-    "labels": IGNORE_INDEX,
-    "shift_labels": IGNORE_INDEX,
-    "token_type_ids": 0,
-    "mm_token_type_ids": 0,
-}
-"""What is known to hold one entry per token ``[batch, seq, ...]``, and what its padded tail is filled with."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
     result.row_lengths = _row_lengths(inputs)
     result.row_digest = _digest(inputs)
     for name in whole:
-        if name in _PADDING:
+        if _is_cut(name):
             result[name] = whole[name][:, indices]
     result["position_ids"] = whole["position_ids"][..., indices]
     if "shift_labels" in result:
@@ -169,6 +160,11 @@ def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]
     return whole
 
 
+def _is_cut(name: str) -> bool:
+    """Whether a key has one entry per token ``[batch, seq, ...]``; position ids, which may have axes, are apart."""
+    return name in KEY_RULES and KEY_RULES.get(name).per == "token" and name != "position_ids"
+
+
 def _row_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
@@ -192,7 +188,7 @@ def _refuse(inputs: Mapping[str, Any], batch: int, length: int, part: SequencePa
         )
     for name, value in inputs.items():
         per_token = isinstance(value, Tensor) and tuple(value.shape[:2]) == (batch, length)
-        if per_token and name not in _PADDING and name != "position_ids":
+        if per_token and name not in KEY_RULES:
             raise DataError(
                 f"the batch holds {name} {list(value.shape)}, which nobody said how to split over ranks",
                 "leave it out, or set train.ulysses_parallel_size and train.context_parallel_size to 1",
@@ -219,10 +215,9 @@ def _padded_borders(borders: Tensor | None, batch: int, length: int, tail: int) 
 
 def _padded(whole: Mapping[str, Any], tail: int) -> dict[str, Tensor]:
     padded = {}
-    for name, value in _PADDING.items():
-        tensor = whole.get(name)
-        if tensor is not None:
-            padded[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, tail], value=value)
+    for name, tensor in whole.items():
+        if _is_cut(name) and tensor is not None:
+            padded[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, tail], value=KEY_RULES.get(name).pad)
     positions = whole["position_ids"]
     padded["position_ids"] = torch.cat([positions, torch.arange(tail).expand(*positions.shape[:-1], tail)], dim=-1)
     return padded

@@ -33,6 +33,7 @@ FILES = {path.stem: path for path in sorted((REPOSITORY / "configs").rglob("*.ya
 def test_every_file_has_its_number() -> None:
     assert FILES.keys() == PARAMETERS.keys()
     used = {Path(str(Config.from_file(path).model.config_path)).name for path in FILES.values()}
+    used.add("tiny_omni.json")  # composed models are built in code: docs/multimodal_models.md
     assert used == {path.name for path in (REPOSITORY / "configs/model_configs").iterdir()}
 
 

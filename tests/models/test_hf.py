@@ -131,3 +131,30 @@ def test_routers_are_recorded_and_their_own_loss_is_found_and_dropped():
     assert hf.own_balance_loss(dense) is None
     assert not hf.balances_on_softmax(dense)
     assert list(hf.router_logits(dense)) == []
+
+
+def test_what_towers_rest_on():
+    from transformers import masking_utils, vision_utils
+
+    names = ("get_vision_cu_seqlens", "get_vision_position_ids", "get_vision_window_index")
+    assert all(callable(getattr(vision_utils, name)) for name in names)
+    assert callable(masking_utils.create_bidirectional_mask)
+    model = transformers.Qwen2AudioForConditionalGeneration
+    assert hf.computes_loss_itself(model.__new__(model))
+    assert "loss_function" not in inspect.getsource(model.forward)  # once it is, hf.computes_loss_itself may go
+
+
+def test_a_padded_place_is_not_seen():
+    config = tiny_config("llava").vision_config
+    config._attn_implementation = "sdpa"
+    seen = torch.tensor([[True, True, False]])
+    mask = hf.bidirectional_mask(config, seen, torch.float32)
+    assert mask.shape == (1, 1, 3, 3)
+    assert torch.equal(mask[0, 0, 0], seen[0])
+
+
+def test_a_rule_of_positions_has_no_weights():
+    config = tiny_config("qwen3_vl")
+    rule = hf.rope_rule(transformers.Qwen3VLForConditionalGeneration, config)
+    assert not list(rule.parameters())
+    assert hf.rope_rule(transformers.LlamaForCausalLM, tiny_config("llama")) is None

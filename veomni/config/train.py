@@ -97,6 +97,10 @@ class TrainConfig(Section):
         description="Recompute activations in the backward: per block (full), or all but the dearest (selective).",
     )
     compile: bool = Field(default=False, description="Compile each block with torch.compile.")
+    balance_towers: bool = Field(
+        default=False,
+        description="Encode whole images, videos and sounds on the ranks whose towers have least to do.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig, description="The learning rate over time.")
     fsdp: FSDPConfig = Field(default_factory=FSDPConfig, description="How fsdp1 and fsdp2 shard.")

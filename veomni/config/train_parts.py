@@ -46,6 +46,11 @@ class OptimizerConfig(Section):
     no_decay: list[str] = Field(
         default=["*norm*", "*.bias"], description="Glob patterns of parameter names that weight_decay leaves alone."
     )
+    lr_scale: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
+        default_factory=dict,
+        description="Glob patterns of parameter or module names to factors of lr, such as {model.visual: 0.1}; of "
+        "several that match a parameter the last counts.",
+    )
     muon: MuonConfig = Field(default_factory=MuonConfig, description="Muon, with optimizer.name muon.")
 
 

@@ -64,7 +64,7 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
         batch.document_lengths, batch.row_lengths = tuple(documents), tuple(filled)
         if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
-            batch.update(_attention(segments, self.capacity))
+            batch.update(segment_offsets(segments, self.capacity))
         return split_rows(batch, self.part) if self.part.size > 1 else batch
 
     def _copy(self, sample: int, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
@@ -80,7 +80,7 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         return length
 
 
-def _attention(segments: list[int], capacity: int) -> dict[str, Any]:
+def segment_offsets(segments: list[int], capacity: int) -> dict[str, Any]:
     """Return what variable-length attention takes.
 
     Both the number of offsets and the longest length are rounded up, so that kernels and graphs are compiled for few of

@@ -9,12 +9,14 @@ from veomni.models.freeze import freeze
 from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
 from veomni.models.materialize import Materializer
+from veomni.models.omni import build_omni_model
 from veomni.models.packed_masks import isolate_documents
 from veomni.models.packing_probe import try_packing
 from veomni.models.plan import derive_plan
 from veomni.models.source import WeightSource
 from veomni.models.token_loss import install_token_loss
 from veomni.models.tokenizer import build_processor, build_tokenizer
+from veomni.models.towers import prepare_towers
 
 __all__ = [
     "MODELING_REGISTRY",
@@ -24,6 +26,7 @@ __all__ = [
     "WeightSource",
     "build_config",
     "build_model",
+    "build_omni_model",
     "build_processor",
     "build_tokenizer",
     "derive_plan",
@@ -32,6 +35,7 @@ __all__ = [
     "freeze",
     "install_token_loss",
     "isolate_documents",
+    "prepare_towers",
     "resolve_attention",
     "resolve_experts",
     "try_packing",

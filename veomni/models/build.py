@@ -58,7 +58,9 @@ def build_model(
     else:
         config, directory = source, None
         hf.set_config_flag(config, "use_cache", False)
-    origin = _weight_directory(weights, directory)
+    composed = hasattr(config, "decoders") and config.model_type == "omni"
+    parts = weight_parts(weights, directory) if composed else {}
+    origin = None if composed else _weight_directory(weights, directory)
     _refuse_quantised(config, origin)
     with torch.device("meta"):
         model = _construct(config, attention, trust_remote_code)
@@ -68,7 +70,7 @@ def build_model(
     isolate_documents(model)
     if origin is not None:
         _take_generation_config(model, origin)
-    set_weight_source(model, WeightSource(origin))
+    set_weight_source(model, WeightSource(origin, parts))
     return model
 
 
@@ -88,6 +90,17 @@ def _weight_directory(weights: str | Path, directory: Path | None) -> Path | Non
     if not has_safetensors(chosen):
         refuse_without_safetensors(chosen)
     return chosen
+
+
+def weight_parts(weights: str | Path, directory: Path | None) -> dict[str, Path]:
+    """Return the parts of a composed model that a directory has weights of, by name; ``weights`` is build_model's."""
+    chosen = directory if weights == "auto" else None if weights == "random" else find_directory(weights)
+    if chosen is None:
+        if weights not in ("auto", "random"):
+            raise ModelError(f"{weights} is no directory", "give a composed model's, 'auto' or 'random'")
+        return {}
+    found = sorted({path.parent for path in chosen.glob("**/*.safetensors")})
+    return {".".join(path.relative_to(chosen).parts): path for path in found if path != chosen}
 
 
 def _refuse_quantised(config: PreTrainedConfig, origin: Path | None) -> None:

@@ -24,6 +24,10 @@ _NOT_DATA = (
 )  # fmt: skip
 
 
+_THINKERS = {"qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
+"""Models that also speak, whose classes have no forward to train: what is trained is the part that thinks."""
+
+
 def build_config(
     source: str | Path, overrides: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
@@ -43,12 +47,12 @@ def build_config(
     path = directory / "config.json" if directory is not None else Path(source)
     overrides = dict(overrides or {})
     if directory is not None or path.suffix == ".json":
-        values = _read(path)
+        values = _thinker_of(_read(path), path)
         config = _from_values(values, overrides, path, trust_remote_code)
     elif len(path.parts) > 1 or str(source).startswith((".", "~")):
         raise ModelError(f"{source} is no model directory", "give a directory with a config.json; download it first")
     else:
-        config = _construct(config_class(str(source)), {}, overrides, str(source))
+        config = _construct(config_class(_THINKERS.get(str(source), str(source))), {}, overrides, str(source))
     hf.set_config_flag(config, "use_cache", False)
     return config
 
@@ -78,6 +82,13 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", "give a model's config.json")
     return values
+
+
+def _thinker_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    if values["model_type"] not in _THINKERS:
+        return values
+    logger.info_rank0("%s: the thinker is built, without talker and speech decoder", path)
+    return {**values.get("thinker_config", {}), "model_type": _THINKERS[values["model_type"]]}
 
 
 def _from_values(

@@ -49,9 +49,14 @@ def export_hf(
 
     Raises:
         ModelError: the model has no transformers configuration, or the directory holds something else.
+
+    A composed model is written part by part, each into a directory of its own: those that transformers knows as it
+    reads them.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
+    if hasattr(inner, "part_names"):
+        return _export_parts(model, inner, Path(output_dir), tokenizer, dtype, max_shard_size)
     if config is None or not hasattr(config, "save_pretrained"):
         raise ModelError(f"{type(inner).__name__} has no transformers configuration", "save its state_dict instead")
     tensors = full_tensors(model)
@@ -134,6 +139,69 @@ def _export(
         raise
     logger.info_rank0("exported to %s: %s tensors, %.2f GiB", output_dir, writer.count, writer.total_bytes / GIB)
     return output_dir
+
+
+def _export_parts(
+    model: nn.Module, inner: Any, output_dir: Path, tokenizer: Any, dtype: torch.dtype | None, max_shard_size: int
+) -> Path:
+    error: Exception | None = None
+    partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        _refuse_foreign(output_dir)
+    skeleton = _skeleton(inner.config) if writes else None
+    for part in inner.part_names:
+        tensors = full_tensors(model, part)
+        if skeleton is not None and error is None:
+            try:
+                part_skeleton = skeleton.get_submodule(part)
+                hf.copy_conversions(inner.get_submodule(part), part_skeleton)
+                _write_part(part_skeleton, part, tensors, partial, dtype, max_shard_size)
+            except Exception as raised:  # the others wait in a collective: take part to the end, then tell them
+                error = raised
+        for _ in tensors:
+            pass
+    if skeleton is not None:
+        error = error or _finish_parts(skeleton, partial, output_dir, tokenizer)
+    if dist.is_initialized():
+        _agree(error)
+    elif error is not None:
+        raise error
+    return output_dir
+
+
+def _write_part(
+    skeleton: nn.Module,
+    part: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    partial: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+) -> None:
+    directory = partial.joinpath(*part.split("."))
+    directory.mkdir(parents=True)
+    writer = SafetensorsWriter(directory, max_shard_size)
+    own = ((name[len(part) + 1 :], tensor) for name, tensor in tensors)
+    for name, tensor in _hub_tensors(skeleton, _cast(skeleton, _expected(skeleton, own), dtype)):
+        writer.add(name, tensor)
+    writer.finish()
+    if hasattr(skeleton, "config"):
+        _save_configs(skeleton, directory, writer.dtype, None)
+
+
+def _finish_parts(skeleton: Any, partial: Path, output_dir: Path, tokenizer: Any) -> Exception | None:
+    try:
+        skeleton.config.architectures = [type(skeleton).__name__]
+        skeleton.config.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _replace(partial, output_dir)
+        logger.info_rank0("exported to %s: %s", output_dir, ", ".join(skeleton.part_names))
+    except Exception as error:  # told to the other ranks
+        return error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return None
 
 
 def _expected(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

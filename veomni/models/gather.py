@@ -21,22 +21,28 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer, unsharded, by its name in the user's module.
+def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer of a part (all without one), unsharded, by its name in the user's module.
 
     Collective: every rank has to take every item. Under FSDP1 only rank 0's values are full. Tied parameters come once.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
+    inside = f"{part}." if part else ""
     if isinstance(model, FullyShardedDataParallel):
-        yield from _fsdp1_parameters(model)
+        for name, tensor in _fsdp1_parameters(model):
+            if name.startswith(inside):
+                yield name, tensor
     else:
         for name, parameter in unwrap(model).named_parameters():
+            if not plain_name(name).startswith(inside):
+                continue
             tensor = parameter.detach()
             yield plain_name(name), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     for name, buffer in unwrap(model).named_buffers():
-        yield plain_name(name), buffer
+        if plain_name(name).startswith(inside):
+            yield plain_name(name), buffer
 
 
 def plain_name(name: str) -> str:

@@ -88,6 +88,8 @@ def layer_classes(model: nn.Module) -> set[str]:
 def ignored_unexpected(model: nn.Module) -> list[str]:
     """Return the patterns of checkpoint names that ``from_pretrained`` drops without a word."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if getattr(getattr(model, "config", None), "model_type", "").endswith("_thinker"):  # 5.17 does not say so itself
+        patterns += [r"^talker", r"^token2wav", r"^code2wav"]
     return [*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
 
 
@@ -251,6 +253,11 @@ def _add(groups: dict[str, Conversion], key: str, name: str, pattern: str | None
     group.sources.setdefault(pattern, []).append(name)
 
 
+def computes_loss_itself(model: nn.Module) -> bool:
+    """Return whether a model takes the causal loss within its forward, and not by its ``loss_function``."""
+    return type(model).__name__ == "Qwen2AudioForConditionalGeneration"
+
+
 def supports_flash_attention(model: nn.Module) -> bool:
     """Return whether a model's attention works on packed rows without a mask."""
     return bool(getattr(model, "_supports_flash_attn", False))
@@ -363,3 +370,56 @@ def leave_packing_to(known: Callable[[], bool]) -> None:
 
     search_unless_known._veomni_left = True  # type: ignore[attr-defined]
     masking_utils.find_packed_sequence_indices = search_unless_known
+
+
+# ---------------------------------------------------------------- towers, positions of images and videos
+
+
+def bidirectional_mask(config: PreTrainedConfig, seen: Tensor, dtype: torch.dtype) -> Any:
+    """Return the mask that a tower's attention takes for padded items.
+
+    Args:
+        config: The tower's configuration.
+        seen: Which places hold something, bool ``[items, places]``.
+        dtype: In which the tower computes.
+    """
+    from transformers.masking_utils import create_bidirectional_mask
+
+    stand_in = torch.zeros(*seen.shape, 1, dtype=dtype, device=seen.device)
+    return create_bidirectional_mask(config=config, inputs_embeds=stand_in, attention_mask=seen.long())
+
+
+def rope_rule(model_class: type[Any], config: PreTrainedConfig) -> Any:
+    """Return an object with a model family's ``get_rope_index`` and nothing else of the model, or None without one.
+
+    Args:
+        model_class: The class that is trained; the method may belong to the body inside it.
+        config: Its configuration.
+    """
+    from transformers import MODEL_MAPPING
+
+    body: Any = MODEL_MAPPING.get(type(config), None)
+    owner: Any = next((cls for cls in (model_class, body) if hasattr(cls, "get_rope_index")), None)
+    if owner is None:
+        return None
+    rule = owner.__new__(owner)
+    nn.Module.__init__(rule)
+    rule.config, rule.rope_deltas = config, None
+    rule.spatial_merge_size = config.vision_config.spatial_merge_size
+    return rule
+
+
+def vision_geometry(vision: Any, grid: Tensor) -> dict[str, Tensor]:
+    """Return what a vision tower computes from sizes ``[images, 3]`` alone, by the names it takes them under."""
+    from transformers import vision_utils
+
+    made = {
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
+        "position_ids": vision_utils.get_vision_position_ids(grid, vision.spatial_merge_size),
+    }
+    if hasattr(vision, "fullatt_block_indexes"):
+        index, borders = vision_utils.get_vision_window_index(
+            grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        made |= {"window_index": index, "cu_window_seqlens": borders}
+    return made

@@ -14,12 +14,12 @@ from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models import hf
 from veomni.models.gather import plain_name
 from veomni.models.initialize import Initializer
+from veomni.models.part_streams import PartStreams
 from veomni.models.safetensors_files import SafetensorsFiles
 from veomni.models.shards import allocate_like, copy_into, local_box
-from veomni.models.source import weight_source
+from veomni.models.source import WeightSource, weight_source
 from veomni.models.stream import WeightStream, broadcast_from_zero
 
 logger = create_logger(__name__)
@@ -62,9 +62,9 @@ class Materializer:
         skeleton = _skeleton(model)
         source = weight_source(model)
         self._initializer = Initializer(skeleton, device, seed) if any(_meta_slots(model, "")) else None
-        self._stream = WeightStream(skeleton, SafetensorsFiles(source)) if source is not None else None
+        self._stream = _stream(skeleton, source)
         if self._stream is not None:
-            hf.copy_conversions(skeleton, model)
+            self._stream.copy_conversions(model)
         self._send = None if group is None else broadcast_from_zero(group)
         self._shared = _shared_names(skeleton)
         self._made: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
@@ -107,6 +107,12 @@ class Materializer:
         for values in self._initializer.values(tensors):
             for name, value in values.items():
                 copy_into(tensors[name], value[local_box(tensors[name])])
+
+
+def _stream(skeleton: nn.Module, source: WeightSource) -> WeightStream | PartStreams | None:
+    if source.parts:
+        return PartStreams(skeleton, source.parts)
+    return None if source.directory is None else WeightStream(skeleton, SafetensorsFiles(source.directory))
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

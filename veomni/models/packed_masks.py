@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,11 @@ class Row:
 
     Attributes:
         documents: The number of each token's document, int64 ``[batch, seq]``; None where each row is one.
+        towers: Configuration classes whose masks are not of these rows.
     """
 
     documents: Tensor | None
+    towers: frozenset[type] = frozenset()
 
     @property
     def positions(self) -> Tensor:
@@ -61,6 +63,7 @@ def isolate_documents(model: nn.Module) -> None:
     _wrap_mask_makers()
     hf.leave_packing_to(lambda: _row.get() is not None)
     layer = layer_outside_attention(model)
+    towers = _tower_configs(model)
     carries = f"{layer} carries state from one document of a packed row into the next" if layer else None
 
     def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -68,7 +71,7 @@ def isolate_documents(model: nn.Module) -> None:
         reason = carries or getattr(model, _LEAK, None)
         if reason is not None and row is not None and row.documents is not None:
             raise ModelError(reason, "set data.packing to none, so that every row is one document")
-        _row.set(row)
+        _row.set(row if row is None else replace(row, towers=towers))
         return args, {name: value for name, value in kwargs.items() if name != SEQUENCE_SIZE}
 
     def retire(module: nn.Module, args: Any, output: Any) -> None:
@@ -76,6 +79,11 @@ def isolate_documents(model: nn.Module) -> None:
 
     model.register_forward_pre_hook(announce, with_kwargs=True)
     model.register_forward_hook(retire, always_call=True)
+
+
+def _tower_configs(model: Any) -> frozenset[type]:
+    parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
+    return frozenset(type(part) for part in parts if part is not None) - {type(model.config.get_text_config())}
 
 
 def remember_leak(model: nn.Module, reason: str | None) -> None:
@@ -127,6 +135,8 @@ def _packed(make: Callable[..., Any]) -> Callable[..., Any]:
         documents = None if row is None else row.documents
         shape = options.get("batch_size"), options.get("q_length"), options.get("kv_length")
         if row is None or documents is None or shape != (*documents.shape, documents.shape[1]):
+            return make(*args, **options)
+        if type(options.get("config")) in row.towers:
             return make(*args, **options)
         rule = options["mask_function"]
         if getattr(options.get("config"), "attention_chunk_size", None) is not None:

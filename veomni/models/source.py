@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -16,9 +17,11 @@ class WeightSource:
 
     Attributes:
         directory: Holds the safetensors; None for random initialisation.
+        parts: Of a composed model, the names of parts to directories with their safetensors; the rest is random.
     """
 
     directory: Path | None
+    parts: Mapping[str, Path] = field(default_factory=dict)
 
 
 def set_weight_source(model: nn.Module, source: WeightSource) -> None:
@@ -26,7 +29,7 @@ def set_weight_source(model: nn.Module, source: WeightSource) -> None:
     setattr(model, _ATTRIBUTE, source)
 
 
-def weight_source(model: nn.Module) -> Path | None:
-    """Return the directory with the model's safetensors, or None when it starts from random weights."""
-    source = getattr(model, _ATTRIBUTE, None)
-    return source.directory if source is not None else None
+def weight_source(model: nn.Module) -> WeightSource:
+    """Return where a model's weights come from; random for a module that nothing was said of."""
+    source: WeightSource = getattr(model, _ATTRIBUTE, WeightSource(None))
+    return source

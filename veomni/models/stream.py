@@ -67,6 +67,10 @@ class WeightStream:
             elif not is_empty(box):
                 copy_into(tensor, self._read_tied(name, box))
 
+    def copy_conversions(self, model: nn.Module) -> None:
+        """Let ``model`` be saved as the checkpoint was read."""
+        hf.copy_conversions(self._skeleton, model)
+
     def _source(self, name: str) -> str | None:
         return next((alias for alias in self._aliases.get(name, [name]) if alias in self._targets), None)
 

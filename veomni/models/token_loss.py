@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from veomni.batch import IGNORE_INDEX
 from veomni.errors import ModelError
 from veomni.logging import create_logger
+from veomni.models import hf
 from veomni.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 logger = create_logger(__name__)
@@ -68,10 +69,20 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
         model: The model, before it is sharded.
         fused: Fuse head and loss where that is exact; say so in the log where it is not.
     """
+    part = getattr(model, "loss_part", None)
+    if part is not None:  # a composed model: its language foundation takes the loss
+        install_token_loss(model.get_submodule(part), fused=fused)
+        return
     if not hasattr(model, "loss_function"):
         return
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
+        return
+    if hf.computes_loss_itself(model):
+        logger.info_rank0(
+            "%s computes its loss in its forward: it is taken on its logits instead", type(model).__name__
+        )
+        _take_loss_over(model, TokenMeanLoss(None))
         return
     head = model.get_output_embeddings() if fused else None  # type: ignore[operator]
     reason = _why_not_fused(model, head) if fused else None
@@ -131,6 +142,23 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
         del body.forward
         del model._loss_function
     return not (len(returned) == len(received) == 1 and returned[0] is received[0])
+
+
+def _take_loss_over(model: nn.Module, loss: TokenMeanLoss) -> None:
+    """Keep labels from a forward that would average over them by itself, NaN where there are none."""
+    held: list[Tensor | None] = [None]
+
+    def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        held[0], loss.targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        return args, kwargs
+
+    def take(module: nn.Module, args: Any, output: Any) -> None:
+        labels, held[0] = held[0], None
+        if labels is not None:
+            output.loss = loss(output.logits, labels)
+
+    model.register_forward_pre_hook(hold, with_kwargs=True)
+    model.register_forward_hook(take)
 
 
 def _pass_shifted_labels(model: nn.Module, loss: TokenMeanLoss) -> None:

@@ -1,14 +1,12 @@
-"""Image and video towers of a model whose rows are split: each rank encodes a share of the images.
+"""Towers of a model whose rows are split: each rank encodes a share of the images, clips and sounds.
 
-Every rank of a sequence group is given all images of its rows. Rank ``r`` of ``P`` encodes every ``P``-th of them; the
+Every rank of a sequence group is given all items of its rows. Rank ``r`` of ``P`` encodes every ``P``-th of them; the
 features are gathered, and those whose placeholder tokens this rank holds go on into its part of the rows. Gradients
-go back the same way, so that each tower parameter's gradient is that of all images, once.
+go back the same way, so that each tower parameter's gradient is that of all items, once.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,124 +15,110 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.batch import SEQUENCE_SIZE
-from veomni.errors import ModelError
+from veomni.errors import DataError
 from veomni.ops.sequence_exchange import gather_sequence
+from veomni.ops.towers import Encode, Items, TowerKind, towers_of
 from veomni.sequence_split import SequencePart
-
-_KINDS = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
 
 
 def share_towers(model: nn.Module, part: SequencePart, group: ProcessGroup) -> None:
     """Let the towers of a model work on split rows; a model without towers is left alone.
 
-    For models like Qwen-VL, whose images are patches ``[patches, channels]`` with sizes ``grid_thw`` ``[images, 3]``.
-
     Args:
-        model: A transformers model.
+        model: A transformers model whose towers were prepared (``veomni/models/towers.py``).
         part: Which positions of every row this rank holds.
         group: The ranks that share rows.
     """
-    owner = next((module for module in model.modules() if _has_towers(module)), None)
-    if owner is None:
+    towers = towers_of(model)
+    if not towers:
         return
     row = _Placeholders(part, group)
     model.register_forward_pre_hook(row.remember, with_kwargs=True, prepend=True)
-    for name, key in _KINDS.items():
-        encode = getattr(owner, name, None)
-        if encode is not None:
-            token = getattr(model.config, key)
-            setattr(owner, name, _Shared(encode, token, row, group))
-
-
-def _has_towers(module: nn.Module) -> bool:
-    # The model with a head only passes on what the body inside it does.
-    return hasattr(module, "get_placeholder_mask") and hasattr(module, "get_image_features")
+    for call in towers.values():
+        call.exchange = _Shared(call.kind, getattr(model.config, call.kind.token), row, group)
 
 
 class _Placeholders:
-    """Where the tokens of images stand in whole rows."""
+    """Where the tokens of items stand in whole rows."""
 
     def __init__(self, part: SequencePart, group: ProcessGroup) -> None:
         self.part, self.group = part, group
+        self.split = False
         self.tokens: Tensor | None = None
+        self.types: Tensor | None = None
 
-    def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.tokens = kwargs.get("input_ids") if SEQUENCE_SIZE in kwargs else None
+    def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep what tells placeholders; give whole rows of ``token_type_ids``, which models build masks from."""
+        self.split = SEQUENCE_SIZE in kwargs
+        self.tokens, self.types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
+        types = kwargs.get("token_type_ids")
+        return args, {**kwargs, "token_type_ids": self._whole(types)} if self.split and types is not None else kwargs
 
-    def numbers(self, token: int) -> Tensor:
+    def numbers(self, kind: TowerKind, token: int) -> Tensor:
         """Return which features, counted over whole rows, belong to this rank's placeholders, in their order."""
-        assert self.tokens is not None
-        parts = [torch.empty_like(self.tokens) for _ in range(self.group.size())]
-        dist.all_gather(parts, self.tokens.contiguous(), group=self.group)
-        length = self.tokens.shape[1] * len(parts)
-        whole = self.tokens.new_empty(self.tokens.shape[0], length)
-        for place, tokens in enumerate(parts):
+        whole = self._whole(self._marks(kind, token))
+        count = (whole.flatten().cumsum(0) - 1).view_as(whole)
+        mine = self.part.indices(whole.shape[1]).to(whole.device)
+        return count[:, mine][whole[:, mine] == 1]
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """Return whole rows ``[batch, seq]`` of what this rank has a part of."""
+        parts = [torch.empty_like(own) for _ in range(self.group.size())]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        length = own.shape[1] * len(parts)
+        whole = own.new_empty(own.shape[0], length)
+        for place, part in enumerate(parts):
             ulysses, cp = divmod(place, self.part.cp)
             indices = SequencePart(self.part.ulysses, ulysses, self.part.cp, cp).indices(length)
-            whole[:, indices.to(whole.device)] = tokens
-        marked = whole == token
-        count = (marked.flatten().cumsum(0) - 1).view_as(whole)
-        mine = self.part.indices(length).to(whole.device)
-        return count[:, mine][marked[:, mine]]
+            whole[:, indices.to(whole.device)] = part
+        return whole
+
+    def _marks(self, kind: TowerKind, token: int) -> Tensor:
+        """Return 1 where this rank's tokens are placeholders of one modality, int64 ``[batch, seq / P]``."""
+        assert self.tokens is not None
+        marked = self.tokens == token
+        if kind.token_type is not None:
+            if self.types is None:
+                raise DataError(
+                    "the placeholders of images and videos are one token in this model, and the batch does not say "
+                    "which are which",
+                    "give mm_token_type_ids (the processor returns them)",
+                )
+            marked = marked & (self.types == kind.token_type)
+        return marked.long()
 
 
 class _Shared:
-    """What is called instead of ``get_image_features`` or ``get_video_features``."""
+    """The exchange within a group of ranks that were all given the same items."""
 
-    def __init__(self, encode: Callable[..., Any], token: int, row: _Placeholders, group: ProcessGroup) -> None:
-        if len(inspect.signature(encode).parameters) < 2:
-            raise ModelError(
-                f"{encode.__name__} takes no sizes of images, so they cannot be shared by the ranks of a row",
-                "set train.ulysses_parallel_size and train.context_parallel_size to 1",
-            )
-        self.encode, self.token, self.row, self.group = encode, token, row, group
+    def __init__(self, kind: TowerKind, token: int, row: _Placeholders, group: ProcessGroup) -> None:
+        self.kind, self.token, self.row, self.group = kind, token, row, group
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, pixel_values: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-        """Encode this rank's share and return the features of this rank's placeholders.
-
-        Args:
-            pixel_values: Patches of all images, ``[patches, channels]``.
-            grid_thw: Their sizes, ``[images, 3]``.
-            kwargs: What else the model passes.
-        """
-        if self.row.tokens is None:
-            return self.encode(pixel_values, grid_thw, **kwargs)
+    def __call__(self, items: Items, encode: Encode) -> list[Tensor]:
+        if not self.row.split or not len(items):  # the others have no item either
+            return [torch.cat(stream) for stream in encode(items)]
         size, rank = self.group.size(), self.group.rank()
-        images = pixel_values.split(grid_thw.prod(-1).tolist())
-        # A rank without an image encodes one that the others do too, and adds nothing of it.
-        mine = list(range(rank, len(images), size)) or [0]
-        encoded = self.encode(torch.cat([images[index] for index in mine]), grid_thw[mine], **kwargs)
-        numbers = self.row.numbers(self.token)
-        counts = self._counts(encoded.pooler_output, len(images), rank)
-        encoded.pooler_output = (self._placed(encoded.pooler_output, counts, numbers),)
-        if getattr(encoded, "deepstack_features", None):
-            encoded.deepstack_features = [
-                # 5.17 keeps the images of a layer together, 5.23 splits them
-                self._placed((layer,), counts, numbers) if isinstance(layer, Tensor)
-                else (self._placed(layer, counts, numbers),)
-                for layer in encoded.deepstack_features
-            ]  # fmt: skip
-        return encoded
+        streams = encode(items[list(range(rank, len(items), size))])
+        numbers = self.row.numbers(self.kind, self.token)
+        counts = self._counts(streams[0], len(items), rank)
+        return [self._placed(stream, counts, numbers) for stream in streams]
 
-    def _counts(self, features: tuple[Tensor, ...], images: int, rank: int) -> list[int]:
-        """Return how many features each image has, in order; images of other ranks are asked for."""
-        own = torch.zeros(images, dtype=torch.int64, device=features[0].device)
-        for index, part in zip(range(rank, images, self.group.size()), features, strict=False):
-            own[index] = len(part)
+    def _counts(self, features: list[Tensor], items: int, rank: int) -> list[int]:
+        """Return how many features each item has, in order; those of other ranks are asked for."""
+        own = torch.zeros(items, dtype=torch.int64, device=features[0].device)
+        for index, piece in zip(range(rank, items, self.group.size()), features, strict=False):
+            own[index] = len(piece)
         dist.all_reduce(own, group=self.group)
         return [int(count) for count in own.tolist()]
 
-    def _placed(self, features: tuple[Tensor, ...], counts: list[int], numbers: Tensor) -> Tensor:
-        size, rank = self.group.size(), self.group.rank()
+    def _placed(self, features: list[Tensor], counts: list[int], numbers: Tensor) -> Tensor:
+        size = self.group.size()
         room = max(sum(counts[place::size]) for place in range(size))
-        own = torch.cat(tuple(features))
-        if rank >= len(counts):
-            own = own[:0] + own.sum() * 0
+        own = torch.cat(features)
         padded = nn.functional.pad(own, (0, 0, 0, room - len(own)))
         shares = gather_sequence(padded, self.group, dim=0).split(room)
-        images: list[Tensor] = [shares[0]] * len(counts)
+        pieces: list[Tensor] = [shares[0]] * len(counts)
         for place, share in enumerate(shares):
             theirs = counts[place::size]
-            images[place::size] = list(share[: sum(theirs)].split(theirs))
-        return torch.cat(images)[numbers]
+            pieces[place::size] = list(share[: sum(theirs)].split(theirs))
+        return torch.cat(pieces)[numbers]

@@ -1,6 +1,7 @@
 """Optimizers, which parameters weight decay applies to, and learning-rate schedules."""
 
 from veomni.optim.groups import build_optimizer_groups
+from veomni.optim.lr_scale import scale_lr, split_by_lr_scale
 from veomni.optim.matrices import hidden_matrices
 from veomni.optim.multi import MultiLRScheduler, MultiOptimizer, combine, members_by_mesh
 from veomni.optim.muon import Muon
@@ -18,4 +19,6 @@ __all__ = [
     "hidden_matrices",
     "lr_factor",
     "members_by_mesh",
+    "scale_lr",
+    "split_by_lr_scale",
 ]

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from veomni.errors import ConfigError, ModelError
 from veomni.logging import create_logger
 from veomni.optim.groups import build_optimizer_groups
+from veomni.optim.lr_scale import scale_lr, split_by_lr_scale
 from veomni.optim.matrices import hidden_matrices
 from veomni.optim.multi import combine, members_by_mesh
 from veomni.optim.muon import Muon
@@ -35,6 +36,7 @@ def build_optimizer(
     weight_decay: float,
     momentum: float,
     no_decay: Sequence[str],
+    lr_scale: Mapping[str, float] | None = None,
     muon: Mapping[str, Any] | None = None,
     fused: bool | None = None,
 ) -> Optimizer:
@@ -52,6 +54,7 @@ def build_optimizer(
         weight_decay: Decoupled (AdamW, Muon) or an L2 penalty (SGD); see :func:`build_optimizer_groups`.
         momentum: SGD's.
         no_decay: Patterns of parameters without weight decay.
+        lr_scale: Patterns of parameters to factors of ``lr``; see :func:`~veomni.optim.split_by_lr_scale`.
         muon: What is Muon's own: ``lr``, where it differs, ``momentum``, ``nesterov``, ``ns_steps``, and ``exclude``,
             patterns of matrices that AdamW gets; None takes the defaults.
         fused: Update all parameters in one kernel; None does where PyTorch can: all of an optimizer's on CPU or all on
@@ -64,11 +67,12 @@ def build_optimizer(
     if name not in NAMES:
         raise ConfigError(f"train.optimizer.name: no optimizer is called {name!r}", did_you_mean(name, list(NAMES)))
     groups = build_optimizer_groups(model, weight_decay=weight_decay, no_decay=no_decay)
+    groups = split_by_lr_scale(model, groups, lr_scale or {})
     if name == "sgd":
-        return combine(members_by_mesh(groups, partial(_sgd, lr=lr, momentum=momentum, fused=fused)))
+        return scale_lr(combine(members_by_mesh(groups, partial(_sgd, lr=lr, momentum=momentum, fused=fused))))
     adamw = partial(_adamw, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
     if name == "adamw":
-        return combine(members_by_mesh(groups, adamw))
+        return scale_lr(combine(members_by_mesh(groups, adamw)))
     own = dict(muon or {})
     matrices = _muon_matrices(model, own.pop("exclude", ()))
     own["lr"] = lr if own.get("lr") is None else own["lr"]
@@ -76,7 +80,8 @@ def build_optimizer(
         "muon": members_by_mesh(_only(groups, matrices, inside=True), partial(Muon, **own)),
         "adamw": members_by_mesh(_only(groups, matrices, inside=False), adamw),
     }
-    return combine({f"{kind}.{mesh}": member for kind, members in parts.items() for mesh, member in members.items()})
+    members = {f"{kind}.{mesh}": member for kind, found in parts.items() for mesh, member in found.items()}
+    return scale_lr(combine(members))
 
 
 def _adamw(

@@ -1,0 +1,1 @@
+"""Multimodal data: what a processor makes of a conversation becomes packed micro-batches."""

@@ -1,0 +1,149 @@
+"""Documents with media into packed micro-batches, key by key as ``veomni/batch_keys.py`` says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veomni.batch import IGNORE_INDEX, PackedInputs
+from veomni.batch_keys import KEY_RULES, KeyRule
+from veomni.data.rows import segment_offsets
+from veomni.errors import DataError
+from veomni.models.loader import model_class
+from veomni.models.mrope import DocumentPositions
+from veomni.models.omni.decoders import DECODERS
+from veomni.models.vision_inputs import vision_inputs
+from veomni.registry import did_you_mean
+from veomni.sequence_split import WHOLE_ROWS, SequencePart, split_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Sample = Mapping[str, Any]
+"""One document as a processor gives it, without a batch axis for what has an entry per token."""
+
+_FOR_POSITIONS = ("mm_token_type_ids", "second_per_grid_ts", "video_second_per_grid", "audio_feature_lengths")
+_FLAGS = ("use_audio_in_video", "noise_seed")
+
+
+class MultimodalCollator:
+    """Packs documents into rows: what a loader's worker calls with the documents of its micro-batch.
+
+    Position ids are computed here, of each document by itself; so are the borders of images, which the vision tower
+    would otherwise ask the accelerator for.
+
+    Args:
+        config: The model's configuration.
+        max_seq_len: Tokens of a row.
+        pad_token_id: Fills the tail of a row.
+        part: Which positions of the rows are given out.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, *, max_seq_len: int, pad_token_id: int = 0, part: SequencePart = WHOLE_ROWS
+    ) -> None:
+        self.config, self.max_seq_len, self.pad_token_id, self.part = config, max_seq_len, pad_token_id, part
+        self.positions = DocumentPositions(config)
+        self._decoders = [DECODERS.get(name) for name in getattr(config, "decoders", {})]
+        self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
+
+    def __call__(self, rows: Sequence[Sequence[Sample]]) -> PackedInputs:
+        """Return a micro-batch as ``veomni/batch.py`` describes it.
+
+        Args:
+            rows: The documents of each row, in order.
+
+        Raises:
+            DataError: a row is longer than ``max_seq_len``, a key has no rule, or a document lacks ``input_ids``.
+        """
+        documents = [[self._prepared(sample) for sample in row] for row in rows]
+        lengths = [[len(sample["input_ids"]) for sample in row] for row in documents]
+        self._refuse_long(lengths)
+        batch = PackedInputs()
+        for key in dict.fromkeys(key for row in documents for sample in row for key in sample):
+            rule = _rule(key)
+            if key == "position_ids":
+                batch[key] = self._pack_positions(documents)
+            elif rule.per == "token":
+                batch[key] = self._pack_tokens(key, rule, documents)
+            else:
+                values = [sample[key] for row in documents for sample in row if key in sample]
+                batch[key] = join_items(values, rule)
+        batch.document_lengths = tuple(length for row in lengths for length in row)
+        if self.part.size == 1:  # ranks that share rows share their images too, and each encodes others
+            batch.update(vision_inputs(self.config, batch))
+        batch = self._with_borders(batch, lengths)
+        return split_rows(batch, self.part) if self.part.size > 1 else batch
+
+    def _prepared(self, sample: Sample) -> dict[str, Any]:
+        if sample.get("input_ids") is None:
+            raise DataError("a document has no input_ids", "tokenise it first")
+        kept = {key: value for key, value in sample.items() if value is not None and key not in _FLAGS}
+        kept["position_ids"] = self.positions(sample)
+        for decoder in self._decoders:
+            if decoder.keys[0] in kept:
+                kept |= decoder.document({**kept, **{flag: sample.get(flag) for flag in _FLAGS}})
+        if "labels" in kept:
+            kept["labels"] = kept["labels"].clone()
+            kept["labels"][:1] = IGNORE_INDEX  # it would be predicted from the document before
+        return {key: value for key, value in kept.items() if key not in _FOR_POSITIONS or key in self._taken}
+
+    def _refuse_long(self, lengths: Sequence[Sequence[int]]) -> None:
+        longest = max((sum(row) for row in lengths), default=0)
+        if longest > self.max_seq_len:
+            raise DataError(
+                f"the documents of a row have {longest} tokens, and a row {self.max_seq_len}",
+                "pack fewer documents into it, or raise data.max_seq_len",
+            )
+
+    def _pack_tokens(self, key: str, rule: KeyRule, rows: Sequence[Sequence[Sample]]) -> Tensor:
+        fill = self.pad_token_id if key == "input_ids" else rule.pad
+        like = next(sample[key] for row in rows for sample in row if key in sample)
+        packed = []
+        for row in rows:
+            parts = [sample.get(key) for sample in row]
+            whole = [
+                like.new_full((len(sample["input_ids"]), *like.shape[1:]), rule.pad) if part is None else part
+                for part, sample in zip(parts, row, strict=True)
+            ]
+            joined = torch.cat([like[:0], *whole])
+            packed.append(F.pad(joined, [0, 0] * (like.dim() - 1) + [0, self.max_seq_len - len(joined)], value=fill))
+        return torch.stack(packed)
+
+    def _pack_positions(self, rows: Sequence[Sequence[Sample]]) -> Tensor:
+        """Return ``[batch, seq]``, or ``[4, batch, seq]`` with text first; the tail is one more document."""
+        axes = (4,) if self.positions.has_axes else ()
+        packed = []
+        for row in rows:
+            tail = torch.arange(self.max_seq_len - sum(len(sample["input_ids"]) for sample in row))
+            parts = [sample["position_ids"] for sample in row]
+            packed.append(torch.cat([*parts, tail.expand(*axes, len(tail))], dim=-1))
+        return torch.stack(packed, dim=-2)
+
+    def _with_borders(self, batch: PackedInputs, lengths: Sequence[Sequence[int]]) -> PackedInputs:
+        segments = [part for row in lengths for part in (*row, self.max_seq_len - sum(row)) if part]
+        if len(segments) != len(lengths):  # otherwise nothing is to be kept apart: attention may take a dense kernel
+            batch.update(segment_offsets(segments, self.max_seq_len))
+        return batch
+
+
+def join_items(values: Sequence[Tensor], rule: KeyRule) -> Tensor:
+    """Return images, sizes or sounds of several documents one after another."""
+    if rule.ragged:
+        longest = max(value.shape[-1] for value in values)
+        values = [F.pad(value, (0, longest - value.shape[-1]), value=rule.pad) for value in values]
+    return torch.cat(list(values), dim=rule.dim)
+
+
+def _rule(key: str) -> KeyRule:
+    if key not in KEY_RULES:
+        raise DataError(
+            f"a document has {key!r}, and nobody said how it is packed",
+            f"register a rule in KEY_RULES, or leave it out; {did_you_mean(key, list(KEY_RULES))}",
+        )
+    return KEY_RULES.get(key)

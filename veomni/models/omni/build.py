@@ -1,0 +1,62 @@
+"""Put a composed model together from parts that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veomni.errors import ModelError
+from veomni.models.build import build_model
+from veomni.models.config import build_config, find_directory
+from veomni.models.safetensors_files import has_safetensors
+from veomni.models.source import WeightSource, set_weight_source
+
+
+def build_omni_model(
+    foundation: str | Path,
+    *,
+    image_encoder: str | Path | None = None,
+    audio_encoder: str | Path | None = None,
+    decoders: Mapping[str, Mapping[str, Any]] | None = None,
+    image_token_id: int | None = None,
+    audio_token_id: int | None = None,
+    attention: str = "auto",
+) -> nn.Module:
+    """Return a composed model on the meta device; its parts take the weights of their directories, if these have any.
+
+    Args:
+        foundation: What :func:`~veomni.models.build_config` takes: a causal language model.
+        image_encoder: The same for an image encoder of ``ENCODERS``; of a model with text and images take the part.
+        audio_encoder: The same for an audio encoder.
+        decoders: Name of a decoder of ``DECODERS`` to its values.
+        image_token_id: The placeholder of image features.
+        audio_token_id: The placeholder of audio features.
+        attention: See :func:`~veomni.models.build_model`.
+
+    Raises:
+        ModelError: an encoder has no placeholder, or a part cannot be built.
+    """
+    from veomni.models.omni.configuration import OmniConfig
+
+    sources = {"foundation": foundation, "image_encoder": image_encoder, "audio_encoder": audio_encoder}
+    given = {name: source for name, source in sources.items() if source is not None}
+    configs = {name: build_config(source) for name, source in given.items()}
+    for name, token in (("image_encoder", image_token_id), ("audio_encoder", audio_token_id)):
+        if name in given and token is None:
+            raise ModelError(f"the {name} was given no placeholder token", f"set {name.split('_')[0]}_token_id")
+    config = OmniConfig(
+        text_config=configs["foundation"],
+        vision_config=configs.get("image_encoder"),
+        audio_config=configs.get("audio_encoder"),
+        decoders={name: dict(values) for name, values in (decoders or {}).items()},
+        image_token_id=image_token_id,
+        audio_token_id=audio_token_id,
+    )
+    model = build_model(config, attention=attention, weights="random")
+    directories = {name: find_directory(source) for name, source in given.items()}
+    parts = {name: path for name, path in directories.items() if path is not None and has_safetensors(path)}
+    set_weight_source(model, WeightSource(None, parts))
+    return model

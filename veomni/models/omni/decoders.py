@@ -1,0 +1,209 @@
+"""Decoders of a composed model: what it generates besides text, token by token after the foundation.
+
+A decoder places its inputs at their tokens, and learns from the foundation's hidden states what comes next. Its loss is
+a mean over its own tokens: a document says where they are by a key that is negative elsewhere (``KeyRule.counts``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veomni.batch import IGNORE_INDEX
+from veomni.batch_keys import KEY_RULES, KeyRule
+from veomni.registry import Registry
+
+
+class Decoder(nn.Module):
+    """One kind of thing that is generated.
+
+    Attributes:
+        keys: Keys of a batch that are its own.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the keys that follow from a document, ``[seq, ...]``: what comes next at each of its tokens."""
+        raise NotImplementedError
+
+    def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the foundation's inputs ``[batch, seq, hidden]`` with this decoder's in their places."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean loss over this decoder's tokens, zero where there are none.
+
+        Args:
+            hidden: The foundation's hidden states, ``[batch, seq, hidden]``.
+            batch: The decoder's keys, those that the batch has.
+        """
+        raise NotImplementedError
+
+
+DECODERS: Registry[type[Decoder]] = Registry("decoder of a composed model")
+"""Name of a decoder to its class; called with the foundation's hidden size and the configuration's values."""
+
+
+def _follow(values: Tensor, fill: float) -> Tensor:
+    """Return what comes next at each token of a document."""
+    return torch.cat([values[1:], torch.full_like(values[:1], fill)])
+
+
+@DECODERS.register("codes")
+class Codes(Decoder):
+    """Image tokens: entries of a codebook (a VQ tokenizer's), predicted one after another.
+
+    A document brings ``codes`` int64 ``[seq]``, the entry at each image token and -100 elsewhere.
+
+    Args:
+        hidden_size: Of the foundation.
+        codebook_size: Entries of the codebook.
+        channels: Of an entry's embedding.
+    """
+
+    keys = ("codes", "codes_next")
+
+    def __init__(self, hidden_size: int, *, codebook_size: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, channels)
+        self.projection = nn.Linear(channels, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.head = nn.Linear(hidden_size, codebook_size, bias=False)
+
+    @staticmethod
+    def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return ``codes_next`` ``[seq]``: the entry that follows, -100 where none does."""
+        return {"codes_next": _follow(sample["codes"], IGNORE_INDEX)}
+
+    def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Put the embeddings of entries at their tokens."""
+        codes = batch.get("codes")
+        codes = torch.full(embeds.shape[:2], IGNORE_INDEX, device=embeds.device) if codes is None else codes
+        there = codes >= 0
+        placed = self.projection(self.embedding(codes[there]))
+        return embeds.masked_scatter(there.unsqueeze(-1), placed.to(embeds.dtype))
+
+    def loss(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the cross-entropy of the entries that follow."""
+        targets = batch.get("codes_next")
+        if targets is None:
+            targets = torch.full(hidden.shape[:2], IGNORE_INDEX, device=hidden.device)
+        learned = targets >= 0
+        logits = self.head(self.norm(hidden[learned]))
+        wide = logits if logits.dtype is torch.float64 else logits.float()
+        return F.cross_entropy(wide, targets[learned], reduction="sum") / learned.sum().clamp(min=1)
+
+
+@DECODERS.register("latents")
+class Latents(Decoder):
+    """Continuous image latents by flow matching, each token's conditioned on the hidden state before it.
+
+    Rectified flow (Liu et al., 2022, arXiv:2209.03003) with a small network per token (Li et al., 2024,
+    arXiv:2406.11838): between noise ``n`` at time 0 and the latent ``x`` at time 1 the point ``(1 - t) n + t x`` moves
+    with the velocity ``x - n``, which is what is learned.
+
+    A document brings ``latents`` float32 ``[seq, channels]`` and ``latents_time`` float32 ``[seq]``: any number that is
+    not negative at the tokens of latents, negative elsewhere.
+
+    Args:
+        hidden_size: Of the foundation.
+        channels: Of a latent.
+        width: Of the network.
+        depth: Its residual layers.
+    """
+
+    keys = ("latents", "latents_next", "latents_noise", "latents_place", "latents_time")
+
+    def __init__(self, hidden_size: int, *, channels: int, width: int, depth: int = 2) -> None:
+        super().__init__()
+        self.projection = nn.Linear(channels, hidden_size)
+        self.condition = nn.Linear(hidden_size, width)
+        self.time = nn.Linear(width, width)
+        self.noisy = nn.Linear(channels, width)
+        self.layers = nn.ModuleList(_Residual(width) for _ in range(depth))
+        self.velocity = nn.Linear(width, channels)
+
+    @staticmethod
+    def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the latent that follows, its noise and its time in (0, 1), all drawn from the document's seed.
+
+        ``noise_seed`` of the sample makes another draw of the same document; without it, its content decides.
+        """
+        latents, place = sample["latents"], sample["latents_time"]
+        content = sample["input_ids"].numpy().tobytes() + latents.float().numpy().tobytes()
+        seed = hashlib.sha256(content + str(sample.get("noise_seed", "")).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+        noise = torch.randn(latents.shape, generator=generator)
+        time = torch.rand(len(latents), generator=generator)
+        follows = _follow(place, -1.0)
+        return {
+            "latents_place": place,
+            "latents_next": _follow(latents, 0.0),
+            "latents_noise": noise.to(latents.dtype),
+            "latents_time": torch.where(follows >= 0, time.to(follows.dtype), follows),
+        }
+
+    def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Put projected latents at their tokens."""
+        place = batch.get("latents_place")
+        place = embeds.new_full(embeds.shape[:2], -1.0) if place is None else place
+        latents = batch.get("latents")
+        latents = embeds.new_zeros(*place.shape, self.projection.in_features) if latents is None else latents
+        there = place >= 0
+        placed = self.projection(latents[there].to(embeds.dtype))
+        return embeds.masked_scatter(there.unsqueeze(-1), placed.to(embeds.dtype))
+
+    def loss(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the squared error of the velocity, averaged over channels and tokens."""
+        time = batch.get("latents_time")
+        time = hidden.new_full(hidden.shape[:2], -1.0) if time is None else time
+        learned = time >= 0
+        channels = self.projection.in_features
+        next_, noise = (
+            batch[key][learned].to(hidden.dtype) if key in batch else hidden.new_zeros(0, channels)
+            for key in ("latents_next", "latents_noise")
+        )  # fmt: skip
+        moment = time[learned].to(hidden.dtype)[:, None]
+        state = self.noisy((1 - moment) * noise + moment * next_) + self.condition(hidden[learned])
+        state = state + self.time(_waves(moment, self.time.in_features))
+        for layer in self.layers:
+            state = layer(state)
+        error = self.velocity(F.silu(state)) - (next_ - noise)
+        return error.square().mean(-1).sum() / learned.sum().clamp(min=1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear_1 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, state: Tensor) -> Tensor:
+        result: Tensor = state + self.linear_2(F.silu(self.linear_1(self.norm(state))))
+        return result
+
+
+def _waves(moment: Tensor, width: int) -> Tensor:
+    """Return sines and cosines of times ``[tokens, 1]``, ``[tokens, width]``."""
+    half = width // 2
+    exponents = torch.arange(half, device=moment.device, dtype=moment.dtype) / max(1, half)
+    angles = moment * 1000.0 * torch.exp(-math.log(10000.0) * exponents)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return F.pad(waves, (0, width - waves.shape[-1]))
+
+
+KEY_RULES.register("codes")(KeyRule("token", IGNORE_INDEX))
+KEY_RULES.register("codes_next")(KeyRule("token", IGNORE_INDEX, counts="codes"))
+for _name in ("latents", "latents_next", "latents_noise"):
+    KEY_RULES.register(_name)(KeyRule("token"))
+KEY_RULES.register("latents_place")(KeyRule("token", -1.0))
+KEY_RULES.register("latents_time")(KeyRule("token", -1.0, counts="latents"))

@@ -1,0 +1,87 @@
+"""Encoders of a composed model: how the features of each item come out of a transformers encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veomni.models import hf
+from veomni.registry import Registry
+
+Encode = Callable[[Any, Tensor, Tensor | None], list[Tensor]]
+"""From the module, its values and sizes to the features ``[tokens, channels]`` of each item."""
+
+ENCODERS: Registry[Encode] = Registry("encoder of a composed model")
+"""transformers' model type of an encoder to a function that encodes with it; ``register`` adds one of your own."""
+
+
+def encode_square(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> list[Tensor]:
+    """Encode images of one size, ``[images, channels, height, width]``."""
+    return list(encoder(pixel_values=pixel_values.to(_dtype(encoder))).last_hidden_state)
+
+
+def encode_square_with_class_token(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> list[Tensor]:
+    """Encode images of one size, and leave out the token that stands for the whole of each."""
+    return [features[1:] for features in encode_square(encoder, pixel_values, sizes)]
+
+
+def encode_patches(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> list[Tensor]:
+    """Encode images of any size, given as patches ``[patches, channels]`` with sizes ``[images, 3]``."""
+    assert sizes is not None
+    output = encoder(pixel_values.to(_dtype(encoder)), grid_thw=sizes)
+    counts = (sizes.prod(-1) // encoder.config.spatial_merge_size**2).tolist()
+    return list(output.pooler_output.split(counts))
+
+
+def encode_sounds(encoder: Any, input_features: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Encode mel features ``[sounds, mels, frames]`` that are padded to the encoder's span."""
+    assert mask is not None
+    frames, counts = encoder._get_feat_extract_output_lengths(mask.sum(-1))
+    places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=mask.device)
+    seen = hf.bidirectional_mask(encoder.config, places < frames[:, None], _dtype(encoder))
+    hidden = encoder(input_features.to(_dtype(encoder)), attention_mask=seen).last_hidden_state
+    return [sound[:count] for sound, count in zip(hidden, counts.tolist(), strict=True)]
+
+
+for _name in ("siglip_vision_model", "internvl_vision"):
+    ENCODERS.register(_name)(encode_square)
+for _name in ("clip_vision_model", "dinov2"):
+    ENCODERS.register(_name)(encode_square_with_class_token)
+for _name in ("qwen2_5_vl_vision", "qwen3_vl_vision"):
+    ENCODERS.register(_name)(encode_patches)
+ENCODERS.register("qwen2_audio_encoder")(encode_sounds)
+
+
+def feature_channels(config: Any) -> int:
+    """Return the channels of what an encoder of this configuration gives out."""
+    for name in ("out_hidden_size", "d_model", "hidden_size"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    raise ValueError(f"{type(config).__name__} does not say how many channels its features have")
+
+
+def _dtype(encoder: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in encoder.parameters() if parameter.is_floating_point())
+
+
+class Projector(nn.Module):
+    """From an encoder's channels to the foundation's: a norm, and two layers with GELU between.
+
+    Args:
+        channels: Of the encoder.
+        hidden_size: Of the foundation.
+    """
+
+    def __init__(self, channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.linear_1 = nn.Linear(channels, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``[..., hidden_size]`` for ``[..., channels]``."""
+        projected: Tensor = self.linear_2(nn.functional.gelu(self.linear_1(self.norm(features))))
+        return projected

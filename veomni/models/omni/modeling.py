@@ -1,0 +1,194 @@
+"""A model composed of encoders, a language foundation and decoders.
+
+Features of an encoder are projected and take the places of their placeholder tokens in the foundation's embeddings;
+decoders learn from its hidden states. Encoders, rows that several ranks share and ranks without an image are handled as
+in transformers' own vision-language models: by the names that the methods here have in common with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from veomni.errors import DataError
+from veomni.models.omni.configuration import OmniConfig
+from veomni.models.omni.decoders import DECODERS
+from veomni.models.omni.encoders import ENCODERS, Projector, feature_channels
+from veomni.models.plan import derive_plan
+from veomni.plan import ParallelPlan
+
+
+@dataclass
+class OmniOutput:
+    """What a composed model returns.
+
+    Attributes:
+        loss: The sum of all losses of this micro-batch; None without labels.
+        losses: By part: "text", then the decoders'; each the mean over its own tokens; for
+            ``Launcher.backward``.
+        logits: The foundation's, ``[batch, seq, vocab]``.
+    """
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    logits: Tensor | None
+
+
+class OmniModel(PreTrainedModel):
+    """Encoders, a foundation and decoders in one module.
+
+    Args:
+        config: What it is made of.
+    """
+
+    config_class = OmniConfig
+    base_model_prefix = "omni"
+    main_input_name = "input_ids"
+    loss_part = "foundation"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    image_encoder: Any
+    audio_encoder: Any
+    foundation: Any
+
+    def __init__(self, config: OmniConfig) -> None:
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.foundation = AutoModelForCausalLM.from_config(config.text_config)
+        if config.vision_config is not None:
+            self.image_encoder = AutoModel.from_config(config.vision_config)
+            self.image_projector = Projector(feature_channels(config.vision_config), hidden_size)
+        if config.audio_config is not None:
+            self.audio_encoder = AutoModel.from_config(config.audio_config)
+            self.audio_projector = Projector(feature_channels(config.audio_config), hidden_size)
+        self.decoders: Any = nn.ModuleDict(
+            {name: DECODERS.get(name)(hidden_size, **values) for name, values in config.decoders.items()}
+        )
+        self._hidden: list[Tensor] = []
+        self.foundation.base_model.register_forward_hook(self._keep_hidden)
+        self.post_init()
+
+    @property
+    def part_names(self) -> list[str]:
+        """The parts, by their names as modules: what is saved, loaded and sharded by itself."""
+        names = [name for name, _ in self.named_children() if name != "decoders"]
+        return [*names, *(f"decoders.{name}" for name in self.decoders)]
+
+    def get_parallel_plan(self) -> ParallelPlan:
+        """Return the plans of all parts, each derived by itself."""
+        plans = {name: derive_plan(self.get_submodule(name)) for name in self.part_names}
+        return ParallelPlan(
+            **{
+                field.name: tuple(
+                    f"{name}.{inner}" for name, plan in plans.items() for inner in getattr(plan, field.name)
+                )
+                for field in fields(ParallelPlan)
+            }
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the foundation's."""
+        embeddings: nn.Module = self.foundation.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> Any:
+        """Return the foundation's."""
+        return self.foundation.get_output_embeddings()
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the foundation without its head: the text part."""
+        body: nn.Module = self.foundation.base_model
+        return body
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Any:
+        """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each image."""
+        encode = ENCODERS.get(self.config.vision_config.model_type)
+        pieces = encode(self.image_encoder, pixel_values, image_grid_thw)
+        return SimpleNamespace(pooler_output=self._projected(self.image_projector, pieces))
+
+    def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor | None = None) -> Any:
+        """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each sound."""
+        encode = ENCODERS.get(self.config.audio_config.model_type)
+        pieces = encode(self.audio_encoder, input_features, feature_attention_mask)
+        return SimpleNamespace(pooler_output=self._projected(self.audio_projector, pieces))
+
+    def get_placeholder_mask(self, input_ids: Tensor, token: int, features: Tensor) -> Tensor:
+        """Return where features go, bool ``[batch, seq, 1]``.
+
+        Raises:
+            DataError: there are more or fewer placeholders than features.
+        """
+        places = input_ids == token
+        if int(places.sum()) != len(features):
+            raise DataError(
+                f"the batch has {int(places.sum())} placeholders (token {token}) for {len(features)} features",
+                "give each image and sound as many placeholders as its encoder makes features",
+            )
+        return places.unsqueeze(-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> OmniOutput:
+        """Return losses and logits.
+
+        Args:
+            input_ids: ``[batch, seq]``.
+            position_ids: ``[batch, seq]``.
+            attention_mask: As the foundation takes it.
+            labels: ``[batch, seq]``, unshifted.
+            pixel_values: As the image encoder takes them.
+            image_grid_thw: Sizes of images given as patches, ``[images, 3]``.
+            input_features: As the audio encoder takes them.
+            feature_attention_mask: Which frames hold something, ``[sounds, frames]``.
+            past_key_values: As the foundation takes it.
+            kwargs: The decoders' keys; the rest goes to the foundation.
+        """
+        assert input_ids is not None
+        embeds = self.get_input_embeddings()(input_ids)
+        if input_features is not None:
+            sounds = self.get_audio_features(input_features, feature_attention_mask)
+            embeds = self._place(embeds, input_ids, self.config.audio_token_id, sounds)
+        if pixel_values is not None:
+            images = self.get_image_features(pixel_values, image_grid_thw)
+            embeds = self._place(embeds, input_ids, self.config.image_token_id, images)
+        own = {key: kwargs.pop(key) for decoder in self.decoders.values() for key in decoder.keys if key in kwargs}
+        for decoder in self.decoders.values():
+            embeds = decoder.place(embeds, own)
+        output = self.foundation(
+            inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention_mask, labels=labels,
+            past_key_values=past_key_values, **kwargs,
+        )  # fmt: skip
+        hidden = self._hidden.pop()
+        losses = {} if output.loss is None else {"text": output.loss}
+        losses |= {name: decoder.loss(hidden, own) for name, decoder in self.decoders.items()}
+        loss = torch.stack(list(losses.values())).sum() if losses else None
+        return OmniOutput(loss, losses, output.logits)
+
+    def _keep_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._hidden[:] = [output[0]]
+
+    def _projected(self, projector: nn.Module, pieces: list[Tensor]) -> tuple[Tensor, ...]:
+        projected = projector(torch.cat(pieces))
+        return tuple(projected.split([len(piece) for piece in pieces]))
+
+    def _place(self, embeds: Tensor, tokens: Tensor, token: int, encoded: Any) -> Tensor:
+        features = torch.cat(encoded.pooler_output)
+        return embeds.masked_scatter(self.get_placeholder_mask(tokens, token, features), features.to(embeds.dtype))

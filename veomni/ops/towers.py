@@ -1,0 +1,238 @@
+"""How a model calls its towers: every image, clip or sound an item, every call one that ranks can share.
+
+A tower's features enter a transformers model through one method per modality (``get_image_features`` ...). On the
+instance each is replaced by a :class:`TowerCall`, which knows the items it is given and can encode any of them; who
+encodes which is an :data:`Exchange`. A call without an item encodes the smallest legal dummy and returns no feature of
+it: nothing is added anywhere, and yet every collective and every gradient of the tower takes place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOWERS = "_veomni_towers"
+"""Where a model remembers its tower calls, ``dict[modality, TowerCall]``."""
+
+_TEXT_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+Encode = Callable[["Items"], list[list[Tensor]]]
+"""From items to streams (the features, then those of every deepstack layer), each one ``[tokens, hidden]`` an item."""
+
+Exchange = Callable[["Items", Encode], list[Tensor]]
+"""Encodes this rank's items with other ranks; returns each stream's ``[tokens, hidden]`` for this rank's tokens."""
+
+Balance = Callable[["Items", Encode], list[list[Tensor]]]
+"""Encodes this rank's items where there is least to do; returns what ``Encode`` does, at least an empty piece each."""
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """What distinguishes one modality's calls.
+
+    Attributes:
+        modality: "image", "video" or "audio".
+        method: The owner's method that encodes.
+        values: Its argument with pixels or mel features.
+        sizes: Its argument with one row per item, ``[items, ...]``: grids, or masks of frames; None where ``values``
+            itself has an entry per item.
+        patches: ``values`` is ``[patches, channels]``, with ``sizes`` as (frames, height, width) of every item.
+        token: The configuration's name of the placeholder token.
+        token_type: What ``mm_token_type_ids`` calls this modality, where placeholder tokens do not tell it apart.
+    """
+
+    modality: str
+    method: str
+    values: str
+    sizes: str | None
+    patches: bool
+    token: str
+    token_type: int | None = None
+
+
+@dataclass
+class Items:
+    """What one call of a tower encodes, one item after another.
+
+    Attributes:
+        kind: Of which modality.
+        values: ``[patches, channels]`` or ``[items, ...]``.
+        sizes: ``[items, 3]`` or ``[items, frames]``; None where there are none.
+    """
+
+    kind: TowerKind
+    values: Tensor
+    sizes: Tensor | None
+    _lengths: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.kind.patches:
+            assert self.sizes is not None
+            self._lengths = self.sizes.prod(-1).tolist()
+        else:
+            self._lengths = [1] * len(self.values)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, chosen: Sequence[int]) -> Items:
+        """Return the items at the given places, in that order."""
+        parts = self.values.split(self._lengths)
+        values = torch.cat([parts[place] for place in chosen]) if chosen else self.values[:0]
+        return Items(self.kind, values, None if self.sizes is None else self.sizes[list(chosen)])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of ``values`` that each item has."""
+        return self._lengths
+
+    @property
+    def costs(self) -> list[int]:
+        """What encoding each item costs, in patches: attention sees the whole of a frame, the rest patch by patch."""
+        if not self.kind.patches:
+            return [int(self.values[0].numel())] * len(self) if len(self) else []
+        assert self.sizes is not None
+        return [frames * (height * width) ** 2 // 1024 + frames * height * width
+                for frames, height, width in self.sizes.tolist()]  # fmt: skip
+
+
+class TowerCall:
+    """What is called instead of a tower's own method.
+
+    Args:
+        encode: The owner's own method.
+        kind: The modality.
+        dummy: Makes the smallest legal item on a device.
+        counts: From items to the features of each; needed only where the method returns them in one piece.
+
+    Attributes:
+        exchange: Who encodes which items of rows that ranks share; None where rows are whole.
+        balance: Who encodes which items of all rows; None where each rank encodes its own.
+        precomputed: Arguments for all items of the batch in hand that were computed from their sizes beforehand.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[..., Any],
+        kind: TowerKind,
+        dummy: Callable[[torch.device], Items],
+        counts: Callable[[Items], list[int]] | None = None,
+    ) -> None:
+        self.kind, self.exchange, self.balance = kind, None, None
+        self.precomputed: dict[str, Any] = {}
+        self._encode, self._make_dummy, self._counts = encode, dummy, counts
+        self._parameters = inspect.signature(encode)
+        self._absent: Tensor | None = None
+
+    exchange: Exchange | None
+    balance: Balance | None
+    _encoding = False  # of any modality: Qwen3-VL's videos go through the method of images
+
+    def stand_in(self, device: torch.device) -> Tensor:
+        """Return what to give the model as values where it has none: the call will know it again."""
+        self._absent = self._make_dummy(device).values
+        return self._absent
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode, as the owner's own method does."""
+        if TowerCall._encoding:
+            return self._encode(*args, **kwargs)
+        bound = self._parameters.bind(*args, **kwargs)
+        given, rest = bound.arguments, dict(bound.arguments.get("kwargs", {}))
+        rest = {name: value for name, value in rest.items() if name not in _TEXT_BORDERS}
+        values = given[self.kind.values]
+        absent = values is self._absent and values is not None
+        self._absent = None
+        if not absent and self.exchange is None and self.balance is None:
+            named = {name: value for name, value in given.items() if name != "kwargs"}
+            return self.encode(**{**named, **rest, **self.precomputed})
+        # What a loader precomputed is of all items in their order, and so of no use to another choice of them.
+        fixed = {name: value for name, value in given.items() if name not in ("kwargs", self.kind.values)}
+        items = self._none(values.device) if absent else self._items(given)
+        encoder = _Encoder(self, {**fixed, **rest})
+        encode = encoder if self.balance is None else partial(self._balanced, encoder)
+        if self.exchange is None:
+            streams = [torch.cat(stream) for stream in encode(items)]
+        else:
+            streams = self.exchange(items, encode)
+        return self._answer(encoder.output, streams)
+
+    def _balanced(self, encoder: Encode, items: Items) -> list[list[Tensor]]:
+        assert self.balance is not None
+        return self.balance(items, encoder)
+
+    def encode(self, **arguments: Any) -> Any:
+        """Call the owner's own method."""
+        TowerCall._encoding = True
+        try:
+            return self._encode(**arguments)
+        finally:
+            TowerCall._encoding = False
+
+    def _items(self, given: Mapping[str, Any]) -> Items:
+        return Items(self.kind, given[self.kind.values], given.get(self.kind.sizes) if self.kind.sizes else None)
+
+    def _none(self, device: torch.device) -> Items:
+        return self._make_dummy(device)[[]]
+
+    def _answer(self, output: Any, streams: list[Tensor]) -> Any:
+        """Put streams into an output in the form that the owner reads: one piece, or a tuple of pieces."""
+        pooled, *layers = streams
+        if _in_one_piece(self.kind, output):
+            output.last_hidden_state = pooled
+            return output
+        output.pooler_output = pooled if isinstance(output.pooler_output, Tensor) else (pooled,)
+        if layers:
+            whole = isinstance(output.deepstack_features[0], Tensor)
+            output.deepstack_features = layers if whole else [(layer,) for layer in layers]
+        return output
+
+
+class _Encoder:
+    """Encodes any items in one call of the tower, and remembers the output."""
+
+    def __init__(self, call: TowerCall, arguments: dict[str, Any]) -> None:
+        self.call, self.arguments = call, arguments
+        self.output: Any = None
+
+    def __call__(self, items: Items) -> list[list[Tensor]]:
+        empty = not len(items)
+        if empty:
+            items = self.call._make_dummy(items.values.device)
+        kind = self.call.kind
+        given = {**self.arguments, kind.values: items.values}
+        if kind.sizes is not None:
+            given[kind.sizes] = items.sizes
+        self.output = self.call.encode(**given)
+        streams = self._streams(items)
+        return [[piece[:0] for piece in stream] for stream in streams] if empty else streams
+
+    def _streams(self, items: Items) -> list[list[Tensor]]:
+        output = self.output
+        pooled = output.last_hidden_state if _in_one_piece(self.call.kind, output) else output.pooler_output
+        if isinstance(pooled, Tensor) and pooled.dim() == 2:
+            assert self.call._counts is not None
+            pooled = pooled.split(self.call._counts(items))
+        streams = [list(pooled)]
+        counts = [len(piece) for piece in streams[0]]
+        for layer in getattr(output, "deepstack_features", None) or ():
+            streams.append(list(layer.split(counts)) if isinstance(layer, Tensor) else list(layer))
+        return streams
+
+
+def _in_one_piece(kind: TowerKind, output: Any) -> bool:
+    """Whether the owner reads features from the last hidden state: transformers' models that hear do."""
+    return kind.modality == "audio" and hasattr(output, "last_hidden_state")
+
+
+def towers_of(model: nn.Module) -> dict[str, TowerCall]:
+    """Return a model's tower calls by modality; empty for a model without towers."""
+    found: dict[str, TowerCall] = getattr(model, TOWERS, {})
+    return found
