@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
+
+import torch
+from torch import Tensor
 
 VOCAB = 128
 _SIZES: dict[str, Any] = {
@@ -32,17 +36,71 @@ _SIZES: dict[str, Any] = {
     "sliding_window": 8,
     "attention_chunk_size": 16,
     "pad_token_id": 0,
+    "decoder_start_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "initializer_range": 0.1,
 }
-_EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "dots1": {"layer_types": ["full_attention"] * 2, "moe_intermediate_size": 16},
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+_CONV_AND_FULL = ["conv", "full_attention"]
+_QWEN4: dict[str, Any] = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+}  # fmt: skip
+_ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_NEEDED = {"gemma4_assistant": {"text_config": _ASSISTANT}}
+"""What a class does without defaults for, by model type."""
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {
+        "hidden_size": 32, "global_config": {"hidden_size": 64, "num_attention_heads": 8}, "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64}, "encoder_hash_byte_group_vocab": 64,
+    },
+    "cohere_compass_text": {
+        "layer_types": _SLIDING_AND_FULL,
+        "rope_parameters": {name: {"rope_type": "default", "rope_theta": 1e4} for name in _SLIDING_AND_FULL},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 32}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {
+        "layer_types": _SLIDING_AND_FULL, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    },
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101, "<|visual token 000000|>": 102}},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_groups": 1},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": _SLIDING_AND_FULL * 2, "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "gemma4_assistant": {"text_config": _ASSISTANT},
+    "git": {"vision_config": {"image_size": 8, "patch_size": 4}},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "lfm2": {"layer_types": _CONV_AND_FULL},
+    "lfm2_moe": {"layer_types": _CONV_AND_FULL, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "reformer": {"is_decoder": True},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 1},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"],
+        "attention_head_size": 8, "num_buckets": 4, "feed_forward_size": 48,
+    },
+    "step3p7": {
+        "text_config": {
+            "layer_types": _SLIDING_AND_FULL, "mlp_layer_types": ["dense", "sparse"], "share_expert_dim": 16,
+        },
+    },
+    "whisper": {"max_source_positions": 32, "num_mel_bins": 8},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
+"""What cannot be read off the defaults of a class, by model type."""
+_OTHER_EXPERTS = ("dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7")
+"""Mixtures of experts that do not go through transformers' experts interface."""
 
 
 def causal_types() -> list[str]:
@@ -52,17 +110,51 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def expert_types() -> list[str]:
+    """Every model type with experts that transformers trains on tokens, through its experts interface or not."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names: dict[str, Any] = {
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    through = [kind for kind, name in names.items() if getattr(transformers, name)._can_set_experts_implementation()]
+    return sorted([*through, *_OTHER_EXPERTS])
+
+
+def plain_inputs(model_type: str, tokens: Tensor) -> dict[str, Tensor]:
+    """Return what a model trains on where transformers runs it: ``tokens``, ``[batch, seq]``, are their own labels."""
+    if model_type == "whisper":
+        return {"input_features": torch.zeros(len(tokens), 8, 64), "labels": tokens}
+    return {"input_ids": tokens, "labels": tokens}
+
+
 def any_tiny_config(model_type: str) -> Any:
     """Return a fresh tiny configuration; deterministic, without dropout."""
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    defaults = config_class()
-    parts = {key: getattr(defaults, key, None) for key in defaults.sub_configs}
-    values = {key: _shrunk(part) for key, part in parts.items() if part is not None}
-    config = config_class(**{**_shrunk(defaults), **values, **_EXCEPTIONS.get(model_type, {})})
-    config.use_cache = config.get_text_config().use_cache = False
+    defaults = config_class(**deepcopy(_NEEDED.get(model_type, {})))
+    config = config_class(**_merged(_tree(defaults), _OVERRIDES.get(model_type, {})))
+    config.use_cache = config.get_text_config(decoder=True).use_cache = False
     return config
+
+
+def _tree(defaults: Any) -> dict[str, Any]:
+    """Return tiny values of a configuration and of those inside it."""
+    parts = {key: getattr(defaults, key, None) for key in defaults.sub_configs}
+    return {**_shrunk(defaults), **{key: _tree(part) for key, part in parts.items() if part is not None}}
+
+
+def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merged(values[key], value)
+        for key, value in overrides.items()
+        if isinstance(value, dict) and isinstance(values.get(key), dict)
+    }
+    return deepcopy({**values, **overrides, **nested})
 
 
 def _shrunk(defaults: Any) -> dict[str, Any]:
