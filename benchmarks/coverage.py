@@ -5,7 +5,7 @@
 
 Each takes one packed step in float64: alone and unpacked through plain transformers (the truth), alone and packed
 through the launcher, and on two ranks: sharing every row (Ulysses), or the experts of every layer (expert parallelism).
-An architecture is exact when every parameter's gradient equals the truth, refused when veomni says why it cannot be,
+For expert parallelism, what refuses packed rows is tried on rows of one document each. An architecture is exact when every parameter's gradient equals the truth, refused when veomni says why it cannot be,
 and wrong otherwise. Transformers' own limit is what plain transformers cannot run here either; not measured is what
 fails before anything is packed or split, for a reason that nobody has looked into.
 """
@@ -18,7 +18,7 @@ import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ LIMITS = {
     "gemma3n": ("requires the timm library", "its vision tower needs the timm package"),
     "gemma4_assistant": _ASSISTANT,
     "gemma4_unified_assistant": _ASSISTANT,
+    "inkling_mm_model": ("No module named 'scipy'", "its audio tower needs the scipy package"),
     "git": ("Expected input batch_size", "its loss leaves out logits for an image before the text, also where there is none"),
 }
 """What plain transformers raises where it does not run a model on tokens, with what it depends on itself; and why."""
@@ -75,14 +76,18 @@ class Mode:
         title: Of that page.
         what: What it says was measured.
         types: The architectures that are tried.
+        config: A tiny configuration of one of them.
         strategies: The layout of two ranks.
+        needs_packing: Whether what refuses packed rows is refused as a whole.
     """
 
     page: str
     title: str
     what: str
     types: Callable[[], list[str]]
+    config: Callable[[str], Any]
     strategies: Callable[[], list[Any]]
+    needs_packing: bool
 
 
 MODES = {
@@ -92,7 +97,9 @@ MODES = {
         "Every causal language model of transformers, as a tiny random model: one packed step in float64 on two ranks\n"
         "that share every row, against one process that sees each document by itself. Written by",
         causal_types,
+        any_tiny_config,
         lambda: [DDP(find_unused_parameters=True), Ulysses(2)],
+        needs_packing=True,
     ),
     "experts": Mode(
         "docs/expert_coverage.md",
@@ -101,40 +108,52 @@ MODES = {
         "on two ranks that share the experts of every layer, against one process that sees each document by itself.\n"
         "Written by",
         expert_types,
+        partial(any_tiny_config, experts=True),
         lambda: [FSDP2(expert_parallel_size=2)],
+        needs_packing=False,
     ),
 }
 
 
-def rows() -> list[list[Document]]:
-    """Four packed rows of odd documents, one of them without labels."""
-    return global_rows(VOCAB, 4)
+def single() -> list[Any]:
+    """The layout of one process."""
+    return [Single()]
 
 
-def plain(model_type: str) -> None:
+def rows(packed: bool) -> list[list[Document]]:
+    """Four rows: packed with odd documents, one of them without labels; or one document each."""
+    whole = global_rows(VOCAB, 16)
+    return whole[:4] if packed else [row for row in whole if len(row) == 1] * 2
+
+
+def batches(packed: bool, rank: int, size: int) -> list[dict[str, Any]]:
+    """The micro-batch of a data rank."""
+    (batch,) = share(rows(packed), rank, size, 1)
+    return [batch if packed else {name: batch[name] for name in ("input_ids", "labels")}]
+
+
+def plain(model_type: str, mode: str) -> None:
     """Run a model as transformers builds it, on one document that is its own label."""
-    config = any_tiny_config(model_type)
-    tokens = rows()[0][0].tokens[None]
+    config = MODES[mode].config(model_type)
     try:
         architecture: Any = model_class(config)
     except ModelError:  # nothing that learns tokens: the launcher says so
         return
-    model = architecture._from_config(config)
-    model(**plain_inputs(model_type, tokens), use_cache=False)
+    tokens = rows(packed=True)[0][0].tokens[None]
+    architecture._from_config(config)(**plain_inputs(model_type, tokens), use_cache=False)
 
 
-def truth(model_type: str) -> Truth:
-    """The gradients to compare with."""
-    return truth_of(any_tiny_config(model_type), rows())
+def truth(model_type: str, mode: str, packed: bool) -> Truth:
+    """The gradients to compare with, of every document by itself."""
+    return truth_of(MODES[mode].config(model_type), rows(packed))
 
 
-def step(model_type: str, strategies: Callable[[], list[Any]]) -> dict[str, Any]:
-    """One packed step through the launcher; what every rank runs."""
+def step(model_type: str, mode: str, packed: bool, strategies: Callable[[], list[Any]]) -> dict[str, Any]:
+    """One step through the launcher; what every rank runs."""
     launcher = Launcher(strategies(), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
     launcher.launch()
-    model = launcher.setup_model(build_model(any_tiny_config(model_type), weights="random")).train()
-    place = launcher.data_parallel
-    for batch in launcher.track([share(rows(), place.rank, place.size, 1)]):
+    model = launcher.setup_model(build_model(MODES[mode].config(model_type), weights="random")).train()
+    for batch in launcher.track([batches(packed, *launcher.data_parallel)]):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).loss, micro)
     gradients = full_gradients(model)
@@ -145,42 +164,54 @@ def step(model_type: str, strategies: Callable[[], list[Any]]) -> dict[str, Any]
 def verdict(model_type: str, mode: str = "ulysses", *, alone: bool = False) -> Verdict:
     """Train one architecture all three ways; ``alone`` leaves the two ranks out."""
     try:
-        run_ranks(plain, 1, model_type, init=False, timeout=120)
+        run_ranks(plain, 1, model_type, mode, init=False, timeout=120)
     except RankFailed as failed:
         raised, why = LIMITS.get(model_type, (None, ""))
         known = raised is not None and raised in str(failed)
         return Verdict(LIMIT, why) if known else Verdict(UNMEASURED, _reason(failed))
-    packed = _gradients(model_type, lambda: [Single()], 1, "one process, packed")
-    if isinstance(packed, Verdict):
-        return packed
+    found = _judge(model_type, mode, packed=True, alone=alone)
+    if found.status != REFUSED or MODES[mode].needs_packing:
+        return found
+    unpacked = _judge(model_type, mode, packed=False, alone=alone)
+    return replace(unpacked, reason="one document per row") if unpacked.status == EXACT else unpacked
+
+
+def _judge(model_type: str, mode: str, *, packed: bool, alone: bool) -> Verdict:
+    lone = _gradients(model_type, mode, packed, single, 1)
+    if isinstance(lone, Verdict):
+        return lone
     try:
-        (expected,) = run_ranks(truth, 1, model_type, init=False, timeout=120)
+        (expected,) = run_ranks(truth, 1, model_type, mode, packed, init=False, timeout=120)
     except RankFailed as failed:
         return Verdict(UNMEASURED, _reason(failed))
-    found = _compare(packed, expected, "one process, packed")
+    found = _compare(lone, expected)
     if found.status != EXACT or alone:
         return found
-    split = _gradients(model_type, MODES[mode].strategies, 2, "two ranks")
-    return split if isinstance(split, Verdict) else _compare(split, expected, "two ranks")
+    shared = _gradients(model_type, mode, packed, MODES[mode].strategies, 2)
+    return shared if isinstance(shared, Verdict) else _compare(shared, expected)
 
 
 def _gradients(
-    model_type: str, strategies: Callable[[], list[Any]], ranks: int, where: str
+    model_type: str, mode: str, packed: bool, strategies: Callable[[], list[Any]], ranks: int
 ) -> list[dict[str, Any]] | Verdict:
     try:
-        return run_ranks(step, ranks, model_type, strategies, init=False, timeout=120)
+        return run_ranks(step, ranks, model_type, mode, packed, strategies, init=False, timeout=120)
     except RankFailed as failed:
         error = failed.exceptions.get(0)
         if isinstance(error, InputError):
             return Verdict(REFUSED, " ".join(error.problem.split()))
-        return Verdict(WRONG, f"{where}: {_reason(failed)}")
+        return Verdict(WRONG, f"{_where(ranks)}: {_reason(failed)}")
 
 
-def _compare(found: list[dict[str, Any]], expected: Truth, where: str) -> Verdict:
+def _compare(found: list[dict[str, Any]], expected: Truth) -> Verdict:
     if not expected.gradients:
         return Verdict(UNMEASURED, "no parameter has a gradient")
     worst = max(_error(gradients, expected) for gradients in found)
-    return Verdict(EXACT, "", worst) if worst <= BOUND else Verdict(WRONG, where, worst)
+    return Verdict(EXACT, "", worst) if worst <= BOUND else Verdict(WRONG, _where(len(found)), worst)
+
+
+def _where(ranks: int) -> str:
+    return "one process" if ranks == 1 else f"{ranks} ranks"
 
 
 def _error(gradients: dict[str, Any], expected: Truth) -> float:
@@ -228,8 +259,9 @@ def page(verdicts: dict[str, Verdict], mode: str) -> str:
         "|---|---|---|",
     ]
     for name, found in sorted(verdicts.items()):
-        told = f"{found.error:.0e}" if found.status == EXACT else found.reason.replace("|", "/")[:110]
-        lines.append(f"| {name} | {found.status} | {told} |")
+        error = [] if found.error is None else [f"{found.error:.0e}"]
+        reason = [found.reason.replace("|", "/")[:110]] if found.reason else []
+        lines.append(f"| {name} | {found.status} | {', '.join(error + reason)} |")
     return "\n".join(lines) + "\n"
 
 
