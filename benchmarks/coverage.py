@@ -1,11 +1,15 @@
-"""Which architectures Ulysses trains exactly: a tiny random model of every causal language model in transformers.
+"""Which architectures a layout trains exactly: a tiny random model of each, against one process.
 
-    python benchmarks/coverage.py --write docs/coverage.md
+    python benchmarks/coverage.py --mode ulysses --write docs/coverage.md
+    python benchmarks/coverage.py --mode experts --write docs/expert_coverage.md
 
 Each takes one packed step in float64: alone and unpacked through plain transformers (the truth), alone and packed
-through the launcher, and on two ranks that share every row. An architecture is exact when every parameter's gradient
-equals the truth, refused when veomni says why it cannot be, and wrong otherwise. Not measured is what has no tiny
-configuration here, or fails before anything is packed or split.
+through the launcher, and on two ranks: sharing every row (Ulysses), or the experts of every layer (expert parallelism).
+For expert parallelism, what refuses packed rows is tried on rows of one document each.
+
+An architecture is exact when every parameter's gradient equals the truth, refused when veomni says why it cannot be,
+and wrong otherwise. Transformers' own limit is what plain transformers cannot run here either; not measured is what
+fails before anything is packed or split, for a reason that nobody has looked into.
 """
 
 from __future__ import annotations
@@ -15,27 +19,42 @@ import json
 import multiprocessing
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from transformers import AutoModelForCausalLM
-
 from tests.harness import RankFailed, run_ranks
-from tests.models.any_tiny import VOCAB, any_tiny_config, causal_types
+from tests.models.any_tiny import VOCAB, any_tiny_config, causal_types, expert_types, plain_inputs
 from tests.parity.documents import Document, global_rows, share
 from tests.parity.layouts import full_gradients
 from tests.parity.oracle import Truth, truth_of
-from veomni.errors import InputError
+from veomni.errors import InputError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, Single, Ulysses
+from veomni.models.loader import model_class
+from veomni.strategies import DDP, FSDP2, Single, Ulysses
 
-EXACT, REFUSED, UNMEASURED, WRONG = "exact", "refused", "not measured", "wrong"
+EXACT, REFUSED, LIMIT, UNMEASURED, WRONG = "exact", "refused", "transformers' own limit", "not measured", "wrong"
 BOUND = 1e-9
-COMMAND = "python benchmarks/coverage.py --write docs/coverage.md"
+_ASSISTANT = (
+    "The set of layer types producing a cache is different than the set of layer types using them",
+    "kv_sharing_modes of its configuration refuses to share all layers, which the model itself asks for",
+)
+LIMITS = {
+    "gemma3n": ("requires the timm library", "its vision tower needs the timm package"),
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
+    "inkling_mm_model": ("No module named 'scipy'", "its audio tower needs the scipy package"),
+    "git": (
+        "Expected input batch_size",
+        "its loss leaves out logits for an image that is not there",
+    ),
+}
+"""What plain transformers raises where it does not run a model on tokens, with what it depends on itself; and why."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Verdict:
     """What was found about an architecture.
 
     Attributes:
-        status: One of the four.
+        status: One of the five.
         reason: Why it is not exact.
         error: The largest relative error of a parameter's gradient; None where there was none to compare.
     """
@@ -53,25 +72,93 @@ class Verdict:
     error: float | None = None
 
 
-def rows() -> list[list[Document]]:
-    """Four packed rows of odd documents, one of them without labels."""
-    return global_rows(VOCAB, 4)
+@dataclass(frozen=True)
+class Mode:
+    """A layout whose coverage is measured.
+
+    Attributes:
+        page: Where the results are written.
+        title: Of that page.
+        what: What it says was measured.
+        types: The architectures that are tried.
+        config: A tiny configuration of one of them.
+        strategies: The layout of two ranks.
+        needs_packing: Whether what refuses packed rows is refused as a whole.
+    """
+
+    page: str
+    title: str
+    what: str
+    types: Callable[[], list[str]]
+    config: Callable[[str], Any]
+    strategies: Callable[[], list[Any]]
+    needs_packing: bool
 
 
-def truth(model_type: str) -> Truth:
-    """The gradients to compare with, of a model whose own forward takes labels."""
-    tokens = rows()[0][0].tokens[None]
-    AutoModelForCausalLM.from_config(any_tiny_config(model_type))(input_ids=tokens, labels=tokens)
-    return truth_of(any_tiny_config(model_type), rows())
+MODES = {
+    "ulysses": Mode(
+        "docs/coverage.md",
+        "Coverage of Ulysses",
+        "Every causal language model of transformers, as a tiny random model: one packed step in float64 on two ranks\n"
+        "that share every row, against one process that sees each document by itself. Written by",
+        causal_types,
+        any_tiny_config,
+        lambda: [DDP(find_unused_parameters=True), Ulysses(2)],
+        needs_packing=True,
+    ),
+    "experts": Mode(
+        "docs/expert_coverage.md",
+        "Coverage of expert parallelism",
+        "Every mixture of experts that transformers trains on tokens, as a tiny random model: one packed step in "
+        "float64\non two ranks that share the experts of every layer, against one process that sees each document by itself.\n"
+        "Written by",
+        expert_types,
+        partial(any_tiny_config, experts=True),
+        lambda: [FSDP2(expert_parallel_size=2)],
+        needs_packing=False,
+    ),
+}
 
 
-def step(model_type: str, strategies: list[Any]) -> dict[str, Any]:
-    """One packed step through the launcher; what every rank runs."""
-    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
+def single() -> list[Any]:
+    """The layout of one process."""
+    return [Single()]
+
+
+def rows(packed: bool) -> list[list[Document]]:
+    """Four rows: packed with odd documents, one of them without labels; or one document each."""
+    whole = global_rows(VOCAB, 16)
+    return whole[:4] if packed else [row for row in whole if len(row) == 1] * 2
+
+
+def batches(packed: bool, rank: int, size: int) -> list[dict[str, Any]]:
+    """The micro-batch of a data rank."""
+    (batch,) = share(rows(packed), rank, size, 1)
+    return [batch if packed else {name: batch[name] for name in ("input_ids", "labels")}]
+
+
+def plain(model_type: str, mode: str) -> None:
+    """Run a model as transformers builds it, on one document that is its own label."""
+    config = MODES[mode].config(model_type)
+    try:
+        architecture: Any = model_class(config)
+    except ModelError:  # nothing that learns tokens: the launcher says so
+        return
+    tokens = rows(packed=True)[0][0].tokens[None]
+    architecture._from_config(config)(**plain_inputs(model_type, tokens), use_cache=False)
+
+
+def truth(model_type: str, mode: str, packed: bool) -> Truth:
+    """The gradients to compare with, of every document by itself."""
+    return truth_of(MODES[mode].config(model_type), rows(packed))
+
+
+def step(model_type: str, mode: str, packed: bool, strategies: Callable[[], list[Any]]) -> dict[str, Any]:
+    """One step through the launcher; what every rank runs."""
+    launcher = Launcher(strategies(), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
     launcher.launch()
-    model = launcher.setup_model(build_model(any_tiny_config(model_type), weights="random")).train()
-    place = launcher.data_parallel
-    for batch in launcher.track([share(rows(), place.rank, place.size, 1)]):
+    model = launcher.setup_model(build_model(MODES[mode].config(model_type), weights="random")).train()
+    for batch in launcher.track([batches(packed, *launcher.data_parallel)]):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).loss, micro)
     gradients = full_gradients(model)
@@ -79,44 +166,69 @@ def step(model_type: str, strategies: list[Any]) -> dict[str, Any]:
     return gradients
 
 
-def verdict(model_type: str) -> Verdict:
-    """Train one architecture all three ways."""
+def verdict(model_type: str, mode: str = "ulysses", *, alone: bool = False) -> Verdict:
+    """Train one architecture all three ways; ``alone`` leaves the two ranks out."""
     try:
-        any_tiny_config(model_type)
-    except Exception as error:  # whatever a configuration class raises
-        return Verdict(UNMEASURED, f"no tiny configuration: {_first_line(error)}")
+        run_ranks(plain, 1, model_type, mode, init=False, timeout=120)
+    except RankFailed as failed:
+        raised, why = LIMITS.get(model_type, (None, ""))
+        known = raised is not None and raised in str(failed)
+        return Verdict(LIMIT, why) if known else Verdict(UNMEASURED, _reason(failed))
+    found = _judge(model_type, mode, packed=True, alone=alone)
+    if found.status != REFUSED or MODES[mode].needs_packing:
+        return found
+    unpacked = _judge(model_type, mode, packed=False, alone=alone)
+    return replace(unpacked, reason="one document per row") if unpacked.status == EXACT else unpacked
+
+
+def _judge(model_type: str, mode: str, *, packed: bool, alone: bool) -> Verdict:
+    lone = _gradients(model_type, mode, packed, single, 1)
+    if isinstance(lone, Verdict):
+        return lone
     try:
-        (expected,) = run_ranks(truth, 1, model_type, init=False, timeout=120)
+        (expected,) = run_ranks(truth, 1, model_type, mode, packed, init=False, timeout=120)
     except RankFailed as failed:
         return Verdict(UNMEASURED, _reason(failed))
-    if not expected.gradients:
-        return Verdict(UNMEASURED, "no parameter has a gradient")
-    packed = _compare(expected, model_type, [Single()], "one process, packed")
-    if packed.status != EXACT:
-        return packed
-    return _compare(expected, model_type, [DDP(find_unused_parameters=True), Ulysses(2)], "two ranks")
+    found = _compare(lone, expected)
+    if found.status != EXACT or alone:
+        return found
+    shared = _gradients(model_type, mode, packed, MODES[mode].strategies, 2)
+    return shared if isinstance(shared, Verdict) else _compare(shared, expected)
 
 
-def _compare(expected: Truth, model_type: str, strategies: list[Any], where: str) -> Verdict:
+def _gradients(
+    model_type: str, mode: str, packed: bool, strategies: Callable[[], list[Any]], ranks: int
+) -> list[dict[str, Any]] | Verdict:
     try:
-        found = run_ranks(step, len(strategies), model_type, strategies, init=False, timeout=120)
+        return run_ranks(step, ranks, model_type, mode, packed, strategies, init=False, timeout=120)
     except RankFailed as failed:
         error = failed.exceptions.get(0)
         if isinstance(error, InputError):
             return Verdict(REFUSED, " ".join(error.problem.split()))
-        return Verdict(WRONG, f"{where}: {_reason(failed)}")
+        return Verdict(WRONG, f"{_where(ranks)}: {_reason(failed)}")
+
+
+def _compare(found: list[dict[str, Any]], expected: Truth) -> Verdict:
+    if not expected.gradients:
+        return Verdict(UNMEASURED, "no parameter has a gradient")
     worst = max(_error(gradients, expected) for gradients in found)
-    return Verdict(EXACT, "", worst) if worst <= BOUND else Verdict(WRONG, where, worst)
+    return Verdict(EXACT, "", worst) if worst <= BOUND else Verdict(WRONG, _where(len(found)), worst)
+
+
+def _where(ranks: int) -> str:
+    return "one process" if ranks == 1 else f"{ranks} ranks"
 
 
 def _error(gradients: dict[str, Any], expected: Truth) -> float:
     scale = expected.grad_norm
     worst = 0.0
-    for name, gradient in expected.gradients.items():
-        found = gradients.get(name)
-        difference = float(gradient.norm() if found is None else (found.double() - gradient).norm())
+    for name in expected.gradients.keys() | gradients.keys():
+        gradient, found = expected.gradients.get(name), gradients.get(name)
+        norm = 0.0 if gradient is None else float(gradient.norm())
+        parts = [part.double() for part in (found, gradient) if part is not None]
+        difference = float((parts[0] - parts[1]).norm() if len(parts) == 2 else parts[0].norm())
         # A gradient that is zero up to rounding (keys' biases) is measured by the whole norm.
-        worst = max(worst, difference / max(float(gradient.norm()), 1e-6 * scale))
+        worst = max(worst, difference / max(norm, 1e-6 * scale))
     return worst
 
 
@@ -129,51 +241,54 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def page(verdicts: dict[str, Verdict]) -> str:
+def page(verdicts: dict[str, Verdict], mode: str) -> str:
     """The table as a page of the documentation."""
     import torch
     import transformers
 
     counts = Counter(found.status for found in verdicts.values())
     lines = [
-        "# Coverage of Ulysses",
+        f"# {MODES[mode].title}",
         "",
-        "Every causal language model of transformers, as a tiny random model: one packed step in float64 on two ranks",
-        "that share every row, against one process that sees each document by itself. Written by",
+        MODES[mode].what,
         "",
         "```console",
-        COMMAND,
+        f"python benchmarks/coverage.py --mode {mode} --write {MODES[mode].page}",
         "```",
         "",
         f"with torch {torch.__version__.split('+')[0]} and transformers {transformers.__version__}: "
-        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, REFUSED, UNMEASURED, WRONG))
+        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, REFUSED, LIMIT, UNMEASURED, WRONG))
         + ". The error is the largest of any parameter's gradient, relative to it.",
         "",
         "| architecture | status | error, or why not |",
         "|---|---|---|",
     ]
     for name, found in sorted(verdicts.items()):
-        told = f"{found.error:.0e}" if found.status == EXACT else found.reason.replace("|", "/")[:110]
-        lines.append(f"| {name} | {found.status} | {told} |")
+        error = [] if found.error is None else [f"{found.error:.0e}"]
+        reason = [found.reason.replace("|", "/")[:110]] if found.reason else []
+        lines.append(f"| {name} | {found.status} | {', '.join(error + reason)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=MODES, default="ulysses", help="the layout of the two ranks")
+    parser.add_argument("--alone", action="store_true", help="one process only, packed against unpacked")
     parser.add_argument("--only", help="model types, separated by commas")
     parser.add_argument("--write", type=Path, help="the page to write")
     parser.add_argument("--jobs", type=int, default=2, help="architectures at the same time")
     args = parser.parse_args()
     verdicts: dict[str, Verdict] = {}
-    types = args.only.split(",") if args.only else causal_types()
+    types = args.only.split(",") if args.only else MODES[args.mode].types()
     # Forked workers, not threads: a fork in the middle of another thread's import would wait for it for ever.
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-        for name, found in zip(types, pool.imap(verdict, types), strict=True):
+        judge = partial(verdict, mode=args.mode, alone=args.alone)
+        for name, found in zip(types, pool.imap(judge, types), strict=True):
             verdicts[name] = found
             print(json.dumps({"type": name, **asdict(found)}), flush=True)
     print(Counter(found.status for found in verdicts.values()))
     if args.write:
-        args.write.write_text(page(verdicts))
+        args.write.write_text(page(verdicts, args.mode))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/parity_on_device.py --models qwen3,llama --accelerator cuda
     python benchmarks/parity_on_device.py --models olmoe --layouts ep2_fsdp2,ep2_fsdp1 --backend nccl
+    python benchmarks/parity_on_device.py --attention flash_attention_4 --head_dim 128 --precisions bf16
 
 Prints, for every layout and precision, the worst relative error of any parameter's gradient against the float64 oracle.
 """
@@ -50,17 +51,23 @@ def main():
     parser.add_argument("--models", default="qwen3")
     parser.add_argument("--accelerator", default="cuda")
     parser.add_argument("--backend", default="gloo")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--head_dim", type=int, help="of all models; flash-attention packages have kernels for some")
+    parser.add_argument("--precisions", default=",".join(BOUNDS))
     parser.add_argument("--layouts", default=",".join(dict.fromkeys(layout for layout, _ in CASES)))
     args = parser.parse_args()
     failed = 0
+    changes = {} if args.head_dim is None else {"head_dim": args.head_dim}
+    layouts, precisions = args.layouts.split(","), args.precisions.split(",")
     for model in args.models.split(","):
         # In a process of its own: a process that has touched CUDA cannot be forked again.
-        (truth,) = run_ranks(oracle, 1, model, args.accelerator, init=False)
-        for layout, precision in (case for case in ALL_CASES if case[0] in args.layouts.split(",")):
+        (truth,) = run_ranks(oracle, 1, model, args.accelerator, init=False, **changes)
+        for layout, precision in (case for case in ALL_CASES if case[0] in layouts and case[1] in precisions):
             try:
                 outcomes = run_ranks(
                     one_step, (LAYOUTS | EXPERT_LAYOUTS)[layout][0], model, layout, init=False, backend=args.backend,
                     accumulation=3, precision=precision, accelerator=args.accelerator,
+                    attention=args.attention, changes=changes,
                 )  # fmt: skip
                 for outcome in outcomes:
                     check(outcome, truth, BOUNDS[precision])

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,7 @@ class _SamplingPlaces(TorchFunctionMode):
 
 
 class Float64Throughout(TorchDispatchMode):
-    """Keep float64 where modeling code asks for float32 (norms, softmax, rotary tables).
+    """Keep float64 where modeling code asks for float32 (norms, softmax, rotary tables, sums), or for no format at all.
 
     Without it an fp64 run still rounds to float32 in every norm, and gradients agree between layouts to 1e-7 only.
     """
@@ -37,27 +37,31 @@ class Float64Throughout(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._places = _SamplingPlaces()
+        self._default = torch.get_default_dtype()
 
     def __enter__(self) -> Self:
         Float64Throughout.depth += 1
         self._places.__enter__()
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         Float64Throughout.depth -= 1
+        torch.set_default_dtype(self._default)
         self._places.__exit__(*error)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is torch.ops.aten._to_copy.default
-            and kwargs.get("dtype") is torch.float32
-            and args[0].dtype is torch.float64
-        ):
+        if kwargs.get("dtype") is torch.float32 and _is_float64(args):
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
+
+
+def _is_float64(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dtype is torch.float64
 
 
 def keep_float64(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from tests.harness import run_ranks
+from tests.models.any_tiny import any_tiny_config
 from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
-from veomni.models import Materializer
+from veomni.models import Materializer, build_model
+from veomni.models.constructor import constructor_values
 from veomni.models.gather import full_tensors
 
 
@@ -21,10 +26,18 @@ def normally(config: transformers.PreTrainedConfig, like: nn.Module) -> nn.Modul
     return like.__class__._from_config(config, attn_implementation=like.config._attn_implementation)
 
 
-@pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_MODELS])
+CONSTRUCTED = {name: any_tiny_config(name) for name in ("apertus", "openai-gpt", "diffllama")}
+"""Models with values that only a constructor sets: learned activations, GPT's projections, draws of torch.normal."""
+
+
+def config_of(name: str) -> transformers.PreTrainedConfig:
+    return deepcopy(CONSTRUCTED[name]) if name in CONSTRUCTED else tiny_config(name)
+
+
+@pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_MODELS, *CONSTRUCTED])
 def test_buffers_equal_those_of_a_normal_construction(name):
-    model = materialized(tiny_config(name))
-    expected = dict(normally(tiny_config(name), model).named_buffers())
+    model = materialized(config_of(name))
+    expected = dict(normally(config_of(name), model).named_buffers())
     buffers = dict(model.named_buffers())
     assert buffers.keys() == expected.keys()
     for key, buffer in buffers.items():
@@ -32,10 +45,10 @@ def test_buffers_equal_those_of_a_normal_construction(name):
         assert torch.equal(buffer, expected[key]), key
 
 
-@pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_MODELS])
+@pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_MODELS, *CONSTRUCTED])
 def test_parameters_are_distributed_as_transformers_distributes_them(name):
-    model = materialized(tiny_config(name))
-    reference = normally(tiny_config(name), model)
+    model = materialized(config_of(name))
+    reference = normally(config_of(name), model)
     ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
     assert ours.keys() == theirs.keys()
     for key, parameter in ours.items():
@@ -54,11 +67,11 @@ def _full(layout, source, **options):
     return {name: tensor.clone() for name, tensor in full_tensors(layout(source, **options))}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "gpt2", *CONSTRUCTED])
 @pytest.mark.parametrize(("ranks", "options"), [(2, {}), (4, {}), (4, {"replicate": 2})])
 def test_every_layout_starts_from_the_same_weights(name, ranks, options):
-    alone = dict(full_tensors(materialized(tiny_config(name))))
-    for tensors in run_ranks(_full, ranks, fsdp2, tiny_config(name), **options):
+    alone = dict(full_tensors(materialized(config_of(name))))
+    for tensors in run_ranks(_full, ranks, fsdp2, config_of(name), **options):
         assert tensors.keys() == alone.keys()
         assert all(torch.equal(tensors[key], alone[key]) for key in alone)
 
@@ -91,6 +104,27 @@ def test_parameters_of_one_module_do_not_share_their_numbers():
     experts = materialized(tiny_config("gpt_oss")).model.layers[0].mlp.experts
     first, second = (p.detach().flatten()[:500] for p in (experts.gate_up_proj, experts.down_proj))
     assert not torch.isin(first, second).any()
+
+
+@pytest.mark.parametrize("name", CONSTRUCTED)
+def test_what_only_a_constructor_sets_follows_the_seed(name):
+    first, second, again = (dict(full_tensors(materialized(config_of(name), seed=s))) for s in (1, 2, 1))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTED)
+def test_a_built_model_is_on_the_meta_device_alone(name):
+    model = build_model(config_of(name), weights="random")
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_constructing_again_keeps_only_what_is_asked_for():
+    model = build_model(config_of("apertus"), weights="random")
+    name = "model.layers.0.mlp.act_fn.alpha_p"
+    values = constructor_values(model, [name])
+    assert values.keys() == {name}
+    assert float(values[name]) == pytest.approx(math.log(math.expm1(0.8)), rel=1e-2)  # xIELU's own, in bfloat16
 
 
 def test_the_callers_random_state_is_left_alone():

@@ -94,8 +94,10 @@ def one_step(
     backend: str = "gloo",
     mutate: Callable[[Launcher], None] | None = None,
     weights: str = "random",
+    attention: str = "auto",
+    changes: dict[str, Any] | None = None,
 ) -> Outcome:
-    """What every rank runs; ``mutate`` breaks something on purpose."""
+    """What every rank runs; ``changes`` are the configuration's, ``mutate`` breaks something on purpose."""
     launcher = Launcher(
         (LAYOUTS | EXPERT_LAYOUTS)[layout][1](),
         accelerator=accelerator,
@@ -107,7 +109,9 @@ def one_step(
     launcher.launch()
     if mutate is not None:
         mutate(launcher)
-    model = launcher.setup_model(build_model(tiny_config(model_name), weights=weights))
+    model = launcher.setup_model(
+        build_model(tiny_config(model_name, **changes or {}), weights=weights, attention=attention)
+    )
     model.train()
     place = launcher.data_parallel
     loader = [share(global_rows(vocabulary(model_name)), place.rank, place.size, accumulation)]

@@ -36,8 +36,8 @@ def initial_model(config: Any, device: str, seed: int = 0, weights: str = "rando
     return model.train()
 
 
-def oracle(name: str, device: str = "cpu", weights: str = "random") -> Truth:
-    return truth_of(tiny_config(name), global_rows(vocabulary(name)), device, weights)
+def oracle(name: str, device: str = "cpu", weights: str = "random", **changes: Any) -> Truth:
+    return truth_of(tiny_config(name, **changes), global_rows(vocabulary(name)), device, weights)
 
 
 def truth_of(config: Any, rows: list[list[Document]], device: str = "cpu", weights: str = "random") -> Truth:

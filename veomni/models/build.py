@@ -14,6 +14,7 @@ from veomni.logging import create_logger
 from veomni.models import hf
 from veomni.models.attention import leave_attention_open
 from veomni.models.config import build_config, find_directory
+from veomni.models.constructor import registered_on_meta
 from veomni.models.experts import want_experts
 from veomni.models.loader import model_class
 from veomni.models.packed_masks import isolate_documents
@@ -133,7 +134,8 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
         raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, hf.attention_names()))
     config.architectures = [cls.__name__]  # an export, and whatever rebuilds the model from its config, needs the class
     try:
-        return hf.construct(cls, config, attention)
+        with registered_on_meta():
+            return hf.construct(cls, config, attention)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{cls.__name__} cannot be built: {error}", "correct its configuration") from error
 

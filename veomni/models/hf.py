@@ -43,6 +43,11 @@ def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, atte
     return model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
+def construct_again(model: nn.Module) -> PreTrainedModel:
+    """Construct another transformers model of the same class and configuration, as :func:`construct` does."""
+    return construct(type(model), deepcopy(model.config), attention_of(model))  # type: ignore[arg-type]
+
+
 InitialiserEntry = tuple[str, nn.Module, nn.Module | None]
 
 
@@ -99,8 +104,8 @@ def ignored_missing(model: nn.Module) -> list[str]:
 
 
 def set_config_flag(config: PreTrainedConfig, name: str, value: Any) -> None:
-    """Set an attribute on a configuration and on its text part, where they have it."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    """Set an attribute on a configuration and on its (decoding) text part, where they have it."""
+    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         if hasattr(part, name):
             setattr(part, name, value)
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veomni.errors import ModelError
 from veomni.models import hf
+from veomni.models.constructor import constructor_values
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Initializer:
     """Runs a model's own initialisation, a few tensors at a time, in a random stream of its own each.
 
     What every initialiser writes is found by running it once on the meta device. Tensors that are written by the same
-    initialisers are made together, full size and in float32.
+    initialisers are made together, full size and in float32. What none writes has the value that the constructor of
+    the model gives it.
 
     Args:
         skeleton: A copy of the model on the meta device, never sharded or wrapped.
@@ -45,7 +47,7 @@ class Initializer:
     """
 
     def __init__(self, skeleton: nn.Module, device: torch.device, seed: int) -> None:
-        self.device, self.seed = device, seed
+        self.device, self.seed, self._skeleton = device, seed, skeleton
         self._slots = dict(_slots(skeleton))
         self._aliases = _canonical_names(self._slots)
         self._initialisers = [_Initialiser(*entry) for entry in hf.initialisers(skeleton)]
@@ -60,7 +62,7 @@ class Initializer:
         wanted = {self._aliases[name]: name for name in names}
         while wanted:
             group, calls = self._group(next(iter(wanted)))
-            made = self._make(group, calls)
+            made = self._make(group, calls) if calls else self._constructed(wanted)
             yield {wanted.pop(name): value for name, value in made.items() if name in wanted}
 
     def _trace(self) -> None:
@@ -76,12 +78,23 @@ class Initializer:
             size = len(group)
             calls = [initialiser for initialiser in self._initialisers if initialiser.writes & group]
             group = group.union(*(initialiser.writes for initialiser in calls))
-        if not calls:
+        return group, calls
+
+    def _constructed(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return values of those of ``names`` that no initialiser writes, as the constructor sets them."""
+        written = set().union(*(initialiser.writes for initialiser in self._initialisers))
+        left = [name for name in names if name not in written]
+        made: dict[str, Tensor] = {}
+        if hf.is_pretrained(self._skeleton):
+            with _seeded(self.seed, "", torch.device("cpu")):
+                made = constructor_values(self._skeleton, left)
+        lacking = [name for name in left if name not in made]
+        if lacking:
             raise ModelError(
-                f"nothing initialises {name}: its module has no _init_weights or reset_parameters that writes it",
+                f"nothing initialises {lacking[0]}: its module has no _init_weights or reset_parameters that writes it",
                 "write it there, or build the model with weights",
             )
-        return group, calls
+        return made
 
     def _make(self, group: set[str], calls: list[_Initialiser]) -> dict[str, Tensor]:
         meta = {name: self._slots[name].tensor for name in group}

@@ -67,7 +67,7 @@ def model_class(config: PreTrainedConfig) -> type[nn.Module]:
 
     The architecture that config.json names is built where transformers has it; otherwise the first head that fits:
     causal language model, multimodal language model, and last the bare body; for encoder-decoders, sequence to
-    sequence before all others.
+    sequence before all others. A head for the text part alone does not fit a configuration that has more parts.
 
     Raises:
         ModelError: no class builds this type.
@@ -83,7 +83,7 @@ def model_class(config: PreTrainedConfig) -> type[nn.Module]:
     heads = (*_SEQ_TO_SEQ, *_DECODER) if getattr(config, "is_encoder_decoder", False) else (*_DECODER, *_SEQ_TO_SEQ)
     for mapping in (getattr(transformers, name, None) for name in (*heads, "MODEL_MAPPING")):
         found = mapping.get(type(config), None) if mapping is not None else None
-        if found is not None:
-            chosen: type[nn.Module] = found[0] if isinstance(found, tuple) else found
+        chosen: type[nn.Module] | None = found[0] if isinstance(found, tuple) else found
+        if chosen is not None and getattr(chosen, "config_class", None) not in config.sub_configs.values():
             return chosen
     raise ModelError(f"no model class is known for type {config.model_type!r}", "register one in MODELING_REGISTRY")

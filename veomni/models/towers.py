@@ -124,7 +124,7 @@ def _smallest(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items] | 
     vision = owner.config.vision_config
     if kind.patches:
         side = vision.spatial_merge_size
-        channels = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
+        channels = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         return lambda device: Items(
             kind, torch.zeros(side * side, channels, device=device), torch.tensor([[1, side, side]], device=device)
         )
