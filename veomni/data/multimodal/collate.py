@@ -75,6 +75,7 @@ class MultimodalCollator:
                 values = [sample[key] for row in documents for sample in row if key in sample]
                 batch[key] = join_items(values, rule)
         batch.document_lengths = tuple(length for row in lengths for length in row)
+        batch.row_lengths = tuple(sum(row) for row in lengths)
         if self.part.size == 1:  # ranks that share rows share their images too, and each encodes others
             batch.update(vision_inputs(self.config, batch))
         batch = self._with_borders(batch, lengths)
