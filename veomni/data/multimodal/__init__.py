@@ -1,1 +1,1 @@
-"""Multimodal data: what a processor makes of a conversation becomes packed micro-batches."""
+"""Multimodal data: media read and made into a model's inputs as its processor does, documents into packed batches."""
