@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from veomni.data.corpus import PYTHON_STDLIB, python_stdlib_files
 from veomni.data.order import hashed_uniform
-from veomni.data.records import Document, messages_of, text_of
+from veomni.data.records import MEDIA_KEYS, TOOLS_KEY, Document, messages_of, text_of
 from veomni.data.sources import ArrowFile, JsonArray, JsonLines, ParquetFile, SavedDataset, Source, TextFiles
 from veomni.data.transforms import TRANSFORMS
 from veomni.errors import DataError
@@ -101,7 +101,8 @@ def build_dataset(
     """
     TRANSFORMS.get(data_type)
     paths = [train_path] if isinstance(train_path, str) else list(train_path)
-    sources = [source for path in paths for source in _open(path, text_key, (text_key, messages_key))]
+    keys = (text_key, messages_key, TOOLS_KEY, *MEDIA_KEYS.values())
+    sources = [source for path in paths for source in _open(path, text_key, keys)]
     total = sum(len(source) for source in sources)
     if not total:
         raise DataError(f"{', '.join(paths) or 'data.train_path'}: no document in it", "point data.train_path at data")
