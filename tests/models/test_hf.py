@@ -168,6 +168,6 @@ def test_rendering_is_that_of_apply_chat_template():
     template = CHAT_TEMPLATES.get("llava")  # it reads a special token
     text, blocks = hf.render_chat(tokenizer, messages, template, blocks=True)
     assert text == tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    assert [text[start:end] for start, end in blocks] == ["bc<|endoftext|>"]
+    assert [text[start:end] for start, end in blocks] == [" bc<|endoftext|>"]
     text, blocks = hf.render_chat(tokenizer, messages[:1], template, prompt=True)
-    assert (text, blocks) == ("USER: a ASSISTANT: ", [])
+    assert (text, blocks) == ("USER: a ASSISTANT:", [])
