@@ -12,8 +12,8 @@ from veomni.data.multimodal.family import Family
 from veomni.data.multimodal.processors import MediaSettings, build_family
 from veomni.data.multimodal.transform import MultimodalTransform
 
-_PADS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
-         "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+_PADS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+         "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
 _CAPITALS = {
     "image_token_id": "<|IMAGE|>", "video_token_id": "<|VIDEO|>", "audio_token_id": "<|AUDIO|>",
     "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>",
@@ -119,9 +119,10 @@ def oracle(name: str, family: Family, video_processor: Any = None) -> Any:
     tokenizer, config = tokenizer_of(name), family.parts.config
     processor = object.__new__(kind)
     vars(processor).update(
-        tokenizer=tokenizer, image_processor=family.parts.image_processor, feature_extractor=family.parts.feature_extractor,
-        video_processor=video_processor, image_seq_length=getattr(config, "image_seq_length", None), patch_size=4,
-        num_additional_image_tokens=1, vision_feature_select_strategy="default",
+        tokenizer=tokenizer, image_processor=family.parts.image_processor, video_processor=video_processor,
+        feature_extractor=family.parts.feature_extractor, patch_size=4,
+        image_seq_length=getattr(config, "image_seq_length", None), num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
     )  # fmt: skip
     for key, token in SPECS[name]["ids"].items():
         vars(processor).update({key.removesuffix("_id"): token, key: tokenizer.convert_tokens_to_ids(token)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -68,7 +67,8 @@ def test_marks_parts_and_columns_mean_the_same(name):
     forms = [
         Document({"messages": [{"role": "user", "content": "<image>what?"}, answer], "images": [image]}, "a"),
         Document({"messages": [{"role": "user", "content": [
-            {"type": "image", "image": {"bytes": image, "path": None}}, {"type": "text", "text": "what?"}]}, answer]}, "b"),
+            {"type": "image", "image": {"bytes": image, "path": None}},
+            {"type": "text", "text": "what?"}]}, answer]}, "b"),
         Document({"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": _data_url(image)}, "text": None},
             {"type": "text", "text": "what?", "image_url": None}]}, answer], "images": None}, "c"),
@@ -172,6 +172,18 @@ def test_damaged_files_of_a_model_are_named(name, content, message, tmp_path):
         build_family(config_of("qwen2_vl"), tokenizer_of("qwen2_vl"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("llava", {"image_max_pixels": 100}), ("gemma3", {"video_fps": 1.0}), ("internvl", {"video_max_pixels": 9}),
+     ("glm4v", {"video_min_frames": 2}), ("qwen2_audio", {"video_max_frames": 2})],
+)  # fmt: skip
+def test_settings_without_a_meaning_are_refused(name, settings):
+    with pytest.raises(
+        ConfigError, match=f"data.media.*{next(iter(settings))}.*: the processor of {name} models has no"
+    ):
+        transform_for(name, **settings)
+
+
 def test_unknown_models_and_foreign_tokenizers_are_refused():
     from transformers import BertConfig
 
@@ -187,4 +199,3 @@ def test_every_family_is_tested():
     from veomni.data.multimodal.family import FAMILIES
 
     assert set(SPECS) | {"glm4v_moe"} == set(FAMILIES)
-    assert np.prod(pixels().shape) > 0

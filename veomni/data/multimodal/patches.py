@@ -14,7 +14,7 @@ from veomni.data.multimodal.resizing import Size
 def resize_frames(frames: Tensor, size: Size) -> Tensor:
     """Resize uint8 ``[frames, 3, height, width]`` bicubically with antialiasing, as torchvision does.
 
-    Pillow's result differs by 1 of 255 at most.
+    Pillow's result differs by rounding, and at hard edges by what it cuts off between its two passes.
     """
     if frames.shape[-2:] == size:
         return frames.contiguous()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veomni.data.multimodal.family import Family, FamilyParts, family_of
-from veomni.errors import ModelError
+from veomni.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -109,9 +109,15 @@ def _image_processor(
     processor = kind.from_dict({key: value for key, value in values.items() if key not in _OF_SOUNDS})
     bounds = {"shortest_edge": settings.image_min_pixels, "longest_edge": settings.image_max_pixels}
     changed = {key: value for key, value in bounds.items() if value is not None}
-    if changed:
-        processor.size = replace(processor.size, **changed)
+    if changed and not processor.size.longest_edge:
+        raise _pointless("image_min_pixels and image_max_pixels", config)
+    processor.size = replace(processor.size, **changed)
     return processor
+
+
+def _pointless(keys: str, config: PreTrainedConfig) -> ConfigError:
+    problem = f"data.media.{keys}: the processor of {config.model_type} models has no such setting"
+    return ConfigError(problem, "leave it out")
 
 
 def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -> Any:
@@ -131,21 +137,30 @@ def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -
 def _video_settings(
     family: type[Family], config: PreTrainedConfig, directory: str | Path | None, settings: MediaSettings
 ) -> dict[str, Any]:
-    if not family.video_defaults:
-        return {}
-    given = _file(directory, "video_processor")
-    values = {**family.video_defaults, **(given or _for_config(config))}
-    size = {**family.video_defaults["size"], **(values["size"] or {})}
-    if settings.video_max_pixels is not None:
-        size["longest_edge"] = settings.video_max_pixels
-        size["shortest_edge"] = min(size["shortest_edge"], settings.video_max_pixels)
     changed = {
         "fps": settings.video_fps, "min_frames": settings.video_min_frames, "max_frames": settings.video_max_frames,
-        "num_frames": settings.video_max_frames,
+        "max_pixels": settings.video_max_pixels,
     }  # fmt: skip
+    changed = {key: value for key, value in changed.items() if value is not None}
+    if not family.video_defaults:
+        values: dict[str, Any] = {}
+    else:
+        given = _file(directory, "video_processor")
+        values = {**family.video_defaults, **(given or _for_config(config))}
+        values["size"] = {**family.video_defaults["size"], **(values["size"] or {})}
     known = [*family.video_defaults, "cap_pixels_per_frame"]
     kept = {key: values[key] for key in known if values.get(key) is not None}
-    return kept | {"size": size} | {key: value for key, value in changed.items() if value is not None and key in kept}
+    for key, value in changed.items():
+        if key == "max_pixels" and "longest_edge" in kept.get("size", {}):
+            least = min(kept["size"]["shortest_edge"], value)
+            kept["size"] = {"shortest_edge": least, "longest_edge": value}
+        elif key in kept:
+            kept[key] = value
+        elif key == "max_frames" and "num_frames" in kept:  # InternVL sees a fixed number
+            kept["num_frames"] = value
+        else:
+            raise _pointless(f"video_{key}", config)
+    return kept
 
 
 def _for_config(config: PreTrainedConfig) -> dict[str, Any]:

@@ -24,23 +24,30 @@ class Qwen2Audio(Family):
 
     def audio(self, sound: Sound) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
-        tensors = mel_features(self.parts.feature_extractor, sound, "max_length")
+        tensors = mel_features(self.parts.feature_extractor, sound, self.parts.feature_extractor.n_samples)
         tokens = halved_twice(int(tensors["feature_attention_mask"].sum()))
         return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, sound))
 
 
-def mel_features(extractor: Any, sound: Sound, padding: str) -> dict[str, Tensor]:
+def mel_features(extractor: Any, sound: Sound, samples: int) -> dict[str, Tensor]:
     """Return a sound's log-mel spectrogram, as the model's feature extractor defines it.
 
+    Args:
+        extractor: One of transformers'.
+        sound: At the extractor's rate.
+        samples: Length to which it is filled up with silence.
+
     Raises:
-        MediaError: the sound is longer than the extractor takes; it would cut the rest off.
+        MediaError: the sound is longer than the extractor takes (it would cut the rest off), or shorter than a frame.
     """
     seconds, longest = len(sound.samples) / sound.rate, extractor.n_samples / extractor.sampling_rate
     if len(sound.samples) > extractor.n_samples:
         raise MediaError(f"{seconds:.1f} seconds of sound, and the model hears {longest:g}", "cut it into pieces")
+    at_least_one(len(sound.samples) // extractor.n_fft, sound)
     made: Any = extractor(
-        sound.samples, sampling_rate=sound.rate, return_attention_mask=True, padding=padding, return_tensors="pt"
-    )
+        sound.samples, sampling_rate=sound.rate, return_attention_mask=True, padding="max_length", truncation=False,
+        max_length=samples, return_tensors="pt",
+    )  # fmt: skip
     return {
         "input_features": made["input_features"].to(torch.float32),
         "feature_attention_mask": made["attention_mask"].to(torch.int64),

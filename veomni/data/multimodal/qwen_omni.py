@@ -31,9 +31,19 @@ class Qwen25Omni(Qwen2VL):
 
     def audio(self, sound: Sound) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
-        tensors = mel_features(self.parts.feature_extractor, sound, "longest")
-        tokens = self.audio_tokens(int(tensors["feature_attention_mask"].sum()))
+        extractor = self.parts.feature_extractor
+        tensors = mel_features(extractor, sound, self.padded_samples(len(sound.samples)))
+        frames = int(tensors["feature_attention_mask"].sum())
+        tensors = {key: value[..., :frames] for key, value in tensors.items()}
+        tokens = self.audio_tokens(frames)
         return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, sound))
+
+    def padded_samples(self, samples: int) -> int:
+        """Return the length at which frames are computed: silence follows, for the last ones to see."""
+        extractor = self.parts.feature_extractor
+        return (
+            -(-samples // extractor.hop_length) + -(-extractor.n_fft // extractor.hop_length)
+        ) * extractor.hop_length
 
     def audio_tokens(self, frames: int) -> int:
         """Return the number of tokens of a sound."""
@@ -84,6 +94,10 @@ class Qwen3Omni(Qwen25Omni):
         **Qwen2VL.video_defaults, "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
         "patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
+
+    def padded_samples(self, samples: int) -> int:
+        """Return the length at which frames are computed: the sound's own."""
+        return samples
 
     def audio_tokens(self, frames: int) -> int:
         """Return the number of tokens of a sound: windows of 100 frames become 13 each, the rest is halved thrice."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,10 @@ from veomni.data.conversation import tokenize_rendered
 from veomni.data.multimodal.content import KINDS, MediaItem, media_conversation
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.images import load_image
+from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.placeholders import expand_placeholders
 from veomni.data.multimodal.reader import MediaReader
-from veomni.data.multimodal.sounds import load_sound
+from veomni.data.multimodal.sounds import Sound, load_sound, mono
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.records import Conversation, Document
 from veomni.data.rendering import render_conversation
@@ -101,6 +103,8 @@ class MultimodalTransform:
         family, limits = self.family, self.reader.limits
         if item.kind == "image" and hasattr(item.reference, "getexif"):  # opened already, by `datasets`
             return family.image(load_image(item.reference, "an opened image", limits))
+        if item.kind == "audio" and isinstance(item.reference, Mapping) and item.reference.get("array") is not None:
+            return family.audio(_given_sound(item.reference, family.sampling_rate, limits))
         name, content = self.reader(item.reference)
         if item.kind == "image":
             return family.image(load_image(content, name, limits))
@@ -146,6 +150,13 @@ class MultimodalTransform:
         except (TemplateError, TypeError):
             return False
         return text.count(probe) == 2 and "'type'" not in text
+
+
+def _given_sound(reference: Mapping[str, Any], rate: int, limits: MediaLimits) -> Sound:
+    """Return a sound that `datasets` has decoded."""
+    samples, given_rate = np.atleast_2d(np.asarray(reference["array"], np.float32)), int(reference["sampling_rate"])
+    limits.check_duration("a decoded sound", samples.shape[-1] / given_rate)
+    return mono(samples, "a decoded sound", given_rate, rate)
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor:

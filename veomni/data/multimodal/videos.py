@@ -113,13 +113,30 @@ def _checked(container: InputContainer, name: str, limits: MediaLimits) -> tuple
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise MediaError(f"{name}: no frames per second in it", _REPLACE)
-    packets = sum(packet.size > 0 for packet in container.demux(stream))
-    if packets < stream.frames:
-        raise MediaError(f"{name}: ends after {packets} of {stream.frames} frames", _REPLACE)
+    packets = [packet for packet in container.demux(stream) if packet.size > 0]
     if not packets:
         raise MediaError(f"{name}: no frames in it", _REPLACE)
-    limits.check_duration(name, packets / float(rate))
-    return packets, float(rate)
+    limits.check_duration(name, len(packets) / float(rate))
+    if len(packets) < stream.frames:
+        raise MediaError(f"{name}: ends after {len(packets)} of {stream.frames} frames", _REPLACE)
+    _refuse_cut(name, packets, _promised_seconds(container))
+    return len(packets), float(rate)
+
+
+def _promised_seconds(container: InputContainer) -> float | None:
+    """Return how long the header says that the pictures last, if it does."""
+    stream = container.streams.video[0]
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1  # otherwise the sound may last longer
+    return container.duration / 1_000_000 if alone and container.duration else None
+
+
+def _refuse_cut(name: str, packets: Sequence[Any], promised: float | None) -> None:
+    last = max((packet.pts or 0) * (packet.time_base or 0) for packet in packets)
+    if promised is not None and promised - last > max(1.0, 0.05 * promised):
+        problem = f"{name}: ends at second {float(last):.1f} of {promised:.1f}"
+        raise MediaError(problem, _REPLACE)
 
 
 def _frames(container: InputContainer, name: str, indices: Sequence[int], reading: VideoReading) -> Tensor:
