@@ -42,18 +42,20 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
     Raises:
         DataError: messages are malformed, or marks and entries do not fit together.
     """
+    messages = document.record.get(key)
+    if not isinstance(messages, list):
+        return conversation_of(document, key), []  # raises
     columns = {kind: _column(document, kind) for kind in KINDS}
     contents: list[Any] = []
     items: list[MediaItem] = []
-    messages = document.record.get(key)
-    for number, message in enumerate(messages if isinstance(messages, list) else [], start=1):
+    for number, message in enumerate(messages, start=1):
         content = message.get("content") if isinstance(message, Mapping) else None
         contents.append(_parts(content, f"{document.where}, message {number}", columns, items))
     _refuse_unused(document, columns)
     plain = [
         {**message, "content": "parts"} if isinstance(content, list) else message
-        for message, content in zip(messages or [], contents, strict=True)
-    ] if isinstance(messages, list) else messages  # fmt: skip
+        for message, content in zip(messages, contents, strict=True)
+    ]
     conversation = conversation_of(Document({**document.record, key: plain}, document.where), key)
     for message, content in zip(conversation.messages, contents, strict=True):
         if isinstance(content, list):
