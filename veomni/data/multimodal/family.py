@@ -27,10 +27,12 @@ class MediaFeatures:
     Attributes:
         tensors: By the names that the model takes; those of several items are concatenated along the first axis.
         text: Takes the place of the placeholder in the rendered conversation.
+        source: Says what the features were made of, for people.
     """
 
     tensors: dict[str, Tensor]
     text: str
+    source: str = ""
 
 
 @dataclass(frozen=True)

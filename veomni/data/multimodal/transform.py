@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from veomni.batch import IGNORE_INDEX
 from veomni.data.conversation import tokenize_rendered
-from veomni.data.multimodal.content import KINDS, MediaItem, media_conversation
+from veomni.data.media_records import KINDS, MediaItem, media_conversation
 from veomni.data.multimodal.family import Family, MediaFeatures
+from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.images import load_image
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.placeholders import expand_placeholders
@@ -32,6 +34,21 @@ Sample = dict[str, Tensor]
 """``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]``, and the features of media."""
 
 
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A sample and what it was made of.
+
+    Attributes:
+        sample: A model's inputs.
+        where: File and record.
+        media: Images, videos and sounds, in order, with what became of them.
+    """
+
+    sample: Sample
+    where: str
+    media: list[tuple[MediaItem, MediaFeatures]]
+
+
 class MultimodalTransform:
     """Makes samples of conversations with media; what a loader's worker calls.
 
@@ -41,6 +58,7 @@ class MultimodalTransform:
         chat_template: Jinja source.
         reader: Gets the bytes of media.
         messages_key: Field of a record that holds the messages.
+        cache: Keeps features of media between epochs and runs.
     """
 
     def __init__(
@@ -50,12 +68,22 @@ class MultimodalTransform:
         chat_template: str,
         reader: MediaReader | None = None,
         messages_key: str = "messages",
+        cache: FeatureCache | None = None,
     ) -> None:
         self.family, self.tokenizer, self.chat_template = family, tokenizer, chat_template
-        self.reader, self.messages_key = reader or MediaReader(), messages_key
+        self.reader, self.messages_key, self.cache = reader or MediaReader(), messages_key, cache
 
     def __call__(self, document: Document) -> Sample:
         """Return a sample: labels are unshifted, and ``IGNORE_INDEX`` where nothing is learned.
+
+        Raises:
+            MediaError: an image, video or sound cannot be used.
+            DataError: the conversation cannot.
+        """
+        return self.encode(document).sample
+
+    def encode(self, document: Document) -> EncodedDocument:
+        """Return a sample together with the media in it.
 
         Raises:
             MediaError: an image, video or sound cannot be used.
@@ -71,7 +99,8 @@ class MultimodalTransform:
         }
         expanded = expand_placeholders(rendered, self.family.placeholders, texts, document.where)
         [(ids, learned)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
-        return self._sample(torch.tensor(ids), torch.tensor(learned), features)
+        sample = self._sample(torch.tensor(ids), torch.tensor(learned), features)
+        return EncodedDocument(sample, document.where, list(zip(items, features, strict=True)))
 
     def _sample(self, ids: Tensor, learned: Tensor, features: Sequence[MediaFeatures]) -> Sample:
         stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unlearned)))
@@ -100,19 +129,41 @@ class MultimodalTransform:
             raise MediaError(f"{item.where}: the {item.kind} is refused: {error}", "remove the record") from error
 
     def _decoded(self, item: MediaItem) -> MediaFeatures:
-        family, limits = self.family, self.reader.limits
-        if item.kind == "image" and hasattr(item.reference, "getexif"):  # opened already, by `datasets`
-            return family.image(load_image(item.reference, "an opened image", limits))
-        if item.kind == "audio" and isinstance(item.reference, Mapping) and item.reference.get("array") is not None:
-            return family.audio(_given_sound(item.reference, family.sampling_rate, limits))
-        name, content = self.reader(item.reference)
-        if item.kind == "image":
-            return family.image(load_image(content, name, limits))
-        if item.kind == "audio":
-            return family.audio(load_sound(content, name, family.sampling_rate, limits))
+        reference = item.reference
+        if item.kind == "image" and hasattr(reference, "getexif"):  # opened already, by `datasets`
+            return self._image(reference, "an opened image")
+        if item.kind == "audio" and isinstance(reference, Mapping) and reference.get("array") is not None:
+            return self._audio(_given_sound(reference, self.family.sampling_rate, self.reader.limits))
+        name, content = self.reader(reference)
+        if self.cache is None:
+            return self._from_bytes(item.kind, content, name)
+        path = self.cache.path(item.kind, content)
+        features = self.cache.read(path)
+        if features is None:
+            features = self._from_bytes(item.kind, content, name)
+            self.cache.write(path, features)
+        return features
+
+    def _from_bytes(self, kind: str, content: bytes, name: str) -> MediaFeatures:
+        if kind == "image":
+            return self._image(content, name)
+        if kind == "audio":
+            return self._audio(load_sound(content, name, self.family.sampling_rate, self.reader.limits))
+        family = self.family
         rate = family.sampling_rate if family.parts.sound_in_video else None
-        reading = VideoReading(family.sample_frames, family.frame_size, rate)
-        return family.video(load_video(content, name, reading, limits))
+        video = load_video(
+            content, name, VideoReading(family.sample_frames, family.frame_size, rate), self.reader.limits
+        )
+        heard = "" if video.sound is None else f", with {len(video.sound.samples) / video.sound.rate:.2f} s of sound"
+        seen = f"{len(video.indices)} of {video.total} frames at {video.fps:g} per second"
+        return replace(family.video(video), source=f"{seen}, to {_sides(video.frames.shape[-1:-3:-1])}{heard}")
+
+    def _image(self, content: Any, name: str) -> MediaFeatures:
+        image = load_image(content, name, self.reader.limits)
+        return replace(self.family.image(image), source=f"{_sides(image.size)} pixels")
+
+    def _audio(self, sound: Sound) -> MediaFeatures:
+        return replace(self.family.audio(sound), source=f"{len(sound.samples) / sound.rate:.2f} s of sound")
 
     # ---------------------------------------------------------------- forms of content
 
@@ -150,6 +201,10 @@ class MultimodalTransform:
         except (TemplateError, TypeError):
             return False
         return text.count(probe) == 2 and "'type'" not in text
+
+
+def _sides(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
 
 
 def _given_sound(reference: Mapping[str, Any], rate: int, limits: MediaLimits) -> Sound:

@@ -63,6 +63,18 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
     return conversation, items
 
 
+def texts_of(document: Document, key: str) -> list[str]:
+    """Return the texts of a conversation's messages, without its media.
+
+    Raises:
+        DataError: as :func:`media_conversation` does.
+    """
+    conversation, _ = media_conversation(document, key)
+    contents = [message.get("content", "") for message in conversation.messages]
+    parts = [content if isinstance(content, list) else [{"text": content}] for content in contents]
+    return [part["text"] for content in parts for part in content if "text" in part]
+
+
 def _column(document: Document, kind: str) -> list[Any]:
     value = document.record.get(MEDIA_KEYS[kind])
     if value is None:
