@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,10 @@ def _show(document: EncodedDocument, console: Console, tokenizer: Any, stand_ins
     ids, learned = _tokens(document)
     console.rule(document.where)
     console.print(f"{len(ids)} tokens, {sum(learned)} learned", style="bold")
-    for number, (item, features) in enumerate(document.media, 1):
-        console.print(f"{item.kind} {number}: {features.source} -> {_became(features)}", style="cyan")
+    seen: Counter[str] = Counter()
+    for item, features in document.media:
+        seen[item.kind] += 1
+        console.print(f"{item.kind} {seen[item.kind]}: {features.source} -> {_became(features)}", style="cyan")
     console.print(coloured(ids, learned, tokenizer, stand_ins))
 
 

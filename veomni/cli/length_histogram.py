@@ -18,6 +18,7 @@ def plot_lengths(lengths: Sequence[int], capacity: int, out: Path, title: str) -
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     values = np.asarray(lengths)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -31,6 +32,7 @@ def plot_lengths(lengths: Sequence[int], capacity: int, out: Path, title: str) -
         axes.axvline(at, color="black", linestyle=style, linewidth=1, label=f"{share} % have at most {at:.0f}")
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("documents")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
