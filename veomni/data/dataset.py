@@ -65,7 +65,8 @@ class TextDataset:
         """
         for document in self:
             if self.data_type == "conversation":
-                yield from (message.get("content", "") for message in messages_of(document, self.messages_key))
+                messages = messages_of(document, self.messages_key)
+                yield from (message["content"] for message in messages if "content" in message)  # calls have none
             elif self.data_type == "multimodal":
                 yield from texts_of(document, self.messages_key)
             else:

@@ -70,7 +70,7 @@ def texts_of(document: Document, key: str) -> list[str]:
         DataError: as :func:`media_conversation` does.
     """
     conversation, _ = media_conversation(document, key)
-    contents = [message.get("content", "") for message in conversation.messages]
+    contents = [message["content"] for message in conversation.messages if "content" in message]
     parts = [content if isinstance(content, list) else [{"text": content}] for content in contents]
     return [part["text"] for content in parts for part in content if "text" in part]
 
