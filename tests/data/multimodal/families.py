@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 from veomni.data import CHAT_TEMPLATES, train_byte_bpe
@@ -119,7 +120,8 @@ def oracle(name: str, family: Family, video_processor: Any = None) -> Any:
     tokenizer, config = tokenizer_of(name), family.parts.config
     processor = object.__new__(kind)
     vars(processor).update(
-        tokenizer=tokenizer, image_processor=family.parts.image_processor, video_processor=video_processor,
+        tokenizer=tokenizer, image_processor=family.parts.image_processor,
+        video_processor=video_processor or SimpleNamespace(merge_size=2),
         feature_extractor=family.parts.feature_extractor, patch_size=4,
         image_seq_length=getattr(config, "image_seq_length", None), num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
