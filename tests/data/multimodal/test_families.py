@@ -199,3 +199,14 @@ def test_every_family_is_tested():
     from veomni.data.multimodal.family import FAMILIES
 
     assert set(SPECS) | {"glm4v_moe"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_transforms_travel_to_workers(name):
+    import pickle
+
+    transform = transform_for(name)
+    document = with_images(ASKED, [WIDE, TALL]) if name in IMAGES else Document({"messages": ASKED[2:]}, "a")
+    expected = transform(document)
+    found = pickle.loads(pickle.dumps(transform))(document)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

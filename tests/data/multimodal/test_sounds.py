@@ -7,7 +7,8 @@ import torch
 from tests.data.multimodal.families import SOUNDS, oracle, tokenizer_of, transform_for
 from tests.data.multimodal.files import sound_bytes, tone
 from veomni.data.multimodal.limits import MediaLimits
-from veomni.data.multimodal.sounds import load_sound
+from veomni.data.multimodal.processors import build_family
+from veomni.data.multimodal.sounds import Sound, load_sound
 from veomni.data.records import Document
 from veomni.errors import DataError, MediaError
 
@@ -132,3 +133,12 @@ def test_what_a_model_does_not_hear_is_refused(name, seconds, message):
                          "audios": [sound_bytes(tone(440, seconds, RATE))]}, "train, line 7")  # fmt: skip
     with pytest.raises(DataError, match=f"train, line 7.*({message})"):
         transform(document)
+
+
+def test_sounds_fit_a_tower_of_any_length():
+    transform = transform_for("qwen2_audio")
+    config = transform.family.parts.config
+    config.audio_config.max_source_positions = 40
+    family = build_family(config, transform.tokenizer)
+    made = family.audio(Sound(WAVES[0], RATE))
+    assert made.tensors["input_features"].shape == (1, 8, 80)

@@ -29,6 +29,7 @@ _GEOMETRY = {
     "temporal_patch_size": "temporal_patch_size",
     "merge_size": "spatial_merge_size",
 }
+_OMNI_SECONDS = 300  # of sound that Qwen's omni models hear
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,11 @@ def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -
     values = _file(directory, "feature_extractor")
     if "feature_size" in values:
         return WhisperFeatureExtractor.from_dict(values)
-    hop, rate = 160, 16_000
-    seconds = 2 * audio.max_source_positions * hop // rate if config.model_type == "qwen2_audio" else 300
-    return WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=max(seconds, 1))
+    extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=_OMNI_SECONDS)
+    if config.model_type == "qwen2_audio":  # its tower takes sounds of one length only
+        extractor.nb_max_frames = 2 * audio.max_source_positions
+        extractor.n_samples = extractor.nb_max_frames * extractor.hop_length
+    return extractor
 
 
 def _video_settings(
