@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,22 @@ def test_the_sound_of_a_video_is_heard():
     assert len(video.frames) == 16
     assert load_video(content, "clip", WHOLE).sound is None
     assert load_video(video_bytes(FRAMES), "clip", reading).sound is None
+
+
+ROTATIONS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise, as a track's header has it
+
+
+@pytest.mark.parametrize("degrees", ROTATIONS)
+def test_frames_are_turned_as_the_telephone_was_held(degrees):
+    frames = moving(3, 32, 48) // 4
+    content = bytearray(video_bytes(frames, form="mp4", codec="libx264", pixel_format="yuv444p"))
+    a, b, c, d = (value << 16 for value in ROTATIONS[degrees])
+    start = content.index(b"tkhd") + 44
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    video = load_video(bytes(content), "clip", WHOLE)
+    expected = np.rot90(frames, -degrees // 90, axes=(1, 2))
+    assert video.frames.shape[-2:] == expected.shape[1:3]
+    assert np.abs(video.frames.permute(0, 2, 3, 1).numpy().astype(int) - expected).mean() < 8
 
 
 GOOD = video_bytes(FRAMES, form="mp4", codec="libx264", pixel_format="yuv420p")

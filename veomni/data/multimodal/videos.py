@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veomni.data.multimodal.limits import MediaLimits
@@ -18,6 +19,7 @@ from veomni.data.multimodal.sounds import Sound, mono
 from veomni.errors import MediaError, MissingExtraError
 
 if TYPE_CHECKING:
+    from av import VideoFrame
     from av.container import InputContainer
 
 # Of FFmpeg's formats, those that hold their media themselves: a playlist would make it open other files and addresses.
@@ -146,14 +148,21 @@ def _frames(container: InputContainer, name: str, indices: Sequence[int], readin
         if frame.is_corrupt:
             raise MediaError(f"{name}: frame {index + 1} is damaged", _REPLACE)
         if index in wanted:
-            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-            found[index] = resize_frames(pixels[None], reading.size(len(indices), frame.height, frame.width))[0]
+            pixels = torch.from_numpy(_upright(frame)).permute(2, 0, 1)
+            found[index] = resize_frames(pixels[None], reading.size(len(indices), *pixels.shape[1:]))[0]
         if len(found) == len(wanted):
             break
     missing = sorted(wanted - found.keys())
     if missing:
         raise MediaError(f"{name}: frame {missing[0] + 1} and what follows cannot be decoded", _REPLACE)
     return torch.stack([found[index] for index in indices])
+
+
+def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
+    """Return RGB ``[height, width, 3]`` as it is to be shown: telephones store how they were held."""
+    quarters = round(frame.rotation / 90)  # counterclockwise
+    pixels: Any = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
 def _sound(container: InputContainer, name: str, rate: int) -> Sound:
