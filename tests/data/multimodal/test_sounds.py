@@ -142,3 +142,18 @@ def test_sounds_fit_a_tower_of_any_length():
     family = build_family(config, transform.tokenizer)
     made = family.audio(Sound(WAVES[0], RATE))
     assert made.tensors["input_features"].shape == (1, 8, 80)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_sounds_of_any_length_have_as_many_tokens_as_features(name):
+    from importlib import import_module
+
+    folder = name.removesuffix("_thinker")
+    module = import_module(f"transformers.models.{folder}.modeling_{folder}")
+    family = transform_for(name).family
+    frames = torch.arange(1, 1001)
+    if name == "qwen2_5_omni_thinker":
+        expected = ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    else:
+        expected = module._get_feat_extract_output_lengths(frames)
+    assert [family.audio_tokens(count) for count in frames.tolist()] == expected.tolist()

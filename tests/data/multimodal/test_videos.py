@@ -122,6 +122,13 @@ def test_bad_videos_are_named(case):
         load_video(content, "clip.mp4", WHOLE, limits)
 
 
+def test_a_list_of_files_opens_none_of_them(tmp_path, monkeypatch):
+    (tmp_path / "x.ts").write_bytes(video_bytes(FRAMES, form="mpegts", codec="libx264", pixel_format="yuv420p"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MediaError, match="no video that can be read"):
+        load_video(b"ffconcat version 1.0\nfile x.ts\n", "clip", WHOLE)
+
+
 def test_a_sound_alone_is_no_video():
     from tests.data.multimodal.files import sound_bytes
 
