@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from veomni.batch import IGNORE_INDEX
+from veomni.batch_keys import KEY_RULES
 from veomni.data.conversation import tokenize_rendered
 from veomni.data.media_records import KINDS, MediaItem, media_conversation
+from veomni.data.multimodal.collate import join_items
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.images import load_image
@@ -109,7 +111,7 @@ class MultimodalTransform:
         for made in features:
             for key, value in made.tensors.items():
                 tensors.setdefault(key, []).append(value)
-        joined = {key: _joined(values) for key, values in tensors.items()}
+        joined = {key: join_items(values, KEY_RULES.get(key)) for key, values in tensors.items()}
         return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}
 
     # ---------------------------------------------------------------- media
@@ -212,11 +214,3 @@ def _given_sound(reference: Mapping[str, Any], rate: int, limits: MediaLimits) -
     samples, given_rate = np.atleast_2d(np.asarray(reference["array"], np.float32)), int(reference["sampling_rate"])
     limits.check_duration("a decoded sound", samples.shape[-1] / given_rate)
     return mono(samples, "a decoded sound", given_rate, rate)
-
-
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    """Return the features of several items one after another; shorter sounds are filled up with zeros."""
-    longest = max(value.shape[-1] for value in values)
-    if values[0].dim() > 1:
-        values = [torch.nn.functional.pad(value, (0, longest - value.shape[-1])) for value in values]
-    return torch.cat(list(values))
