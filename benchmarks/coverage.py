@@ -110,8 +110,8 @@ MODES = {
         "docs/expert_coverage.md",
         "Coverage of expert parallelism",
         "Every mixture of experts that transformers trains on tokens, as a tiny random model: one packed step in "
-        "float64\non two ranks that share the experts of every layer, against one process that sees each document by itself.\n"
-        "Written by",
+        "float64\non two ranks that share the experts of every layer, against one process that sees each document by "
+        "itself.\nWritten by",
         expert_types,
         partial(any_tiny_config, experts=True),
         lambda: [FSDP2(expert_parallel_size=2)],

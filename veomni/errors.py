@@ -55,6 +55,10 @@ class DataError(InputError):
     """A dataset file or sample cannot be used."""
 
 
+class MediaError(DataError):
+    """An image, a video or a sound cannot be used; the one kind of error that ``data.media.on_bad_media`` may skip."""
+
+
 class ModelError(InputError):
     """A model directory, configuration or architecture cannot be used."""
 

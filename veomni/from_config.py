@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from veomni.data import PackedDataLoader, TextDataset
+    from veomni.data.multimodal import MultimodalTransform
     from veomni.loggers import Logger
 
 
@@ -180,6 +182,45 @@ def load_datasets(config: Config) -> tuple[TextDataset, TextDataset | None]:
     if data.eval_path is not None:
         held_out, _ = build_dataset(data.eval_path, **kind)
     return train, held_out
+
+
+def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
+    """Return what makes samples of conversations with media, as ``data`` and ``data.media`` say.
+
+    Raises:
+        ConfigError: no family is known for the model, or it has no such setting.
+        DataError: there is no chat template.
+    """
+    from veomni.data.cache import cache_directory
+    from veomni.data.chat_templates import find_chat_template
+    from veomni.data.multimodal import (
+        FeatureCache,
+        MediaLimits,
+        MediaReader,
+        MediaSettings,
+        MultimodalTransform,
+        build_family,
+        settings_of,
+    )  # fmt: skip
+    from veomni.models import build_config
+
+    model, data, media = config.model, config.data, config.data.media
+    source = model.config_path or model.model_path
+    if source is None:
+        raise ConfigError("no model was given", "set model.config_path or model.model_path")
+    architecture = build_config(source, model.config_overrides, trust_remote_code=model.trust_remote_code)
+    values = media.model_dump()
+    settings = MediaSettings(**{field.name: values[field.name] for field in fields(MediaSettings)})
+    limits = MediaLimits(**{field.name: values[field.name] for field in fields(MediaLimits)})
+    directory = next((path for path in (model.tokenizer_path, model.model_path) if path and Path(path).is_dir()), None)
+    family = build_family(architecture, tokenizer, directory, settings)
+    cache = None
+    if media.cache_gib:
+        place = cache_directory(data.cache_dir) / "media"
+        cache = FeatureCache(place, int(media.cache_gib * (1 << 30)), [settings_of(family), asdict(limits)])
+    template = find_chat_template(data.chat_template, tokenizer)
+    reader = MediaReader(Path(media.root), limits=limits)
+    return MultimodalTransform(family, tokenizer, template, reader, data.messages_key, cache)
 
 
 def load_tokenizer(config: Config, dataset: TextDataset) -> Any:

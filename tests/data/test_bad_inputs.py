@@ -23,7 +23,15 @@ def chat(*roles):
 
 
 GOOD = {"text": "fine"}
+GOOD_CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 PARTS = {"role": "user", "content": [{"type": "image"}]}
+
+
+def answer(**fields):
+    """A conversation whose answer has these fields."""
+    return lines({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]})
+
+
 PARQUET = pa.BufferOutputStream()
 pq.write_table(pa.table({"text": ["a", None]}), PARQUET)
 NULL_PARQUET = PARQUET.getvalue().to_pybytes()
@@ -57,6 +65,24 @@ CASES = {
     "message as text": ("t.jsonl", lines({"messages": ["hi"]}), CHAT, DataError, r"message 1: not an object"),
     "content missing": ("t.jsonl", lines({"messages": [{"role": "user"}]}), CHAT, DataError, r"message 1: no content"),
     "content of parts": ("t.jsonl", lines({"messages": [PARTS]}), CHAT, DataError, r"message 1: content is list"),
+    "half a weight": ("t.jsonl", answer(weight=0.5), CHAT, DataError, r"message 2: weight 0.5"),
+    "weight of a question": (
+        "t.jsonl", lines({"messages": [{"role": "user", "content": "x", "weight": 1}]}), CHAT, DataError,
+        r"message 1: a weight, and only what the assistant says"),
+    "every weight 0": ("t.jsonl", answer(weight=0), CHAT, DataError, r"line 1: the chat template leaves no token"),
+    "call without a name": ("t.jsonl", answer(tool_calls=[{}]), CHAT, DataError, r"tool call without the name"),
+    "calls as text": ("t.jsonl", answer(tool_calls="f()"), CHAT, DataError, r"message 2: tool_calls are a list"),
+    "arguments that are not JSON": (
+        "t.jsonl", answer(tool_calls=[{"name": "f", "arguments": "{x"}]), CHAT, DataError, r"of f are not JSON"),
+    "arguments as list": (
+        "t.jsonl", answer(tool_calls=[{"name": "f", "arguments": "[1]"}]), CHAT, DataError, r"of f are no object"),
+    "thinking as list": ("t.jsonl", answer(thinking=["x"]), CHAT, DataError, r"message 2: thinking is text"),
+    "tools that are not JSON": (
+        "t.jsonl", lines({"messages": GOOD_CHAT, "tools": "[{"}), CHAT, DataError, r"field 'tools' is not JSON"),
+    "tools as object": (
+        "t.jsonl", lines({"messages": GOOD_CHAT, "tools": {"a": 1}}), CHAT, DataError, r"'tools' is no list of obj"),
+    "tools without a place": (
+        "t.jsonl", lines({"messages": GOOD_CHAT, "tools": [{"name": "f"}]}), CHAT, DataError, r"has tools, and"),
     "text read as conversations": ("t.txt", b"x", CHAT, DataError, r"no field 'messages'"),
 }  # fmt: skip
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from tests.data.multimodal.small_model import save_media, save_model
 from tests.docs.pages import ROOT
 
 
@@ -29,11 +31,22 @@ def small_model(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def small_omni_model(tmp_path_factory):
+    """What the pages call ``my-omni``, and media for it."""
+    directory = tmp_path_factory.mktemp("omni")
+    save_model(directory / "my-omni")
+    save_media(directory / "media")
+    return directory
+
+
 @pytest.fixture
-def workspace(tmp_path, monkeypatch, small_model, documentation_cache):
+def workspace(tmp_path, monkeypatch, small_model, small_omni_model, documentation_cache):
     for name in ("configs", "examples", "docs", "tests", "benchmarks", "train.sh", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my-model").symlink_to(small_model)
+    (tmp_path / "my-omni").symlink_to(small_omni_model / "my-omni")
+    shutil.copytree(small_omni_model / "media", tmp_path / "media")  # no links: they would lead out of the root
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(documentation_cache))
     return tmp_path

@@ -117,6 +117,8 @@ def _stored(block: Block) -> str:
 def _is_data(block: Block) -> None:
     assert block.file is not None, f"{block.place}: give the data a file name"
     kind = "conversation" if "messages" in json.loads(block.text.splitlines()[0]) else "plaintext"
+    if "media/" in block.text:
+        kind = "multimodal"
     dataset, _ = build_dataset(block.file, data_type=kind)
     assert len(dataset) == len(block.text.splitlines())
     assert all(dataset.texts())

@@ -54,8 +54,11 @@ _NEEDED = {"gemma4_assistant": {"text_config": _ASSISTANT}}
 """What a class does without defaults for, by model type."""
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "blt": {
-        "hidden_size": 32, "global_config": {"hidden_size": 64, "num_attention_heads": 8},
-        "encoder_config": {"hidden_size_global": 64}, "decoder_config": {"hidden_size_global": 64}, "encoder_hash_byte_group_vocab": 64,
+        "hidden_size": 32,
+        "global_config": {"hidden_size": 64, "num_attention_heads": 8},
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "encoder_hash_byte_group_vocab": 64,
     },
     "cohere_compass_text": {
         "layer_types": _SLIDING_AND_FULL,

@@ -158,3 +158,16 @@ def test_a_rule_of_positions_has_no_weights():
     rule = hf.rope_rule(transformers.Qwen3VLForConditionalGeneration, config)
     assert not list(rule.parameters())
     assert hf.rope_rule(transformers.LlamaForCausalLM, tiny_config("llama")) is None
+
+
+def test_rendering_is_that_of_apply_chat_template():
+    from veomni.data import CHAT_TEMPLATES, train_byte_bpe
+
+    tokenizer = train_byte_bpe(["some text to learn from"], 300)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    template = CHAT_TEMPLATES.get("llava")  # it reads a special token
+    text, blocks = hf.render_chat(tokenizer, messages, template, blocks=True)
+    assert text == tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert [text[start:end] for start, end in blocks] == [" bc<|endoftext|>"]
+    text, blocks = hf.render_chat(tokenizer, messages[:1], template, prompt=True)
+    assert (text, blocks) == ("USER: a ASSISTANT:", [])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from veomni.config.data import DataConfig
+from veomni.config.media import MediaConfig
 from veomni.config.model import ModelConfig
 from veomni.config.problems import Problem
 from veomni.config.train import TrainConfig
@@ -24,6 +25,7 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     yield from _experts(model, train)
     yield from _held_out(data, train)
     yield from _chat_template(data)
+    yield from _media(data)
     yield from _length(train)
     yield from _decay(train)
     yield from _optimizer(train)
@@ -80,10 +82,20 @@ def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
 
 
 def _chat_template(data: DataConfig) -> Iterator[Problem]:
-    if data.chat_template is not None and data.data_type != "conversation":
+    if data.chat_template is not None and data.data_type == "plaintext":
         yield Problem(
             f"data.chat_template has no meaning with data.data_type {data.data_type}",
-            "leave it out, or set data.data_type to conversation",
+            "leave it out, or set data.data_type to conversation or multimodal",
+        )
+
+
+def _media(data: DataConfig) -> Iterator[Problem]:
+    default = MediaConfig()
+    changed = [name for name in MediaConfig.model_fields if getattr(data.media, name) != getattr(default, name)]
+    if changed and data.data_type != "multimodal":
+        yield Problem(
+            f"data.media.{changed[0]} has no meaning with data.data_type {data.data_type}",
+            "leave it out, or set data.data_type to multimodal",
         )
 
 

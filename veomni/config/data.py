@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from veomni.config.base import PathText, Section
+from veomni.config.media import MediaConfig
 
 BUILTIN_CORPUS = "python-stdlib"
 """The value of ``data.train_path`` that needs no file: the sources of this Python's standard library."""
@@ -26,9 +27,10 @@ class DataConfig(Section):
         lt=1.0,
         description="Share of the training documents that is held out when eval_path is null.",
     )
-    data_type: Literal["plaintext", "conversation"] = Field(
+    data_type: Literal["plaintext", "conversation", "multimodal"] = Field(
         default="plaintext",
-        description="plaintext learns every token; conversation applies a chat template, learns replies.",
+        description="plaintext learns every token; conversation applies a chat template, learns replies; multimodal "
+        "does so with images, videos and sounds.",
     )
     text_key: str = Field(
         default="text", min_length=1, description="Field of a record that holds the text (plaintext)."
@@ -38,6 +40,9 @@ class DataConfig(Section):
     )
     chat_template: str | None = Field(
         default=None, description="A registered chat template's name or a Jinja file; null takes the tokenizer's own."
+    )
+    media: MediaConfig = Field(
+        default=MediaConfig(), description="Images, videos and sounds of conversations (data.data_type multimodal)."
     )
     max_seq_len: int = Field(default=2048, ge=2, description="Tokens per packed row.")
     overlong: Literal["error", "truncate", "split", "drop"] = Field(

@@ -1,11 +1,13 @@
-"""Chat templates by name, each marking what the assistant says with ``{% generation %}``.
+"""Chat templates by name: the files of ``templates/``, each marking what the assistant says with ``{% generation %}``.
 
-They follow the published prompt formats: OpenAI's ChatML, Meta's Llama 2 and Llama 3, Google's Gemma, Alibaba's Qwen
-2.5. The end-of-turn token is inside the marks, so that a model learns to stop.
+They follow the published prompt formats of the models they are named after. The end-of-turn token is inside the marks,
+so that a model learns to stop.
 """
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,90 +20,46 @@ if TYPE_CHECKING:
 CHAT_TEMPLATES: Registry[str] = Registry("chat template")
 """Name to Jinja source, as ``tokenizer.chat_template`` holds it."""
 
-_CHATML_TURNS = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}
-    {%- else %}
-        {{- message['content'] + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}"""
-
-_QWEN = """\
-{%- if messages[0]['role'] != 'system' %}
-    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-"""
-
-_LLAMA3 = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}
-    {%- else %}
-        {{- message['content'] | trim + '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}"""
-
-_SYSTEM_IN_FIRST_TURN = """\
-{%- set turn = namespace(system='') %}
-{%- for message in messages %}
-    {%- if message['role'] == 'system' %}
-        {%- set turn.system = SYSTEM %}
-"""
-
-_LLAMA2 = (
-    _SYSTEM_IN_FIRST_TURN.replace("SYSTEM", "'<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n'")
-    + """\
-    {%- elif message['role'] == 'user' %}
-        {{- bos_token }}
-        {{- '[INST] ' + turn.system + message['content'] | trim + ' [/INST]' }}
-        {%- set turn.system = '' %}
-    {%- elif message['role'] == 'assistant' %}
-        {%- generation %}{{- ' ' + message['content'] | trim + ' ' }}{{- eos_token }}{% endgeneration %}
-    {%- else %}
-        {{- raise_exception('llama2 has no role ' + message['role']) }}
-    {%- endif %}
-{%- endfor %}"""
+_HELPFUL = "You are a helpful assistant."
+_VIRTUAL_HUMAN = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
 )
+_PADS = {
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+}
+_CHATML_WITH_MEDIA: dict[str, tuple[str, dict[str, str]]] = {  # what is said first, and what stands for media
+    "qwen-vl": (_HELPFUL, _PADS),
+    "qwen3-vl": ("", _PADS),
+    "qwen2-audio": (_HELPFUL, {"audio": "Audio NUMBER: <|audio_bos|><|AUDIO|><|audio_eos|>\n"}),
+    "qwen-omni": (
+        _VIRTUAL_HUMAN,
+        {
+            "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+            "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
+            "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+        },
+    ),
+    "qwen3-omni": ("", {**_PADS, "audio": "<|audio_start|><|audio_pad|><|audio_end|>"}),
+    "internvl": ("", {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}),
+}
 
-_GEMMA = (
-    "{{- bos_token }}\n"
-    + _SYSTEM_IN_FIRST_TURN.replace("SYSTEM", "message['content'] + '\\n\\n'")
-    + """\
-    {%- elif message['role'] == 'user' %}
-        {{- '<start_of_turn>user\\n' + turn.system + message['content'] | trim + '<end_of_turn>\\n' }}
-        {%- set turn.system = '' %}
-    {%- elif message['role'] == 'assistant' %}
-        {{- '<start_of_turn>model\\n' }}
-        {%- generation %}{{- message['content'] | trim + '<end_of_turn>' }}{% endgeneration %}
-        {{- '\\n' }}
-    {%- else %}
-        {{- raise_exception('gemma has no role ' + message['role']) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<start_of_turn>model\\n' }}
-{%- endif %}"""
-)
 
-for _name, _source in {
-    "chatml": _CHATML_TURNS,
-    "qwen": _QWEN + _CHATML_TURNS,
-    "llama2": _LLAMA2,
-    "llama3": _LLAMA3,
-    "gemma": _GEMMA,
-}.items():
-    CHAT_TEMPLATES.register(_name)(_source)
+def _register_all() -> None:
+    sources = {
+        file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8").removesuffix("\n")
+        for file in sorted(files("veomni.data").joinpath("templates").iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".jinja")
+    }
+    body = sources.pop("_chatml_media")
+    for name, (system, media) in _CHATML_WITH_MEDIA.items():
+        sources[name] = f"{{%- set system = {json.dumps(system)} %}}\n{{%- set media = {json.dumps(media)} %}}\n{body}"
+    for name, source in sources.items():
+        CHAT_TEMPLATES.register(name)(source)
+
+
+_register_all()
 
 
 def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veomni.data.corpus import PYTHON_STDLIB, python_stdlib_files
+from veomni.data.media_records import texts_of
 from veomni.data.order import hashed_uniform
-from veomni.data.records import Document, messages_of, text_of
+from veomni.data.records import MEDIA_KEYS, TOOLS_KEY, Document, messages_of, text_of
 from veomni.data.sources import ArrowFile, JsonArray, JsonLines, ParquetFile, SavedDataset, Source, TextFiles
 from veomni.data.transforms import TRANSFORMS
 from veomni.errors import DataError
@@ -64,7 +65,10 @@ class TextDataset:
         """
         for document in self:
             if self.data_type == "conversation":
-                yield from (message.get("content", "") for message in messages_of(document, self.messages_key))
+                messages = messages_of(document, self.messages_key)
+                yield from (message["content"] for message in messages if "content" in message)  # calls have none
+            elif self.data_type == "multimodal":
+                yield from texts_of(document, self.messages_key)
             else:
                 yield text_of(document, self.text_key)
 
@@ -85,7 +89,7 @@ def build_dataset(
 
     Args:
         train_path: Files, directories, saved Hugging Face datasets, or ``"python-stdlib"``.
-        data_type: A registered transform: ``plaintext`` or ``conversation``.
+        data_type: A registered transform, ``plaintext`` or ``conversation``; or ``multimodal``.
         text_key: Field of a record that holds the text.
         messages_key: Field of a record that holds the messages.
         max_documents: Use the first so many documents only.
@@ -99,9 +103,11 @@ def build_dataset(
         DataError: a path is missing, empty or unreadable, the first record lacks its field, or a part is empty.
         ConfigError: no transform is called ``data_type``.
     """
-    TRANSFORMS.get(data_type)
+    if data_type != "multimodal":
+        TRANSFORMS.get(data_type)
     paths = [train_path] if isinstance(train_path, str) else list(train_path)
-    sources = [source for path in paths for source in _open(path, text_key, (text_key, messages_key))]
+    keys = (text_key, messages_key, TOOLS_KEY, *MEDIA_KEYS.values())
+    sources = [source for path in paths for source in _open(path, text_key, keys)]
     total = sum(len(source) for source in sources)
     if not total:
         raise DataError(f"{', '.join(paths) or 'data.train_path'}: no document in it", "point data.train_path at data")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veomni.data.packing import Bins, epoch_bins
@@ -89,6 +91,11 @@ class PackedDataLoader:
     def __len__(self) -> int:
         """Return the optimizer steps of one epoch."""
         return self.steps_per_epoch
+
+    @property
+    def sample_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample; int64 ``[samples]``."""
+        return self._batches.samples.length
 
     @property
     def epoch(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from veomni.errors import DataError
@@ -13,10 +14,33 @@ Message = dict[str, Any]
 # Who may speak after whom; None is the start of the conversation.
 _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "system": (None,),
-    "user": (None, "system", "assistant"),
+    "developer": (None, "system"),
+    "user": (None, "system", "developer", "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+
+
+TOOLS_KEY = "tools"
+"""Field of a record that holds the functions a conversation may call."""
+
+MEDIA_KEYS = {"image": "images", "video": "videos", "audio": "audios"}
+"""Kinds of media, and the fields of a record that list those its messages mark with ``<image>`` and so on."""
+
+_THINKING = ("reasoning_content", "thinking", "reasoning")  # names that templates and data sets have for it
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Checked messages, and the functions they may call.
+
+    Attributes:
+        messages: In order; fields that are null are left out.
+        tools: JSON schemas of functions, as chat templates take them.
+    """
+
+    messages: list[Message]
+    tools: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,8 +71,18 @@ def text_of(document: Document, key: str) -> str:
     return value
 
 
+def conversation_of(document: Document, key: str) -> Conversation:
+    """Return the conversation in field ``key`` with the functions in field ``tools``, if there is one.
+
+    Raises:
+        DataError: the field is missing or no list of messages, a role is unknown or out of order, or nobody answers;
+            or a message or a tool is malformed.
+    """
+    return Conversation(messages_of(document, key), _tools(document))
+
+
 def messages_of(document: Document, key: str) -> list[Message]:
-    """Return the conversation in field ``key``, without the fields that are null.
+    """Return the messages in field ``key``, without the fields that are null.
 
     Raises:
         DataError: the field is missing or no list of messages, a role is unknown or out of order, or nobody answers.
@@ -88,6 +122,66 @@ def _message(message: Any, previous: str | None, where: str) -> Message:
     given = {key: value for key, value in message.items() if value is not None}
     if not isinstance(given.get("content", ""), str):
         raise DataError(f"{where}: content is {type(given['content']).__name__}, not text", "make it a string")
+    if not given.get("tool_calls", True):
+        del given["tool_calls"]  # an empty list, as tables have where others call
     if "content" not in given and "tool_calls" not in given:
         raise DataError(f"{where}: no content", "give it a string as content")
-    return given
+    return _with_thinking(_with_calls(_with_weight(given, where), where), where)
+
+
+def _with_weight(message: Message, where: str) -> Message:
+    weight = message.get("weight")
+    if weight is None:
+        return message
+    if weight not in (0, 1):
+        raise DataError(f"{where}: weight {weight!r}", "use 0 (the message is not learned) or 1")
+    if message["role"] != "assistant":
+        raise DataError(f"{where}: a weight, and only what the assistant says is learned", "remove the weight")
+    return message
+
+
+def _with_calls(message: Message, where: str) -> Message:
+    """Return a message with the arguments of its calls as objects, which templates expect; OpenAI's API has text."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return message
+    if message["role"] != "assistant" or not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls are a list in a message of the assistant", "mend the message")
+    return {**message, "tool_calls": [_call(call, where) for call in calls]}
+
+
+def _call(call: Any, where: str) -> Any:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where}: a tool call without the name of a function", "write {function: {name, arguments}}")
+    arguments = function.get("arguments", {})
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as error:
+        raise DataError(f"{where}: the arguments of {function['name']} are not JSON: {error}", "mend them") from error
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"{where}: the arguments of {function['name']} are no object", "write {name: value, ...}")
+    return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}
+
+
+def _with_thinking(message: Message, where: str) -> Message:
+    """Return a message with its thinking under the names that templates read."""
+    found = [message[key] for key in _THINKING if key in message]
+    if not found:
+        return message
+    if not isinstance(found[0], str) or message["role"] != "assistant":
+        raise DataError(f"{where}: thinking is text in a message of the assistant", "mend the message")
+    return {**message, "reasoning_content": found[0], "thinking": found[0]}
+
+
+def _tools(document: Document) -> list[Any]:
+    value = document.record.get(TOOLS_KEY)
+    try:
+        value = json.loads(value) if isinstance(value, str) and value else value
+    except ValueError as error:
+        raise DataError(f"{document.where}: field 'tools' is not JSON: {error}", "make it a list") from error
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError(f"{document.where}: field 'tools' is no list of objects", "give the functions' JSON schemas")
+    return value

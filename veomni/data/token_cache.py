@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _META = "meta.json"
 _BATCH = 512  # documents tokenised together, in parallel by the tokenizers library
 _BLOCK = 1 << 20

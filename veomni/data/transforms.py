@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from veomni.data.conversation import tokenize_conversations
-from veomni.data.records import Document, messages_of, text_of
+from veomni.data.records import Document, conversation_of, text_of
 from veomni.errors import DataError
 from veomni.registry import Registry
 
@@ -75,7 +75,7 @@ def conversation(
     Raises:
         DataError: a conversation is malformed, or the template cannot render it.
     """
-    conversations = [messages_of(document, settings.messages_key) for document in documents]
+    conversations = [conversation_of(document, settings.messages_key) for document in documents]
     where = [document.where for document in documents]
     encoded = tokenize_conversations(conversations, where, tokenizer, settings.chat_template)
     return [Encoded(ids, learned) for ids, learned in encoded]

@@ -103,6 +103,33 @@ def ignored_missing(model: nn.Module) -> list[str]:
     return list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
+def render_chat(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], template: str, tools: Sequence[Any] | None = None,
+    *, prompt: bool = False, blocks: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:  # fmt: skip
+    """Render a conversation as ``apply_chat_template`` does, and say where the ``{% generation %}`` blocks are.
+
+    Args:
+        tokenizer: Its special tokens are the template's variables.
+        messages: The conversation, without values that are None.
+        template: Jinja source.
+        tools: Descriptions of functions.
+        prompt: End with the head of the assistant's next message.
+        blocks: Find the blocks.
+
+    Returns:
+        The text, and first and last plus one character of every block, in order.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(
+        [list(messages)], tools=list(tools) if tools else None, chat_template=template,
+        return_assistant_tokens_mask=blocks, add_generation_prompt=prompt, **tokenizer.special_tokens_map,
+    )  # fmt: skip
+    texts, found = rendered
+    return texts[0], [(start, end) for start, end in found[0]] if blocks else []
+
+
 def set_config_flag(config: PreTrainedConfig, name: str, value: Any) -> None:
     """Set an attribute on a configuration and on its (decoding) text part, where they have it."""
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():

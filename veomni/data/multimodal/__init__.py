@@ -1,1 +1,31 @@
-"""Multimodal data: what a processor makes of a conversation becomes packed micro-batches."""
+"""Multimodal data: images, videos and sounds read, and what a model family's processor makes of a conversation."""
+
+from veomni.data.multimodal import glm4v, qwen_audio, qwen_omni, qwen_vl, tiles  # each registers its families
+from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.feature_cache import FeatureCache
+from veomni.data.multimodal.limits import MediaLimits
+from veomni.data.multimodal.processors import MediaSettings, build_family, settings_of
+from veomni.data.multimodal.reader import MediaReader
+from veomni.data.multimodal.skipping import SkipBadMedia
+from veomni.data.multimodal.transform import EncodedDocument, MultimodalTransform
+
+__all__ = [
+    "FAMILIES",
+    "EncodedDocument",
+    "Family",
+    "FamilyParts",
+    "FeatureCache",
+    "MediaFeatures",
+    "MediaLimits",
+    "MediaReader",
+    "MediaSettings",
+    "MultimodalTransform",
+    "SkipBadMedia",
+    "build_family",
+    "glm4v",
+    "qwen_audio",
+    "qwen_omni",
+    "qwen_vl",
+    "settings_of",
+    "tiles",
+]

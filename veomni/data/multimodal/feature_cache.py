@@ -1,0 +1,100 @@
+"""Features of media on disk: what was decoded and processed once is read back, in later epochs, runs and ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from veomni.data.digests import digest
+from veomni.data.multimodal.family import MediaFeatures
+from veomni.logging import create_logger
+
+logger = create_logger(__name__)
+
+_FORMAT = 1
+_KEPT = 0.9  # of the size is left after files were removed, so that this is not done at every write
+_WRITES_BETWEEN_SCANS = 64
+
+
+class FeatureCache:
+    """A directory of safetensors files, one per image, video or sound, named after content and processor settings.
+
+    Any number of processes may share it. A file is written under another name and renamed, so none is ever seen half
+    written; a damaged one is made again. The files that were not used for longest are removed when their sizes exceed
+    the bound; for a moment it may be exceeded by what other processes have written since the last look.
+
+    Args:
+        directory: Made if it is not there.
+        max_bytes: Size of all files.
+        settings: What decides the features of a content, in a form that JSON can hold.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int, settings: Any) -> None:
+        self.directory, self.max_bytes = directory, max_bytes
+        self._settings = digest([_FORMAT, settings])
+        self._size = self._writes = 0
+
+    def path(self, kind: str, content: bytes) -> Path:
+        """Return where the features of a content are kept."""
+        hashed = hashlib.blake2b(f"{self._settings} {kind} ".encode(), digest_size=20)
+        hashed.update(content)
+        name = hashed.hexdigest()
+        return self.directory / name[:2] / f"{name[2:]}.safetensors"
+
+    def read(self, path: Path) -> MediaFeatures | None:
+        """Return what is kept at a path, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+                said = file.metadata()
+            features = MediaFeatures(tensors, said["text"], said["source"])
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            logger.warning("%s is damaged (%s) and is made again", path, error)
+            return None
+        with suppress(OSError):  # removed meanwhile
+            os.utime(path)
+        return features
+
+    def write(self, path: Path, features: MediaFeatures) -> None:
+        """Keep features at a path."""
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        os.close(handle)
+        try:
+            tensors = {name: value.contiguous() for name, value in features.tensors.items()}
+            save_file(tensors, temporary, {"text": features.text, "source": features.source})
+            size = os.stat(temporary).st_size
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+        self._size += size
+        if self._writes % _WRITES_BETWEEN_SCANS == 0 or self._size > self.max_bytes:
+            self._shrink()
+        self._writes += 1
+
+    def _shrink(self) -> None:
+        """Look at all files, and remove the oldest until the rest is small enough."""
+        found = []
+        for path in self.directory.glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):  # another process removes files, too
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        self._size = sum(size for _, size, _ in found)
+        if self._size <= self.max_bytes:
+            return
+        for _, size, path in sorted(found):
+            path.unlink(missing_ok=True)
+            self._size -= size
+            if self._size <= _KEPT * self.max_bytes:
+                break

@@ -1,0 +1,116 @@
+"""Images to RGB, upright, in 8 bits. What a file claims is checked before a pixel is decoded."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from veomni.data.multimodal.limits import MediaLimits
+from veomni.errors import MediaError
+from veomni.logging import create_logger
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = create_logger(__name__)
+
+# Raster formats only: others of Pillow's call other programs (EPS), or are rare enough to be little tested.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+_REPLACE = "replace the file, or remove the record"
+_WHITE = (255, 255, 255, 255)
+
+
+def load_image(content: bytes | Image, name: str, limits: MediaLimits | None = None) -> Image:
+    """Return an image as RGB: turned as its EXIF orientation says, transparency on white, of an animation the first.
+
+    16-bit grey is scaled to 8 bits. Colour profiles are not applied, as in transformers' processors.
+
+    Args:
+        content: A file's bytes, or an opened image.
+        name: Names the image, for messages.
+        limits: What is refused.
+
+    Raises:
+        MediaError: it is no image, damaged, or beyond the limits.
+    """
+    limits = limits or MediaLimits()
+    image = _open(content, name) if isinstance(content, bytes) else content
+    limits.check_picture(name, image.width, image.height)
+    if getattr(image, "is_animated", False):
+        logger.warning_once("of images with several frames (animations) only the first is used")
+    try:
+        image.load()
+    except Exception as error:  # the decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error
+        raise MediaError(f"{name}: the {image.format or 'image'} is damaged ({_said(error)})", _REPLACE) from error
+    return _to_rgb(_upright(image), name)
+
+
+def _open(content: bytes, name: str) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    known = [kind for kind in _FORMATS if kind in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits decide, with an error
+            return Image.open(io.BytesIO(content), formats=known)
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{name}: {_instead(content)}, no image", _REPLACE) from error
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: {_said(error)}", "make the image smaller") from error
+    except Exception as error:  # headers that contradict themselves raise many kinds
+        raise MediaError(f"{name}: the header is damaged ({_said(error)})", _REPLACE) from error
+
+
+def _instead(content: bytes) -> str:
+    """Say what a file that is no image seems to be."""
+    start = content[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if start.startswith((b"<?xml", b"<svg")):
+        return "XML"
+    if start.startswith((b"%pdf", b"%!ps")):
+        return "a PDF or PostScript document"
+    return f"a file that begins with {content[:8]!r}"
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # EXIF is a TIFF within the file, and may be damaged alone
+        logger.warning_once("images with unreadable EXIF are not turned (%s)", type(error).__name__)
+        return image
+
+
+def _to_rgb(image: Image, name: str) -> Image:
+    from PIL import Image
+
+    try:
+        if image.mode.startswith("I") or image.mode == "F":
+            return _from_numbers(image, name)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, _WHITE)
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return image.convert("RGB")
+    except (ValueError, OSError) as error:
+        raise MediaError(f"{name}: mode {image.mode} cannot become RGB ({_said(error)})", _REPLACE) from error
+
+
+def _from_numbers(image: Image, name: str) -> Image:
+    """Scale 16 bits to 8; Pillow itself would cut everything above 255 off."""
+    from PIL import Image
+
+    numbers: Any = np.asarray(image)
+    if image.mode == "F" or numbers.min() < 0 or numbers.max() > 0xFFFF:
+        problem = f"{name}: {image.mode!r} pixels from {numbers.min()} to {numbers.max()} have no known range"
+        raise MediaError(problem, "save it with 8 or 16 bits per channel")
+    return Image.fromarray(np.round(numbers / 257).astype(np.uint8)).convert("RGB")
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

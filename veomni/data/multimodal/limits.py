@@ -1,0 +1,50 @@
+"""How large media may be, checked before anything is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veomni.errors import MediaError
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What is refused. A file says how large it decodes; a few kilobytes may become gigabytes.
+
+    Attributes:
+        max_bytes: Of a file.
+        max_pixels: Of an image or a video frame, before resizing.
+        max_aspect_ratio: Longer side over shorter side; transformers' Qwen processors refuse more than 200.
+        max_seconds: Of a video or a sound.
+    """
+
+    max_bytes: int = 1 << 29
+    max_pixels: int = 64_000_000
+    max_aspect_ratio: float = 200.0
+    max_seconds: float = 3600.0
+
+    def check_bytes(self, name: str, size: int) -> None:
+        """Raise MediaError for an empty or too large file."""
+        if size == 0:
+            raise MediaError(f"{name}: the file is empty", "replace the file, or remove the record")
+        if size > self.max_bytes:
+            raise MediaError(f"{name}: {size} bytes, more than {self.max_bytes}", "raise data.media.max_bytes")
+
+    def check_picture(self, name: str, width: int, height: int) -> None:
+        """Raise MediaError for a picture without pixels, with too many, or too far from square."""
+        if width < 1 or height < 1:
+            raise MediaError(f"{name}: {width} x {height} pixels", "replace the file, or remove the record")
+        if width * height > self.max_pixels:
+            problem = f"{name}: {width} x {height} is {width * height} pixels, more than {self.max_pixels}"
+            raise MediaError(problem, "make it smaller, or raise data.media.max_pixels")
+        ratio = max(width, height) / min(width, height)
+        if ratio > self.max_aspect_ratio:
+            most = f"{self.max_aspect_ratio:g}"
+            problem = f"{name}: {width} x {height} has an aspect ratio of {ratio:.0f}, more than {most}"
+            raise MediaError(problem, "crop it, or remove the record")
+
+    def check_duration(self, name: str, seconds: float) -> None:
+        """Raise MediaError for a video or sound that lasts too long."""
+        if seconds > self.max_seconds:
+            problem = f"{name}: {seconds:.1f} seconds, more than {self.max_seconds:g}"
+            raise MediaError(problem, "cut it, or raise data.media.max_seconds")

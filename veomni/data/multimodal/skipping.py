@@ -1,0 +1,54 @@
+"""Records whose media cannot be used: left out, counted, and not without bound."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from veomni.data.records import Document
+from veomni.errors import DataError, MediaError
+from veomni.logging import create_logger
+
+logger = create_logger(__name__)
+
+T = TypeVar("T")
+
+
+class SkipBadMedia(Generic[T]):
+    """A transform that gives None for a record whose media cannot be used, and says so.
+
+    Only :class:`MediaError` is skipped: a malformed conversation is an error all the same. Worker processes that are
+    started with it count together.
+
+    Args:
+        transform: What makes samples.
+        max_skipped: How many records may be left out; one more is an error.
+    """
+
+    def __init__(self, transform: Callable[[Document], T], max_skipped: int) -> None:
+        self.transform, self.max_skipped = transform, max_skipped
+        self._skipped = multiprocessing.get_context("spawn").Value("q", 0)
+
+    @property
+    def skipped(self) -> int:
+        """Records left out so far, by all workers."""
+        return int(self._skipped.value)
+
+    def __call__(self, document: Document) -> T | None:
+        """Return a sample, or None.
+
+        Raises:
+            DataError: the conversation is malformed, or more than ``max_skipped`` records were to be left out.
+        """
+        try:
+            return self.transform(document)
+        except MediaError as error:
+            with self._skipped.get_lock():
+                self._skipped.value += 1
+                skipped = self._skipped.value
+            if skipped > self.max_skipped:
+                problem = f"{skipped} records have media that cannot be used, the last one: {error.problem}"
+                raise DataError(problem, "mend them, or raise data.media.max_skipped") from error
+            logger.warning("left out record %s of at most %s: %s", skipped, self.max_skipped, error.problem)
+            return None

@@ -1,0 +1,124 @@
+"""LLaVA, InternVL and Gemma 3: pictures of one fixed size, and a fixed number of tokens for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.patches import normalize_frames
+from veomni.data.multimodal.qwen_vl import CLIP_MEAN, CLIP_STD
+from veomni.data.multimodal.resizing import Size
+from veomni.data.multimodal.sampling import from_middles
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veomni.data.multimodal.videos import Video
+
+
+@FAMILIES.register("llava")
+class Llava(Family):
+    """LLaVA 1.5: as many tokens as the tower has patches; its first feature is the class, unless all are taken."""
+
+    image_processor = "CLIPImageProcessor"
+
+    def __init__(self, parts: FamilyParts) -> None:
+        super().__init__(parts)
+        self.placeholders = {"image": self.token("image_token_id")}
+
+    def image(self, image: Image) -> MediaFeatures:
+        """Return ``pixel_values`` ``[1, 3, height, width]``."""
+        pixels = _pixels(self.parts.image_processor(images=[image], return_tensors="pt"))
+        tower = self.parts.config.vision_config
+        tokens = (pixels.shape[-2] // tower.patch_size) * (pixels.shape[-1] // tower.patch_size)
+        if self.parts.config.vision_feature_select_strategy == "full":
+            tokens += tower.model_type == "clip_vision_model"
+        return MediaFeatures({"pixel_values": pixels}, self.placeholders["image"] * tokens)
+
+
+@FAMILIES.register("internvl")
+class InternVL(Family):
+    """InternVL 3: an image is cut into tiles, a video is a tile per frame; both are ``pixel_values``."""
+
+    image_processor = "GotOcr2ImageProcessor"
+    video_defaults: ClassVar[Mapping[str, Any]] = {
+        "size": {"height": 448, "width": 448}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "num_frames": 8
+    }  # fmt: skip
+
+    def __init__(self, parts: FamilyParts) -> None:
+        super().__init__(parts)
+        known: Any = parts.tokenizer
+        self.placeholders = {"image": self.token("image_token_id"), "video": getattr(known, "video_token", "<video>")}
+        self._start = getattr(known, "start_image_token", "<img>")
+        self._end = getattr(known, "end_image_token", "</img>")
+
+    def image(self, image: Image) -> MediaFeatures:
+        """Return ``pixel_values`` ``[tiles, 3, height, width]``."""
+        processor = self.parts.image_processor
+        pixels = _pixels(processor(images=[image], crop_to_patches=True, return_tensors="pt"))
+        return MediaFeatures({"pixel_values": pixels}, self._tiles(len(pixels)))
+
+    def sample_frames(self, frames: int, fps: float) -> list[int]:
+        """Return the middles of ``num_frames`` equal parts."""
+        return from_middles(frames, count=self.parts.video["num_frames"])
+
+    def frame_size(self, frames: int, height: int, width: int) -> Size:
+        """Return the size of a tile."""
+        size = self.parts.video["size"]
+        return size["height"], size["width"]
+
+    def video(self, video: Video) -> MediaFeatures:
+        """Return ``pixel_values`` ``[frames, 3, height, width]``."""
+        settings = self.parts.video
+        pixels = normalize_frames(video.frames, settings["image_mean"], settings["image_std"])
+        text = "\n".join(f"Frame{number}: {self._tiles(1)}" for number in range(1, len(pixels) + 1))
+        return MediaFeatures({"pixel_values": pixels}, text)
+
+    def _tiles(self, count: int) -> str:
+        tokens = self.parts.config.image_seq_length * count
+        return f"{self._start}{self.placeholders['image'] * tokens}{self._end}"
+
+
+@FAMILIES.register("gemma3")
+class Gemma3(Family):
+    """Gemma 3: the placeholder is the token that begins an image; crops of a long image follow it."""
+
+    image_processor = "Gemma3ImageProcessor"
+
+    def __init__(self, parts: FamilyParts) -> None:
+        super().__init__(parts)
+        self._start, self._token, self._end = (
+            self._named("boi_token"), self._named("image_token"), self._named("eoi_token")
+        )  # fmt: skip
+        self.placeholders = {"image": self._start}
+
+    def _named(self, name: str) -> str:
+        config = self.parts.config
+        return self.token(f"{name}_id" if hasattr(config, f"{name}_id") else f"{name}_index")
+
+    def image(self, image: Image) -> MediaFeatures:
+        """Return ``pixel_values`` ``[1 + crops, 3, height, width]``."""
+        pixels = _pixels(self.parts.image_processor(images=[image], return_tensors="pt"))
+        whole = f"\n\n{self._start}{self._token * self.parts.config.mm_tokens_per_image}{self._end}\n\n"
+        if len(pixels) == 1:
+            return MediaFeatures({"pixel_values": pixels}, whole)
+        crops = " ".join([whole] * (len(pixels) - 1))
+        text = f"Here is the original image {whole} and here are some crops to help you see better {crops}"
+        return MediaFeatures({"pixel_values": pixels}, text)
+
+    @property
+    def unlearned(self) -> frozenset[int]:
+        """Ids of tokens that stand for features, and of those around them."""
+        return frozenset(self.id_of(token) for token in (self._start, self._token, self._end))
+
+    def per_token(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return ``token_type_ids``: 1 for images."""
+        return {"token_type_ids": (ids == self.id_of(self._token)).long()}
+
+
+def _pixels(made: Any) -> Tensor:
+    pixels: Tensor = made["pixel_values"]
+    return pixels

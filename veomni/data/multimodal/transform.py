@@ -1,0 +1,216 @@
+"""From a record to a model's inputs: one document, its media read, decoded and put in the place of placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veomni.batch import IGNORE_INDEX
+from veomni.batch_keys import KEY_RULES
+from veomni.data.conversation import tokenize_rendered
+from veomni.data.media_records import KINDS, MediaItem, media_conversation
+from veomni.data.multimodal.collate import join_items
+from veomni.data.multimodal.family import Family, MediaFeatures
+from veomni.data.multimodal.feature_cache import FeatureCache
+from veomni.data.multimodal.images import load_image
+from veomni.data.multimodal.limits import MediaLimits
+from veomni.data.multimodal.placeholders import expand_placeholders
+from veomni.data.multimodal.reader import MediaReader
+from veomni.data.multimodal.sounds import Sound, load_sound, mono
+from veomni.data.multimodal.videos import VideoReading, load_video
+from veomni.data.records import Conversation, Document
+from veomni.data.rendering import render_conversation
+from veomni.errors import DataError, MediaError
+from veomni.models import hf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Sample = dict[str, Tensor]
+"""``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]``, and the features of media."""
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A sample and what it was made of.
+
+    Attributes:
+        sample: A model's inputs.
+        where: File and record.
+        media: Images, videos and sounds, in order, with what became of them.
+    """
+
+    sample: Sample
+    where: str
+    media: list[tuple[MediaItem, MediaFeatures]]
+
+
+class MultimodalTransform:
+    """Makes samples of conversations with media; what a loader's worker calls.
+
+    Args:
+        family: What the model makes of media.
+        tokenizer: A fast tokenizer.
+        chat_template: Jinja source.
+        reader: Gets the bytes of media.
+        messages_key: Field of a record that holds the messages.
+        cache: Keeps features of media between epochs and runs.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        reader: MediaReader | None = None,
+        messages_key: str = "messages",
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.family, self.tokenizer, self.chat_template = family, tokenizer, chat_template
+        self.reader, self.messages_key, self.cache = reader or MediaReader(), messages_key, cache
+
+    def __call__(self, document: Document) -> Sample:
+        """Return a sample: labels are unshifted, and ``IGNORE_INDEX`` where nothing is learned.
+
+        Raises:
+            MediaError: an image, video or sound cannot be used.
+            DataError: the conversation cannot.
+        """
+        return self.encode(document).sample
+
+    def encode(self, document: Document) -> EncodedDocument:
+        """Return a sample together with the media in it.
+
+        Raises:
+            MediaError: an image, video or sound cannot be used.
+            DataError: the conversation cannot.
+        """
+        conversation, items = media_conversation(document, self.messages_key)
+        conversation = self._in_form(conversation, document.where)
+        rendered = render_conversation(conversation, document.where, self.tokenizer, self.chat_template)
+        self._refuse_kinds(items)
+        features = [self._features(item) for item in items]
+        texts = {
+            kind: [made.text for item, made in zip(items, features, strict=True) if item.kind == kind] for kind in KINDS
+        }
+        expanded = expand_placeholders(rendered, self.family.placeholders, texts, document.where)
+        [(ids, learned)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
+        sample = self._sample(torch.tensor(ids), torch.tensor(learned), features)
+        return EncodedDocument(sample, document.where, list(zip(items, features, strict=True)))
+
+    def _sample(self, ids: Tensor, learned: Tensor, features: Sequence[MediaFeatures]) -> Sample:
+        stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unlearned)))
+        labels = torch.where((learned == 1) & ~stand_ins, ids, IGNORE_INDEX)
+        tensors: dict[str, list[Tensor]] = {}
+        for made in features:
+            for key, value in made.tensors.items():
+                tensors.setdefault(key, []).append(value)
+        joined = {key: join_items(values, KEY_RULES.get(key)) for key, values in tensors.items()}
+        return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}
+
+    # ---------------------------------------------------------------- media
+
+    def _refuse_kinds(self, items: Sequence[MediaItem]) -> None:
+        for item in items:
+            if item.kind not in self.family.placeholders:
+                kind = self.family.parts.config.model_type
+                raise MediaError(f"{item.where}: {kind} models take no {item.kind}", "remove the record")
+
+    def _features(self, item: MediaItem) -> MediaFeatures:
+        try:
+            return self._decoded(item)
+        except MediaError as error:
+            raise MediaError(f"{item.where}: {error.problem}", error.fix) from error
+        except ValueError as error:  # transformers' processors refuse what they cannot resize
+            raise MediaError(f"{item.where}: the {item.kind} is refused: {error}", "remove the record") from error
+
+    def _decoded(self, item: MediaItem) -> MediaFeatures:
+        reference = item.reference
+        if item.kind == "image" and hasattr(reference, "getexif"):  # opened already, by `datasets`
+            return self._image(reference, "an opened image")
+        if item.kind == "audio" and isinstance(reference, Mapping) and reference.get("array") is not None:
+            return self._audio(_given_sound(reference, self.family.sampling_rate, self.reader.limits))
+        name, content = self.reader(reference)
+        if self.cache is None:
+            return self._from_bytes(item.kind, content, name)
+        path = self.cache.path(item.kind, content)
+        features = self.cache.read(path)
+        if features is None:
+            features = self._from_bytes(item.kind, content, name)
+            self.cache.write(path, features)
+        return features
+
+    def _from_bytes(self, kind: str, content: bytes, name: str) -> MediaFeatures:
+        if kind == "image":
+            return self._image(content, name)
+        if kind == "audio":
+            return self._audio(load_sound(content, name, self.family.sampling_rate, self.reader.limits))
+        family = self.family
+        rate = family.sampling_rate if family.parts.sound_in_video else None
+        video = load_video(
+            content, name, VideoReading(family.sample_frames, family.frame_size, rate), self.reader.limits
+        )
+        heard = "" if video.sound is None else f", with {len(video.sound.samples) / video.sound.rate:.2f} s of sound"
+        seen = f"{len(video.indices)} of {video.total} frames at {video.fps:g} per second"
+        return replace(family.video(video), source=f"{seen}, to {_sides(video.frames.shape[-1:-3:-1])}{heard}")
+
+    def _image(self, content: Any, name: str) -> MediaFeatures:
+        image = load_image(content, name, self.reader.limits)
+        return replace(self.family.image(image), source=f"{_sides(image.size)} pixels")
+
+    def _audio(self, sound: Sound) -> MediaFeatures:
+        return replace(self.family.audio(sound), source=f"{len(sound.samples) / sound.rate:.2f} s of sound")
+
+    # ---------------------------------------------------------------- forms of content
+
+    def _in_form(self, conversation: Conversation, where: str) -> Conversation:
+        """Return a conversation whose contents are what the template reads: text, or lists of parts."""
+        messages = [
+            self._message(message, f"{where}, message {n}") for n, message in enumerate(conversation.messages, 1)
+        ]
+        return Conversation(messages, conversation.tools)
+
+    def _message(self, message: dict[str, Any], where: str) -> dict[str, Any]:
+        content = message.get("content")
+        text, parts = self._forms
+        if isinstance(content, str) and parts and not text:
+            content = [{"type": "text", "text": content}]
+        if isinstance(content, list) and not parts:
+            if any(part["type"] != "text" for part in content):
+                problem = f"{where}: media, and the chat template has no place for them"
+                raise DataError(problem, "set data.chat_template to the model's, or to one made for media")
+            content = "".join(part["text"] for part in content)
+        return message if content is None else {**message, "content": content}
+
+    @cached_property
+    def _forms(self) -> tuple[bool, bool]:
+        """Whether the template shows a content that is text, and one that is a list of parts."""
+        probe = "veomniprobe"
+        return self._shows(probe, probe), self._shows([{"type": "text", "text": probe}], probe)
+
+    def _shows(self, content: Any, probe: str) -> bool:
+        from jinja2 import TemplateError
+
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        try:
+            text, _ = hf.render_chat(self.tokenizer, turns, self.chat_template)
+        except (TemplateError, TypeError):
+            return False
+        return text.count(probe) == 2 and "'type'" not in text
+
+
+def _sides(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
+
+
+def _given_sound(reference: Mapping[str, Any], rate: int, limits: MediaLimits) -> Sound:
+    """Return a sound that `datasets` has decoded."""
+    samples, given_rate = np.atleast_2d(np.asarray(reference["array"], np.float32)), int(reference["sampling_rate"])
+    limits.check_duration("a decoded sound", samples.shape[-1] / given_rate)
+    return mono(samples, "a decoded sound", given_rate, rate)
