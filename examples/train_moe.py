@@ -59,7 +59,7 @@ def main() -> None:
         every = config.train.eval.every_steps
         if eval_loader and every and (batch.index % every == 0 or batch.index == steps):
             metrics |= launcher.evaluate(model, islice(eval_loader, config.train.eval.max_batches))
-        launcher.log(metrics)
+        launcher.log(metrics)  # and how busy experts are: expert_load_max_violation, expert_load.jsonl, expert_load.png
         launcher.checkpoint(state)
 
     if config.train.export.hf:
