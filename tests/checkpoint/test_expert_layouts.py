@@ -80,6 +80,7 @@ def unbroken(name: str, directory: Path) -> list[float]:
     ("name", "source", "targets"),
     [
         ("muon", "ep4_chunks", ["single", "ep2_fsdp2_4"]),
+        ("adamw", "ep4_chunks", ["fsdp2_4", "ep2_ulysses2", "single"]),
         ("muon", "ep2_hsdp", ["ep4_ulysses2"]),
         ("adamw", "ep2_fsdp1_4", ["single", "ep2_fsdp2_4"]),
         ("adamw", "ep2_fsdp1_hybrid", ["ep2_fsdp1"]),

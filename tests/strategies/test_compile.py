@@ -37,6 +37,18 @@ def test_gradients_of_compiled_blocks_are_those_of_the_oracle(model_name, layout
         assert not breaks
 
 
+@pytest.mark.parametrize(
+    ("model_name", "layout"), [("qwen3_moe", "ep2_fsdp2"), ("deepseek_v3", "ep2_fsdp1"), ("qwen2_moe", "ep2_chunks")]
+)
+def test_compiled_blocks_with_experts_on_other_ranks(model_name, layout):
+    """Their graphs break where tokens travel, and where shared experts run meanwhile."""
+    for outcome, graphs, _ in run_ranks(
+        compiled_step, 2, model_name, layout, "fp32", accumulation=3, init=False, timeout=240
+    ):
+        check(outcome, oracle(model_name), BOUNDS["fp32"])
+        assert graphs >= 2
+
+
 def logged_step(*arguments):
     said: list[str] = []
     logging.getLogger("veomni.strategies.compile").addFilter(
