@@ -19,6 +19,7 @@ from veomni.errors import NonFiniteError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import ExpertLoad, MoEOptions
+from veomni.moe.routers import Listener
 from veomni.reporter import Reporter
 from veomni.strategies.compute_dtype import Float64Throughout
 
@@ -117,12 +118,12 @@ def test_files_of_a_run(tmp_path):
 def one_token_breaks(launcher, model):
     router = launcher._controllers[model].routers[1]
 
-    def spoil(routing):
-        if launcher.rank == 1:
-            routing.logits.data[3, 2] = float("inf")
-        return routing
+    class Spoil(Listener):
+        def choose(self, router, routing):
+            if launcher.rank == 1:
+                routing.logits[3, 2] = float("inf")
 
-    router.listeners.insert(0, spoil)
+    router.listeners.append(Spoil())
 
 
 @pytest.mark.parametrize(("layout", "accumulation"), [("ddp2", 1), ("ulysses2_fsdp2", 3)])

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from veomni.errors import ModelError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.mesh import ParallelState
 from veomni.models import hf
-from veomni.moe.balance import balance_gradient, with_gradient, z_gradient
+from veomni.moe.balance import balance_gradient, z_gradient
 from veomni.moe.bias import check_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
 from veomni.moe.options import MoEOptions
 from veomni.moe.recomputation import recomputing
-from veomni.moe.routers import Router, Routers, Routing, watch_routers
+from veomni.moe.routers import Listener, Router, Routers, Routing
 from veomni.moe.scoring import probabilities, wide
+from veomni.moe.tap import watch_routers
 from veomni.sequence_split import token_mask
 
 logger = create_logger(__name__)
@@ -81,7 +81,7 @@ def _check(model: nn.Module, found: Routers, options: MoEOptions) -> None:
             raise ModelError(f"{router.name} gives out probabilities, and a z-loss needs logits", fix)
 
 
-class RouterController:
+class RouterController(Listener):
     """Watches the routers of one model.
 
     Attributes:
@@ -120,8 +120,9 @@ class RouterController:
         self._watching = self._counting = self._counted = False
         self._mask: Tensor | None = None
         self._positions: int | None = None
-        for position, router in enumerate(routers):
-            router.listeners.append(partial(self._observe, position))
+        self._position = {router: position for position, router in enumerate(routers)}
+        for router in routers:
+            router.listeners.append(self)
 
     def check(self) -> None:
         """Check what can only be known of the model once it is sharded.
@@ -263,20 +264,15 @@ class RouterController:
 
     # ---------------------------------------------------------------- in the forward and backward
 
-    def _observe(self, position: int, routing: Routing) -> Routing:
-        if not self._watching:
-            return routing
-        grad = torch.is_grad_enabled()
-        if (grad or self._counting) and not recomputing():  # what is recomputed has been counted
-            self._collect(position, routing)
-        if not (self.aux_loss_coef or self.options.z_loss_coef) or not (grad and routing.weights.requires_grad):
-            return routing
-        gradient = partial(self._gradient, position, self._mask)
-        return replace(routing, weights=with_gradient(routing.weights, routing.logits, gradient))
+    @override
+    def see(self, router: Router, routing: Routing, training: bool) -> None:
+        # What is recomputed has been counted.
+        if self._watching and (training or self._counting) and not recomputing():
+            self._collect(router, routing)
 
     @torch.no_grad()
-    def _collect(self, position: int, routing: Routing) -> None:
-        router, tokens = self.routers[position], len(routing.indices)
+    def _collect(self, router: Router, routing: Routing) -> None:
+        position, tokens = self._position[router], len(routing.indices)
         mask = self._mask
         if self._positions not in (None, tokens):
             self._refuse_subset(router, tokens)
@@ -302,17 +298,20 @@ class RouterController:
             )
         logger.warning_once("%s: the load of its experts is counted with padding", router.name)
 
-    def _gradient(self, position: int, mask: Tensor | None, logits: Tensor) -> Tensor:
-        router = self.routers[position]
+    @override
+    def gradient(self, router: Router, logits: Tensor) -> Tensor | None:
+        if not self._watching or not (self.aux_loss_coef or self.options.z_loss_coef):
+            return None
         total = torch.zeros_like(logits)
         if self.aux_loss_coef:
             assert self._fractions, "call launcher.backward, not loss.backward: it makes the experts' load known"
             assert router.balance is not None
-            total += self.aux_loss_coef * balance_gradient(logits, self._fractions[position], router.balance)
+            fractions = self._fractions[self._position[router]]
+            total += self.aux_loss_coef * balance_gradient(router.balance, logits, fractions)
         if self.options.z_loss_coef:
             total += self.options.z_loss_coef * z_gradient(logits)
-        if mask is not None:
-            total = torch.where(mask[:, None], total, 0.0)
+        if self._mask is not None:
+            total = torch.where(self._mask[:, None], total, 0.0)
         return total * (self._state.size("loss") / self._per_token)  # strategies average over that view
 
 
