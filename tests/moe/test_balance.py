@@ -82,12 +82,18 @@ def test_float32():
     agrees(results, truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
 
 
-def test_compiled_blocks():
-    results = run_ranks(
-        balanced_step, 1, "qwen3_moe", "fsdp2_1", OPTIONS, init=False, precision="fp32", compile=True,
-        recompute="full", timeout=240,
-    )  # fmt: skip
-    agrees(results, truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
+def compiled_step(**options):
+    from torch._dynamo.utils import counters
+
+    results = balanced_step("qwen3_moe", "fsdp2_1", OPTIONS, precision="fp32", compile=True, **options)
+    return results, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+def test_compiled_blocks_stay_in_one_piece():
+    ((results, graphs, breaks),) = run_ranks(compiled_step, 1, init=False, timeout=240, recompute="full")
+    agrees([results], truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
+    assert graphs == 1
+    assert not breaks
 
 
 def test_the_models_own_loss_is_replaced_and_its_weight_kept():

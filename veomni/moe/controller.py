@@ -21,7 +21,7 @@ from veomni.logging import create_logger
 from veomni.mesh import ParallelState
 from veomni.models import hf
 from veomni.moe.balance import balance_gradient, z_gradient
-from veomni.moe.bias import check_bias, move_bias
+from veomni.moe.bias import check_bias, check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
 from veomni.moe.options import MoEOptions
 from veomni.moe.recomputation import recomputing
@@ -49,21 +49,22 @@ def install_controller(
         ModelError: an option cannot be honoured by this model.
     """
     found = watch_routers(model)
-    _check(model, found, options)
-    own = hf.own_balance_loss(model)
-    aux = options.aux_loss_coef
-    if own is not None and not found.unreadable and found.readable:
+    _check_found(model, found, options)
+    own, aux = hf.own_balance_loss(model), options.aux_loss_coef
+    if own is not None and found.readable and not found.unreadable:
         aux = own if aux is None else aux
         hf.drop_own_balance_loss(model)
         logger.info_rank0("the model's own load-balancing loss, taken on each rank's tokens alone, is off; the one "
                           "taken on the global batch has weight %s", aux)  # fmt: skip
     elif own:
         logger.warning_rank0("the model adds its own load-balancing loss, taken on each rank's tokens alone: "
-                             "no router of it can be read")  # fmt: skip
+                             "what its routers decide cannot be read")  # fmt: skip
+    for router in found.readable:
+        _check_losses(router, aux or 0.0, options.z_loss_coef)
     return RouterController(found.readable, options, aux or 0.0, state, device, dtype)
 
 
-def _check(model: nn.Module, found: Routers, options: MoEOptions) -> None:
+def _check_found(model: nn.Module, found: Routers, options: MoEOptions) -> None:
     asked = options.asked_for
     if asked is None:
         return
@@ -72,13 +73,17 @@ def _check(model: nn.Module, found: Routers, options: MoEOptions) -> None:
         raise ModelError(f"what {found.unreadable[0]} of {type(model).__name__} decides cannot be read", fix)
     if not found.readable:
         raise ModelError(f"{type(model).__name__} has no router that train.moe.{asked} could work on", fix)
-    for router in found.readable:
-        if options.bias_update_rate:
-            check_bias(router)
-        if options.aux_loss_coef and router.balance is None:
-            raise ModelError(f"nobody has said what the load-balancing loss of {router.name} is", fix)
-        if options.z_loss_coef and router.balance == "identity":
-            raise ModelError(f"{router.name} gives out probabilities, and a z-loss needs logits", fix)
+    for router in found.readable if options.bias_update_rate else ():
+        check_bias(router)
+
+
+def _check_losses(router: Router, aux: float, z: float) -> None:
+    if aux and router.balance is None:
+        problem = f"{router.name} scores experts in a way that nobody has defined a load-balancing loss for"
+        raise ModelError(problem, "set train.moe.aux_loss_coef to 0")
+    if z and router.balance == "identity":
+        problem = f"{router.name} gives out probabilities, and a z-loss needs logits"
+        raise ModelError(problem, "set train.moe.z_loss_coef to 0")
 
 
 class RouterController(Listener):
@@ -124,14 +129,17 @@ class RouterController(Listener):
         for router in routers:
             router.listeners.append(self)
 
-    def check(self) -> None:
+    def check(self, model: nn.Module) -> None:
         """Check what can only be known of the model once it is sharded.
+
+        Args:
+            model: The model to call, with its wrapper.
 
         Raises:
             ModelError: a correction bias cannot be moved.
         """
         for router in self.routers if self.options.bias_update_rate else ():
-            check_bias(router)
+            check_sharded_bias(router, model)
 
     # ---------------------------------------------------------------- one step
 
