@@ -40,7 +40,7 @@ def steps(model_name, layout, count, accumulation=1, output_dir=None, mutate=Non
         router=MoEOptions(bias_update_rate=RATE), checkpoints=schedule,
     )  # fmt: skip
     launcher.launch()
-    config = any_tiny_config(model_name) if model_name == "ernie4_5_moe" else tiny_config(model_name)
+    config = any_tiny_config(model_name) if model_name == "laguna" else tiny_config(model_name)
     model = launcher.setup_model(build_model(config, weights="random")).train()
     if mutate is not None:
         mutate(launcher)
@@ -99,12 +99,12 @@ def test_it_is_in_checkpoints_and_exports(tmp_path):
 
 
 def test_a_bias_that_is_a_parameter():
-    (single,) = run_ranks(steps, 1, "ernie4_5_moe", "single", 3, init=False)
+    (single,) = run_ranks(steps, 1, "laguna", "single", 3, init=False)
     assert any(any(values) for values in single[-1].values())
     for layout in ("ddp2", "fsdp2_2"):
-        assert run_ranks(steps, 2, "ernie4_5_moe", layout, 3, init=False) == [single] * 2
+        assert run_ranks(steps, 2, "laguna", layout, 3, init=False) == [single] * 2
     with pytest.raises(RankFailed) as failed:
-        run_ranks(steps, 2, "ernie4_5_moe", "fsdp1_full", 1, init=False)
+        run_ranks(steps, 2, "laguna", "fsdp1_full", 1, init=False)
     assert all(isinstance(error, ModelError) and "fsdp1" in str(error) for error in failed.value.exceptions.values())
 
 
