@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from veomni.errors import ModelError, NonFiniteError
+from veomni.errors import DataError, ModelError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.mesh import ParallelState
 from veomni.models import hf
@@ -184,7 +184,7 @@ class RouterController(Listener):
         if not self.routers:
             yield
             return
-        mask = token_mask(inputs, self._state.sequence_part)
+        mask = self._real_tokens(inputs)
         self._mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
         self._positions = positions_of(inputs)
         self._micro.clear()
@@ -195,6 +195,19 @@ class RouterController(Listener):
             yield
         finally:
             self._watching = False
+
+    def _real_tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        try:
+            return token_mask(inputs, self._state.sequence_part)
+        except DataError as error:
+            if self._balances:
+                raise
+            logger.warning_once("the load of experts is counted with padding: %s", error.problem)
+            return None
+
+    @property
+    def _balances(self) -> bool:
+        return bool(self.aux_loss_coef or self.options.z_loss_coef or self.options.bias_update_rate)
 
     def before_backward(self) -> None:
         """Make the loads known that the gradients in the coming backward depend on, and add up the losses."""
@@ -299,7 +312,7 @@ class RouterController(Listener):
 
     def _refuse_subset(self, router: Router, tokens: int) -> None:
         problem = f"{router.name} routes {tokens} tokens of a micro-batch of {self._positions}"
-        if self.aux_loss_coef or self.options.z_loss_coef or self.options.bias_update_rate:
+        if self._balances:
             raise ModelError(
                 f"{problem}: nobody knows which of them are padding",
                 "set train.moe.aux_loss_coef, z_loss_coef and bias_update_rate to 0",
