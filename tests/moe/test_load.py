@@ -38,10 +38,10 @@ def truth(model_name: str) -> dict[str, list[int]]:
     for name, module in model.named_modules():
         if name.endswith(("gate", "router")):
             module.register_forward_hook(functools.partial(note, name))
+    rows = global_rows(vocabulary(model_name))
     with torch.no_grad(), Float64Throughout():
-        for documents in global_rows(vocabulary(model_name)):
-            for document in documents:
-                model(input_ids=document.tokens[None], use_cache=False)
+        for document in (document for documents in rows for document in documents):
+            model(input_ids=document.tokens[None], use_cache=False)
     return {name: found.tolist() for name, found in counts.items()}
 
 
