@@ -259,7 +259,7 @@ class Launcher:
         try_packing(ready, unwrap(ready), self.device)
         for strategy in self.strategies:
             strategy.verify(ready, unwrap(ready), context)
-        controller.check()
+        controller.check(ready)
         self._controllers[ready] = controller
         return ready
 

@@ -32,6 +32,7 @@ def test_segments_agree_with_positions(micro_batches):
         positions = micro["position_ids"].flatten()
         starts = torch.cat([(positions == 0).nonzero().flatten(), torch.tensor([positions.numel()])])
         assert micro.document_lengths == tuple(length_of_documents(micro))
+        assert micro.row_lengths == tuple((micro["input_ids"] != PAD).sum(-1).tolist())
         if len(starts) == len(micro["labels"]) + 1:  # each row is one document
             assert "cu_seq_lens_q" not in micro
             continue

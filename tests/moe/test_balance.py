@@ -11,6 +11,7 @@ from tests.harness import run_ranks
 from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
 from tests.parity.layouts import BOUNDS, check
 from veomni.moe import MoEOptions
+from veomni.moe.routers import Listener
 
 OPTIONS = MoEOptions(aux_loss_coef=AUX, z_loss_coef=Z)
 truth = functools.cache(balanced_truth)
@@ -81,12 +82,18 @@ def test_float32():
     agrees(results, truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
 
 
-def test_compiled_blocks():
-    results = run_ranks(
-        balanced_step, 1, "qwen3_moe", "fsdp2_1", OPTIONS, init=False, precision="fp32", compile=True,
-        recompute="full", timeout=240,
-    )  # fmt: skip
-    agrees(results, truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
+def compiled_step(**options):
+    from torch._dynamo.utils import counters
+
+    results = balanced_step("qwen3_moe", "fsdp2_1", OPTIONS, precision="fp32", compile=True, **options)
+    return results, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+def test_compiled_blocks_stay_in_one_piece():
+    ((results, graphs, breaks),) = run_ranks(compiled_step, 1, init=False, timeout=240, recompute="full")
+    agrees([results], truth("qwen3_moe", AUX, Z), BOUNDS["fp32"])
+    assert graphs == 1
+    assert not breaks
 
 
 def test_the_models_own_loss_is_replaced_and_its_weight_kept():
@@ -103,28 +110,35 @@ def test_no_weight_no_loss():
         assert "aux_loss" not in metrics
 
 
-def _count_what_is_trained_on(launcher, model):
-    for router in launcher._controllers[model].routers:
-        router.listeners.append(functools.partial(_note, router.name, launcher._controllers[model]))
+class CountTrainedOn(Listener):
+    """Counts the choices of forwards with gradients, without the counting pass."""
 
+    def __init__(self, controller):
+        self.controller = controller
+        self.counts: dict[str, torch.Tensor] = {}
 
-def _note(name, controller, routing):
-    if torch.is_grad_enabled():
-        real = routing.indices if controller._mask is None else routing.indices[controller._mask]
-        counts = SEEN.setdefault(name, torch.zeros(routing.logits.shape[-1], dtype=torch.int64))
-        counts += torch.bincount(real.flatten(), minlength=len(counts))
-    return routing
-
-
-SEEN: dict[str, torch.Tensor] = {}
+    def see(self, router, routing, training):
+        if training:
+            mask = self.controller._mask
+            real = routing.indices if mask is None else routing.indices[mask]
+            counted = torch.bincount(real.flatten(), minlength=router.experts)
+            self.counts[router.name] = self.counts.get(router.name, 0) + counted
 
 
 def step_with_dropout():
+    counters = []
+
+    def listen(launcher, model):
+        controller = launcher._controllers[model]
+        counters.append(CountTrainedOn(controller))
+        for router in controller.routers:
+            router.listeners.append(counters[0])
+
     _, _, load = balanced_step(
         "qwen3_moe", "single", MoEOptions(aux_loss_coef=AUX), accumulation=3, attention_dropout=0.3,
-        mutate=_count_what_is_trained_on,
+        mutate=listen,
     )  # fmt: skip
-    return load, {name: counts.tolist() for name, counts in SEEN.items()}
+    return load, {name: counts.tolist() for name, counts in counters[0].counts.items()}
 
 
 def test_the_counting_pass_draws_the_same_dropout():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from tests.harness import RankFailed, run_ranks
+from tests.models.any_tiny import VOCAB, any_tiny_config
 from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, micro_batches
 from tests.moe.test_load import truth as load_truth
 from tests.parity.documents import global_rows
-from tests.parity.oracle import vocabulary
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import ModelError
 from veomni.launcher import Launcher
@@ -25,7 +26,9 @@ def biases(model) -> dict[str, list[float]]:
     found = {}
     for name, module in unwrap(model).named_modules():
         if hasattr(module, "e_score_correction_bias"):
-            found[name.replace("_fsdp_wrapped_module.", "")] = module.e_score_correction_bias.tolist()
+            bias = module.e_score_correction_bias
+            whole = bias.full_tensor() if isinstance(bias, DTensor) else bias
+            found[name.replace("_fsdp_wrapped_module.", "")] = whole.flatten().tolist()
     return found
 
 
@@ -37,14 +40,15 @@ def steps(model_name, layout, count, accumulation=1, output_dir=None, mutate=Non
         router=MoEOptions(bias_update_rate=RATE), checkpoints=schedule,
     )  # fmt: skip
     launcher.launch()
-    model = launcher.setup_model(build_model(tiny_config(model_name), weights="random")).train()
+    config = any_tiny_config(model_name) if model_name == "laguna" else tiny_config(model_name)
+    model = launcher.setup_model(build_model(config, weights="random")).train()
     if mutate is not None:
         mutate(launcher)
     state = {"model": model}
     done = launcher.resume(state) if output_dir is not None else 0
     after = [biases(model)]
     place = launcher.data_parallel
-    one = micro_batches(global_rows(vocabulary(model_name)), place.rank, place.size, accumulation)
+    one = micro_batches(global_rows(VOCAB), place.rank, place.size, accumulation)
     for batch in launcher.track([one] * (count - done), max_steps=count):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).loss, micro)
@@ -92,6 +96,16 @@ def test_it_is_in_checkpoints_and_exports(tmp_path):
     (exported,) = (tmp_path / "parts" / "hf").glob("*.safetensors")
     tensors = load_file(exported)
     assert {name: tensors[f"{name}.e_score_correction_bias"].tolist() for name in whole[-1]} == whole[-1]
+
+
+def test_a_bias_that_is_a_parameter():
+    (single,) = run_ranks(steps, 1, "laguna", "single", 3, init=False)
+    assert any(any(values) for values in single[-1].values())
+    for layout in ("ddp2", "fsdp2_2"):
+        assert run_ranks(steps, 2, "laguna", layout, 3, init=False) == [single] * 2
+    with pytest.raises(RankFailed) as failed:
+        run_ranks(steps, 2, "laguna", "fsdp1_full", 1, init=False)
+    assert all(isinstance(error, ModelError) and "fsdp1" in str(error) for error in failed.value.exceptions.values())
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from tests.moe.steps import balanced_step, micro_batches
 from tests.parity.documents import global_rows
 from tests.parity.layouts import LAYOUTS
 from tests.parity.oracle import initial_model, vocabulary
-from veomni.errors import NonFiniteError
+from veomni.data.multimodal.collate import MultimodalCollator
+from veomni.errors import DataError, NonFiniteError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import ExpertLoad, MoEOptions
+from veomni.moe.routers import Listener
 from veomni.reporter import Reporter
 from veomni.strategies.compute_dtype import Float64Throughout
 
@@ -36,10 +38,10 @@ def truth(model_name: str) -> dict[str, list[int]]:
     for name, module in model.named_modules():
         if name.endswith(("gate", "router")):
             module.register_forward_hook(functools.partial(note, name))
+    rows = global_rows(vocabulary(model_name))
     with torch.no_grad(), Float64Throughout():
-        for documents in global_rows(vocabulary(model_name)):
-            for document in documents:
-                model(input_ids=document.tokens[None], use_cache=False)
+        for document in (document for documents in rows for document in documents):
+            model(input_ids=document.tokens[None], use_cache=False)
     return {name: found.tolist() for name, found in counts.items()}
 
 
@@ -63,6 +65,40 @@ def test_every_token_of_the_step_once_and_no_padding(layout, options):
             "expert_load_max_violation": pytest.approx(max(violations)),
             "expert_load_mean_violation": pytest.approx(sum(violations) / len(violations)),
         }
+
+
+def test_a_vision_language_model_counts_no_padding():
+    """A text document of 30 tokens and one of 20 in rows of 40, through the collator of multimodal data."""
+    expected = 2 * (30 + 20)  # top 2
+    (load,) = run_ranks(vision_language_load, 1, True, init=False)
+    assert {sum(counts) for counts in load.values()} == {expected}
+
+
+def test_padding_that_nobody_placed_is_counted_unless_a_loss_depends_on_it():
+    (load,) = run_ranks(vision_language_load, 1, False, init=False)
+    assert {sum(counts) for counts in load.values()} == {2 * 2 * 40}
+    with pytest.raises(RankFailed) as failed:
+        run_ranks(vision_language_load, 1, False, MoEOptions(z_loss_coef=0.1), init=False)
+    assert isinstance(failed.value.exceptions[0], DataError)
+
+
+def vision_language_load(placed, options=None):
+    config = tiny_config("qwen3_vl_moe")
+    launcher = Launcher("single", accelerator="cpu", precision="fp32", router=options)
+    launcher.launch()
+    model = launcher.setup_model(build_model(config, weights="random")).train()
+    documents = [
+        {"input_ids": torch.arange(2, 2 + length), "labels": torch.arange(2, 2 + length)} for length in (30, 20)
+    ]
+    batch = MultimodalCollator(config, max_seq_len=40)([[document] for document in documents])
+    if not placed:
+        batch.row_lengths = None
+    for step in launcher.track([[batch]]):
+        for micro in launcher.accumulate(model, step):
+            launcher.backward(model(**micro.inputs).loss, micro)
+    load = launcher._controllers[model].load
+    launcher.close()
+    return {name: sent.tolist() for name, sent in zip(load.names, load.assignments, strict=True)}
 
 
 def test_violations():
@@ -117,12 +153,12 @@ def test_files_of_a_run(tmp_path):
 def one_token_breaks(launcher, model):
     router = launcher._controllers[model].routers[1]
 
-    def spoil(routing):
-        if launcher.rank == 1:
-            routing.logits.data[3, 2] = float("inf")
-        return routing
+    class Spoil(Listener):
+        def choose(self, router, routing):
+            if launcher.rank == 1:
+                routing.logits[3, 2] = float("inf")
 
-    router.listeners.insert(0, spoil)
+    router.listeners.append(Spoil())
 
 
 @pytest.mark.parametrize(("layout", "accumulation"), [("ddp2", 1), ("ulysses2_fsdp2", 3)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -9,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from tests.models.any_tiny import any_tiny_config
 from tests.models.tiny import tiny_config
 from veomni.moe import find_routers
-from veomni.moe.routers import watch_routers
+from veomni.moe.routers import Listener
 from veomni.moe.scoring import Scoring
+from veomni.moe.tap import watch_routers
 
 SOFTMAX = Scoring("softmax", normalized=False, scale=1.0)
 SHARES = Scoring("softmax", normalized=True, scale=1.0)
@@ -101,8 +104,23 @@ def test_watching_twice_is_watching_once():
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
     router = watch_routers(model).readable[0]
     assert watch_routers(model).readable[0] is router
-    heard = []
-    router.listeners.append(lambda routing: heard.append(routing) or routing)
+    heard = Hear()
+    router.listeners.append(heard)
     model(input_ids=torch.arange(6)[None])
     assert len(heard) == 1
     assert [tuple(part.shape) for part in vars(heard[0]).values()] == [(6, 4), (6, 2), (6, 2)]
+
+
+def test_a_copy_has_listeners_of_its_own():
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
+    heard = [Hear(), Hear()]
+    watch_routers(model).readable[0].listeners.append(heard[0])
+    copy = deepcopy(model)
+    watch_routers(copy).readable[0].listeners.append(heard[1])
+    copy(input_ids=torch.arange(6)[None])
+    assert [len(listener) for listener in heard] == [0, 1]
+
+
+class Hear(Listener, list):
+    def see(self, router, routing, training):
+        self.append(routing)

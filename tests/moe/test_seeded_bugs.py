@@ -33,14 +33,14 @@ def padded_tail_of_a_split_row_counted(launcher, model):
 
 def average_over_ranks_not_undone(launcher, model):
     controller = launcher._controllers[model]
-    gradient = controller._gradient
-    controller._gradient = lambda *args: gradient(*args) / launcher.world_size
+    gradient = controller.gradient
+    controller.gradient = lambda *args: gradient(*args) / launcher.world_size
 
 
 def gradient_scaled_with_the_micro_batch(launcher, model):
     controller = launcher._controllers[model]
-    gradient = controller._gradient
-    controller._gradient = lambda *args: gradient(*args) / 3
+    gradient = controller.gradient
+    controller.gradient = lambda *args: gradient(*args) / 3
 
 
 def counts_of_the_last_micro_batch_only(launcher, model):

@@ -11,60 +11,25 @@ Both are means over all tokens of an optimizer step and over the routers of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from veomni.moe.scoring import ScoreFunction, probabilities, scores_and_slope, wide
-
-LogitGradient = Callable[[Tensor], Tensor]
+from veomni.moe.scoring import ScoreFunction, scores_of, through_scores, through_shares
 
 
-def balance_gradient(logits: Tensor, fractions: Tensor, function: ScoreFunction) -> Tensor:
-    """Return the gradient of ``E * sum_te f_e * p_te`` with respect to the logits, ``[tokens, experts]``."""
-    # Written out: a backward inside a backward would cost its own pass of the autograd engine in every layer.
-    shares = probabilities(function, logits)
-    upstream = fractions - (shares @ fractions)[:, None]
-    if function == "softmax":
-        return len(fractions) * shares * upstream
-    scores, slope = scores_and_slope(function, logits)
-    return len(fractions) * upstream / scores.sum(dim=-1, keepdim=True) * slope
+def balance_gradient(function: ScoreFunction, logits: Tensor, fractions: Tensor) -> Tensor:
+    """Return the gradient of ``E * sum_te f_e * p_te`` with respect to the logits, ``[tokens, experts]``.
+
+    Args:
+        function: What makes scores of logits.
+        logits: ``[tokens, experts]``.
+        fractions: ``[experts]``, the share of all tokens that were sent to each expert.
+    """
+    gradient = (len(fractions) * fractions).expand_as(logits)
+    if function != "softmax":
+        gradient = through_shares(scores_of(function, logits), gradient)
+    return through_scores(function, logits, gradient)
 
 
 def z_gradient(logits: Tensor) -> Tensor:
     """Return the gradient of ``sum_t logsumexp(logits_t)^2`` with respect to the logits."""
     return 2 * logits.logsumexp(dim=-1, keepdim=True) * logits.softmax(dim=-1)
-
-
-class _WithGradient(torch.autograd.Function):
-    """The identity on a router's weights, which gives its logits a further gradient in the backward.
-
-    Logits themselves do not reach the model's loss: nothing uses them after the experts were chosen.
-    """
-
-    @staticmethod
-    def forward(context: Any, weights: Tensor, logits: Tensor, gradient: LogitGradient) -> Tensor:
-        context.save_for_backward(logits)
-        context.gradient = gradient
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(context: Any, grad_weights: Tensor) -> tuple[Tensor, Tensor, None]:
-        (logits,) = context.saved_tensors
-        return grad_weights, context.gradient(wide(logits)).to(logits.dtype), None
-
-
-def with_gradient(weights: Tensor, logits: Tensor, gradient: LogitGradient) -> Tensor:
-    """Return ``weights``; their backward adds ``gradient(logits)`` to the gradient of ``logits``.
-
-    It counts once however often the forward is recomputed: the backward is that of the first forward.
-
-    Args:
-        weights: ``[tokens, top_k]``.
-        logits: ``[tokens, experts]``.
-        gradient: Called in the backward, with the logits in float32 or better.
-    """
-    result: Tensor = _WithGradient.apply(weights, logits, gradient)
-    return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from veomni.errors import ModelError
@@ -11,17 +12,25 @@ from veomni.moe.routers import Router
 
 
 def check_bias(router: Router) -> None:
-    """Refuse a bias that cannot be moved; called when the model is sharded.
+    """Refuse a router without a correction bias.
 
     Raises:
-        ModelError: the router has none, or it is part of FSDP1's flat parameters.
+        ModelError: it has none.
     """
     if router.bias is None:
         raise ModelError(
             f"{router.name} ({type(router.module).__name__}) has no correction bias that bias_update_rate could move",
             "set train.moe.bias_update_rate to 0, and train.moe.aux_loss_coef to balance with a loss",
         )
-    if _bias(router).numel() != router.experts:
+
+
+def check_sharded_bias(router: Router, model: nn.Module) -> None:
+    """Refuse a bias that cannot be moved any more now that ``model`` is sharded.
+
+    Raises:
+        ModelError: it has become a part of FSDP1's flat parameters.
+    """
+    if isinstance(_bias(router), nn.Parameter) and isinstance(model, FullyShardedDataParallel):
         raise ModelError(
             f"the correction bias of {router.name} is a parameter, and fsdp1 flattens parameters",
             "use train.data_parallel_mode fsdp2, or train.moe.aux_loss_coef instead of train.moe.bias_update_rate",
@@ -37,9 +46,9 @@ def move_bias(router: Router, assignments: Tensor, rate: float) -> None:
         assignments: int64 ``[experts]``, tokens sent to each expert in the step, over all ranks.
         rate: By how much.
     """
-    load = assignments.double()
     bias = _bias(router)
-    step = (rate * (load.mean() - load).sign()).to(bias.dtype).view(bias.shape).to(bias.device)
+    below_mean = (assignments.sum() - assignments * len(assignments)).sign()  # in integers, so that equal is equal
+    step = (rate * below_mean.to(bias.dtype)).view(bias.shape).to(bias.device)
     if isinstance(bias, DTensor):
         step = distribute_tensor(step, bias.device_mesh, bias.placements, src_data_rank=None)
     bias.add_(step)

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
-from veomni.errors import ModelError, NonFiniteError
+from veomni.errors import DataError, ModelError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.mesh import ParallelState
 from veomni.models import hf
-from veomni.moe.balance import balance_gradient, with_gradient, z_gradient
-from veomni.moe.bias import check_bias, move_bias
+from veomni.moe.balance import balance_gradient, z_gradient
+from veomni.moe.bias import check_bias, check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
 from veomni.moe.options import MoEOptions
 from veomni.moe.recomputation import recomputing
-from veomni.moe.routers import Router, Routers, Routing, watch_routers
+from veomni.moe.routers import Listener, Router, Routers, Routing
 from veomni.moe.scoring import probabilities, wide
+from veomni.moe.tap import watch_routers
 from veomni.sequence_split import token_mask
 
 logger = create_logger(__name__)
@@ -49,21 +49,22 @@ def install_controller(
         ModelError: an option cannot be honoured by this model.
     """
     found = watch_routers(model)
-    _check(model, found, options)
-    own = hf.own_balance_loss(model)
-    aux = options.aux_loss_coef
-    if own is not None and not found.unreadable and found.readable:
+    _check_found(model, found, options)
+    own, aux = hf.own_balance_loss(model), options.aux_loss_coef
+    if own is not None and found.readable and not found.unreadable:
         aux = own if aux is None else aux
         hf.drop_own_balance_loss(model)
         logger.info_rank0("the model's own load-balancing loss, taken on each rank's tokens alone, is off; the one "
                           "taken on the global batch has weight %s", aux)  # fmt: skip
     elif own:
         logger.warning_rank0("the model adds its own load-balancing loss, taken on each rank's tokens alone: "
-                             "no router of it can be read")  # fmt: skip
+                             "what its routers decide cannot be read")  # fmt: skip
+    for router in found.readable:
+        _check_losses(router, aux or 0.0, options.z_loss_coef)
     return RouterController(found.readable, options, aux or 0.0, state, device, dtype)
 
 
-def _check(model: nn.Module, found: Routers, options: MoEOptions) -> None:
+def _check_found(model: nn.Module, found: Routers, options: MoEOptions) -> None:
     asked = options.asked_for
     if asked is None:
         return
@@ -72,16 +73,20 @@ def _check(model: nn.Module, found: Routers, options: MoEOptions) -> None:
         raise ModelError(f"what {found.unreadable[0]} of {type(model).__name__} decides cannot be read", fix)
     if not found.readable:
         raise ModelError(f"{type(model).__name__} has no router that train.moe.{asked} could work on", fix)
-    for router in found.readable:
-        if options.bias_update_rate:
-            check_bias(router)
-        if options.aux_loss_coef and router.balance is None:
-            raise ModelError(f"nobody has said what the load-balancing loss of {router.name} is", fix)
-        if options.z_loss_coef and router.balance == "identity":
-            raise ModelError(f"{router.name} gives out probabilities, and a z-loss needs logits", fix)
+    for router in found.readable if options.bias_update_rate else ():
+        check_bias(router)
 
 
-class RouterController:
+def _check_losses(router: Router, aux: float, z: float) -> None:
+    if aux and router.balance is None:
+        problem = f"{router.name} scores experts in a way that nobody has defined a load-balancing loss for"
+        raise ModelError(problem, "set train.moe.aux_loss_coef to 0")
+    if z and router.balance == "identity":
+        problem = f"{router.name} gives out probabilities, and a z-loss needs logits"
+        raise ModelError(problem, "set train.moe.z_loss_coef to 0")
+
+
+class RouterController(Listener):
     """Watches the routers of one model.
 
     Attributes:
@@ -120,17 +125,21 @@ class RouterController:
         self._watching = self._counting = self._counted = False
         self._mask: Tensor | None = None
         self._positions: int | None = None
-        for position, router in enumerate(routers):
-            router.listeners.append(partial(self._observe, position))
+        self._position = {router: position for position, router in enumerate(routers)}
+        for router in routers:
+            router.listeners.append(self)
 
-    def check(self) -> None:
+    def check(self, model: nn.Module) -> None:
         """Check what can only be known of the model once it is sharded.
+
+        Args:
+            model: The model to call, with its wrapper.
 
         Raises:
             ModelError: a correction bias cannot be moved.
         """
         for router in self.routers if self.options.bias_update_rate else ():
-            check_bias(router)
+            check_sharded_bias(router, model)
 
     # ---------------------------------------------------------------- one step
 
@@ -175,7 +184,7 @@ class RouterController:
         if not self.routers:
             yield
             return
-        mask = token_mask(inputs, self._state.sequence_part)
+        mask = self._real_tokens(inputs)
         self._mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
         self._positions = positions_of(inputs)
         self._micro.clear()
@@ -186,6 +195,19 @@ class RouterController:
             yield
         finally:
             self._watching = False
+
+    def _real_tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        try:
+            return token_mask(inputs, self._state.sequence_part)
+        except DataError as error:
+            if self._balances:
+                raise
+            logger.warning_once("the load of experts is counted with padding: %s", error.problem)
+            return None
+
+    @property
+    def _balances(self) -> bool:
+        return bool(self.aux_loss_coef or self.options.z_loss_coef or self.options.bias_update_rate)
 
     def before_backward(self) -> None:
         """Make the loads known that the gradients in the coming backward depend on, and add up the losses."""
@@ -263,20 +285,15 @@ class RouterController:
 
     # ---------------------------------------------------------------- in the forward and backward
 
-    def _observe(self, position: int, routing: Routing) -> Routing:
-        if not self._watching:
-            return routing
-        grad = torch.is_grad_enabled()
-        if (grad or self._counting) and not recomputing():  # what is recomputed has been counted
-            self._collect(position, routing)
-        if not (self.aux_loss_coef or self.options.z_loss_coef) or not (grad and routing.weights.requires_grad):
-            return routing
-        gradient = partial(self._gradient, position, self._mask)
-        return replace(routing, weights=with_gradient(routing.weights, routing.logits, gradient))
+    @override
+    def see(self, router: Router, routing: Routing, training: bool) -> None:
+        # What is recomputed has been counted.
+        if self._watching and (training or self._counting) and not recomputing():
+            self._collect(router, routing)
 
     @torch.no_grad()
-    def _collect(self, position: int, routing: Routing) -> None:
-        router, tokens = self.routers[position], len(routing.indices)
+    def _collect(self, router: Router, routing: Routing) -> None:
+        position, tokens = self._position[router], len(routing.indices)
         mask = self._mask
         if self._positions not in (None, tokens):
             self._refuse_subset(router, tokens)
@@ -295,24 +312,27 @@ class RouterController:
 
     def _refuse_subset(self, router: Router, tokens: int) -> None:
         problem = f"{router.name} routes {tokens} tokens of a micro-batch of {self._positions}"
-        if self.aux_loss_coef or self.options.z_loss_coef or self.options.bias_update_rate:
+        if self._balances:
             raise ModelError(
                 f"{problem}: nobody knows which of them are padding",
                 "set train.moe.aux_loss_coef, z_loss_coef and bias_update_rate to 0",
             )
         logger.warning_once("%s: the load of its experts is counted with padding", router.name)
 
-    def _gradient(self, position: int, mask: Tensor | None, logits: Tensor) -> Tensor:
-        router = self.routers[position]
+    @override
+    def gradient(self, router: Router, logits: Tensor) -> Tensor | None:
+        if not self._watching or not (self.aux_loss_coef or self.options.z_loss_coef):
+            return None
         total = torch.zeros_like(logits)
         if self.aux_loss_coef:
             assert self._fractions, "call launcher.backward, not loss.backward: it makes the experts' load known"
             assert router.balance is not None
-            total += self.aux_loss_coef * balance_gradient(logits, self._fractions[position], router.balance)
+            fractions = self._fractions[self._position[router]]
+            total += self.aux_loss_coef * balance_gradient(router.balance, logits, fractions)
         if self.options.z_loss_coef:
             total += self.options.z_loss_coef * z_gradient(logits)
-        if mask is not None:
-            total = torch.where(mask[:, None], total, 0.0)
+        if self._mask is not None:
+            total = torch.where(self._mask[:, None], total, 0.0)
         return total * (self._state.size("loss") / self._per_token)  # strategies average over that view
 
 

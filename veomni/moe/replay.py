@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from veomni.errors import DataError, ModelError
 from veomni.models import unwrap
 from veomni.moe.recomputation import recomputing
-from veomni.moe.routers import Listener, Router, Routing, watch_routers
-from veomni.moe.scoring import wide
+from veomni.moe.routers import Listener, Router, Routing
+from veomni.moe.tap import watch_routers
 from veomni.sequence_split import SequencePart
 
 
@@ -103,14 +103,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
     def begin(module: nn.Module, args: object) -> None:
         log.forwards.append({})
 
-    def note(router: Router, routing: Routing) -> Routing:
-        if log.forwards and not recomputing():
-            log.forwards[-1][router.name] = routing.indices.detach().to(torch.int16)
-        return routing
-
     hook = body.register_forward_pre_hook(begin)
     try:
-        with _listening({router: partial(note, router) for router in _routers(body)}, last=True):
+        with _listening(_Record(log), _routers(body)):
             yield log
     finally:
         hook.remove()
@@ -143,13 +138,23 @@ def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
     replay = _Replay(log)
     hook = body.register_forward_pre_hook(replay.begin)
     try:
-        with _listening({router: partial(replay.choose, router) for router in routers}, last=False):
+        with _listening(replay, routers):
             yield
     finally:
         hook.remove()
 
 
-class _Replay:
+class _Record(Listener):
+    def __init__(self, log: RoutingLog) -> None:
+        self.log = log
+
+    @override
+    def see(self, router: Router, routing: Routing, training: bool) -> None:
+        if self.log.forwards and not recomputing():
+            self.log.forwards[-1][router.name] = routing.indices.to(torch.int16)
+
+
+class _Replay(Listener):
     def __init__(self, log: RoutingLog) -> None:
         self.log = log
         self.number = -1
@@ -164,7 +169,8 @@ class _Replay:
                 "record as many forwards as are replayed",
             )
 
-    def choose(self, router: Router, routing: Routing) -> Routing:
+    @override
+    def choose(self, router: Router, routing: Routing) -> Tensor | None:
         if recomputing():
             self._begin_backward()
         indices = self.log.forwards[self.number][router.name]
@@ -174,10 +180,7 @@ class _Replay:
                 f"{list(routing.indices.shape)} [tokens, top_k] (forward {self.number} of the log)",
                 "replay the micro-batches that were recorded, in their order (RoutingLog.part cuts shared rows)",
             )
-        indices = indices.to(routing.indices.device, routing.indices.dtype)
-        assert router.scoring is not None
-        weights = router.scoring.weights(wide(routing.logits), indices).to(routing.weights.dtype)
-        return replace(routing, weights=weights, indices=indices)
+        return indices.to(routing.indices.device, routing.indices.dtype)
 
     def _begin_backward(self) -> None:
         if self.waiting > 1:
@@ -200,13 +203,13 @@ def _routers(body: nn.Module) -> tuple[Router, ...]:
 
 
 @contextmanager
-def _listening(listeners: dict[Router, Listener], *, last: bool) -> Iterator[None]:
-    for router, listener in listeners.items():
-        router.listeners.insert(len(router.listeners) if last else 0, listener)
+def _listening(listener: Listener, routers: Sequence[Router]) -> Iterator[None]:
+    for router in routers:
+        router.listeners.append(listener)
     try:
         yield
     finally:
-        for router, listener in listeners.items():
+        for router in routers:
             router.listeners.remove(listener)
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +38,23 @@ class Routing:
     indices: Tensor
 
 
-Listener = Callable[[Routing], Routing]
-"""Sees what a router decided in a forward and returns it, or what is to be done instead."""
+class Listener:
+    """Sees the decisions of routers, and may change what follows from them; as it stands it does neither."""
+
+    def choose(self, router: Router, routing: Routing) -> Tensor | None:
+        """Return the experts that tokens are sent to instead, int64 ``[tokens, top_k]``."""
+        return None
+
+    def see(self, router: Router, routing: Routing, training: bool) -> None:
+        """Take note of a decision; ``training`` tells whether gradients will be asked for."""
+        return
+
+    def gradient(self, router: Router, logits: Tensor) -> Tensor | None:
+        """Return what a loss on the logits adds to their gradient, ``[tokens, experts]``; called in the backward."""
+        return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Router:
     """One router of a model.
 
@@ -68,17 +78,7 @@ class Router:
     scoring: Scoring | None
     balance: ScoreFunction | None
     bias: tuple[nn.Module, str] | None
-    listeners: list[Listener] = field(default_factory=list, compare=False)
-
-    def hear(self, output: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the router's output as its listeners leave it."""
-        routing = Routing(*(output[position] for position in self.positions))
-        for listener in self.listeners:
-            routing = listener(routing)
-        changed = list(output)
-        for position, value in zip(self.positions, (routing.logits, routing.weights, routing.indices), strict=True):
-            changed[position] = value
-        return tuple(changed)
+    listeners: list[Listener] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,26 +92,6 @@ class Routers:
 
     readable: tuple[Router, ...]
     unreadable: tuple[str, ...]
-
-
-_watched: WeakKeyDictionary[nn.Module, Routers] = WeakKeyDictionary()
-
-
-def watch_routers(model: nn.Module) -> Routers:
-    """Return the routers of a model, whose listeners from now on see every decision.
-
-    The first call for a model must come before it is sharded and compiled; the same routers are returned ever after.
-    """
-    if model not in _watched:
-        _watched[model] = find_routers(model)
-        for router in _watched[model].readable:
-            # Under compile the graph of the block is broken here: who listens changes while the model lives.
-            router.module.register_forward_hook(torch.compiler.disable(partial(_hear, router)))
-    return _watched[model]
-
-
-def _hear(router: Router, module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    return router.hear(output) if router.listeners else None
 
 
 def find_routers(model: nn.Module) -> Routers:

@@ -48,10 +48,22 @@ class Scoring:
 
     def weights(self, logits: Tensor, indices: Tensor) -> Tensor:
         """Return the weights of the experts ``indices``, ``[tokens, top_k]``, for logits ``[tokens, experts]``."""
-        chosen = _FUNCTIONS[self.function](logits).gather(-1, indices)
+        chosen = scores_of(self.function, logits).gather(-1, indices)
         if self.normalized:
             chosen = chosen / chosen.sum(dim=-1, keepdim=True)
         return chosen * self.scale
+
+    def logit_gradient(self, logits: Tensor, indices: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient of the logits from that of :meth:`weights`, ``[tokens, top_k]``."""
+        gradient = gradient * self.scale
+        if self.normalized:
+            gradient = through_shares(scores_of(self.function, logits).gather(-1, indices), gradient)
+        return through_scores(self.function, logits, torch.zeros_like(logits).scatter(-1, indices, gradient))
+
+
+def scores_of(function: ScoreFunction, logits: Tensor) -> Tensor:
+    """Return the scores of all experts, ``[tokens, experts]``."""
+    return _FUNCTIONS[function](logits)
 
 
 def probabilities(function: ScoreFunction, logits: Tensor) -> Tensor:
@@ -59,18 +71,27 @@ def probabilities(function: ScoreFunction, logits: Tensor) -> Tensor:
 
     Scores of softmax are one; others are divided by their sum, as in arXiv:2412.19437, equation 19.
     """
-    scores = _FUNCTIONS[function](logits)
+    scores = scores_of(function, logits)
     return scores if function == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
 
 
-def scores_and_slope(function: ScoreFunction, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scores of an elementwise function, and its derivative; both ``[tokens, experts]``."""
-    scores = _FUNCTIONS[function](logits)
+def through_scores(function: ScoreFunction, logits: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of the logits from that of their scores; all ``[tokens, experts]``."""
+    # Written out, and not differentiated by autograd: it runs inside a backward.
+    scores = scores_of(function, logits)
+    if function == "softmax":
+        return scores * (gradient - (scores * gradient).sum(dim=-1, keepdim=True))
     if function == "sigmoid":
-        return scores, scores * (1 - scores)
+        return gradient * scores * (1 - scores)
     if function == "sqrtsoftplus":
-        return scores, logits.sigmoid() / (2 * scores)
-    return scores, torch.ones_like(scores)
+        return gradient * logits.sigmoid() / (2 * scores)
+    return gradient
+
+
+def through_shares(scores: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of ``scores`` from that of ``scores / scores.sum(-1)``."""
+    total = scores.sum(dim=-1, keepdim=True)
+    return (gradient - (gradient * scores).sum(dim=-1, keepdim=True) / total) / total
 
 
 def find_scoring(logits: Tensor, weights: Tensor, indices: Tensor, scales: Iterable[float] = ()) -> Scoring | None:
