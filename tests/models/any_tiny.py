@@ -53,6 +53,7 @@ _ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _NEEDED = {"gemma4_assistant": {"text_config": _ASSISTANT}}
 """What a class does without defaults for, by model type."""
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {49: 4}, "image_token_index": 1000},
     "blt": {
         "hidden_size": 32,
         "global_config": {"hidden_size": 64, "num_attention_heads": 8},
@@ -88,6 +89,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101, "<|visual token 000000|>": 102}},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_groups": 1},
     "flint": {"mlp_only_layers": [0]},
+    "gemma3": {"mm_tokens_per_image": 4, "vision_config": {"image_size": 16, "patch_size": 4}},
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": _SLIDING_AND_FULL * 2, "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
@@ -107,6 +109,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
     "lfm2": {"num_hidden_layers": 3, "layer_types": _CONV_FULL_FULL},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": _CONV_FULL_FULL, "num_dense_layers": 1},
+    "llama4": {
+        "vision_config": {
+            "image_size": 16, "patch_size": 4, "intermediate_size": 128, "projector_input_dim": 32,
+            "projector_output_dim": 32, "vision_output_dim": 32,
+        },
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mistral4": {"head_dim": 16},
     "muse_spark": {

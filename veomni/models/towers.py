@@ -119,12 +119,17 @@ def _of_masks(counts: Callable[[Tensor], Tensor]) -> Callable[[Items], list[int]
 
 def _smallest(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items] | None:
     """Return a function that makes the smallest legal item; None for a tower that is not known."""
+    taken = inspect.signature(getattr(owner, kind.method)).parameters
+    if not {kind.values, kind.sizes or kind.values} <= taken.keys():
+        return None
     if kind.modality == "audio":
         return _smallest_sound(owner, kind)
     vision = owner.config.vision_config
     if kind.patches:
+        if not hasattr(vision, "temporal_patch_size"):
+            return None
         side = vision.spatial_merge_size
-        channels = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        channels = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
         return lambda device: Items(
             kind, torch.zeros(side * side, channels, device=device), torch.tensor([[1, side, side]], device=device)
         )

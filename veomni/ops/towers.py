@@ -228,8 +228,9 @@ class _Encoder:
 
 
 def _in_one_piece(kind: TowerKind, output: Any) -> bool:
-    """Whether the owner reads features from the last hidden state: transformers' models that hear do."""
-    return kind.modality == "audio" and hasattr(output, "last_hidden_state")
+    """Whether the owner reads features from the last hidden state: transformers' models that hear do, and Llama 4."""
+    read = kind.modality == "audio" or getattr(output, "pooler_output", None) is None
+    return read and hasattr(output, "last_hidden_state")
 
 
 def towers_of(model: nn.Module) -> dict[str, TowerCall]:
