@@ -41,9 +41,9 @@ each_backend = pytest.mark.parametrize(("backend", "dtype", "device"), BACKENDS)
 def inputs(tokens=TOKENS, hidden=HIDDEN):
     """Tokens, their choice and its weights, that bfloat16 can hold; the last expert gets no token."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(tokens, hidden, generator=generator).bfloat16().double()
+    values = torch.randn(tokens, hidden, generator=generator, dtype=torch.float32).bfloat16().double()
     index = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:TOP_K] for _ in range(tokens)])
-    weights = torch.rand(tokens, TOP_K, generator=generator).bfloat16().double()
+    weights = torch.rand(tokens, TOP_K, generator=generator, dtype=torch.float32).bfloat16().double()
     return values, index, weights
 
 
@@ -53,7 +53,7 @@ def gradients(module, run, dtype=torch.float64, values=None, device="cpu"):
     hidden, weights = (value.to(device, dtype, copy=True).requires_grad_() for value in (hidden, weights))
     poison(device)
     output = run(hidden, index.to(device), weights)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).bfloat16()
     output.backward(grad.to(device, dtype))
     named = {name: parameter.grad for name, parameter in module.named_parameters()}
     return {"output": output.detach(), "hidden": hidden.grad, "weights": weights.grad, **named}
@@ -127,7 +127,9 @@ def test_rows_past_the_end_and_dead_experts(name, backend, dtype, device):
     assert not result[len(rows) :].any()
     by_token = result[: len(rows)].cpu()[routing.inverse].unflatten(0, (TOKENS, TOP_K))
     output = (by_token.double() * weights[..., None]).sum(1)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    grad = (
+        torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).bfloat16().double()
+    )
     output.backward(grad)
     assert not padded.grad[len(rows) :].any()
     expected = truth(module)
