@@ -34,6 +34,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
     "hidden_size_per_layer_input": 8,
+    "out_hidden_size": 32,
     "sliding_window": 8,
     "attention_chunk_size": 16,
     "pad_token_id": 0,

@@ -94,6 +94,13 @@ def test_attention_by_name():
         build_model(tiny_config("gpt_oss"), attention="sdpa")
 
 
+def test_capped_scores_are_never_left_out():
+    # transformers 5.17 lets sdpa run Gemma 2 without its soft cap, and says nothing
+    assert build_model(tiny_config("gemma2")).config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM caps its attention scores"):
+        build_model(tiny_config("gemma2"), attention="sdpa")
+
+
 @pytest.fixture
 def registered():
     entries = [registry._entries for registry in (MODEL_CONFIG_REGISTRY, MODELING_REGISTRY, MODEL_PROCESSOR_REGISTRY)]

@@ -17,7 +17,7 @@ WRITTEN = {
 ENOUGH = {"ulysses": 80, "experts": 40}
 SAMPLES = {
     "ulysses": {
-        **dict.fromkeys(("gpt2", "gpt_neox", "phi3", "opt", "olmo2", "cohere2", "gemma2", "gemma3_text"), EXACT),
+        **dict.fromkeys(("gpt2", "gpt_neox", "phi3", "stablelm", "olmo2", "cohere2", "gemma2", "gemma3_text"), EXACT),
         **dict.fromkeys(("granite", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"), EXACT),
         **dict.fromkeys(("minicpm3", "apertus", "dots1", "diffllama", "llama4"), EXACT),
         **dict.fromkeys(("mamba", "bloom", "bert", "bart", "rwkv", "minimax", "lfm2", "openai-gpt"), REFUSED),

@@ -126,12 +126,14 @@ def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool
 
 def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
     if attention == "auto":
-        attention = "sdpa" if hf.supports_sdpa(cls) else "eager"
+        attention = "sdpa" if hf.supports_sdpa(cls) and not hf.caps_scores(config) else "eager"
         if attention == "eager":
             logger.info_rank0("%s does not support sdpa attention: eager is used", cls.__name__)
     register_attention()
     if attention not in hf.attention_names():
         raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, hf.attention_names()))
+    if attention == "sdpa" and hf.caps_scores(config):
+        raise ModelError(f"{cls.__name__} caps its attention scores, which sdpa cannot", "set model.attention to auto")
     config.architectures = [cls.__name__]  # an export, and whatever rebuilds the model from its config, needs the class
     try:
         with registered_on_meta():

@@ -38,6 +38,14 @@ def supports_sdpa(model_class: type[nn.Module]) -> bool:
     return bool(getattr(model_class, "_supports_sdpa", False))
 
 
+def caps_scores(config: PreTrainedConfig) -> bool:
+    """Whether attention scores have a soft cap, as in Gemma 2.
+
+    PyTorch's scaled-dot-product attention has none; transformers 5.17 leaves it out without a word.
+    """
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+
+
 def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """Construct a transformers model in float32 on the current default device."""
     return model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)

@@ -35,13 +35,15 @@ def takes_padded_audio(owner: Any) -> bool:
     return owner.config.audio_config.model_type == "qwen2_audio_encoder"
 
 
-def audio_counts(owner: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function from frames ``[sounds]`` to the number of features of each sound."""
+def audio_counts(owner: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return the function from frames ``[sounds]`` to the features of each sound; None where it is unknown."""
     tower = owner.audio_tower
     method = getattr(tower, "_get_feat_extract_output_lengths", None)
     if method is not None:
         return lambda frames: method(frames)[1]
-    function = sys.modules[type(owner).__module__]._get_feat_extract_output_lengths
+    function = getattr(sys.modules[type(owner).__module__], "_get_feat_extract_output_lengths", None)
+    if function is None:
+        return None
     options = {"n_window": tower.n_window} if "n_window" in inspect.signature(function).parameters else {}
     return lambda frames: function(frames, **options)
 

@@ -99,13 +99,14 @@ def _has_encoder(config: Any, modality: str) -> bool:
 
 def _tower_call(owner: Any, kind: TowerKind) -> TowerCall | None:
     dummy = _smallest(owner, kind)
-    if dummy is None:
+    hears = kind.modality == "audio" and hasattr(owner, "audio_tower")
+    counts = audio_counts(owner) if hears else None
+    if dummy is None or (hears and counts is None):
         logger.warning_rank0(
             "%s: no smallest %s is known, so every rank must be given one in every micro-batch",
             type(owner).__name__, kind.modality,
         )  # fmt: skip
         return None
-    counts = audio_counts(owner) if kind.modality == "audio" and hasattr(owner, "audio_tower") else None
     return TowerCall(getattr(owner, kind.method), kind, dummy, _of_masks(counts) if counts else None)
 
 
