@@ -27,6 +27,11 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """The label that no loss is taken on (transformers' convention)."""
 
+SOURCE_IDS = "source_ids"
+"""The key under which a mixture's micro-batch holds the source of every token, int64 ``[batch, seq]``, -1 in padding.
+
+It is aligned with the shifted labels as well, since no document learns its first token. Models never see it."""
+
 SEQUENCE_SIZE = "sequence_parallel_size"
 """The key by which a micro-batch of row parts says how many ranks share its rows; models never see it."""
 
@@ -38,11 +43,23 @@ class PackedInputs(dict[str, Any]):
         document_lengths: Tokens of each document in it, without padding; what throughput and FLOPs are counted from.
         row_lengths: Tokens of each row before its padded tail; None where that was not said.
         row_digest: Tells the whole rows apart that this is a part of; 0 for a batch of whole rows.
+        document_ids: Of a stream, epoch and place of each document: ``"0/train.jsonl, byte 0"``. Of a document in
+            pieces, the piece is part of it; of a preference pair, which side it is.
+        document_sources: Of a mixture, the index in ``source_names`` of each document's source.
+        source_names: Names of the mixture's sources, the same in every batch.
     """
 
     document_lengths: tuple[int, ...] = ()
     row_lengths: tuple[int, ...] | None = None
     row_digest: int = 0
+    document_ids: tuple[str, ...] = ()
+    document_sources: tuple[int, ...] = ()
+    source_names: tuple[str, ...] = ()
+
+    def like(self, other: PackedInputs) -> PackedInputs:
+        """Take over what ``other`` knows of its documents, and return this batch."""
+        self.__dict__.update(other.__dict__)
+        return self
 
 
 def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -72,13 +72,23 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> NDArray[np
         capacity: Tokens of a row.
     """
     rows = _Rows(capacity, len(lengths))
-    distinct, counts = np.unique(lengths, return_counts=True)
-    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+    counts = np.bincount(lengths)
+    distinct = np.flatnonzero(counts)
+    for length, count in zip(distinct[::-1].tolist(), counts[distinct[::-1]].tolist(), strict=True):
         while count:
             count -= rows.place(length, count)
     row_of = np.empty(len(lengths), np.int64)
-    row_of[np.argsort(-lengths, kind="stable")] = rows.placed
+    row_of[_longest_first(lengths)] = rows.placed
     return row_of
+
+
+def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the order from long to short, equal lengths as given: a radix sort, 16 bits at a time."""
+    shortfall = lengths.max(initial=0) - lengths
+    order = np.argsort(shortfall.astype(np.uint16), kind="stable")  # of 16 bits numpy sorts by radix
+    if len(lengths) and shortfall.max() >> 16:
+        order = order[np.argsort((shortfall[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
 
 
 class _Rows:

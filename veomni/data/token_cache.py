@@ -93,7 +93,7 @@ def tokenize(
         "chat template": digest(template),
     }
     directory = cache_dir / digest([_FORMAT, digests])
-    settings = TransformSettings(dataset.text_key, dataset.messages_key, template)
+    settings = TransformSettings(dataset.layout.text_key, dataset.layout.converted_key, template)
     build_once(directory, lambda path: _write(path, dataset, tokenizer, settings), _problem)
     return TokenizedDocuments(directory), digests
 
