@@ -75,6 +75,21 @@ def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     return () if ids is None else (int(ids.shape[-1]),) * (ids.numel() // int(ids.shape[-1]))
 
 
+def sources_of(micro_batches: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Return, by source, how many documents micro-batches have, and tokens; of no mixture, nothing.
+
+    Every known source is in it, so that ranks agree about the names.
+    """
+    packed = [micro for micro in micro_batches if isinstance(micro, PackedInputs)]
+    names = packed[0].source_names if packed else ()
+    found = [[0, 0] for _ in names]
+    for micro in packed:
+        for source, length in zip(micro.document_sources, micro.document_lengths, strict=False):
+            found[source][0] += 1
+            found[source][1] += length
+    return {name: (count, tokens) for name, (count, tokens) in zip(names, found, strict=True)}
+
+
 def supervised_tokens(inputs: Mapping[str, Any]) -> int:
     """Count the labels of a micro-batch that a loss is taken on, after the shift by one.
 
@@ -132,6 +147,8 @@ class StepBatch:
         loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
         part_tokens: By part of a composed model, the tokens of the step over all ranks that its loss is the mean of.
         losses: This rank's share of each part's global mean, where ``Launcher.backward`` was given losses by part.
+        source_sums: Of a mixture, the summed losses of this rank's supervised tokens and their number, by source;
+            ``[2, sources]`` on the device; None where the model takes its loss by itself.
     """
 
     micro_batches: Sequence[Mapping[str, Any]]
@@ -141,3 +158,4 @@ class StepBatch:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     part_tokens: Mapping[str, int] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
+    source_sums: Tensor | None = None

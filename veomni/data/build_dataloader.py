@@ -10,6 +10,7 @@ from veomni.data.cache import cache_directory
 from veomni.data.chat_templates import find_chat_template
 from veomni.data.dataset import TextDataset
 from veomni.data.digests import digest, tokenizer_digest
+from veomni.data.formats import MESSAGES
 from veomni.data.loader import LoaderSettings, PackedDataLoader
 from veomni.data.mixture import Mixture, opened_dataset
 from veomni.data.overlong import check_policy, cut_to_rows
@@ -156,7 +157,7 @@ def _text_samples(
     part: SequencePart,
     chat_template: str | None,
 ) -> TextSamples:
-    if mixture.multimodal:
+    if mixture.data_type == "multimodal":
         raise ConfigError("conversations with media need a model's processor", "give samples=MediaSamples(...)")
     layouts = [source.layout for source in mixture.sources]
     renders = any(layout.data_type in ("conversation", "preference") for layout in layouts)
@@ -166,9 +167,7 @@ def _text_samples(
         "chat template": digest(template),
         "layouts": digest([layout.facts() for layout in layouts]),
     }
-    transforms = [
-        (layout.data_type, TransformSettings(layout.text_key, layout.converted_key, template)) for layout in layouts
-    ]
+    transforms = [(layout.data_type, TransformSettings(layout.text_key, MESSAGES, template)) for layout in layouts]
     return TextSamples(tokenizer, transforms, max_seq_len, overlong, part, digests)
 
 

@@ -54,22 +54,17 @@ class RecordLayout:
         """Whether records hold conversations."""
         return self.data_type in ("conversation", "multimodal")
 
-    @property
-    def converted_key(self) -> str:
-        """Field of :meth:`converted` records that holds the messages."""
-        return self.messages_key if self.format == "messages" else MESSAGES
-
     @cached_property
     def _format(self) -> RecordFormat:
         return FORMATS.get(self.format)
 
     def converted(self, document: Document) -> Document:
-        """Return a record with its conversation as messages.
+        """Return a record with its conversation in the field ``messages``.
 
         Raises:
             DataError: it lacks a field, or is malformed.
         """
-        if not self.talks or self.format == "messages":
+        if not self.talks or (self.format == "messages" and self.messages_key == MESSAGES):
             return document
         return self._format.convert(document, self.messages_key)
 
@@ -91,10 +86,10 @@ class RecordLayout:
             DataError: a field is missing or malformed, or the data has no text.
         """
         if self.data_type == "conversation":
-            messages = messages_of(document, self.converted_key)
+            messages = messages_of(document, MESSAGES)
             yield from (message["content"] for message in messages if "content" in message)  # calls have none
         elif self.data_type == "multimodal":
-            yield from texts_of(document, self.converted_key)
+            yield from texts_of(document, MESSAGES)
         elif self.data_type == "preference":
             yield from (message["content"] for side in pair_of(document) for message in side.messages)
         elif self.data_type == "tokenized":

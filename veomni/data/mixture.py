@@ -15,6 +15,7 @@ from veomni.data.digests import dataset_digest, digest
 from veomni.data.layout import RecordLayout
 from veomni.data.locations import shown
 from veomni.data.opening import find_data
+from veomni.data.records import Document
 from veomni.errors import ConfigError, DataError
 from veomni.logging import create_logger
 from veomni.registry import did_you_mean
@@ -107,9 +108,14 @@ class Mixture:
             )
 
     @property
-    def multimodal(self) -> bool:
-        """Whether its conversations may have media."""
-        return self.sources[0].layout.data_type == "multimodal"
+    def data_type(self) -> str:
+        """What the records of its first source become: ``multimodal`` is that of all or of none."""
+        return self.sources[0].layout.data_type
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield all documents once, source by source, in order."""
+        for source in self.sources:
+            yield from map(source.layout.converted, all_records(source.blocks))
 
     def texts(self) -> Iterator[str]:
         """Yield what a tokenizer is trained on, source by source."""
