@@ -88,26 +88,22 @@ class TarFile:
     def __getitem__(self, index: int) -> Document:
         group = self._groups[index]
         where = f"{self.name}, record {group.key!r}"
-        record: dict[str, Any] = {KEY: group.key}
+        fields: dict[str, Any] = {}
+        media: dict[str, list[bytes]] = {}
         for extension, (start, size) in group.members.items():
             content = os.pread(self._file.fileno(), size, start)
             if len(content) < size:
                 raise DataError(f"{where}: the archive is cut short", "copy it again")
-            self._add(record, extension, content, where)
-        return Document(record, where)
-
-    def _add(self, record: dict[str, Any], extension: str, content: bytes, where: str) -> None:
-        kind = extension.rpartition(".")[2]
-        if kind in _KINDS:
-            record.setdefault(MEDIA_KEYS[_KINDS[kind]], []).append(content)
-        elif kind == "json":
-            fields = _parsed(content, f"{where}, member .{extension}")
-            media = {key: value for key, value in record.items() if key in MEDIA_KEYS.values()}
-            record.update({**fields, **media, KEY: record[KEY]})
-        elif kind == "txt":
-            record[self.text_key] = decode(content, f"{where}, member .{extension}")
-        else:
-            record[extension] = content
+            kind = extension.rpartition(".")[2]
+            if kind in _KINDS:
+                media.setdefault(MEDIA_KEYS[_KINDS[kind]], []).append(content)
+            elif kind == "json":
+                fields |= _parsed(content, f"{where}, member .{extension}")
+            elif kind == "txt":
+                fields[self.text_key] = decode(content, f"{where}, member .{extension}")
+            else:
+                fields[extension] = content
+        return Document({**fields, **media, KEY: group.key}, where)
 
 
 def _parsed(content: bytes, where: str) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from veomni.data.shard_reader import StreamPlan, StreamSource
 from veomni.data.stream_loader import StreamLoader
 from veomni.data.token_cache import tokenize
 from veomni.data.transforms import TransformSettings
-from veomni.errors import ConfigError
+from veomni.errors import ConfigError, DataError
 from veomni.logging import create_logger
 from veomni.registry import did_you_mean
 from veomni.sequence_split import WHOLE_ROWS, SequencePart
@@ -120,6 +120,11 @@ def build_dataloader(
         StreamSource(source.name, Units(source.blocks, shards), source.layout, source.weight)
         for source in mixture.sources
     ]
+    if stopping == "repeat" or len(sources) > 1:
+        for source in sources:
+            if source.weight and len(source.units) < shards:
+                problem = f"source {source.name!r}: {len(source.units)} records for {shards} virtual shards"
+                raise DataError(problem, "give it more records, or lower data.stream_shards")
     plan = StreamPlan(
         sources, samples, shards, seed, settings.shuffle, mixture.weigh_by, stopping, passes, max_seq_len,
         max_media_tokens, packing != "none", lookahead,
