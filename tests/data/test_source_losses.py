@@ -139,6 +139,6 @@ def test_ranks_end_a_finite_mixture_together(folder, tokenizer):
     assert ended
     for size in (2, 4):
         ranks = run_ranks(read_to_the_end, size, folder, tokenizer, init=False)
-        assert [sorted(itertools.chain.from_iterable(step)) for step in zip(*(ids for ids, _ in ranks), strict=True)] == [
-            sorted(step) for step in alone
-        ]
+        assert [
+            sorted(itertools.chain.from_iterable(step)) for step in zip(*(ids for ids, _ in ranks), strict=True)
+        ] == [sorted(step) for step in alone]

@@ -24,7 +24,7 @@ from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
-_EMPTY_EPOCHS = 64  # so many in a row, and a shard has nothing to read
+_EMPTY_EPOCHS = 64  # without a sample, and a shard has nothing to give
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _Cursor:
                 "source %s: records are left out (empty, too long, or with media that cannot be used); "
                 "the loader's source_counts() and its state in checkpoints say how many", self.source.name,
             )  # fmt: skip
-            if read.epoch > self._last_used + 1:
+            if read.epoch > self._last_used + _EMPTY_EPOCHS:
                 raise self._useless("can be used")
         return samples
 

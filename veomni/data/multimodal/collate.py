@@ -78,7 +78,6 @@ class MultimodalCollator:
                 batch[key] = join_items(values, rule)
         batch.document_lengths = tuple(length for row in lengths for length in row)
         batch.row_lengths = tuple(sum(row) for row in lengths)
-        batch.row_lengths = tuple(sum(row) for row in lengths)
         if self.part.size == 1:  # ranks that share rows share their images too, and each encodes others
             batch.update(vision_inputs(self.config, batch))
         batch = self._with_borders(batch, lengths)
