@@ -188,7 +188,7 @@ def test_an_empty_row_is_only_padding(setup):
 def test_what_is_too_long_is_an_error_or_left_out_and_counted(setup):
     with pytest.raises(DataError, match=r"talks\.jsonl, line \d+: \d+ tokens, more than data.max_seq_len 60"):
         list(itertools.islice(loader_of(setup, max_seq_len=60), 2))
-    loader = loader_of(setup, max_seq_len=160, overlong="drop")
+    loader = loader_of(setup, max_seq_len=200, overlong="drop")
     list(itertools.islice(loader, 3))
     assert loader.source_counts()["data"]["dropped"] > 0
     for policy in ("split", "truncate"):
