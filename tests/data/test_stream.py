@@ -79,10 +79,10 @@ def test_every_record_of_every_kind_comes_once_an_epoch(kind, streaming, tokeniz
         build_dataset(sources=[DataSource(str(path))], cache_dir=tmp_path / "cache")  # fmt: skip
     expected = Counter((*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id) for row in rows)
     loader = build_dataloader(
-        dataset, tokenizer, global_batch_size=4, max_seq_len=96, epochs=2, stream_shards=4, lookahead=9,
+        dataset, tokenizer, global_batch_size=4, max_seq_len=96, epochs=2, stream_shards=6, lookahead=9,
         pin_memory=False, cache_dir=tmp_path / "cache",
     )  # fmt: skip
-    found = [document for step in loader for document in ids_of(step)]
+    found = [document for step in itertools.islice(loader, 500) for document in ids_of(step)]
     for epoch in range(2):
         mine = [(name, tokens) for name, _, tokens in found if name.startswith(f"{epoch}/")]
         assert Counter(tokens for _, tokens in mine) == expected
@@ -90,6 +90,31 @@ def test_every_record_of_every_kind_comes_once_an_epoch(kind, streaming, tokeniz
     first, second = ([name[2:] for name, _, _ in found if name.startswith(f"{epoch}/")] for epoch in range(2))
     assert first != second, "epochs are shuffled anew"
     assert first != sorted(first)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_every_epoch_has_an_order_of_its_own(streaming, tokenizer, tmp_path):
+    """Of one shard whose rows are single documents: the order is that of the reading."""
+    path = write_parquet(tmp_path, records(60)) if streaming else write_jsonl(tmp_path, records(60))
+    dataset, _ = build_dataset(sources=[DataSource(str(path), "all")], streaming=streaming)
+
+    def orders(**changes):
+        options = {"max_seq_len": 64, "stream_shards": 1, "packing": "none", "epochs": 3, "pin_memory": False,
+                   "cache_dir": tmp_path} | changes  # fmt: skip
+        names = [name for step in build_dataloader(dataset, tokenizer, **options)
+                 for micro in step for name in micro.document_ids]  # fmt: skip
+        return [[name[2:] for name in names if name.startswith(f"{epoch}/")] for epoch in range(3)]
+
+    shuffled, other, plain = orders(), orders(seed=1), orders(shuffle=False)
+    assert plain[0] == plain[1] == plain[2]
+    different = [*shuffled, *other, plain[0]]
+    assert all(left != right for left, right in itertools.combinations(different, 2))
+    number = {name: index for index, name in enumerate(plain[0])}
+    if streaming:  # row groups of 7 records: neither they nor what is in them stay in order
+        blocks = [[number[name] // 7 for name in order] for order in shuffled]
+        assert len({tuple(dict.fromkeys(order)) for order in blocks}) == 3
+        assert any(number[left] > number[right] for left, right in itertools.pairwise(shuffled[0])
+                   if number[left] // 7 == number[right] // 7)  # fmt: skip
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 4), (2, 1), (2, 4), (4, 2), (8, 1)])
