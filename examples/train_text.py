@@ -58,11 +58,13 @@ def main() -> None:
         optimizer.zero_grad()
 
         metrics = {"loss": launcher.global_loss(batch), "grad_norm": grad_norm, "lr": lr}
+        metrics |= launcher.source_metrics(batch)  # of a mixture (data.sources), by name
         every = config.train.eval.every_steps
         if eval_loader and every and (batch.index % every == 0 or batch.index == steps):
             metrics |= launcher.evaluate(model, islice(eval_loader, config.train.eval.max_batches))
         launcher.log(metrics)
         launcher.checkpoint(state)
+    launcher.checkpoint(state)  # the data may end before the last step
 
     if config.train.export.hf:
         exported = launcher.export(model, output_dir / "hf", tokenizer=tokenizer)

@@ -25,6 +25,7 @@ class Agreement:
         stop: Whether any rank was asked to stop.
         work: What is computed.
         parts: Tokens of the losses of each part.
+        ranks_drained: How many ranks have no document left in what they read.
     """
 
     ranks_with_batch: int
@@ -32,19 +33,26 @@ class Agreement:
     stop: bool
     work: StepWork
     parts: dict[str, int]
+    ranks_drained: int = 0
 
 
 def agree(
-    *, has_batch: bool, tokens: int, stop: bool, work: StepWork, parts: Mapping[str, int] | None = None
+    *,
+    has_batch: bool,
+    tokens: int,
+    stop: bool,
+    work: StepWork,
+    parts: Mapping[str, int] | None = None,
+    drained: bool = False,
 ) -> Agreement:
     """Sum everything over all ranks and return the result, equal everywhere.
 
     It travels as float64, which holds counts exactly up to 2^53. ``parts`` has the same names on every rank.
     """
     own = dict(parts or {})
-    numbers = [has_batch, tokens, stop, work.tokens, work.flops_causal, work.flops_full, *own.values()]
+    numbers = [has_batch, tokens, stop, drained, work.tokens, work.flops_causal, work.flops_full, *own.values()]
     mine = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(mine)
-    with_batch, total, stopping, *rest = mine.tolist()
+    with_batch, total, stopping, drained_ranks, *rest = mine.tolist()
     counts = dict(zip(own, map(int, rest[3:]), strict=True))
-    return Agreement(int(with_batch), int(total), stopping > 0, StepWork(*rest[:3]), counts)
+    return Agreement(int(with_batch), int(total), stopping > 0, StepWork(*rest[:3]), counts, int(drained_ranks))

@@ -27,6 +27,11 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """The label that no loss is taken on (transformers' convention)."""
 
+SOURCE_IDS = "source_ids"
+"""The key under which a mixture's micro-batch holds the source of every token, int64 ``[batch, seq]``, -1 in padding.
+
+It is aligned with the shifted labels as well, since no document learns its first token. Models never see it."""
+
 SEQUENCE_SIZE = "sequence_parallel_size"
 """The key by which a micro-batch of row parts says how many ranks share its rows; models never see it."""
 
@@ -38,11 +43,23 @@ class PackedInputs(dict[str, Any]):
         document_lengths: Tokens of each document in it, without padding; what throughput and FLOPs are counted from.
         row_lengths: Tokens of each row before its padded tail; None where that was not said.
         row_digest: Tells the whole rows apart that this is a part of; 0 for a batch of whole rows.
+        document_ids: Of a stream, epoch and place of each document: ``"0/train.jsonl, byte 0"``. Of a document in
+            pieces, the piece is part of it; of a preference pair, which side it is.
+        document_sources: Of a mixture, the index in ``source_names`` of each document's source.
+        source_names: Names of the mixture's sources, the same in every batch.
     """
 
     document_lengths: tuple[int, ...] = ()
     row_lengths: tuple[int, ...] | None = None
     row_digest: int = 0
+    document_ids: tuple[str, ...] = ()
+    document_sources: tuple[int, ...] = ()
+    source_names: tuple[str, ...] = ()
+
+    def like(self, other: PackedInputs) -> PackedInputs:
+        """Take over what ``other`` knows of its documents, and return this batch."""
+        self.__dict__.update(other.__dict__)
+        return self
 
 
 def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -56,6 +73,21 @@ def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     if ids is None and inputs.get("inputs_embeds") is not None:
         ids = inputs["inputs_embeds"][..., 0]
     return () if ids is None else (int(ids.shape[-1]),) * (ids.numel() // int(ids.shape[-1]))
+
+
+def sources_of(micro_batches: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Return, by source, how many documents micro-batches have, and tokens; of no mixture, nothing.
+
+    Every known source is in it, so that ranks agree about the names.
+    """
+    packed = [micro for micro in micro_batches if isinstance(micro, PackedInputs)]
+    names = packed[0].source_names if packed else ()
+    found = [[0, 0] for _ in names]
+    for micro in packed:
+        for source, length in zip(micro.document_sources, micro.document_lengths, strict=False):
+            found[source][0] += 1
+            found[source][1] += length
+    return {name: (count, tokens) for name, (count, tokens) in zip(names, found, strict=True)}
 
 
 def supervised_tokens(inputs: Mapping[str, Any]) -> int:
@@ -115,6 +147,8 @@ class StepBatch:
         loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
         part_tokens: By part of a composed model, the tokens of the step over all ranks that its loss is the mean of.
         losses: This rank's share of each part's global mean, where ``Launcher.backward`` was given losses by part.
+        source_sums: Of a mixture, the summed losses of this rank's supervised tokens and their number, by source;
+            ``[2, sources]`` on the device; None where the model takes its loss by itself.
     """
 
     micro_batches: Sequence[Mapping[str, Any]]
@@ -124,3 +158,4 @@ class StepBatch:
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     part_tokens: Mapping[str, int] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
+    source_sums: Tensor | None = None

@@ -56,6 +56,7 @@ class CheckpointSchedule:
         self._checkpointer: Checkpointer | None = None
         self.stopping = False
         self.last = False
+        self._saved = 0
 
     def _open(self) -> Checkpointer | None:
         if self._checkpointer is None and self.directory is not None:
@@ -67,13 +68,14 @@ class CheckpointSchedule:
     def save_if_due(self, state: Mapping[str, Any], step: int) -> None:
         """Save ``state`` after ``step`` when the schedule says so; collective."""
         regular = self.save_steps is not None and step % self.save_steps == 0
-        if not (regular or self.stopping or (self.last and self.save_final)):
+        if step == self._saved or not (regular or self.stopping or (self.last and self.save_final)):
             return
         checkpointer = self._open()
         if checkpointer is None:
             logger.warning_once("nothing is saved: the launcher was given no checkpoint directory")
             return
         checkpointer.save(state, step)
+        self._saved = step
 
     def resume(self, state: Mapping[str, Any]) -> int:
         """Load what to continue from into ``state`` and return its step; 0 when there is nothing; collective.
@@ -85,7 +87,8 @@ class CheckpointSchedule:
         if checkpointer is None:
             return 0
         if self.resume_from == "auto":
-            return checkpointer.load_latest(state) or 0
+            self._saved = checkpointer.load_latest(state) or 0
+            return self._saved
         step = 0 if self.resume_from == "none" else checkpointer.load(state, Path(self.resume_from))
         checkpointer.refuse_newer(step)
         return step

@@ -25,8 +25,9 @@ from veomni.strategies.expert_parallel import refuse_experts
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
-    from veomni.data import PackedDataLoader, TextDataset
+    from veomni.data import Mixture, PackedDataLoader, StreamLoader, TextDataset
     from veomni.data.multimodal import MultimodalTransform
+    from veomni.data.samples import SampleMaker
     from veomni.loggers import Logger
 
 
@@ -166,21 +167,31 @@ def _extra_loggers(config: Config) -> list[Logger]:
     return loggers
 
 
-def load_datasets(config: Config) -> tuple[TextDataset, TextDataset | None]:
-    """Return the training documents and the held-out ones, or None."""
-    from veomni.data import build_dataset
+def load_datasets(config: Config) -> tuple[TextDataset | Mixture, TextDataset | None]:
+    """Return the training documents, indexed or as a stream, and the held-out ones, or None."""
+    from veomni.data import DataSource, build_dataset
 
     data = config.data
-    kind: dict[str, Any] = {"data_type": data.data_type, "text_key": data.text_key, "messages_key": data.messages_key}
+    keys = ("data_type", "format", "text_key", "messages_key")
+    kind: dict[str, Any] = {key: getattr(data, key) for key in keys}
+    sources = []
+    for source in data.sources:
+        given = {key: getattr(source, key) or kind[key] for key in keys}
+        sources.append(DataSource(source.path, source.name, source.weight, **given))
     train, held_out = build_dataset(
         data.train_path,
+        sources=sources,
+        streaming=data.streaming,
+        weigh_by=data.weigh_by,
+        stopping=data.stopping,
         max_documents=data.max_documents,
         eval_fraction=0.0 if data.eval_path else data.eval_fraction,
         seed=config.train.seed,
+        cache_dir=data.cache_dir,
         **kind,
     )
     if data.eval_path is not None:
-        held_out, _ = build_dataset(data.eval_path, **kind)
+        held_out, _ = build_dataset(data.eval_path, cache_dir=data.cache_dir, **kind)
     return train, held_out
 
 
@@ -193,6 +204,8 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
     """
     from veomni.data.cache import cache_directory
     from veomni.data.chat_templates import find_chat_template
+    from veomni.data.fetch import Fetch
+    from veomni.data.formats import MESSAGES
     from veomni.data.multimodal import (
         FeatureCache,
         MediaLimits,
@@ -219,11 +232,40 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
         place = cache_directory(data.cache_dir) / "media"
         cache = FeatureCache(place, int(media.cache_gib * (1 << 30)), [settings_of(family), asdict(limits)])
     template = find_chat_template(data.chat_template, tokenizer)
-    reader = MediaReader(Path(media.root), limits=limits)
-    return MultimodalTransform(family, tokenizer, template, reader, data.messages_key, cache)
+    fetch = Fetch(media.url_hosts, max_bytes=media.max_bytes, timeout=media.url_timeout) if media.url_hosts else None
+    reader = MediaReader(Path(media.root), fetch, limits)
+    return MultimodalTransform(family, tokenizer, template, reader, MESSAGES, cache)
 
 
-def load_tokenizer(config: Config, dataset: TextDataset) -> Any:
+def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any, part: SequencePart) -> SampleMaker:
+    """Return what makes samples and micro-batches of a dataset of conversations with media."""
+    from veomni.data import Mixture
+    from veomni.data.digests import digest, tokenizer_digest
+    from veomni.data.multimodal import MediaSamples, SkipBadMedia, settings_of
+    from veomni.data.multimodal.collate import MultimodalCollator
+
+    data, media = config.data, config.data.media
+    transform = load_media_transform(config, tokenizer)
+    architecture = transform.family.parts.config
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = MultimodalCollator(architecture, max_seq_len=data.max_seq_len, pad_token_id=int(pad or 0), part=part)
+    layouts = [source.layout for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset.layout]
+    return MediaSamples(
+        SkipBadMedia(transform, media.max_skipped) if media.on_bad_media == "skip" else transform,
+        collator,
+        stand_ins=transform.family.unlearned,
+        sources=len(layouts),
+        overlong=data.overlong,
+        digests={
+            "tokenizer": tokenizer_digest(tokenizer),
+            "chat template": digest(transform.chat_template),
+            "layouts": digest([layout.facts() for layout in layouts]),
+            "media": digest(settings_of(transform.family)),
+        },
+    )
+
+
+def load_tokenizer(config: Config, dataset: TextDataset | Mixture) -> Any:
     """Return the tokenizer of the run: a ready one, or one trained on the documents by whichever rank comes first."""
     from veomni.data import cached_byte_bpe
     from veomni.models import build_tokenizer
@@ -289,17 +331,19 @@ def _refuse_mismatch(config: Config, architecture: Any, tokenizer: Any) -> None:
 
 
 def load_batches(
-    config: Config, dataset: TextDataset, tokenizer: Any, launcher: Launcher, *, train: bool
-) -> PackedDataLoader:
+    config: Config, dataset: TextDataset | Mixture, tokenizer: Any, launcher: Launcher, *, train: bool
+) -> PackedDataLoader | StreamLoader:
     """Return the loader of this rank's micro-batches."""
     from veomni.data import build_dataloader
 
     data, section = config.data, config.train
+    part = launcher.sequence_part
+    endless = section.max_steps is not None and (data.stopping == "repeat" or not (data.streaming or data.sources))
     return build_dataloader(
         dataset,
         tokenizer,
         parallel=launcher.data_parallel,
-        part=launcher.sequence_part,
+        part=part,
         micro_batch_size=section.micro_batch_size,
         global_batch_size=section.global_batch_size,
         max_seq_len=data.max_seq_len,
@@ -310,10 +354,15 @@ def load_batches(
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
         pin_memory=data.pin_memory,
-        epochs=None if section.max_steps else section.num_train_epochs,
+        epochs=None if endless else section.num_train_epochs,
         cache_dir=data.cache_dir,
         chat_template=data.chat_template,
         train=train,
+        balance=data.balance,
+        stream_shards=data.stream_shards,
+        lookahead=data.lookahead,
+        max_media_tokens=data.max_media_tokens,
+        samples=load_samples(config, dataset, tokenizer, part) if dataset.data_type == "multimodal" else None,
     )
 
 
@@ -343,6 +392,15 @@ def create_scheduler(config: Config, optimizer: Optimizer, total_steps: int) -> 
     )
 
 
-def total_steps(config: Config, loader: PackedDataLoader) -> int:
-    """Return the optimizer steps of the whole run."""
-    return config.train.max_steps or loader.steps_per_epoch * config.train.num_train_epochs
+def total_steps(config: Config, loader: PackedDataLoader | StreamLoader) -> int:
+    """Return the optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: the data is read as a stream, whose length nobody knows, and ``train.max_steps`` is null.
+    """
+    if config.train.max_steps:
+        return config.train.max_steps
+    if loader.steps_per_epoch is None:
+        problem = "the data is packed while it is read, and how many steps it makes is not known beforehand"
+        raise ConfigError(problem, "set train.max_steps")
+    return loader.steps_per_epoch * config.train.num_train_epochs

@@ -31,7 +31,16 @@ from torch.optim import Optimizer
 
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.agreement import agree
-from veomni.batch import MicroBatch, StepBatch, StepWork, supervised_tokens
+from veomni.batch import (
+    SOURCE_IDS,
+    MicroBatch,
+    PackedInputs,
+    StepBatch,
+    StepWork,
+    document_lengths,
+    sources_of,
+    supervised_tokens,
+)
 from veomni.batch_keys import part_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, ModelError
@@ -50,6 +59,7 @@ from veomni.strategies.recompute import Recompute, apply_recompute
 from veomni.strategies.select import parameter_strategy, select_strategies
 
 if TYPE_CHECKING:
+    from veomni.models import TokenMeanLoss
     from veomni.moe import MoEOptions, RouterController
 
 logger = create_logger(__name__)
@@ -125,6 +135,7 @@ class Launcher:
         self._batch: StepBatch | None = None
         self._controllers: WeakKeyDictionary[nn.Module, RouterController] = WeakKeyDictionary()
         self._controller: RouterController | None = None
+        self._token_losses: WeakKeyDictionary[nn.Module, TokenMeanLoss] = WeakKeyDictionary()
 
     # ---------------------------------------------------------------- processes
 
@@ -243,7 +254,7 @@ class Launcher:
         group = dist.group.WORLD if self.broadcast_weights else None
         materialize = Materializer(model, device=self._storage_device(), seed=self.seed, group=group)
         self.reporter.describe_model(model, self.accelerator, self.precision, self.world_size)
-        install_token_loss(model, fused=self.fused_loss)
+        token_loss = install_token_loss(model, fused=self.fused_loss)
         dtype = torch.float64 if self.precision.name == "fp64" else torch.float32
         controller = install_controller(model, self.router or MoEOptions(), self.state, self.device, dtype)
         prepare_towers(model)
@@ -261,6 +272,8 @@ class Launcher:
             strategy.verify(ready, unwrap(ready), context)
         controller.check(ready)
         self._controllers[ready] = controller
+        if token_loss is not None:
+            self._token_losses[ready] = token_loss
         return ready
 
     def _storage_device(self) -> torch.device:
@@ -318,15 +331,23 @@ class Launcher:
         while total is None or self.step < total:
             self.reporter.begin_step()
             micro_batches = next(iterator, None)
-            batch = self._next_batch(micro_batches, total)
+            drained = (
+                micro_batches is not None
+                and not _has_document(micro_batches)
+                and bool(getattr(loader, "drained", False))
+            )
+            batch = self._next_batch(micro_batches, total, drained)
             if batch is None:
+                self.checkpoints.last = True  # the data has ended: what is saved now is final
                 break
             self.reporter.mark("data")
             yield batch
             if self.checkpoints.stopping:
                 self._exit_preempted()
 
-    def _next_batch(self, micro_batches: Sequence[Mapping[str, Any]] | None, total: int | None) -> StepBatch | None:
+    def _next_batch(
+        self, micro_batches: Sequence[Mapping[str, Any]] | None, total: int | None, drained: bool = False
+    ) -> StepBatch | None:
         assert self._stop is not None, "call launch() before track()"
         mine = [self._own_part(micro) for micro in micro_batches or ()]
         agreed = agree(
@@ -335,7 +356,10 @@ class Launcher:
             stop=self._stop.requested,
             work=self.reporter.measure(mine),
             parts=_summed(part_tokens(micro) for micro in mine),
+            drained=drained,
         )
+        if agreed.ranks_drained == self.world_size:
+            return None
         if agreed.ranks_with_batch < self.world_size:
             if agreed.ranks_with_batch:
                 logger.warning_rank0("the data ended unevenly: %s of %s ranks had a batch that nobody trained on",
@@ -359,9 +383,24 @@ class Launcher:
             last = index == len(batch.micro_batches) - 1
             micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last, part_tokens(inputs))
             watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
-            with self.parameter_strategy.grad_sync(model, last), watch:
+            with self.parameter_strategy.grad_sync(model, last), watch, self._by_source(model, inputs, batch):
                 yield micro
         self.reporter.mark("compute")
+
+    @contextmanager
+    def _by_source(self, model: nn.Module, inputs: Mapping[str, Any], batch: StepBatch) -> Iterator[None]:
+        """Take the losses of a mixture's sources apart while the body computes the loss of a micro-batch."""
+        loss = self._token_losses.get(model)
+        if loss is None or SOURCE_IDS not in inputs:
+            yield
+            return
+        from veomni.models import SourceLosses
+
+        assert isinstance(inputs, PackedInputs)
+        loss.by_source = SourceLosses(inputs[SOURCE_IDS].to(self.device, non_blocking=True), len(inputs.source_names))
+        yield
+        sums, loss.by_source = loss.by_source.sums, None
+        batch.source_sums = sums if batch.source_sums is None else batch.source_sums + sums
 
     def _begin_routing(self, controller: RouterController, model: nn.Module, batch: StepBatch) -> None:
         controller.begin_step(batch.work.tokens, len(batch.micro_batches))
@@ -379,6 +418,7 @@ class Launcher:
         return {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
+            if name != SOURCE_IDS
         }
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
@@ -416,6 +456,26 @@ class Launcher:
         means = torch.stack([batch.losses[name] for name in names])
         dist.all_reduce(means, group=self.state.group("loss"))
         return {f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
+
+    def source_metrics(self, batch: StepBatch) -> dict[str, float | int | None]:
+        """Return what a mixture's sources have in the step, equal on all ranks; nothing for other data.
+
+        For each source, by its name: ``source_loss/NAME``, the mean over its supervised tokens (None without any);
+        ``source_samples/NAME`` and ``source_tokens/NAME``, its documents and their tokens, whether learned or not.
+        """
+        sources = sources_of(batch.micro_batches)
+        if len(sources) < 2:
+            return {}
+        counts = torch.tensor(list(sources.values()), dtype=torch.float64).T / self.state.size("sequence")
+        losses = batch.source_sums
+        numbers = torch.cat([torch.zeros(2, len(sources)) if losses is None else losses.cpu(), counts])
+        dist.all_reduce(numbers)  # as ranks agree before a step: small, in float64, on the CPU
+        found: dict[str, float | int | None] = {}
+        for name, (loss, learned, documents, tokens) in zip(sources, numbers.T.tolist(), strict=True):
+            if losses is not None:
+                found[f"source_loss/{name}"] = loss / learned if learned else None
+            found |= {f"source_samples/{name}": round(documents), f"source_tokens/{name}": round(tokens)}
+        return found
 
     def global_loss(self, batch: StepBatch) -> Tensor:
         """Return the mean over all supervised tokens of the step, equal on all ranks."""
@@ -532,6 +592,10 @@ def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for one in counts:
         total = {name: total[name] + one[name] for name in total}
     return total
+
+
+def _has_document(micro_batches: Sequence[Mapping[str, Any]]) -> bool:
+    return any(document_lengths(micro) for micro in micro_batches)
 
 
 def _store_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -83,6 +83,8 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
     rows = _row_shape(whole)
     indices = part.indices(rows[1])
     result = PackedInputs(whole)
+    if isinstance(inputs, PackedInputs):
+        result.like(inputs)
     result.document_lengths = document_lengths(inputs)
     result.row_lengths = _row_lengths(inputs)
     result.row_digest = _digest(inputs)

@@ -12,6 +12,9 @@ from veomni.config import check_layout, load_config
 from veomni.errors import EXIT_BAD_INPUT, InputError, LayoutError
 
 # Changes to the file, arguments after it, what the problem says, what the fix says.
+SOURCE = {"path": ".", "name": "a", "weight": 1.0}
+MIXED = {"data.train_path": None, "data.sources": [SOURCE], "train.max_steps": 1}
+
 CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     "unknown key": ({"train.max_step": 3}, [], "train.max_step (", "did you mean 'max_steps'"),
     "unknown key of a group": (
@@ -70,6 +73,40 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     ),
     "evaluation without data": ({"train.eval.every_steps": 5}, [], "train.eval.every_steps", "data.eval_fraction"),
     "a chat template for plain text": ({"data.chat_template": "chatml"}, [], "data.chat_template", "conversation"),
+    "a format for plain text": ({"data.format": "sharegpt"}, [], "data.format sharegpt", "data.data_type"),
+    "an unknown format": ({"data.format": "share"}, [], "data.format", "'sharegpt'"),
+    "two ways to name data": (
+        {"data.sources": [SOURCE], "train.max_steps": 1}, [], "data.train_path and data.sources", "give one",
+    ),
+    "two sources of one name": (
+        MIXED | {"data.sources": [SOURCE, dict(SOURCE)]}, [], "two sources are called 'a'", "own",
+    ),
+    "weights that sum to zero": (
+        MIXED | {"data.sources": [{**SOURCE, "weight": 0.0}]}, [], "the weights sum to zero", "above 0",
+    ),
+    "a negative weight": (
+        MIXED | {"data.sources": [{**SOURCE, "weight": -1.0}]}, [], "data.sources.0.weight", "greater than or equal",
+    ),
+    "a source without a name": (MIXED | {"data.sources": [{"path": "."}]}, [], "data.sources.0.name is", "entry"),
+    "a name with a slash": (MIXED | {"data.sources": [{**SOURCE, "name": "a/b"}]}, [], "data.sources.0.name", ""),
+    "an unknown key of a source": (
+        MIXED | {"data.sources": [{**SOURCE, "wieght": 1.0}]}, [], "data.sources.0.wieght", "",
+    ),
+    "a source that is not there": (
+        MIXED | {"data.sources": [{**SOURCE, "path": "nowhere"}]}, [], "data.sources.0.path: nowhere", "give",
+    ),
+    "media in one source of two": (
+        MIXED | {"data.sources": [SOURCE, {**SOURCE, "name": "b", "data_type": "multimodal"}]}, [],
+        "some are multimodal and some are not", "all of them",
+    ),
+    "a mixture without an end": (MIXED | {"train.max_steps": None}, [], "a stream does not say how long", "max_steps"),
+    "a held-out share of a stream": (
+        {"data.streaming": True, "train.max_steps": 1, "data.eval_fraction": 0.1}, [], "eval_fraction", "eval_path",
+    ),
+    "the first of a stream": (
+        {"data.streaming": True, "train.max_steps": 1, "data.max_documents": 5}, [], "data.max_documents", "eval_path",
+    ),
+    "URLs without media": ({"data.media": {"url_hosts": ["a"]}}, [], "data.media.url_hosts", "multimodal"),
     "two held-out sets": (
         {"data.eval_path": ".", "data.eval_fraction": 0.1}, [], "data.eval_path", "data.eval_fraction",
     ),

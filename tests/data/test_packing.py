@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from veomni.data.order import hashed_uniform, shuffled
+from veomni.data.order import Permutation, hashed_uniform, shuffled
 from veomni.data.packing import best_fit_decreasing, epoch_bins
 
 
@@ -70,7 +70,37 @@ def test_unpacked_rows_hold_one_sample():
 def test_the_order_is_frozen():
     """A run resumed with a later version must find its data in the same order."""
     assert shuffled(8, "samples", 0, 0).tolist() == FROZEN
+    assert [Permutation(8, "x", 0)[index] for index in range(8)] == FROZEN_WITHOUT_TABLE
     assert sorted(shuffled(1000, "samples", 5, 2)) == list(range(1000))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 63, 1000, 4097])
+def test_a_permutation_without_a_table_is_one(count):
+    drawn = [Permutation(count, "x", seed) for seed in (0, 1)]
+    assert [sorted(one[index] for index in range(count)) for one in drawn] == [list(range(count))] * 2
+    with pytest.raises(IndexError):
+        drawn[0][count]
+
+
+def test_a_permutation_without_a_table_mixes():
+    """Neighbours and places are independent: over many keys every place is taken about equally often."""
+    taken = np.zeros((11, 11))
+    apart = []
+    for key in range(2000):
+        one = Permutation(11, "x", key)
+        order = [one[index] for index in range(11)]
+        taken[range(11), order] += 1
+        apart.append(abs(order[3] - order[4]))
+    assert taken.min() > 110
+    assert taken.max() < 255  # 182 expected, standard deviation 13
+    assert abs(np.mean(apart) - 4) < 0.25
+
+
+def test_long_lengths_are_sorted_by_both_halves():
+    lengths = np.random.default_rng(0).integers(1, 1 << 20, 500)
+    assert sorted((1 << 20) - np.bincount(best_fit_decreasing(lengths, 1 << 20), weights=lengths)) == one_by_one(
+        lengths.tolist(), 1 << 20
+    )
 
 
 def test_hashes_are_uniform():
@@ -80,3 +110,4 @@ def test_hashes_are_uniform():
 
 
 FROZEN = [2, 3, 6, 7, 1, 0, 4, 5]
+FROZEN_WITHOUT_TABLE = [4, 0, 6, 2, 5, 1, 3, 7]

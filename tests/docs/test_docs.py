@@ -16,7 +16,8 @@ from veomni.config import Config, check_layout
 from veomni.config.keys import all_keys
 from veomni.config.layout import local_processes
 from veomni.config.yaml_file import read_yaml
-from veomni.data import build_dataset
+from veomni.data import TextDataset, build_dataloader, build_dataset
+from veomni.models import build_tokenizer
 
 TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
 SECTIONS = {"model", "data", "train"}
@@ -116,12 +117,29 @@ def _stored(block: Block) -> str:
 
 def _is_data(block: Block) -> None:
     assert block.file is not None, f"{block.place}: give the data a file name"
+    told = dict(re.findall(r"(data_type|format)=(\w+)", block.info))
     kind = "conversation" if "messages" in json.loads(block.text.splitlines()[0]) else "plaintext"
     if "media/" in block.text:
         kind = "multimodal"
-    dataset, _ = build_dataset(block.file, data_type=kind)
+    options = {"data_type": kind, **told}
+    dataset, _ = build_dataset(block.file, **options)
     assert len(dataset) == len(block.text.splitlines())
-    assert all(dataset.texts())
+    if kind != "multimodal":
+        _becomes_rows(dataset, block)
+    if options["data_type"] != "tokenized":
+        assert all(dataset.texts())
+
+
+def _becomes_rows(dataset: TextDataset, block: Block) -> None:
+    """Load every sample as a run would, indexed or streamed."""
+    tokenizer = build_tokenizer("my-model")
+    renders = dataset.data_type in ("conversation", "preference")
+    template = ("qwen3" if "call" in block.text else "chatml") if renders else None
+    loader = build_dataloader(
+        dataset, tokenizer, max_seq_len=4096, epochs=1, chat_template=template, cache_dir="cache", stream_shards=1
+    )
+    documents = sum(len(micro.document_lengths) for step in loader for micro in step)
+    assert documents == len(dataset) * (2 if dataset.data_type == "preference" else 1), block.place
 
 
 def _runs(found: list[Block]) -> None:

@@ -101,7 +101,8 @@ class Checkpointer:
         """Save ``state`` as the checkpoint of ``step``; a valid one there is kept, a damaged one renamed.
 
         Args:
-            state: "model", "optimizer", and anything with a ``state_dict``.
+            state: "model", "optimizer", and anything with a ``state_dict``; where each rank holds a part of it, the
+                object has a ``merge_states`` that makes one state of all ranks' in order.
             step: The optimizer step it was taken after.
 
         Raises:
@@ -116,7 +117,7 @@ class Checkpointer:
                 return
             self._make_room(final, damage, step)
         table = sharded_state(state.get("model"), state.get("optimizer"))
-        objects = {name: part.state_dict() for name, part in state.items() if name not in ("model", "optimizer")}
+        objects = {name: _whole_state(part) for name, part in state.items() if name not in ("model", "optimizer")}
         temporary = final.with_name(f"{final.name}.tmp-{shared_token()}")
         if not self._async:
             self._write(table, objects, temporary, final, step, None)
@@ -350,3 +351,8 @@ class Checkpointer:
                 self._stager.close()
                 self._stager = None
             self._lock.release()
+
+
+def _whole_state(part: Any) -> Any:
+    state = part.state_dict()
+    return part.merge_states(gather(state)) if hasattr(part, "merge_states") else state

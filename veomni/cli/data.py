@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from veomni.config import Config
 
 HELP = "print documents as tokens with those that are learned in colour, and draw how long they are"
 TAKES_CONFIG = True
@@ -16,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows to print (default: %(default)s)")
     parser.add_argument(
         "--documents", type=int, default=256, metavar="N",
-        help="documents whose media are decoded and lengths counted (multimodal data; default: %(default)s)",
+        help="documents with media, or rows of a stream, that are read to measure lengths (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--plot", metavar="FILE", help="where the histogram goes (default: data_lengths.png in train.output_dir)"
@@ -38,10 +42,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     config = load_config(rest[1:] if rest[:1] == ["preview"] else rest)
     console = Console(highlight=False, soft_wrap=True)
-    if config.data.data_type == "multimodal":
+    kinds = {source.data_type or config.data.data_type for source in config.data.sources} or {config.data.data_type}
+    if "multimodal" in kinds:
         lengths = show_documents(config, console, arguments.rows, arguments.documents)
     else:
-        lengths = show_rows(config, console, arguments.rows)
+        lengths = show_rows(config, console, arguments.rows, arguments.documents)
     out = Path(arguments.plot or Path(config.train.output_dir) / "data_lengths.png")
-    plot_lengths(lengths, config.data.max_seq_len, out, f"{len(lengths)} documents of {config.data.train_path}")
+    plot_lengths(lengths, config.data.max_seq_len, out, f"{len(lengths)} documents of {_named(config)}")
     console.print(f"lengths: {out}", style="bold")
+
+
+def _named(config: Config) -> str:
+    names = [source.name for source in config.data.sources]
+    return ", ".join(names) if names else str(config.data.train_path)

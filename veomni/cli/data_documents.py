@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def show_documents(config: Config, console: Console, shown: int, counted: int) -> list[int]:
     """Print the first documents, and how full rows are if those counted are packed; return their lengths."""
+    from veomni.data import TextDataset
     from veomni.data.multimodal import SkipBadMedia
     from veomni.from_config import load_datasets, load_media_transform, load_tokenizer
 
@@ -28,7 +29,8 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     documents = [made for made in map(encode, islice(dataset, max(shown, counted))) if made is not None]
     for document in documents[:shown]:
         _show(document, console, tokenizer, transform.family.unlearned)
-    return _summary(config, console, documents, skipping.skipped, len(dataset))
+    available = f"{len(documents)} of {len(dataset)}" if isinstance(dataset, TextDataset) else f"{len(documents)}"
+    return _summary(config, console, documents, skipping.skipped, available)
 
 
 def _show(document: EncodedDocument, console: Console, tokenizer: Any, stand_ins: frozenset[int]) -> None:
@@ -60,7 +62,7 @@ def _became(features: MediaFeatures) -> str:
 
 
 def _summary(
-    config: Config, console: Console, documents: list[EncodedDocument], skipped: int, available: int
+    config: Config, console: Console, documents: list[EncodedDocument], skipped: int, available: str
 ) -> list[int]:
     import numpy as np
 
@@ -74,7 +76,7 @@ def _summary(
     learned = sum(sum(_tokens(document)[1]) for document in documents)
     fitting = lengths[lengths <= capacity]
     rows = int(best_fit_decreasing(fitting, capacity).max()) + 1 if len(fitting) else 0
-    console.rule(f"{len(documents)} of {available} documents")
+    console.rule(f"{available} documents")
     console.print(f"{lengths.sum()} tokens, {100 * learned / lengths.sum():.1f} % learned; {LEGEND}", style="bold")
     if rows:
         filled = 100 * fitting.sum() / (rows * capacity)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+from veomni.batch import PackedInputs
 from veomni.cli.token_colours import LEGEND, coloured
 
 if TYPE_CHECKING:
@@ -13,13 +14,25 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from veomni.config import Config
+    from veomni.data import PackedDataLoader, StreamLoader
+
+
+def show_rows(config: Config, console: Console, rows: int, counted: int) -> list[int]:
+    """Print the rows that training starts with, and how full rows are; return the lengths of samples.
+
+    Args:
+        config: Names data and tokenizer.
+        console: Where to print.
+        rows: How many rows to print.
+        counted: How many rows of a stream are measured; of data that is indexed, all are.
+    """
     from veomni.data import PackedDataLoader
 
-
-def show_rows(config: Config, console: Console, rows: int) -> list[int]:
-    """Print the rows that training starts with, and how full all rows are; return the length of every sample."""
     loader, tokenizer = _loader(config)
-    micro_batches = chain.from_iterable(loader)
+    read: Iterator[Mapping[str, Any]] = chain.from_iterable(loader)
+    if not isinstance(loader, PackedDataLoader):
+        return _show_stream(list(islice(read, max(rows, counted))), config.data.max_seq_len, tokenizer, console, rows)
+    micro_batches = read
     for number, row in enumerate(islice(micro_batches, rows), 1):
         console.rule(f"row {number}")
         for part in _documents(row, tokenizer):
@@ -29,8 +42,28 @@ def show_rows(config: Config, console: Console, rows: int) -> list[int]:
     return loader.sample_lengths.tolist()
 
 
-def _loader(config: Config) -> tuple[PackedDataLoader, Any]:
-    from veomni.data import build_dataloader
+def _show_stream(
+    read: Sequence[Mapping[str, Any]], capacity: int, tokenizer: Any, console: Console, rows: int
+) -> list[int]:
+    """Print rows of a stream with the places their documents come from, and how full those read are."""
+    lengths: list[int] = []
+    for number, row in enumerate(read, 1):
+        assert isinstance(row, PackedInputs)
+        lengths += row.document_lengths
+        if number > rows:
+            continue
+        console.rule(f"row {number}")
+        for name, source in zip(row.document_ids, row.document_sources, strict=True):
+            console.print(f"{row.source_names[source]}: {name.partition('/')[2]}", style="cyan")
+        for part in _documents(row, tokenizer):
+            console.print(part)
+    filled = f"the first {len(read)} rows of {capacity} tokens: {100 * sum(lengths) / (len(read) * capacity):.2f} %"
+    console.print(f"{filled} filled; {LEGEND}", style="bold")
+    return lengths
+
+
+def _loader(config: Config) -> tuple[PackedDataLoader | StreamLoader, Any]:
+    from veomni.data import Mixture, build_dataloader
     from veomni.from_config import load_datasets, load_tokenizer
 
     data = config.data
@@ -45,9 +78,11 @@ def _loader(config: Config) -> tuple[PackedDataLoader, Any]:
         packing=data.packing,
         overlong=data.overlong,
         pin_memory=False,
-        epochs=1,
+        epochs=None if isinstance(dataset, Mixture) else 1,
         cache_dir=data.cache_dir,
         chat_template=data.chat_template,
+        stream_shards=data.stream_shards,
+        lookahead=data.lookahead,
     )
     return loader, tokenizer
 

@@ -26,6 +26,7 @@ def consistency_problems(model: ModelConfig, data: DataConfig, train: TrainConfi
     yield from _held_out(data, train)
     yield from _chat_template(data)
     yield from _media(data)
+    yield from _streams(data, train)
     yield from _length(train)
     yield from _decay(train)
     yield from _optimizer(train)
@@ -82,9 +83,15 @@ def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
 
 
 def _chat_template(data: DataConfig) -> Iterator[Problem]:
-    if data.chat_template is not None and data.data_type == "plaintext":
+    renders = {"conversation", "multimodal", "preference"}
+    if data.chat_template is not None and not renders & _data_types(data):
         yield Problem(
             f"data.chat_template has no meaning with data.data_type {data.data_type}",
+            "leave it out, or set data.data_type to conversation or multimodal",
+        )
+    if data.format != "messages" and not {"conversation", "multimodal"} & _data_types(data):
+        yield Problem(
+            f"data.format {data.format} has no meaning with data.data_type {data.data_type}",
             "leave it out, or set data.data_type to conversation or multimodal",
         )
 
@@ -92,11 +99,40 @@ def _chat_template(data: DataConfig) -> Iterator[Problem]:
 def _media(data: DataConfig) -> Iterator[Problem]:
     default = MediaConfig()
     changed = [name for name in MediaConfig.model_fields if getattr(data.media, name) != getattr(default, name)]
-    if changed and data.data_type != "multimodal":
+    if changed and "multimodal" not in _data_types(data):
         yield Problem(
             f"data.media.{changed[0]} has no meaning with data.data_type {data.data_type}",
             "leave it out, or set data.data_type to multimodal",
         )
+
+
+def _data_types(data: DataConfig) -> set[str]:
+    """Return the types of all data that is trained on."""
+    return {source.data_type or data.data_type for source in data.sources} or {data.data_type}
+
+
+def _streams(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
+    if data.train_path is None and not data.sources:
+        yield Problem("data.train_path is missing, and so is data.sources", "give --data.train_path VALUE")
+    if data.train_path is not None and data.sources:
+        yield Problem("data.train_path and data.sources both name the training data", "give one of them")
+    names = [source.name for source in data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(f"data.sources: two sources are called {name!r}", "give each a name of its own")
+    if data.sources and not any(source.weight for source in data.sources):
+        yield Problem("data.sources: the weights sum to zero", "give one source a weight above 0")
+    kinds = {kind == "multimodal" for kind in _data_types(data)}
+    if len(kinds) > 1:
+        yield Problem("data.sources: some are multimodal and some are not", "set data_type multimodal for all of them")
+    if not (data.streaming or data.sources):
+        return
+    if train.max_steps is None:
+        yield Problem("a stream does not say how long it is, and train.max_steps is null", "set train.max_steps")
+    for key, given in (("eval_fraction", data.eval_fraction), ("max_documents", data.max_documents)):
+        if given:
+            yield Problem(
+                f"data.{key} chooses documents by number, and a stream does not number them", "use data.eval_path"
+            )
 
 
 def _length(train: TrainConfig) -> Iterator[Problem]:

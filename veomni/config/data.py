@@ -8,6 +8,7 @@ from pydantic import Field
 
 from veomni.config.base import PathText, Section
 from veomni.config.media import MediaConfig
+from veomni.config.sources import DataType, RecordFormat, SourceConfig
 
 BUILTIN_CORPUS = "python-stdlib"
 """The value of ``data.train_path`` that needs no file: the sources of this Python's standard library."""
@@ -16,9 +17,45 @@ BUILTIN_CORPUS = "python-stdlib"
 class DataConfig(Section):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
-    train_path: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(
-        description="Training data: a file, a directory, or a list of them (text, JSONL, Parquet, Arrow, a saved "
-        "Hugging Face dataset), or python-stdlib, the sources of the Python standard library on this machine."
+    train_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "
+        "WebDataset tar, a saved Hugging Face dataset), or python-stdlib, the sources of the Python standard library "
+        "on this machine.",
+    )
+    sources: list[SourceConfig] = Field(
+        default=[],
+        description="Instead of train_path: what is mixed, each with path, name, weight, and, where they differ from "
+        "those here, data_type, format, text_key and messages_key. Read as a stream.",
+    )
+    weigh_by: Literal["sample", "token"] = Field(
+        default="sample", description="Whether the weights of sources are shares of the samples or of their tokens."
+    )
+    stopping: Literal["repeat", "first_exhausted", "all_exhausted"] = Field(
+        default="repeat",
+        description="When a stream ends before train.max_steps: never; as soon as a source has been read "
+        "train.num_train_epochs times and is wanted again; or when all have been.",
+    )
+    streaming: bool = Field(
+        default=False, description="Read blocks of files as they are needed; false indexes all records first."
+    )
+    stream_shards: int = Field(
+        default=32,
+        ge=1,
+        description="Virtual shards of a stream, each with an order and rows of its own, whatever the number of ranks; "
+        "a multiple of the data ranks.",
+    )
+    lookahead: int = Field(
+        default=256, ge=1, description="Samples that a virtual shard reads ahead to fill its rows from."
+    )
+    max_media_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens of a row that stand for images, videos and sounds (a stream's or multimodal).",
+    )
+    balance: bool = Field(
+        default=False,
+        description="Share the rows of a step among ranks by the work in them, the squares of document lengths.",
     )
     eval_path: PathText | None = Field(default=None, description="Held-out data, read as train_path is.")
     eval_fraction: float = Field(
@@ -27,10 +64,15 @@ class DataConfig(Section):
         lt=1.0,
         description="Share of the training documents that is held out when eval_path is null.",
     )
-    data_type: Literal["plaintext", "conversation", "multimodal"] = Field(
+    data_type: DataType = Field(
         default="plaintext",
         description="plaintext learns every token; conversation applies a chat template, learns replies; multimodal "
-        "does so with images, videos and sounds.",
+        "does so with images, videos and sounds; tokenized takes ids as they are; preference takes pairs of answers.",
+    )
+    format: RecordFormat = Field(
+        default="messages",
+        description="How records hold conversations: {messages: [{role, content}]}, ShareGPT's "
+        "{conversations: [{from, value}]}, or Alpaca's {instruction, input, output}.",
     )
     text_key: str = Field(
         default="text", min_length=1, description="Field of a record that holds the text (plaintext)."

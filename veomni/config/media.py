@@ -16,6 +16,11 @@ class MediaConfig(Section):
         default=".",
         description="Directory that paths of media are relative to; nothing outside it is read (/ allows all).",
     )
+    url_hosts: list[str] = Field(
+        default=[],
+        description="Hosts that media are fetched from (.example.com allows all below it); empty allows no URLs.",
+    )
+    url_timeout: float = Field(default=30.0, gt=0, description="Seconds in which a URL must have been fetched.")
     on_bad_media: Literal["error", "skip"] = Field(
         default="error",
         description="What happens to a record with media that cannot be used: skip leaves it out and says so.",

@@ -23,12 +23,12 @@ def check_paths(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
 
 def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
     yield from _model(model)
-    paths = [data.train_path] if isinstance(data.train_path, str) else data.train_path
-    for path in paths:
-        if path != BUILTIN_CORPUS:
-            yield from _exists("data.train_path", path)
-    if data.eval_path is not None:
-        yield from _exists("data.eval_path", data.eval_path)
+    named = {"data.train_path": data.train_path, "data.eval_path": data.eval_path}
+    named |= {f"data.sources.{number}.path": source.path for number, source in enumerate(data.sources)}
+    for key, given in named.items():
+        for path in [given] if isinstance(given, str) else given or []:
+            if path != BUILTIN_CORPUS and not ("://" in path and not path.startswith("file://")):
+                yield from _exists(key, path.removeprefix("file://"))
     yield from _writable("train.output_dir", train.output_dir)
     if data.cache_dir is not None:
         yield from _writable("data.cache_dir", data.cache_dir)

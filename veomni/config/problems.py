@@ -55,11 +55,16 @@ def explain(error: ValidationError, schema: type[BaseModel], places: Mapping[str
 
 
 def _key(location: tuple[int | str, ...], kind: str, known: list[str]) -> str:
-    """Return the dotted path without the names of union members that pydantic appends."""
+    """Return the dotted path without the names of union members that pydantic appends.
+
+    Of a list of groups, number and key of the entry are part of it.
+    """
     if kind == "extra_forbidden":
         return ".".join(str(part) for part in location)
     key = ""
-    for part in location:
+    for index, part in enumerate(location):
+        if isinstance(part, int) and isinstance(location[-1], str) and index + 1 < len(location):
+            return f"{key}.{part}.{location[index + 1]}"
         longer = f"{key}.{part}" if key else str(part)
         if longer not in known:
             break
@@ -72,7 +77,9 @@ def _problem(key: str, items: list[Mapping[str, Any]], schema: type[BaseModel], 
     if items[0]["type"] == "extra_forbidden":
         return Problem(f"{key}{place} is not a key", _fix_unknown(key, schema))
     if items[0]["type"] == "missing":
-        return Problem(f"{key} is missing", f"set it in the file or by --{key} VALUE")
+        in_entry = any(part.isdigit() for part in key.split("."))
+        fix = "add it to that entry" if in_entry else f"set it in the file or by --{key} VALUE"
+        return Problem(f"{key} is missing", fix)
     wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
     return Problem(f"{key}{place} is {_shown(items[0]['input'])}", f"give {wanted}")
 

@@ -11,6 +11,7 @@ from veomni.data.cache import cache_directory
 from veomni.data.chat_templates import CHAT_TEMPLATES
 from veomni.data.dataset import TextDataset
 from veomni.data.digests import dataset_digest, digest
+from veomni.data.mixture import Mixture
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
 
@@ -25,7 +26,7 @@ _TRAINING_CHARACTERS = 16_000_000
 _FORMAT = 1
 
 
-def cached_byte_bpe(dataset: TextDataset, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
+def cached_byte_bpe(dataset: TextDataset | Mixture, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
     """Return the directory of the tokenizer of :func:`train_byte_bpe` for a dataset, trained if it is not there yet.
 
     Args:
@@ -34,7 +35,8 @@ def cached_byte_bpe(dataset: TextDataset, vocab_size: int, cache_dir: str | Path
         cache_dir: Where tokenizers are kept, under a digest of the texts; None for ``$XDG_CACHE_HOME/veomni``.
     """
     cache = cache_directory(cache_dir)
-    directory = cache / "tokenizers" / digest([_FORMAT, dataset_digest(dataset, cache), vocab_size])
+    read = dataset_digest(dataset, cache) if isinstance(dataset, TextDataset) else dataset.facts(cache)
+    directory = cache / "tokenizers" / digest([_FORMAT, read, vocab_size])
 
     def build(empty: Path) -> None:
         train_byte_bpe(dataset.texts(), vocab_size).save_pretrained(empty)

@@ -28,7 +28,7 @@ def dataset_digest(dataset: TextDataset, cache_dir: Path) -> str:
     """
     files = [_file_digest(path, cache_dir) for path in dataset.files]
     chosen = hashlib.blake2b(dataset.indices.tobytes(), digest_size=16).hexdigest()
-    return digest([files, chosen, dataset.data_type, dataset.text_key, dataset.messages_key])
+    return digest([files, chosen, *dataset.layout.facts()])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

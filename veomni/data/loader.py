@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from veomni.data.balance import balanced_share
 from veomni.data.packing import Bins, epoch_bins
 from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows, with_values
 from veomni.data.workers import Workers
@@ -38,6 +39,7 @@ class LoaderSettings:
     epochs: int | None
     train: bool
     worker_timeout: float
+    balance: bool = False
 
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.size * self.micro_batch_size):
@@ -176,12 +178,22 @@ class PackedDataLoader:
         while settings.epochs is None or epoch < settings.epochs:
             bins = self._bins(epoch)
             for at in range(step, self.steps_per_epoch):
-                first, last = at * settings.global_batch_size + settings.rank, (at + 1) * settings.global_batch_size
-                mine = range(first, last, settings.size)
+                mine = self._share(bins, at)
                 for micro in range(self._micro_batches(at)):
                     chosen = mine[micro * settings.micro_batch_size : (micro + 1) * settings.micro_batch_size]
                     yield [bins[row] if row < len(bins) else bins.samples[:0] for row in chosen]
             epoch, step = epoch + 1, 0
+
+    def _share(self, bins: Bins, step: int) -> Sequence[int]:
+        """Return the rows of a step that are this rank's, in order."""
+        settings = self._settings
+        rows = range(step * settings.global_batch_size, (step + 1) * settings.global_batch_size)
+        if not (settings.balance and settings.train):
+            return rows[settings.rank :: settings.size]
+        squares = self._batches.samples.length**2
+        costs = np.array([squares[bins[row]].sum() if row < len(bins) else 0 for row in rows])
+        share = balanced_share(costs, settings.rank, settings.size, settings.micro_batch_size)
+        return [rows[index] for index in share.tolist()]
 
     def _advance(self) -> None:
         self._step += 1
@@ -196,8 +208,9 @@ class PackedDataLoader:
                 self._batches, self._requests(), count=settings.num_workers,
                 prefetch_factor=settings.prefetch_factor, timeout=settings.worker_timeout,
             )  # fmt: skip
-        return map(_pinned, stream) if settings.pin_memory else stream
+        return map(pinned, stream) if settings.pin_memory else stream
 
 
-def _pinned(batch: MicroBatchInputs) -> MicroBatchInputs:
+def pinned(batch: MicroBatchInputs) -> MicroBatchInputs:
+    """Return a micro-batch in page-locked memory."""
     return with_values(batch, lambda value: value.pin_memory() if isinstance(value, Tensor) else value)

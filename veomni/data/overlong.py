@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,17 +50,13 @@ def cut_to_rows(lengths: NDArray[np.int64], capacity: int, policy: str, where: C
         DataError: a document is too long under ``error``, or ``drop`` leaves none.
         ConfigError: the policy is unknown.
     """
-    if policy not in OVERLONG_POLICIES:
-        fix = did_you_mean(policy, list(OVERLONG_POLICIES))
-        raise ConfigError(f"data.overlong: no policy is called {policy!r}", fix)
+    check_policy(policy)
     overlong = np.flatnonzero(lengths > capacity)
     documents = np.arange(len(lengths))
     if not len(overlong):
         return Samples(documents, np.zeros_like(documents), lengths)
     if policy == "error":
-        name, tokens = where(int(overlong[0])), int(lengths[overlong[0]])
-        problem = f"{name}: {tokens} tokens, more than data.max_seq_len {capacity} ({len(overlong)} such documents)"
-        raise DataError(problem, "raise data.max_seq_len, or set data.overlong to split, truncate or drop")
+        refuse_overlong(where(int(overlong[0])), int(lengths[overlong[0]]), capacity, len(overlong))
     lost = int((lengths[overlong] - capacity).sum())
     if policy == "split":
         logger.info_rank0("split %s documents longer than %s tokens into rows", len(overlong), capacity)
@@ -74,6 +71,20 @@ def cut_to_rows(lengths: NDArray[np.int64], capacity: int, policy: str, where: C
         )
     logger.warning_rank0("dropped %s documents longer than %s tokens", len(overlong), capacity)
     return Samples(kept, np.zeros_like(kept), lengths[kept])
+
+
+def check_policy(policy: str) -> None:
+    """Raise ConfigError unless ``policy`` is one of ``OVERLONG_POLICIES``."""
+    if policy not in OVERLONG_POLICIES:
+        fix = did_you_mean(policy, list(OVERLONG_POLICIES))
+        raise ConfigError(f"data.overlong: no policy is called {policy!r}", fix)
+
+
+def refuse_overlong(where: str, tokens: int, capacity: int, documents: int | None = None) -> NoReturn:
+    """Raise DataError for the document called ``where``; there are so many ``documents`` like it, if that is known."""
+    such = f" ({documents} such documents)" if documents is not None else ""
+    problem = f"{where}: {tokens} tokens, more than data.max_seq_len {capacity}{such}"
+    raise DataError(problem, "raise data.max_seq_len, or set data.overlong to split, truncate or drop")
 
 
 def _split(lengths: NDArray[np.int64], capacity: int) -> Samples:

@@ -71,23 +71,33 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> NDArray[np
         lengths: Positive, at most ``capacity``; equal lengths are placed in the order given.
         capacity: Tokens of a row.
     """
-    rows = _Rows(capacity, len(lengths))
-    distinct, counts = np.unique(lengths, return_counts=True)
-    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+    rows = _Rows(capacity)
+    counts = np.bincount(lengths)
+    distinct = np.flatnonzero(counts)
+    for length, count in zip(distinct[::-1].tolist(), counts[distinct[::-1]].tolist(), strict=True):
         while count:
             count -= rows.place(length, count)
     row_of = np.empty(len(lengths), np.int64)
-    row_of[np.argsort(-lengths, kind="stable")] = rows.placed
+    row_of[_longest_first(lengths)] = rows.placed()
     return row_of
+
+
+def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the order from long to short, equal lengths as given: a radix sort, 16 bits at a time."""
+    shortfall = lengths.max(initial=0) - lengths
+    order = np.argsort(shortfall.astype(np.uint16), kind="stable")  # of 16 bits numpy sorts by radix
+    if len(lengths) and shortfall.max() >> 16:
+        order = order[np.argsort((shortfall[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
 
 
 class _Rows:
     """Rows by free space, filled with samples from the longest down."""
 
-    def __init__(self, capacity: int, samples: int) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.placed = np.empty(samples, np.int64)
-        self._samples = self._rows = 0
+        self._rows = 0
+        self._placed: list[tuple[int, int, int]] = []  # first row, samples, of which so many share a row
         self._spaces: list[int] = []  # sorted, those that some row has free
         self._runs: dict[int, list[Run]] = {}
 
@@ -114,18 +124,26 @@ class _Rows:
         per_row = space // length
         full = min(available, count // per_row)
         rest = count - full * per_row if full < available else 0
-        at, end = self._samples, self._samples + full * per_row
-        self.placed[at:end] = np.repeat(np.arange(first, first + full), per_row)
-        self.placed[end : end + rest] = first + full
-        self._samples = end + rest
-        begun = int(rest > 0)
-        self._keep((first, full), space - per_row * length)
-        self._keep((first + full, begun), space - rest * length)
-        self._keep((first + full + begun, available - full - begun), space)
-        return end + rest - at
+        if full:
+            self._placed.append((first, full * per_row, per_row))
+            self._keep((first, full), space - per_row * length)
+        if rest:
+            self._placed.append((first + full, rest, rest))
+            self._keep((first + full, 1), space - rest * length)
+        left = available - full - int(rest > 0)
+        if left:
+            self._keep((first + full + int(rest > 0), left), space)
+        return full * per_row + rest
+
+    def placed(self) -> NDArray[np.int64]:
+        """Return the row of every sample, in the order they were placed."""
+        first, samples, per_row = np.array(self._placed, np.int64).reshape(-1, 3).T
+        ends = np.cumsum(samples)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - samples, samples)
+        return np.repeat(first, samples) + within // np.repeat(per_row, samples)
 
     def _keep(self, run: Run, space: int) -> None:
-        if not run[1] or not space:
+        if not space:
             return
         if space not in self._runs:
             self._runs[space] = []

@@ -62,7 +62,7 @@ def text_of(document: Document, key: str) -> str:
     Raises:
         DataError: the field is missing, null or not text.
     """
-    value = _field(document, key, "data.text_key")
+    value = field_of(document, key, "data.text_key")
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise DataError(
@@ -87,7 +87,7 @@ def messages_of(document: Document, key: str) -> list[Message]:
     Raises:
         DataError: the field is missing or no list of messages, a role is unknown or out of order, or nobody answers.
     """
-    value = _field(document, key, "data.messages_key")
+    value = field_of(document, key, "data.messages_key")
     if not isinstance(value, list):
         raise DataError(f"{document.where}: field {key!r} is not a list", "make it a list of {role, content}")
     if not value:
@@ -101,7 +101,12 @@ def messages_of(document: Document, key: str) -> list[Message]:
     return messages
 
 
-def _field(document: Document, key: str, option: str) -> Any:
+def field_of(document: Document, key: str, option: str) -> Any:
+    """Return the value of field ``key``.
+
+    Raises:
+        DataError: there is no such field; names those there are, and the ``option`` that chooses it.
+    """
     if key not in document.record:
         found = ", ".join(sorted(document.record)) or "none"
         raise DataError(f"{document.where}: no field {key!r} (fields: {found})", f"set {option} to the right field")

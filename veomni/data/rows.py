@@ -18,6 +18,9 @@ from veomni.sequence_split import SequencePart, split_rows
 _SEGMENT_BUCKET = 64
 
 Rows = Sequence[NDArray[np.int64]]
+DocumentTokens = tuple[NDArray[Any], NDArray[np.bool_] | None]
+"""Token ids ``[tokens]``, and where a loss is taken; None learns all."""
+
 MicroBatchInputs = PackedInputs
 
 
@@ -41,43 +44,55 @@ class MicroBatches(Dataset[MicroBatchInputs]):
 
     def __getitem__(self, rows: Rows) -> MicroBatchInputs:
         """Return ``[batch, seq]`` tensors for ``rows``, each the indices of its samples; a row may be empty."""
-        shape = (len(rows), self.capacity)
-        ids = np.full(shape, self.pad_token_id, np.int64)
-        labels = np.full(shape, IGNORE_INDEX, np.int64)
-        positions = np.empty(shape, np.int64)
-        segments: list[int] = []
-        documents: list[int] = []
-        filled: list[int] = []
-        for row, samples in enumerate(rows):
-            at = 0
-            for sample in samples:
-                stop = at + self._copy(int(sample), ids[row, at:], labels[row, at:])
-                segments.append(stop - at)
-                documents.append(stop - at)
-                positions[row, at:stop] = np.arange(stop - at)
-                at = stop
-            filled.append(at)
-            if at < self.capacity:
-                segments.append(self.capacity - at)
-                positions[row, at:] = np.arange(self.capacity - at)
-        tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
-        batch.document_lengths, batch.row_lengths = tuple(documents), tuple(filled)
-        if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
-            batch.update(segment_offsets(segments, self.capacity))
+        documents = [[self._document(int(sample)) for sample in samples] for samples in rows]
+        batch = pack_rows(documents, self.capacity, self.pad_token_id)
         return split_rows(batch, self.part) if self.part.size > 1 else batch
 
-    def _copy(self, sample: int, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> int:
-        """Write one sample to the front of ``ids`` and ``labels``, and return its length."""
-        length = int(self.samples.length[sample])
+    def _document(self, sample: int) -> DocumentTokens:
         start = int(self.documents.offsets[self.samples.document[sample]] + self.samples.start[sample])
-        taken = slice(start, start + length)
-        ids[:length] = self.documents.tokens[taken]
-        labels[:length] = ids[:length]
-        if self.documents.learned is not None:
-            labels[:length][self.documents.learned[taken] == 0] = IGNORE_INDEX
-        labels[0] = IGNORE_INDEX  # it would be predicted from the document before
-        return length
+        taken = slice(start, start + int(self.samples.length[sample]))
+        learned = self.documents.learned
+        return self.documents.tokens[taken], None if learned is None else learned[taken] != 0
+
+
+def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token_id: int) -> PackedInputs:
+    """Return ``[batch, seq]`` tensors for rows of documents; a row may be empty.
+
+    Args:
+        rows: The documents of each row, at most ``capacity`` tokens together.
+        capacity: Tokens of a row.
+        pad_token_id: Fills the tail of a row.
+    """
+    shape = (len(rows), capacity)
+    ids = np.full(shape, pad_token_id, np.int64)
+    labels = np.full(shape, IGNORE_INDEX, np.int64)
+    positions = np.empty(shape, np.int64)
+    segments: list[int] = []
+    lengths: list[int] = []
+    filled: list[int] = []
+    for row, documents in enumerate(rows):
+        at = 0
+        for tokens, learned in documents:
+            stop = at + len(tokens)
+            ids[row, at:stop] = tokens
+            labels[row, at:stop] = ids[row, at:stop]
+            if learned is not None:
+                labels[row, at:stop][~learned] = IGNORE_INDEX
+            labels[row, at] = IGNORE_INDEX  # it would be predicted from the document before
+            positions[row, at:stop] = np.arange(stop - at)
+            lengths.append(stop - at)
+            at = stop
+        segments += lengths[len(lengths) - len(documents) :]
+        filled.append(at)
+        if at < capacity:
+            segments.append(capacity - at)
+            positions[row, at:] = np.arange(capacity - at)
+    tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
+    batch.document_lengths, batch.row_lengths = tuple(lengths), tuple(filled)
+    if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
+        batch.update(segment_offsets(segments, capacity))
+    return batch
 
 
 def segment_offsets(segments: list[int], capacity: int) -> dict[str, Any]:
@@ -101,6 +116,4 @@ def segment_offsets(segments: list[int], capacity: int) -> dict[str, Any]:
 def with_values(batch: MicroBatchInputs, change: Callable[[Any], Any]) -> MicroBatchInputs:
     """Return a micro-batch with every value changed, that still knows its documents."""
     changed = PackedInputs({name: change(value) for name, value in batch.items()})
-    changed.document_lengths, changed.row_lengths = batch.document_lengths, batch.row_lengths
-    changed.row_digest = batch.row_digest
-    return changed
+    return changed.like(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,14 +45,19 @@ class TextFiles:
 
     def __getitem__(self, index: int) -> Document:
         path = self.files[index]
-        return Document({self.key: _decode(path.read_bytes(), str(path))}, str(path))
+        return Document({self.key: decode(path.read_bytes(), str(path))}, str(path))
 
 
 class JsonLines:
-    """One JSON object per line; blank lines are skipped. The file is memory-mapped and indexed by line."""
+    """One JSON object per line; blank lines are skipped. The file is memory-mapped and indexed by line.
 
-    def __init__(self, path: Path) -> None:
-        self.files = (path,)
+    Args:
+        path: The file.
+        name: What messages call it; None for its path.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.files, self.name = (path,), name or str(path)
         with path.open("rb") as file:
             self._bytes: mmap.mmap | bytes = b""
             if path.stat().st_size:  # an empty file cannot be mapped
@@ -69,34 +75,28 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Document:
         line = int(self._lines[index])
-        where = f"{self.files[0]}, line {line + 1}"
-        text = _decode(self._bytes[self._starts[line] : self._ends[line]], where)
-        try:
-            return _document(json.loads(text), where)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON: {error.msg} (column {error.colno})", "mend or remove the line"
-            ) from error
+        where = f"{self.name}, line {line + 1}"
+        return parse_line(self._bytes[self._starts[line] : self._ends[line]], where)
 
 
 class JsonArray:
     """A JSON file holding a list of objects; read whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.files = (path,)
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.files, self.name = (path,), name or str(path)
         try:
-            self._records = json.loads(_decode(path.read_bytes(), str(path)))
+            self._records = json.loads(decode(path.read_bytes(), self.name))
         except json.JSONDecodeError as error:
-            problem = f"{path}, line {error.lineno}: not JSON: {error.msg}"
+            problem = f"{self.name}, line {error.lineno}: not JSON: {error.msg}"
             raise DataError(problem, "mend the file; name it .jsonl if it holds one object per line") from error
         if not isinstance(self._records, list):
-            raise DataError(f"{path}: does not hold a list of records", "write a list of objects, or JSONL")
+            raise DataError(f"{self.name}: does not hold a list of records", "write a list of objects, or JSONL")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
-        return _document(self._records[index], f"{self.files[0]}, record {index + 1}")
+        return _document(self._records[index], f"{self.name}, record {index + 1}")
 
 
 class ParquetFile:
@@ -105,37 +105,54 @@ class ParquetFile:
     Args:
         path: The file.
         keys: The columns to read, where present; if none of them is, all are, so that messages can name them.
+        name: What messages call it; None for its path.
+        open_: Opens the file, where it is none of this machine.
+
+    Attributes:
+        again: Opens the file once more: a handle does not survive a fork.
+        offsets: The first record of each row group, and the number of records.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path | None, keys: Sequence[str], name: str | None = None, open_: Callable[[], Any] | None = None
+    ) -> None:
         import pyarrow.parquet as pq
 
-        self.files = (path,)
-        self._file = _opened(lambda: pq.ParquetFile(path, memory_map=True), path)
+        self.files, self.name = () if path is None else (path,), name or str(path)
+        self.again = partial(ParquetFile, path, keys, name, open_)
+        file = opened(lambda: pq.ParquetFile(open_()) if open_ else pq.ParquetFile(path, memory_map=True), self.name)
+        self._file = file
         self._columns = [key for key in keys if key in self._file.schema_arrow.names] or None
         groups = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
-        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups, dtype=np.int64)])
+        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups, dtype=np.int64)])
         self._group, self._table = -1, None
 
     def __len__(self) -> int:
-        return int(self._offsets[-1])
+        return int(self.offsets[-1])
 
     def __getitem__(self, index: int) -> Document:
-        group = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        group = int(np.searchsorted(self.offsets, index, side="right")) - 1
         if group != self._group:
-            self._table = _opened(lambda: self._file.read_row_group(group, columns=self._columns), self.files[0])
+            self._table = self.table(group)
             self._group = group
-        record = _row(self._table, index - int(self._offsets[group]))
-        return Document(record, f"{self.files[0]}, record {index + 1}")
+        return self.document(self._table, index - int(self.offsets[group]), group)
+
+    def table(self, group: int) -> Any:
+        """Read a row group."""
+        return opened(lambda: self._file.read_row_group(group, columns=self._columns, use_threads=False), self.name)
+
+    def document(self, table: Any, row: int, group: int) -> Document:
+        """Return a record of a row group that has been read."""
+        return Document(table_row(table, row), f"{self.name}, record {int(self.offsets[group]) + row + 1}")
 
 
 class ArrowFile:
     """An Arrow IPC file or stream, memory-mapped: only the rows asked for are read."""
 
-    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+    def __init__(self, path: Path, keys: Sequence[str], name: str | None = None) -> None:
         import pyarrow as pa
 
-        self.files = (path,)
+        self.files, self.name = (path,), name or str(path)
 
         def read() -> Any:
             mapped = pa.memory_map(str(path))
@@ -145,7 +162,7 @@ class ArrowFile:
                 mapped.seek(0)
                 return pa.ipc.open_stream(mapped).read_all()
 
-        table = _opened(read, path)
+        table = opened(read, self.name)
         present = [key for key in keys if key in table.column_names]
         self._table = table.select(present) if present else table
 
@@ -153,7 +170,7 @@ class ArrowFile:
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> Document:
-        return Document(_row(self._table, index), f"{self.files[0]}, record {index + 1}")
+        return Document(table_row(self._table, index), f"{self.name}, record {index + 1}")
 
 
 class SavedDataset:
@@ -169,7 +186,7 @@ class SavedDataset:
             from datasets import DatasetDict, load_from_disk
         except ImportError as error:
             raise MissingExtraError("the library datasets (pip install datasets)", "dev") from error
-        dataset = _opened(lambda: load_from_disk(str(path)), path)
+        dataset = opened(lambda: load_from_disk(str(path)), str(path))
         if isinstance(dataset, DatasetDict):
             splits = ", ".join(str(path / split) for split in dataset)
             raise DataError(f"{path} holds several splits", f"name one of: {splits}")
@@ -185,7 +202,20 @@ class SavedDataset:
         return Document(self._rows[index], f"{self._path}, record {index + 1}")
 
 
-def _row(table: Any, row: int) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> Document:
+    """Return a line of JSONL as a record.
+
+    Raises:
+        DataError: it is not UTF-8, not JSON, or no object.
+    """
+    try:
+        return _document(json.loads(decode(line, where)), where)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})", "mend or remove the line") from error
+
+
+def table_row(table: Any, row: int) -> dict[str, Any]:
+    """Return a row of an Arrow table."""
     return {name: table.column(name)[row].as_py() for name in table.column_names}
 
 
@@ -195,7 +225,12 @@ def _document(record: Any, where: str) -> Document:
     return Document(record, where)
 
 
-def _decode(data: bytes, where: str) -> str:
+def decode(data: bytes, where: str) -> str:
+    """Return UTF-8 as text, without a byte order mark.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -203,13 +238,18 @@ def _decode(data: bytes, where: str) -> str:
         raise DataError(problem, "convert the file to UTF-8, or leave it out") from error
 
 
-def _opened(read: Callable[[], Any], path: Path) -> Any:
+def opened(read: Callable[[], Any], name: str) -> Any:
+    """Return what ``read`` does.
+
+    Raises:
+        DataError: the file called ``name`` cannot be read.
+    """
     import pyarrow as pa
 
     try:
         return read()
     except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}", "the file is damaged or of another kind") from error
+        raise DataError(f"{name}: cannot be read: {error}", "the file is damaged or of another kind") from error
 
 
 def _line_ends(data: mmap.mmap | bytes) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -16,6 +16,7 @@ from veomni.data.build_once import build_once
 from veomni.data.chat_templates import find_chat_template
 from veomni.data.dataset import TextDataset
 from veomni.data.digests import dataset_digest, digest, tokenizer_digest
+from veomni.data.formats import MESSAGES
 from veomni.data.records import Document
 from veomni.data.transforms import TRANSFORMS, Encoded, TransformSettings
 from veomni.errors import DataError
@@ -93,7 +94,7 @@ def tokenize(
         "chat template": digest(template),
     }
     directory = cache_dir / digest([_FORMAT, digests])
-    settings = TransformSettings(dataset.text_key, dataset.messages_key, template)
+    settings = TransformSettings(dataset.layout.text_key, MESSAGES, template)
     build_once(directory, lambda path: _write(path, dataset, tokenizer, settings), _problem)
     return TokenizedDocuments(directory), digests
 

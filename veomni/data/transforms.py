@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from veomni.batch import IGNORE_INDEX
 from veomni.data.conversation import tokenize_conversations
-from veomni.data.records import Document, conversation_of, text_of
+from veomni.data.preference import Pair, pair_of
+from veomni.data.records import Document, conversation_of, field_of, text_of
 from veomni.errors import DataError
 from veomni.registry import Registry
 
@@ -37,10 +39,12 @@ class Encoded:
     Attributes:
         ids: Token ids.
         learned: 1 where a loss is taken, else 0; None learns all.
+        first: Of a pair of documents that stay together, the tokens of the first; None for one document.
     """
 
     ids: list[int]
     learned: list[int] | None = None
+    first: int | None = None
 
 
 Transform = Callable[[Sequence[Document], "PreTrainedTokenizerBase", TransformSettings], list[Encoded]]
@@ -79,3 +83,69 @@ def conversation(
     where = [document.where for document in documents]
     encoded = tokenize_conversations(conversations, where, tokenizer, settings.chat_template)
     return [Encoded(ids, learned) for ids, learned in encoded]
+
+
+@TRANSFORMS.register("tokenized")
+def tokenized(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+) -> list[Encoded]:
+    """Take token ids as they are (``input_ids``), and ``labels``, if there are any, as what is learned of them.
+
+    Raises:
+        DataError: a field is no list of the tokenizer's ids, or labels are neither the ids nor ``IGNORE_INDEX``.
+    """
+    return [_given_tokens(document, len(tokenizer)) for document in documents]
+
+
+@TRANSFORMS.register("preference")
+def preference(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+) -> list[Encoded]:
+    """Render pairs of conversations that end in a better and a worse answer, and learn those answers.
+
+    Raises:
+        DataError: a pair is malformed, or the template cannot render it.
+    """
+    pairs: list[Pair] = [pair_of(document) for document in documents]
+    sides = [
+        tokenize_conversations(
+            [pair[side] for pair in pairs], [f"{document.where}, {name}" for document in documents], tokenizer,
+            settings.chat_template,
+        )
+        for side, name in enumerate(("chosen", "rejected"))
+    ]  # fmt: skip
+    return [
+        Encoded([*chosen[0], *rejected[0]], [*_last_run(chosen[1]), *_last_run(rejected[1])], len(chosen[0]))
+        for chosen, rejected in zip(*sides, strict=True)
+    ]
+
+
+def _last_run(learned: Sequence[int]) -> list[int]:
+    """Return a mask with only its last run of ones: the answer that the pair is about."""
+    stop = len(learned) - next(index for index, one in enumerate(reversed(learned)) if one)
+    start = next((index + 1 for index in range(stop - 1, -1, -1) if not learned[index]), 0)
+    return [0] * start + [1] * (stop - start) + [0] * (len(learned) - stop)
+
+
+def _given_tokens(document: Document, vocabulary: int) -> Encoded:
+    ids = _integers(document, "input_ids", field_of(document, "input_ids", "data.data_type"))
+    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        problem = f"{document.where}: token {wrong} in field 'input_ids', and the tokenizer has {vocabulary}"
+        raise DataError(problem, "use the tokenizer that made the ids (model.tokenizer_path)")
+    if document.record.get("labels") is None:
+        return Encoded(ids)
+    labels = _integers(document, "labels", document.record["labels"])
+    if len(labels) != len(ids):
+        raise DataError(f"{document.where}: {len(labels)} labels for {len(ids)} input_ids", "give each token one")
+    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (token, IGNORE_INDEX):
+            problem = f"{document.where}: label {at} is {label}, neither its token {token} nor {IGNORE_INDEX}"
+            raise DataError(problem, "labels are not shifted: the model does that")
+    return Encoded(ids, [int(label != IGNORE_INDEX) for label in labels])
+
+
+def _integers(document: Document, key: str, value: object) -> list[int]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise DataError(f"{document.where}: field {key!r} is no list of integers", "write [1, 2, ...]")
+    return value

@@ -1,4 +1,4 @@
-"""Worker processes that make micro-batches ahead of the loop, in the order they are asked for.
+"""Worker processes that make micro-batches, or rows of a stream, ahead of the loop and in its order.
 
 They send arrays through the pipe, not tensors: for a tensor in shared memory the loop would connect to the worker once
 more, without a timeout, so a worker that hangs would hang the run.
@@ -11,43 +11,46 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from veomni.data.rows import MicroBatches, MicroBatchInputs, Rows, with_values
+from veomni.batch import PackedInputs
+from veomni.data.rows import with_values
 from veomni.errors import VeOmniError
+
+T = TypeVar("T")
 
 
 class WorkerError(VeOmniError):
     """A loader worker died, or gave nothing for too long; the message names the processes."""
 
 
-class Workers:
-    """An iterator over the micro-batches of ``requests``, made by worker processes.
+class Workers(Generic[T]):
+    """An iterator over what worker processes make.
 
     Args:
-        batches: Makes a micro-batch; every worker has a copy.
-        requests: The rows of each micro-batch, read ahead of the loop.
+        dataset: What makes it; every worker has a copy.
+        requests: What it is asked for, read ahead of the loop; None for a dataset that is iterated.
         count: Number of processes.
-        prefetch_factor: Micro-batches that each keeps ready.
-        timeout: Seconds to wait for a micro-batch before it is an error.
+        prefetch_factor: Things that each keeps ready.
+        timeout: Seconds to wait for one before it is an error.
     """
 
     def __init__(
         self,
-        batches: MicroBatches,
-        requests: Iterator[Rows],
+        dataset: Dataset[T],
+        requests: Iterator[Any] | None,
         *,
         count: int,
         prefetch_factor: int,
         timeout: float,
     ) -> None:
-        loader: DataLoader[MicroBatchInputs] = DataLoader(
-            batches, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=count,
+        loader: DataLoader[T] = DataLoader(
+            dataset, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=count,
             prefetch_factor=prefetch_factor, timeout=timeout, worker_init_fn=_ignore_signals,
             # It draws a number when it starts: from a generator of its own, or the run's dropout would change.
             generator=torch.Generator(),
@@ -57,17 +60,18 @@ class Workers:
             self._source = iter(loader)
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
 
-    def __iter__(self) -> Iterator[MicroBatchInputs]:
+    def __iter__(self) -> Iterator[T]:
         return self
 
-    def __next__(self) -> MicroBatchInputs:
-        """Return the next micro-batch.
+    def __next__(self) -> T:
+        """Return the next thing.
 
         Raises:
             WorkerError: a worker died, or nothing came in time.
         """
         try:
-            return _tensors(next(self._source))
+            made: T = _tensors(next(self._source))
+            return made
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
@@ -83,12 +87,16 @@ class Workers:
                 process.join()
 
 
-def _arrays(batch: Any) -> Any:
-    return with_values(batch, lambda value: value.numpy() if isinstance(value, Tensor) else value)
+def _arrays(made: Any) -> Any:
+    if not isinstance(made, PackedInputs):
+        return made
+    return with_values(made, lambda value: value.numpy() if isinstance(value, Tensor) else value)
 
 
-def _tensors(batch: MicroBatchInputs) -> MicroBatchInputs:
-    return with_values(batch, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+def _tensors(made: Any) -> Any:
+    if not isinstance(made, PackedInputs):
+        return made
+    return with_values(made, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
 def _ignore_signals(worker: int) -> None:

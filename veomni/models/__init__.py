@@ -14,7 +14,8 @@ from veomni.models.packed_masks import isolate_documents
 from veomni.models.packing_probe import try_packing
 from veomni.models.plan import derive_plan
 from veomni.models.source import WeightSource
-from veomni.models.token_loss import install_token_loss
+from veomni.models.source_losses import SourceLosses
+from veomni.models.token_loss import TokenMeanLoss, install_token_loss
 from veomni.models.tokenizer import build_processor, build_tokenizer
 from veomni.models.towers import prepare_towers
 
@@ -23,6 +24,8 @@ __all__ = [
     "MODEL_CONFIG_REGISTRY",
     "MODEL_PROCESSOR_REGISTRY",
     "Materializer",
+    "SourceLosses",
+    "TokenMeanLoss",
     "WeightSource",
     "build_config",
     "build_model",

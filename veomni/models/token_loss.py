@@ -17,6 +17,7 @@ from veomni.batch import IGNORE_INDEX
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models import hf
+from veomni.models.source_losses import SourceLosses
 from veomni.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 logger = create_logger(__name__)
@@ -29,12 +30,16 @@ class TokenMeanLoss:
 
     Args:
         head: The projection to the vocabulary when it is fused with the loss, or None.
+
+    Attributes:
+        by_source: Is told the loss of every token, where a mixture's sources are taken apart.
     """
 
     def __init__(self, head: nn.Linear | None) -> None:
         self.head = head
         self.pending = False
         self.targets: Tensor | None = None
+        self.by_source: SourceLosses | None = None
 
     def __call__(
         self, logits: Tensor, labels: Tensor, *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
@@ -54,36 +59,45 @@ class TokenMeanLoss:
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)
         rows = logits.flatten(0, -2)
+        each = None
+        if self.by_source is not None:
+            wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+            each = torch.empty(len(targets), dtype=wide, device=rows.device)
         if self.pending:
             assert self.head is not None
-            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias)
+            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias, each)
         else:
-            total = cross_entropy_sum(rows, targets)
+            total = cross_entropy_sum(rows, targets, each)
+        if self.by_source is not None and each is not None:
+            self.by_source.add(each, targets)
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-def install_token_loss(model: nn.Module, *, fused: bool) -> None:
+def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None:
     """Replace the loss of a transformers causal language model on this instance; other models are left alone.
 
     Args:
         model: The model, before it is sharded.
         fused: Fuse head and loss where that is exact; say so in the log where it is not.
+
+    Returns:
+        The loss, or None for a model that is left alone.
     """
     part = getattr(model, "loss_part", None)
     if part is not None:  # a composed model: its language foundation takes the loss
-        install_token_loss(model.get_submodule(part), fused=fused)
-        return
+        return install_token_loss(model.get_submodule(part), fused=fused)
     if not hasattr(model, "loss_function"):
-        return
+        return None
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
-        return
+        return None
     if hf.computes_loss_itself(model):
         logger.info_rank0(
             "%s computes its loss in its forward: it is taken on its logits instead", type(model).__name__
         )
-        _take_loss_over(model, TokenMeanLoss(None))
-        return
+        plain = TokenMeanLoss(None)
+        _take_loss_over(model, plain)
+        return plain
     head = model.get_output_embeddings() if fused else None  # type: ignore[operator]
     reason = _why_not_fused(model, head) if fused else None
     if reason:
@@ -94,6 +108,7 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
     _pass_shifted_labels(model, loss)
     if head is not None:
         _pass_hidden_states(model, head, loss)
+    return loss
 
 
 def _why_not_fused(model: nn.Module, head: Any) -> str | None:

@@ -55,8 +55,8 @@ def _cross_entropy_kernel(
             tl.store(logits + start + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-def loss_and_gradient_(logits: Tensor, labels: Tensor, *, with_gradient: bool) -> Tensor:
-    """Return the summed cross-entropy; overwrite ``logits`` with its gradient when asked.
+def losses_and_gradient_(logits: Tensor, labels: Tensor, *, with_gradient: bool) -> Tensor:
+    """Return each token's cross-entropy, zero without a label; overwrite ``logits`` with its gradient when asked.
 
     Args:
         logits: ``[tokens, vocab]``, rows contiguous; bf16, fp16 or fp32.
@@ -64,7 +64,7 @@ def loss_and_gradient_(logits: Tensor, labels: Tensor, *, with_gradient: bool) -
         with_gradient: Whether to overwrite.
 
     Returns:
-        A 0-d float32 tensor.
+        float32 ``[tokens]``.
     """
     tokens, vocab = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
@@ -79,4 +79,4 @@ def loss_and_gradient_(logits: Tensor, labels: Tensor, *, with_gradient: bool) -
         BLOCK=_BLOCK,
         num_warps=16,
     )
-    return losses.sum()
+    return losses

@@ -6,6 +6,7 @@ from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.processors import MediaSettings, build_family, settings_of
 from veomni.data.multimodal.reader import MediaReader
+from veomni.data.multimodal.samples import MediaSamples
 from veomni.data.multimodal.skipping import SkipBadMedia
 from veomni.data.multimodal.transform import EncodedDocument, MultimodalTransform
 
@@ -18,6 +19,7 @@ __all__ = [
     "MediaFeatures",
     "MediaLimits",
     "MediaReader",
+    "MediaSamples",
     "MediaSettings",
     "MultimodalTransform",
     "SkipBadMedia",

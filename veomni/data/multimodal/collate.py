@@ -28,6 +28,7 @@ Sample = Mapping[str, Any]
 """One document as a processor gives it, without a batch axis for what has an entry per token."""
 
 _FOR_POSITIONS = ("mm_token_type_ids", "second_per_grid_ts", "video_second_per_grid", "audio_feature_lengths")
+_OF_AN_EMPTY_BATCH = ("input_ids", "labels", "position_ids")
 _FLAGS = ("use_audio_in_video", "noise_seed")
 
 
@@ -65,7 +66,8 @@ class MultimodalCollator:
         lengths = [[len(sample["input_ids"]) for sample in row] for row in documents]
         self._refuse_long(lengths)
         batch = PackedInputs()
-        for key in dict.fromkeys(key for row in documents for sample in row for key in sample):
+        keys = dict.fromkeys(key for row in documents for sample in row for key in sample)
+        for key in keys or dict.fromkeys(_OF_AN_EMPTY_BATCH):
             rule = _rule(key)
             if key == "position_ids":
                 batch[key] = self._pack_positions(documents)
@@ -104,7 +106,8 @@ class MultimodalCollator:
 
     def _pack_tokens(self, key: str, rule: KeyRule, rows: Sequence[Sequence[Sample]]) -> Tensor:
         fill = self.pad_token_id if key == "input_ids" else rule.pad
-        like = next(sample[key] for row in rows for sample in row if key in sample)
+        given = (sample[key] for row in rows for sample in row if key in sample)
+        like = next(given, torch.zeros(0, dtype=torch.int64))
         packed = []
         for row in rows:
             parts = [sample.get(key) for sample in row]

@@ -1,0 +1,215 @@
+"""Conversations with media through a loader: every one once, the same rows on any ranks, workers and after a resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.config.samples import config as config_of
+from tests.data.multimodal.files import image_bytes, pixels
+from tests.data.multimodal.small_model import save_media, save_model
+from tests.data.stream_files import add, jsonl
+from veomni.data import StreamLoader
+from veomni.data.multimodal.collate import MultimodalCollator
+from veomni.errors import ConfigError, DataError
+from veomni.from_config import load_batches, load_datasets, load_media_transform, load_tokenizer
+from veomni.sequence_split import WHOLE_ROWS, SequencePart
+
+ANSWER = {"role": "assistant", "content": "some words"}
+
+
+def talk(content, **media):
+    return {"messages": [{"role": "user", "content": content}, ANSWER], **media}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, media, conversations in JSONL, and others in an archive that holds its pictures itself."""
+    folder = tmp_path_factory.mktemp("media")
+    save_model(folder / "model")
+    save_media(folder / "media")
+    rows = [talk(f"<image>what {n}?", images=[("photo.jpg", "chart.png")[n % 2]]) for n in range(8)]
+    rows += [talk(f"only words {n}") for n in range(6)]
+    rows += [
+        talk("<audio>and <image>", audios=["tone.wav"], images=["chart.png"]),
+        talk("<video>", videos=["clip.mp4"]),
+    ]
+    jsonl(folder / "talks.jsonl", rows)
+    with tarfile.open(folder / "talks.tar", "w") as archive:
+        for number in range(6):
+            add(archive, f"{number}.json", json.dumps(talk(f"<image>{number}")).encode())
+            add(archive, f"{number}.png", image_bytes(Image.fromarray(pixels(40, 60, seed=number))))
+    return folder
+
+
+@pytest.fixture
+def setup(folder):
+    """What a loader is built from; keywords replace keys of the configuration, by name below ``data``."""
+
+    def build(**changes):
+        keys = {
+            "data_type": "multimodal", "media": {"root": str(folder / "media"), "image_max_pixels": 5000,
+                                                 "video_max_pixels": 5000},
+            "max_seq_len": 900, "cache_dir": str(folder / "cache"), "stream_shards": 4, "lookahead": 3,
+            "pin_memory": False, "train_path": str(folder / "talks.jsonl"),
+        }  # fmt: skip
+        config = config_of(
+            model__config_path=None, model__train_tokenizer_vocab_size=None, model__model_path=str(folder / "model"),
+            train__max_steps=100, train__global_batch_size=4, **{f"data__{k}": v for k, v in (keys | changes).items()},
+        )  # fmt: skip
+        return config, *load_datasets(config)
+
+    return build
+
+
+def loader_of(setup, rank=0, size=1, part=WHOLE_ROWS, train=True, **changes):
+    config, dataset, _ = setup(**changes)
+    launcher = SimpleNamespace(data_parallel=(rank, size), sequence_part=part)
+    return load_batches(config, dataset, load_tokenizer(config, dataset), launcher, train=train)
+
+
+def facts(step):
+    """A step's documents with the values of their pictures and sounds, whatever shares a micro-batch."""
+    found = Counter()
+    for micro in step:
+        found.update(micro.document_ids)
+        for key in ("pixel_values", "input_features", "pixel_values_videos"):
+            if key in micro:
+                found[key] += round(float(micro[key].double().sum()), 3)
+    return found
+
+
+def dealt(ranks, count):
+    loops, steps = [iter(rank) for rank in ranks], []
+    for _ in range(count):
+        step = Counter()
+        for loop in loops:
+            step.update(facts(next(loop)))
+        steps.append({key: round(value, 2) for key, value in step.items()})
+    return steps
+
+
+def test_a_pass_has_every_conversation_once_as_the_collator_packs_it(setup):
+    config, dataset, _ = setup()
+    loader = loader_of(setup, train=False)
+    tokenizer = load_tokenizer(config, dataset)
+    transform = load_media_transform(config, tokenizer)
+    samples = [transform(document) for document in dataset]
+    names = [f"0/{document.where}" for document in dataset]
+    micros = [micro for step in loader for micro in step]
+    read = [name for micro in micros for name in micro.document_ids]
+    assert sorted(read) == sorted(names)
+    collator = MultimodalCollator(transform.family.parts.config, max_seq_len=900, pad_token_id=tokenizer.pad_token_id)
+    for micro in micros:
+        if not micro.document_ids:
+            continue
+        truth = collator([[samples[names.index(name)] for name in micro.document_ids]])
+        assert micro.keys() == truth.keys()
+        for key, value in truth.items():
+            assert torch.equal(micro[key], value) if isinstance(value, torch.Tensor) else micro[key] == value, key
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resized_runs_read_what_an_unbroken_one_does(setup, workers):
+    whole, found, state = dealt([loader_of(setup)], 6), [], None
+    for size in (1, 2, 4):
+        ranks = [loader_of(setup, rank, size, num_workers=workers) for rank in range(size)]
+        for rank in ranks:
+            if state is not None:
+                rank.load_state_dict(json.loads(state))
+        found += dealt(ranks, 2)
+        state = json.dumps(StreamLoader.merge_states([rank.state_dict() for rank in ranks]))
+    assert found == whole
+    assert len(state) < 20_000, "indices, never pictures"
+
+
+def test_archives_and_files_mix(setup, folder):
+    sources = [
+        {"path": str(folder / "talks.jsonl"), "name": "files", "weight": 1.0},
+        {"path": str(folder / "talks.tar"), "name": "archive", "weight": 1.0},
+    ]
+    loader = loader_of(setup, train_path=None, sources=sources, streaming=True, stream_shards=2, balance=True)
+    seen = Counter()
+    for step in itertools.islice(loader, 8):
+        for micro in step:
+            assert micro["source_ids"].shape == micro["input_ids"].shape
+            ids = micro["source_ids"][micro["source_ids"] >= 0]
+            assert ids.bincount(minlength=2).tolist() == [
+                sum(length for length, source in zip(micro.document_lengths, micro.document_sources, strict=True)
+                    if source == wanted) for wanted in range(2)
+            ]  # fmt: skip
+            seen.update(micro.source_names[source] for source in micro.document_sources)
+    assert abs(seen["files"] - seen["archive"]) <= 0.2 * seen.total()
+
+
+def test_a_row_has_no_more_media_than_allowed(setup):
+    def media_of_rows(loader):
+        """For every row, the tokens of each document that stand for media."""
+        stand_ins = loader.plan.maker._stand_ins
+        for step in itertools.islice(loader, 6):
+            for micro in step:
+                documents = micro["input_ids"][0, : sum(micro.document_lengths)].split(micro.document_lengths)
+                yield [int(torch.isin(ids, stand_ins).sum()) for ids in documents]
+
+    def most(rows):
+        return max(sum(row) for row in rows if sum(count > 0 for count in row) > 1)
+
+    options = {"lookahead": 16, "stream_shards": 1}
+    assert most(media_of_rows(loader_of(setup, **options))) > 200
+    bound = list(media_of_rows(loader_of(setup, max_media_tokens=200, **options)))
+    assert 100 < most(bound) <= 200
+    assert any(0 in row for row in bound), "words fill what is left"
+
+
+def test_ranks_that_share_rows_get_their_parts(setup):
+    whole = next(iter(loader_of(setup)))
+    parts = [next(iter(loader_of(setup, part=SequencePart(2, rank)))) for rank in range(2)]
+    for micro, left, right in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([left["input_ids"], right["input_ids"]], 1), micro["input_ids"])
+        assert left.document_ids == micro.document_ids
+
+
+def test_an_empty_row_is_only_padding(setup):
+    loader = loader_of(setup, train=False)
+    *_, last = loader
+    empty = [micro for micro in last if not micro.document_ids]
+    assert empty
+    assert all((micro["labels"] == -100).all() for micro in empty)
+    assert all(micro["position_ids"].shape == last[0]["position_ids"].shape for micro in empty)
+
+
+def test_what_is_too_long_is_an_error_or_left_out_and_counted(setup):
+    with pytest.raises(DataError, match=r"talks\.jsonl, line \d+: \d+ tokens, more than data.max_seq_len 60"):
+        list(itertools.islice(loader_of(setup, max_seq_len=60), 2))
+    loader = loader_of(setup, max_seq_len=200, overlong="drop")
+    list(itertools.islice(loader, 3))
+    assert loader.source_counts()["data"]["dropped"] > 0
+    for policy in ("split", "truncate"):
+        with pytest.raises(ConfigError, match="would cut media apart"):
+            loader_of(setup, overlong=policy)
+
+
+def test_bad_media_are_left_out_where_that_is_allowed(setup, folder, tmp_path):
+    rows = [talk(f"<image>{n}", images=["gone.png" if n == 3 else "chart.png"]) for n in range(8)]
+    path = str(jsonl(tmp_path / "t.jsonl", rows))
+    media = {"root": str(folder / "media"), "image_max_pixels": 5000}
+    with pytest.raises(DataError, match=r"line 4, message 1: gone\.png"):
+        list(loader_of(setup, train=False, train_path=path, media=media))
+    loader = loader_of(setup, train=False, train_path=path, media={**media, "on_bad_media": "skip"})
+    for _ in range(2):
+        assert sum(len(micro.document_ids) for step in loader for micro in step) == 7
+
+
+def test_samples_need_their_maker(setup):
+    from veomni.data import build_dataloader
+
+    config, dataset, _ = setup()
+    with pytest.raises(ConfigError, match="samples=MediaSamples"):
+        build_dataloader(dataset, load_tokenizer(config, dataset))

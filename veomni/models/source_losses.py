@@ -1,0 +1,34 @@
+"""The loss of each source of a mixture, taken apart while the loss of all is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veomni.batch import IGNORE_INDEX
+
+
+class SourceLosses:
+    """Sums the losses of a micro-batch's tokens by their source.
+
+    Args:
+        ids: Source of every token, int64 ``[batch, seq]``, negative in padding; on the device of the loss.
+        sources: Number of sources.
+
+    Attributes:
+        sums: Summed losses, and the tokens they are of; ``[2, sources]``, in the losses' dtype.
+    """
+
+    def __init__(self, ids: Tensor, sources: int) -> None:
+        self._ids = ids.flatten().clamp(min=0)  # padding has no source, nor a target
+        self.sums = torch.zeros(2, sources, device=ids.device)
+
+    def add(self, losses: Tensor, targets: Tensor) -> None:
+        """Add up what the micro-batch gives.
+
+        Args:
+            losses: ``[tokens]``; zero where there is no target.
+            targets: ``[tokens]``, int64, ``IGNORE_INDEX`` where no loss is taken.
+        """
+        kept = (targets != IGNORE_INDEX).to(losses.dtype)
+        self.sums = self.sums.to(losses.dtype).index_add(1, self._ids, torch.stack([losses, kept]))
