@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from contextlib import suppress
@@ -47,16 +48,17 @@ class FeatureCache:
 
     def read(self, path: Path) -> MediaFeatures | None:
         """Return what is kept at a path, or None."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-                said = file.metadata()
-            features = MediaFeatures(tensors, said["text"], said["source"])
+            # Read at once: safetensors opens files again for their tensors, and another process may have removed them.
+            content = path.read_bytes()
+            said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            features = MediaFeatures(load(content), said["text"], said["source"])
         except FileNotFoundError:
             return None
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             logger.warning("%s is damaged (%s) and is made again", path, error)
             return None
         with suppress(OSError):  # removed meanwhile
