@@ -15,6 +15,8 @@ from veomni.launcher import Launcher
 def compiled_step(model_name, layout, precision, **options):
     from torch._dynamo.utils import counters
 
+    counters.clear()  # this process is forked from one that may have compiled in other tests
+
     def compile_blocks(launcher: Launcher) -> None:
         launcher.compile = True
 
