@@ -167,17 +167,19 @@ def _extra_loggers(config: Config) -> list[Logger]:
     return loggers
 
 
-def load_datasets(config: Config) -> tuple[TextDataset | Mixture, TextDataset | None]:
+def load_datasets(config: Config) -> tuple[TextDataset | Mixture, TextDataset | Mixture | None]:
     """Return the training documents, indexed or as a stream, and the held-out ones, or None."""
     from veomni.data import DataSource, build_dataset
 
     data = config.data
     keys = ("data_type", "format", "text_key", "messages_key")
     kind: dict[str, Any] = {key: getattr(data, key) for key in keys}
-    sources = []
+    sources, held_out_sources = [], []
     for source in data.sources:
         given = {key: getattr(source, key) or kind[key] for key in keys}
         sources.append(DataSource(source.path, source.name, source.weight, **given))
+        if source.eval_path is not None:
+            held_out_sources.append(DataSource(source.eval_path, source.name, **given))
     train, held_out = build_dataset(
         data.train_path,
         sources=sources,
@@ -190,6 +192,8 @@ def load_datasets(config: Config) -> tuple[TextDataset | Mixture, TextDataset | 
         cache_dir=data.cache_dir,
         **kind,
     )
+    if held_out_sources:
+        return train, build_dataset(sources=held_out_sources, cache_dir=data.cache_dir)[0]
     if data.eval_path is not None:
         held_out, _ = build_dataset(data.eval_path, cache_dir=data.cache_dir, **kind)
     return train, held_out

@@ -1,7 +1,7 @@
 """The configuration of a run: schema, YAML file, command line, and what is checked before anything starts."""
 
 from veomni.config.config import Config, load_config
-from veomni.config.data import BUILTIN_CORPUS, DataConfig
+from veomni.config.data import BUILTIN_CORPORA, DataConfig
 from veomni.config.layout import check_layout
 from veomni.config.model import ModelConfig
 from veomni.config.paths import check_paths
@@ -9,7 +9,7 @@ from veomni.config.save import save_args
 from veomni.config.train import TrainConfig
 
 __all__ = [
-    "BUILTIN_CORPUS",
+    "BUILTIN_CORPORA",
     "Config",
     "DataConfig",
     "ModelConfig",

@@ -75,10 +75,13 @@ def _experts(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
 def _held_out(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
     if data.eval_path is not None and data.eval_fraction:
         yield Problem("data.eval_path and data.eval_fraction both choose held-out data", "set data.eval_fraction to 0")
-    if train.eval.every_steps is not None and data.eval_path is None and not data.eval_fraction:
+    of_sources = [number for number, source in enumerate(data.sources) if source.eval_path is not None]
+    if of_sources and data.eval_path is not None:
+        yield Problem(f"data.eval_path and data.sources.{of_sources[0]}.eval_path both name held-out data", "give one")
+    if train.eval.every_steps is not None and not (data.eval_path or data.eval_fraction or of_sources):
         yield Problem(
             "train.eval.every_steps is set but there is no held-out data",
-            "set data.eval_path or data.eval_fraction, or train.eval.every_steps to null",
+            "set data.eval_path, data.eval_fraction or the eval_path of a source, or train.eval.every_steps to null",
         )
 
 

@@ -10,8 +10,16 @@ from veomni.config.base import PathText, Section
 from veomni.config.media import MediaConfig
 from veomni.config.sources import DataType, RecordFormat, SourceConfig
 
-BUILTIN_CORPUS = "python-stdlib"
-"""The value of ``data.train_path`` that needs no file: the sources of this Python's standard library."""
+BUILTIN_CORPORA = (
+    "python-stdlib",
+    "handwritten-digits-train",
+    "handwritten-digits-test",
+    "keypad-tones-train",
+    "keypad-tones-test",
+    "number-words-train",
+    "number-words-test",
+)
+"""Values of ``data.train_path`` and ``data.eval_path`` that need no file (``veomni/data/corpora``)."""
 
 
 class DataConfig(Section):
@@ -20,8 +28,8 @@ class DataConfig(Section):
     train_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
         default=None,
         description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "
-        "WebDataset tar, a saved Hugging Face dataset), or python-stdlib, the sources of the Python standard library "
-        "on this machine.",
+        "WebDataset tar, a saved Hugging Face dataset), or a built-in corpus: python-stdlib (the sources of this "
+        "machine's Python), handwritten-digits-train, keypad-tones-train, number-words-train.",
     )
     sources: list[SourceConfig] = Field(
         default=[],
@@ -31,10 +39,11 @@ class DataConfig(Section):
     weigh_by: Literal["sample", "token"] = Field(
         default="sample", description="Whether the weights of sources are shares of the samples or of their tokens."
     )
-    stopping: Literal["repeat", "first_exhausted", "all_exhausted"] = Field(
+    stopping: Literal["repeat", "first_exhausted", "all_exhausted", "once"] = Field(
         default="repeat",
         description="When a stream ends before train.max_steps: never; as soon as a source has been read "
-        "train.num_train_epochs times and is wanted again; or when all have been.",
+        "train.num_train_epochs times and is wanted again; when all have been, shorter ones more often; or once all "
+        "have been, and none more often.",
     )
     streaming: bool = Field(
         default=False, description="Read blocks of files as they are needed; false indexes all records first."

@@ -44,7 +44,7 @@ class ModelConfig(Section):
     )
     train_tokenizer_vocab_size: int | None = Field(
         default=None,
-        ge=260,
+        ge=267,
         description="Train a byte-level BPE tokenizer of this many tokens on the training text; null uses a ready one.",
     )
     attention: Attention = Field(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from veomni.config.data import BUILTIN_CORPUS, DataConfig
+from veomni.config.data import BUILTIN_CORPORA, DataConfig
 from veomni.config.model import ModelConfig
 from veomni.config.problems import Problem, raise_problems
 from veomni.config.train import TrainConfig
@@ -24,10 +24,11 @@ def check_paths(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Non
 def _problems(model: ModelConfig, data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
     yield from _model(model)
     named = {"data.train_path": data.train_path, "data.eval_path": data.eval_path}
-    named |= {f"data.sources.{number}.path": source.path for number, source in enumerate(data.sources)}
+    for number, source in enumerate(data.sources):
+        named |= {f"data.sources.{number}.path": source.path, f"data.sources.{number}.eval_path": source.eval_path}
     for key, given in named.items():
         for path in [given] if isinstance(given, str) else given or []:
-            if path != BUILTIN_CORPUS and not ("://" in path and not path.startswith("file://")):
+            if path not in BUILTIN_CORPORA and not ("://" in path and not path.startswith("file://")):
                 yield from _exists(key, path.removeprefix("file://"))
     yield from _writable("train.output_dir", train.output_dir)
     if data.cache_dir is not None:

@@ -22,3 +22,4 @@ class SourceConfig(Section):
     format: RecordFormat | None = Field(default=None, description="How its records hold conversations.")
     text_key: str | None = Field(default=None, min_length=1, description="Field of the text.")
     messages_key: str | None = Field(default=None, min_length=1, description="Field of the messages.")
+    eval_path: PathText | None = Field(default=None, description="Its held-out data, evaluated under its name.")

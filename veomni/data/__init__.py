@@ -5,7 +5,7 @@ from veomni.data.build_dataset import build_dataset
 from veomni.data.build_once import build_once
 from veomni.data.byte_bpe import cached_byte_bpe, train_byte_bpe
 from veomni.data.chat_templates import CHAT_TEMPLATES
-from veomni.data.corpus import PYTHON_STDLIB
+from veomni.data.corpora import CORPORA, PYTHON_STDLIB
 from veomni.data.dataset import TextDataset
 from veomni.data.formats import FORMATS
 from veomni.data.loader import PackedDataLoader
@@ -16,6 +16,7 @@ from veomni.data.workers import WorkerError
 
 __all__ = [
     "CHAT_TEMPLATES",
+    "CORPORA",
     "FORMATS",
     "PYTHON_STDLIB",
     "TRANSFORMS",

@@ -179,7 +179,7 @@ def _text_samples(
 def _ending(mixture: Mixture, settings: LoaderSettings) -> tuple[str, int]:
     """Return when a stream ends, and after how many passes; see :class:`StreamPlan`."""
     if not settings.train:
-        return "all_exhausted", 1
+        return "once", 1
     if mixture.stopping != "repeat":
         return mixture.stopping, settings.epochs or 1
     if settings.epochs is None:
@@ -187,7 +187,7 @@ def _ending(mixture: Mixture, settings: LoaderSettings) -> tuple[str, int]:
     if len(mixture.sources) > 1:
         raise ConfigError(
             "a mixture that repeats its sources has no epochs",
-            "set data.stopping to first_exhausted or all_exhausted, or leave epochs out (train.max_steps)",
+            "set data.stopping to first_exhausted, all_exhausted or once, or leave epochs out (train.max_steps)",
         )
     return "all_exhausted", settings.epochs
 

@@ -73,7 +73,8 @@ def build_dataset(
         streaming: Read blocks of files as they are needed; otherwise all are indexed first.
         weigh_by: Whether the weights of ``sources`` are shares of the ``sample`` s or of the ``token`` s.
         stopping: When a stream ends: ``repeat``, never; ``first_exhausted``, as soon as a source has been read
-            ``epochs`` times and is wanted again; ``all_exhausted``, when each has been read that often.
+            ``epochs`` times and is wanted again; ``all_exhausted``, when each has been read that often, shorter ones
+            more often; ``once`` likewise, but a source that has been read so often is left out from then on.
         data_type: A registered transform (``plaintext``, ``conversation``, ``tokenized``, ``preference``); or
             ``multimodal``.
         format: How records hold conversations: ``messages``, ``sharegpt`` or ``alpaca``, or a registered one.

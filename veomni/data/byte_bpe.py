@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
+)  # fmt: skip
+"""The first entries of the vocabulary, in order: what the templates chatml, qwen3-vl and qwen3-omni write."""
+
 _BYTES = 256
 _TRAINING_CHARACTERS = 16_000_000
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cached_byte_bpe(dataset: TextDataset | Mixture, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
@@ -75,12 +80,12 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         show_progress=False,
     )
     tokenizer.train_from_iterator(_thinned(texts, _TRAINING_CHARACTERS), trainer)
-    end, pad, *chat = SPECIAL_TOKENS
+    end, pad, *others = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=end,
         pad_token=pad,
-        additional_special_tokens=chat,
+        additional_special_tokens=others,
         chat_template=CHAT_TEMPLATES.get("chatml"),
         clean_up_tokenization_spaces=False,
     )

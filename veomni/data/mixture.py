@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veomni.data.blocks import Blocks, all_records, dataset_blocks, stream_blocks
+from veomni.data.cache import cache_directory
 from veomni.data.dataset import TextDataset, open_dataset
 from veomni.data.digests import dataset_digest, digest
 from veomni.data.layout import RecordLayout
@@ -23,7 +24,7 @@ from veomni.registry import did_you_mean
 logger = create_logger(__name__)
 
 WEIGH_BY = ("sample", "token")
-STOPPING = ("repeat", "first_exhausted", "all_exhausted")
+STOPPING = ("repeat", "first_exhausted", "all_exhausted", "once")
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,18 @@ def check_weights(weights: Mapping[str, float]) -> None:
         raise ConfigError("data.sources: the weights sum to zero", "give one source a weight above 0")
 
 
-def open_streamed(source: DataSource) -> OpenedSource:
+def open_streamed(source: DataSource, cache_dir: str | Path | None = None) -> OpenedSource:
     """Open a source none of whose files is read whole before it is needed.
+
+    Args:
+        source: What is opened.
+        cache_dir: Where built-in corpora are kept.
 
     Raises:
         DataError: it is not there, has no record, or its first record lacks a field.
     """
-    layout, found = source.layout, [find_data(path) for path in source.paths]
+    layout, cache = source.layout, cache_directory(cache_dir)
+    found = [find_data(path, cache) for path in source.paths]
     blocks = [block for one in found for block in stream_blocks(one, source.text_key, layout.keys)]
     files = [file for one in found for file in one.files]
     name = source.name or ", ".join(map(shown, source.paths))
@@ -190,7 +196,7 @@ def build_mixture(
         streaming: Open files block by block as they are needed; otherwise all are indexed first, which shuffles them
             record by record.
         weigh_by: Whether weights are shares of samples or of tokens.
-        stopping: "repeat", "first_exhausted" or "all_exhausted".
+        stopping: "repeat", "first_exhausted", "all_exhausted" or "once".
         cache_dir: Where copies of remote and compressed files are kept, where they are indexed.
 
     Raises:
@@ -198,7 +204,7 @@ def build_mixture(
         DataError: a source cannot be read.
     """
     check_weights({source.name or str(source.path): source.weight for source in sources})
-    opened = [open_streamed(source) if streaming else _indexed(source, cache_dir) for source in sources]
+    opened = [open_streamed(source, cache_dir) if streaming else _indexed(source, cache_dir) for source in sources]
     mixture = Mixture(opened, weigh_by=weigh_by, stopping=stopping)
     for source in mixture.sources:
         logger.info_rank0("source %s: weight %s by %s", source.name, source.weight, weigh_by)

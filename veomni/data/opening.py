@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from veomni.data.archives import TarFile
-from veomni.data.corpus import PYTHON_STDLIB, python_stdlib_files
+from veomni.data.corpora import CORPORA, PYTHON_STDLIB, corpus_files
 from veomni.data.locations import DataFile, is_url, local_file, local_path, remote_files, shown
 from veomni.data.sources import ArrowFile, JsonArray, JsonLines, ParquetFile, SavedDataset, Source, TextFiles
 from veomni.errors import DataError
@@ -35,20 +35,24 @@ class FoundData:
     saved: Path | None = None
 
 
-def find_data(path: str) -> FoundData:
-    """Return the files that a path, a directory, a URL or ``python-stdlib`` stands for.
+def find_data(path: str, cache_dir: Path) -> FoundData:
+    """Return the files that a path, a directory, a URL or the name of a built-in corpus stands for.
+
+    Args:
+        path: One of these.
+        cache_dir: Where built-in corpora are kept.
 
     Raises:
         DataError: nothing is there.
     """
-    if path == PYTHON_STDLIB:
-        stdlib = python_stdlib_files()
-        return FoundData([local_file(file) for file in stdlib], tables=False)
+    if path in CORPORA:
+        files = [local_file(file) for file in corpus_files(path, cache_dir)]
+        return FoundData(files, tables=path != PYTHON_STDLIB)
     if is_url(path):
         return _chosen(remote_files(path), path)
     location = local_path(path)
     if not location.exists():
-        raise DataError(f"{path} does not exist", f"give an existing file or directory, or {PYTHON_STDLIB}")
+        raise DataError(f"{path} does not exist", f"give an existing file or directory, or one of {', '.join(CORPORA)}")
     if location.is_file():
         return _chosen([local_file(location)], path)
     found = sorted(file for file in location.rglob("*") if file.is_file())
@@ -62,15 +66,15 @@ def open_sources(path: str, text_key: str, keys: Sequence[str], cache_dir: Path)
     """Return a path's files as sequences of records.
 
     Args:
-        path: A file, a directory, a URL, or ``python-stdlib``.
+        path: A file, a directory, a URL, or the name of a built-in corpus.
         text_key: The field that the text of plain text files is put in.
         keys: The columns that are read from tables.
-        cache_dir: Where copies of remote and compressed files are kept.
+        cache_dir: Where copies of remote and compressed files are kept, and built-in corpora.
 
     Raises:
         DataError: it is not there, or cannot be read.
     """
-    found = find_data(path)
+    found = find_data(path, cache_dir)
     if found.saved is not None:
         return [SavedDataset(found.saved, keys)]
     copies = [file.kept_copy(cache_dir) for file in found.files]

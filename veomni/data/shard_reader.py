@@ -56,7 +56,8 @@ class StreamPlan:
         shuffle: Otherwise sources are read in order.
         weigh_by: Whether weights are shares of the ``sample`` s or of the ``token`` s.
         stopping: When a shard ends: "first_exhausted", as soon as a source has been read ``passes`` times and is
-            wanted again; "all_exhausted", when each has been read that often; "repeat", never.
+            wanted again; "all_exhausted", when each has been read that often; "once" likewise, but none is read more
+            often; "repeat", never.
         passes: See ``stopping``.
         capacity: Tokens of a row.
         media_capacity: Tokens of a row that may stand for media; None sets no bound.
@@ -247,7 +248,7 @@ class ShardReader:
         self.plan, self.shard = plan, shard
         self._mixed = [index for index, source in enumerate(plan.sources) if source.weight > 0]
         kept = {} if state is None else state["sources"]
-        limit = plan.passes if len(self._mixed) == 1 or plan.stopping == "first_exhausted" else None
+        limit = plan.passes if len(self._mixed) == 1 or plan.stopping in ("first_exhausted", "once") else None
         self._cursors = {
             index: _Cursor(plan, shard, index, None if plan.stopping == "repeat" else limit,
                            SourceProgress(**kept.get(plan.sources[index].name, {})))
@@ -279,16 +280,17 @@ class ShardReader:
 
     def _choose(self) -> int | None:
         """Return the source that is furthest behind its share, or None when the shard ends."""
-        chosen = self._furthest_behind()
-        if self.plan.stopping == "repeat":
-            return chosen
+        stopping = self.plan.stopping
+        if stopping == "repeat":
+            return self._furthest_behind(self._mixed)
         upcoming = {index: self._cursors[index].upcoming_epoch() for index in self._mixed}
-        ended = [index for index, epoch in upcoming.items() if epoch is None or epoch >= self.plan.passes]
-        if len(ended) == len(self._mixed) or (self.plan.stopping == "first_exhausted" and chosen in ended):
+        left = [index for index, epoch in upcoming.items() if epoch is not None and epoch < self.plan.passes]
+        if not left:
             return None
-        return chosen
+        chosen = self._furthest_behind(left if stopping == "once" else self._mixed)
+        return None if stopping == "first_exhausted" and chosen not in left else chosen
 
-    def _furthest_behind(self) -> int:
+    def _furthest_behind(self, among: Sequence[int]) -> int:
         # Shards start at different phases of the same beat: their rows together then have the shares from the start.
         scale = self.plan.capacity if self.plan.weigh_by == "token" else 1
 
@@ -297,7 +299,7 @@ class ShardReader:
             amount = progress.tokens if self.plan.weigh_by == "token" else progress.samples
             return (amount + self._phase[index] * scale) / self.plan.sources[index].weight
 
-        return min(self._mixed, key=used)
+        return min(among, key=used)
 
     # ---------------------------------------------------------------- state
 

@@ -1,12 +1,9 @@
-"""The built-in corpus: the sources of the running interpreter's standard library. Nothing is downloaded."""
+"""The sources of the running interpreter's standard library, as plain text."""
 
 from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
-
-PYTHON_STDLIB = "python-stdlib"
-"""What to write in place of a path."""
 
 # Packages of others, and files that are tests: some of those are not UTF-8 or not Python on purpose.
 _EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})

@@ -1,6 +1,6 @@
 """Multimodal data: images, videos and sounds read, and what a model family's processor makes of a conversation."""
 
-from veomni.data.multimodal import glm4v, qwen_audio, qwen_omni, qwen_vl, tiles  # each registers its families
+from veomni.data.multimodal import glm4v, omni, qwen_audio, qwen_omni, qwen_vl, tiles  # each registers its families
 from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.limits import MediaLimits
@@ -25,6 +25,7 @@ __all__ = [
     "SkipBadMedia",
     "build_family",
     "glm4v",
+    "omni",
     "qwen_audio",
     "qwen_omni",
     "qwen_vl",

@@ -107,6 +107,11 @@ class Family:
         """Return further inputs with an entry per token: which kind of media each belongs to."""
         return {}
 
+    @classmethod
+    def image_processor_of(cls, config: PreTrainedConfig) -> str | None:
+        """Return :attr:`image_processor`, or another one that a model's configuration asks for."""
+        return cls.image_processor
+
     @property
     def unlearned(self) -> frozenset[int]:
         """Ids of tokens that stand for features, on which no loss is taken."""

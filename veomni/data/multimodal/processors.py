@@ -100,10 +100,11 @@ def _image_processor(
 ) -> Any:
     import transformers
 
-    if family.image_processor is None:
+    default = family.image_processor_of(config)
+    if default is None:
         return None
     values = _file(directory, "image_processor") or _for_config(config)
-    name = str(values.pop("image_processor_type", family.image_processor)).removesuffix("Fast").removesuffix("Pil")
+    name = str(values.pop("image_processor_type", default)).removesuffix("Fast").removesuffix("Pil")
     kind = getattr(transformers, f"{name}Pil", None) if name.endswith("ImageProcessor") else None
     if kind is None:
         raise ModelError(f"{directory}: transformers has no {name} for Pillow", "train with another image processor")
@@ -131,7 +132,7 @@ def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -
     if "feature_size" in values:
         return WhisperFeatureExtractor.from_dict(values)
     extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=_OMNI_SECONDS)
-    if config.model_type == "qwen2_audio":  # its tower takes sounds of one length only
+    if audio.model_type == "qwen2_audio_encoder":  # its tower takes sounds of one length only
         extractor.nb_max_frames = 2 * audio.max_source_positions
         extractor.n_samples = extractor.nb_max_frames * extractor.hop_length
     return extractor

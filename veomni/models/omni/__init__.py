@@ -7,7 +7,7 @@ from typing import Any
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODELING_REGISTRY
 from veomni.models.omni.build import build_omni_model
 from veomni.models.omni.decoders import DECODERS, Decoder
-from veomni.models.omni.encoders import ENCODERS
+from veomni.models.omni.encoders import ENCODERS, Encoder
 
 
 @MODEL_CONFIG_REGISTRY.register("omni")
@@ -24,4 +24,4 @@ def _model(architecture: str | None) -> type[Any]:
     return OmniModel
 
 
-__all__ = ["DECODERS", "ENCODERS", "Decoder", "build_omni_model"]
+__all__ = ["DECODERS", "ENCODERS", "Decoder", "Encoder", "build_omni_model"]

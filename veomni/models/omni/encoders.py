@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,23 @@ from veomni.registry import Registry
 Encode = Callable[[Any, Tensor, Tensor | None], list[Tensor]]
 """From the module, its values and sizes to the features ``[tokens, channels]`` of each item."""
 
-ENCODERS: Registry[Encode] = Registry("encoder of a composed model")
-"""transformers' model type of an encoder to a function that encodes with it; ``register`` adds one of your own."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How to encode with a module of transformers.
+
+    Attributes:
+        encode: Does it.
+        image_processor: transformers' class that makes its pixels, without "Pil"; None where it hears sounds.
+    """
+
+    encode: Encode
+    image_processor: str | None = None
+
+
+ENCODERS: Registry[Encoder] = Registry("encoder of a composed model")
+"""transformers' model type of an encoder to how it is used; ``register`` adds one of your own."""
 
 
 def encode_square(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> list[Tensor]:
@@ -46,13 +62,13 @@ def encode_sounds(encoder: Any, input_features: Tensor, mask: Tensor | None) -> 
     return [sound[:count] for sound, count in zip(hidden, counts.tolist(), strict=True)]
 
 
-for _name in ("siglip_vision_model", "internvl_vision"):
-    ENCODERS.register(_name)(encode_square)
-for _name in ("clip_vision_model", "dinov2"):
-    ENCODERS.register(_name)(encode_square_with_class_token)
-for _name in ("qwen2_5_vl_vision", "qwen3_vl_vision"):
-    ENCODERS.register(_name)(encode_patches)
-ENCODERS.register("qwen2_audio_encoder")(encode_sounds)
+ENCODERS.register("siglip_vision_model")(Encoder(encode_square, "SiglipImageProcessor"))
+ENCODERS.register("internvl_vision")(Encoder(encode_square_with_class_token, "CLIPImageProcessor"))
+ENCODERS.register("clip_vision_model")(Encoder(encode_square_with_class_token, "CLIPImageProcessor"))
+ENCODERS.register("dinov2")(Encoder(encode_square_with_class_token, "BitImageProcessor"))
+ENCODERS.register("qwen2_5_vl_vision")(Encoder(encode_patches, "Qwen2VLImageProcessor"))
+ENCODERS.register("qwen3_vl_vision")(Encoder(encode_patches, "Qwen2VLImageProcessor"))
+ENCODERS.register("qwen2_audio_encoder")(Encoder(encode_sounds))
 
 
 def feature_channels(config: Any) -> int:

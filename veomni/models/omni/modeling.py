@@ -110,13 +110,13 @@ class OmniModel(PreTrainedModel):
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Any:
         """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each image."""
-        encode = ENCODERS.get(self.config.vision_config.model_type)
+        encode = ENCODERS.get(self.config.vision_config.model_type).encode
         pieces = encode(self.image_encoder, pixel_values, image_grid_thw)
         return SimpleNamespace(pooler_output=self._projected(self.image_projector, pieces))
 
     def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor | None = None) -> Any:
         """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each sound."""
-        encode = ENCODERS.get(self.config.audio_config.model_type)
+        encode = ENCODERS.get(self.config.audio_config.model_type).encode
         pieces = encode(self.audio_encoder, input_features, feature_attention_mask)
         return SimpleNamespace(pooler_output=self._projected(self.audio_projector, pieces))
 
