@@ -30,7 +30,7 @@ from veomni.models import (
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
 from veomni.strategies.compute_dtype import Float64Throughout
 
-TINY = Path(__file__).parents[2] / "configs" / "model_configs" / "tiny_omni.json"
+TINY = Path(__file__).parent / "tiny_omni.json"
 IMAGE, SOUND, CODE, LATENT, ROW = 120, 121, 122, 123, 48
 PARTS = ["foundation", "image_encoder", "image_projector", "audio_encoder", "audio_projector", "decoders.codes",
          "decoders.latents"]  # fmt: skip

@@ -1,0 +1,45 @@
+"""Scans of handwritten digits, as conversations with an image: the 1,797 that come with scikit-learn.
+
+E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998: 8 x 8 pixels in
+17 shades, by 13 writers. Every fifth scan is held out.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from veomni.data.corpora.records_file import inline, question_answer
+from veomni.errors import MissingExtraError
+
+_HELD_OUT = 5
+_SHADES = 16
+
+
+def handwritten_digits(part: str) -> list[dict[str, Any]]:
+    """Return the records of ``train`` or ``test``.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "dev") from error
+    images, digits = load_digits(return_X_y=True)
+    chosen = [number for number in range(len(digits)) if (number % _HELD_OUT == 0) == (part == "test")]
+    return [
+        {
+            "messages": question_answer("<image>Which digit is this?", str(digits[number])),
+            "images": [inline(_png(images[number].reshape(8, 8) / _SHADES))],
+        }
+        for number in chosen
+    ]
+
+
+def _png(shades: Any) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray((shades * 255).round().astype("uint8")).save(file, "PNG")
+    return file.getvalue()
