@@ -32,6 +32,12 @@ SOURCE_IDS = "source_ids"
 
 It is aligned with the shifted labels as well, since no document learns its first token. Models never see it."""
 
+LOSS_WEIGHTS = "loss_weights"
+"""The key under which a micro-batch holds what the loss of every token weighs, float32 ``[batch, seq]``.
+
+It is aligned with ``shift_labels`` where there are any, else with ``labels``; where those are ``IGNORE_INDEX`` it is
+not read, and is 1 in padding. A micro-batch without it weighs every supervised token 1. Models never see it."""
+
 SEQUENCE_SIZE = "sequence_parallel_size"
 """The key by which a micro-batch of row parts says how many ranks share its rows; models never see it."""
 

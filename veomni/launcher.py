@@ -32,9 +32,9 @@ from torch.optim import Optimizer
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.agreement import agree
 from veomni.batch import (
+    LOSS_WEIGHTS,
     SOURCE_IDS,
     MicroBatch,
-    PackedInputs,
     StepBatch,
     StepWork,
     document_lengths,
@@ -59,7 +59,7 @@ from veomni.strategies.recompute import Recompute, apply_recompute
 from veomni.strategies.select import parameter_strategy, select_strategies
 
 if TYPE_CHECKING:
-    from veomni.models import TokenMeanLoss
+    from veomni.models import LossContext, TokenMeanLoss
     from veomni.moe import MoEOptions, RouterController
 
 logger = create_logger(__name__)
@@ -383,24 +383,30 @@ class Launcher:
             last = index == len(batch.micro_batches) - 1
             micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last, part_tokens(inputs))
             watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
-            with self.parameter_strategy.grad_sync(model, last), watch, self._by_source(model, inputs, batch):
+            with self.parameter_strategy.grad_sync(model, last), watch, self._telling_loss(model, inputs) as told:
                 yield micro
+            if told.by_source is not None:
+                sums, before = told.by_source.sums, batch.source_sums
+                batch.source_sums = sums if before is None else before + sums
         self.reporter.mark("compute")
 
     @contextmanager
-    def _by_source(self, model: nn.Module, inputs: Mapping[str, Any], batch: StepBatch) -> Iterator[None]:
-        """Take the losses of a mixture's sources apart while the body computes the loss of a micro-batch."""
-        loss = self._token_losses.get(model)
-        if loss is None or SOURCE_IDS not in inputs:
-            yield
-            return
-        from veomni.models import SourceLosses
+    def _telling_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[LossContext]:
+        """Let the loss know, while the body computes it, what the model does not pass on to it."""
+        from veomni.models import LossContext, loss_context
 
-        assert isinstance(inputs, PackedInputs)
-        loss.by_source = SourceLosses(inputs[SOURCE_IDS].to(self.device, non_blocking=True), len(inputs.source_names))
-        yield
-        sums, loss.by_source = loss.by_source.sums, None
-        batch.source_sums = sums if batch.source_sums is None else batch.source_sums + sums
+        loss = self._token_losses.get(model)
+        if loss is None:
+            if LOSS_WEIGHTS in inputs:
+                problem = f"the batch has {LOSS_WEIGHTS}, and {type(model).__name__} takes its loss by itself"
+                raise ModelError(problem, "leave the weights out of the data, or give each token 0 or 1")
+            yield LossContext()
+            return
+        loss.context = loss_context(inputs, self.device)
+        try:
+            yield loss.context
+        finally:
+            loss.context = LossContext()
 
     def _begin_routing(self, controller: RouterController, model: nn.Module, batch: StepBatch) -> None:
         controller.begin_step(batch.work.tokens, len(batch.micro_batches))
@@ -418,7 +424,7 @@ class Launcher:
         return {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
-            if name != SOURCE_IDS
+            if name not in (LOSS_WEIGHTS, SOURCE_IDS)
         }
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:

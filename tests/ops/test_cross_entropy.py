@@ -68,3 +68,48 @@ def test_autocast_computes_in_bf16_and_returns_fp32():
     truth = F.cross_entropy(hidden.double() @ weight.double().T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     (reference,) = torch.autograd.grad(truth, weight)
     assert ((weight.grad - reference).norm() / reference.norm()).item() < 2e-2
+
+
+def _weights(dtype, device="cpu"):
+    weights = torch.rand(37, dtype=dtype, generator=torch.Generator().manual_seed(4)) * 3
+    weights[3::7] = 0
+    return weights.to(device)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_weighted_sum_equals_pytorch_for_every_chunking(monkeypatch, rows, bias):
+    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", rows * 101)
+    hidden, weight, labels, offset = _inputs(torch.float64, bias)
+    tensors, weights = [hidden, weight] + ([offset] if bias else []), _weights(torch.float64)
+    logits = F.linear(hidden, weight, offset)
+    each = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    truth = torch.autograd.grad((each * weights).sum() * 0.37, tensors, retain_graph=True)
+    losses = torch.empty(2, 37, dtype=torch.float64)
+    for loss in (
+        ops.linear_cross_entropy_sum(hidden, weight, labels, offset, losses[0], weights),
+        ops.cross_entropy_sum(logits, labels, losses[1], weights),
+    ):
+        torch.testing.assert_close(loss, (each * weights).sum(), rtol=1e-13, atol=0)
+        for left, right in zip(torch.autograd.grad(loss * 0.37, tensors), truth, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(losses, each.detach().expand(2, -1), rtol=1e-12, atol=0)  # without their weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel in question runs on CUDA")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_kernel_scales_each_token(dtype, bound, weighted):
+    hidden, weight, labels, offset = _inputs(torch.float64, True)
+    tensors = (hidden, weight, offset)
+    weights = _weights(torch.float64) if weighted else torch.ones(37, dtype=torch.float64)
+    each = F.cross_entropy(F.linear(*tensors), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    truth = torch.autograd.grad((each * weights).sum() * 0.37, tensors)
+    ours = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in tensors]
+    losses = torch.empty(37, device="cuda")
+    scales = weights.float().to("cuda") if weighted else None
+    loss = ops.linear_cross_entropy_sum(ours[0], ours[1], labels.to("cuda"), ours[2], losses, scales)
+    found = torch.autograd.grad(loss * 0.37, ours)
+    assert (losses.cpu() - each).norm() <= bound * each.norm()
+    for left, right in zip((loss, *found), ((each * weights).sum(), *truth), strict=True):
+        assert (left.cpu().double() - right).norm() <= bound * right.norm()

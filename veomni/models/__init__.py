@@ -8,13 +8,13 @@ from veomni.models.export import export_hf, export_tensors_hf
 from veomni.models.freeze import freeze
 from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
+from veomni.models.loss_context import LossContext, loss_context
 from veomni.models.materialize import Materializer
 from veomni.models.omni import build_omni_model
 from veomni.models.packed_masks import isolate_documents
 from veomni.models.packing_probe import try_packing
 from veomni.models.plan import derive_plan
 from veomni.models.source import WeightSource
-from veomni.models.source_losses import SourceLosses
 from veomni.models.token_loss import TokenMeanLoss, install_token_loss
 from veomni.models.tokenizer import build_processor, build_tokenizer
 from veomni.models.towers import prepare_towers
@@ -23,8 +23,8 @@ __all__ = [
     "MODELING_REGISTRY",
     "MODEL_CONFIG_REGISTRY",
     "MODEL_PROCESSOR_REGISTRY",
+    "LossContext",
     "Materializer",
-    "SourceLosses",
     "TokenMeanLoss",
     "WeightSource",
     "build_config",
@@ -38,6 +38,7 @@ __all__ = [
     "freeze",
     "install_token_loss",
     "isolate_documents",
+    "loss_context",
     "prepare_towers",
     "resolve_attention",
     "resolve_experts",

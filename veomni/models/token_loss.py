@@ -17,7 +17,7 @@ from veomni.batch import IGNORE_INDEX
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models import hf
-from veomni.models.source_losses import SourceLosses
+from veomni.models.loss_context import LossContext
 from veomni.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 logger = create_logger(__name__)
@@ -26,20 +26,21 @@ logger = create_logger(__name__)
 class TokenMeanLoss:
     """What ``model.loss_function`` is replaced by: cross-entropy averaged over this micro-batch's supervised tokens.
 
-    A micro-batch without any gives zero with zero gradients, not NaN.
+    Where these have weights, it is the weighted mean, ``sum(weight * loss) / sum(weight)``. A micro-batch without any
+    gives zero with zero gradients, not NaN.
 
     Args:
         head: The projection to the vocabulary when it is fused with the loss, or None.
 
     Attributes:
-        by_source: Is told the loss of every token, where a mixture's sources are taken apart.
+        context: What is known of the tokens of the micro-batch in hand; whoever calls the model sets it.
     """
 
     def __init__(self, head: nn.Linear | None) -> None:
         self.head = head
         self.pending = False
         self.targets: Tensor | None = None
-        self.by_source: SourceLosses | None = None
+        self.context = LossContext()
 
     def __call__(
         self, logits: Tensor, labels: Tensor, *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
@@ -58,19 +59,22 @@ class TokenMeanLoss:
             shift_labels, self.targets = self.targets, None
         targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)
-        rows = logits.flatten(0, -2)
-        each = None
-        if self.by_source is not None:
-            wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
-            each = torch.empty(len(targets), dtype=wide, device=rows.device)
+        rows, context = logits.flatten(0, -2), self.context
+        wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+        weights = None if context.token_weights is None else context.token_weights.reshape(-1).to(wide)
+        each = None if context.by_source is None else torch.empty(len(targets), dtype=wide, device=rows.device)
         if self.pending:
             assert self.head is not None
-            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias, each)
+            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias, each, weights)
         else:
-            total = cross_entropy_sum(rows, targets, each)
-        if self.by_source is not None and each is not None:
-            self.by_source.add(each, targets)
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+            total = cross_entropy_sum(rows, targets, each, weights)
+        if context.by_source is not None and each is not None:
+            context.by_source.add(each, targets, weights)
+        kept = targets != IGNORE_INDEX
+        if weights is None:
+            return total / kept.sum().clamp(min=1)
+        weight = weights.where(kept, 0.0).sum()
+        return total / weight.where(weight > 0, 1.0)
 
 
 def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None:

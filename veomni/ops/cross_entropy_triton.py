@@ -17,10 +17,12 @@ def _cross_entropy_kernel(
     logits,
     labels,
     losses,
+    scales,
     vocab,
     stride,
     IGNORED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -52,15 +54,18 @@ def _cross_entropy_kernel(
             values = tl.load(logits + start + offsets, mask=inside, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(values - log_sum)
             gradient = tl.where(start + offsets == label, gradient - 1.0, gradient)
+            if SCALED:
+                gradient *= tl.load(scales + row)
             tl.store(logits + start + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-def losses_and_gradient_(logits: Tensor, labels: Tensor, *, with_gradient: bool) -> Tensor:
+def losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None = None, *, with_gradient: bool) -> Tensor:
     """Return each token's cross-entropy, zero without a label; overwrite ``logits`` with its gradient when asked.
 
     Args:
         logits: ``[tokens, vocab]``, rows contiguous; bf16, fp16 or fp32.
         labels: ``[tokens]``, int64.
+        scale: float32 ``[tokens]``: what the gradient, not the loss, is multiplied by; None is one.
         with_gradient: Whether to overwrite.
 
     Returns:
@@ -72,10 +77,12 @@ def losses_and_gradient_(logits: Tensor, labels: Tensor, *, with_gradient: bool)
         logits,
         labels,
         losses,
+        losses if scale is None else scale.contiguous(),  # a pointer is needed, and not read
         vocab,
         logits.stride(0),
         IGNORED=IGNORE_INDEX,
         WITH_GRADIENT=with_gradient,
+        SCALED=scale is not None,
         BLOCK=_BLOCK,
         num_warps=16,
     )
