@@ -15,6 +15,19 @@ from veomni.models.source_losses import SourceLosses
 
 
 @dataclass
+class Predictions:
+    """What the loss saw of each token, for whoever counts right answers.
+
+    Attributes:
+        tokens: The likeliest token, int64 ``[tokens]``.
+        targets: The token that follows, ``IGNORE_INDEX`` where no loss is taken; int64 ``[tokens]``.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass
 class LossContext:
     """What is known of the tokens of one micro-batch, on the device of the loss.
 
@@ -22,10 +35,14 @@ class LossContext:
         token_weights: What the loss of each token weighs, ``[batch, seq]``, aligned with the shifted labels; None
             weighs every supervised token 1.
         by_source: Is told the loss of every token, where a mixture's sources are taken apart.
+        predicts: Whether the loss keeps :attr:`predictions`.
+        predictions: What the loss saw.
     """
 
     token_weights: Tensor | None = None
     by_source: SourceLosses | None = None
+    predicts: bool = False
+    predictions: Predictions | None = None
 
 
 def loss_context(inputs: Mapping[str, Any], device: torch.device) -> LossContext:

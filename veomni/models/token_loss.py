@@ -17,7 +17,7 @@ from veomni.batch import IGNORE_INDEX
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models import hf
-from veomni.models.loss_context import LossContext
+from veomni.models.loss_context import LossContext, Predictions
 from veomni.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 logger = create_logger(__name__)
@@ -63,11 +63,14 @@ class TokenMeanLoss:
         wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
         weights = None if context.token_weights is None else context.token_weights.reshape(-1).to(wide)
         each = None if context.by_source is None else torch.empty(len(targets), dtype=wide, device=rows.device)
+        best = torch.empty_like(targets) if context.predicts else None
         if self.pending:
             assert self.head is not None
-            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias, each, weights)
+            total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias, each, weights, best)
         else:
-            total = cross_entropy_sum(rows, targets, each, weights)
+            total = cross_entropy_sum(rows, targets, each, weights, best)
+        if best is not None:
+            context.predictions = Predictions(best, targets)
         if context.by_source is not None and each is not None:
             context.by_source.add(each, targets, weights)
         kept = targets != IGNORE_INDEX

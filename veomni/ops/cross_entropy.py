@@ -19,7 +19,11 @@ CHUNK_ELEMENTS = 1 << 29
 
 
 def cross_entropy_sum(
-    logits: Tensor, labels: Tensor, losses: Tensor | None = None, token_weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    predictions: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of materialised logits, in float32 or better.
 
@@ -29,7 +33,10 @@ def cross_entropy_sum(
         losses: ``[tokens]``: where the loss of each token is written, zero where there is no label; None writes none.
         token_weights: ``[tokens]``, of the result's dtype: what each token's loss is multiplied by in the sum, not in
             ``losses``; None is one.
+        predictions: ``[tokens]``, int64: where the likeliest token is written; None writes none.
     """
+    if predictions is not None:
+        torch.argmax(logits.detach(), dim=-1, out=predictions)
     wide = logits if logits.dtype is torch.float64 else logits.float()
     if losses is not None:
         losses.copy_(F.cross_entropy(wide.detach(), labels, ignore_index=IGNORE_INDEX, reduction="none"))
@@ -45,6 +52,7 @@ def linear_cross_entropy_sum(
     bias: Tensor | None = None,
     losses: Tensor | None = None,
     token_weights: Tensor | None = None,
+    predictions: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of ``hidden @ weight.T + bias`` without keeping the logits.
 
@@ -56,6 +64,7 @@ def linear_cross_entropy_sum(
         losses: ``[tokens]``: where the loss of each token is written, zero where there is no label; None writes none.
         token_weights: ``[tokens]``, of the result's dtype: what each token's loss is multiplied by in the sum, not in
             ``losses``; None is one.
+        predictions: ``[tokens]``, int64: where the likeliest token is written; None writes none.
 
     Returns:
         A 0-d tensor, float64 for float64 inputs and float32 otherwise.
@@ -66,7 +75,7 @@ def linear_cross_entropy_sum(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, bias, losses, token_weights)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, bias, losses, token_weights, predictions)
     return loss
 
 
@@ -80,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         losses: Tensor | None,
         token_weights: Tensor | None,
+        predictions: Tensor | None,
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
@@ -91,6 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = F.linear(hidden[chunk], weight, bias)
+            if predictions is not None:
+                torch.argmax(logits, dim=-1, out=predictions[chunk])
             scale = None if token_weights is None else token_weights[chunk]
             each = _losses_and_gradient_(logits, labels[chunk], scale, with_gradient=any(ctx.needs_input_grad))
             loss += (each if scale is None else each * scale).sum()
@@ -118,6 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),
             None,
             None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
+            None,
             None,
             None,
         )
