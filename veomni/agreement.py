@@ -1,7 +1,7 @@
 """What all ranks must agree about before a step: one small reduction on the CPU, and no other collective for it.
 
-It ends uneven data together, gives the token count that gradients are normalised by, and turns a signal to any one
-process into a decision of all.
+It ends uneven data together, gives the sum of tokens, or of their weights, that gradients are normalised by, and turns
+a signal to any one process into a decision of all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Agreement:
 
     Attributes:
         ranks_with_batch: How many ranks have a batch.
-        tokens: Supervised tokens.
+        loss_weight: Supervised tokens, each as often as it weighs.
         stop: Whether any rank was asked to stop.
         work: What is computed.
         parts: Tokens of the losses of each part.
@@ -29,7 +29,7 @@ class Agreement:
     """
 
     ranks_with_batch: int
-    tokens: int
+    loss_weight: float
     stop: bool
     work: StepWork
     parts: dict[str, int]
@@ -39,7 +39,7 @@ class Agreement:
 def agree(
     *,
     has_batch: bool,
-    tokens: int,
+    loss_weight: float,
     stop: bool,
     work: StepWork,
     parts: Mapping[str, int] | None = None,
@@ -50,9 +50,9 @@ def agree(
     It travels as float64, which holds counts exactly up to 2^53. ``parts`` has the same names on every rank.
     """
     own = dict(parts or {})
-    numbers = [has_batch, tokens, stop, drained, work.tokens, work.flops_causal, work.flops_full, *own.values()]
+    numbers = [has_batch, loss_weight, stop, drained, work.tokens, work.flops_causal, work.flops_full, *own.values()]
     mine = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(mine)
     with_batch, total, stopping, drained_ranks, *rest = mine.tolist()
     counts = dict(zip(own, map(int, rest[3:]), strict=True))
-    return Agreement(int(with_batch), int(total), stopping > 0, StepWork(*rest[:3]), counts, int(drained_ranks))
+    return Agreement(int(with_batch), total, stopping > 0, StepWork(*rest[:3]), counts, int(drained_ranks))

@@ -109,19 +109,31 @@ def supervised_tokens(inputs: Mapping[str, Any]) -> int:
     return 0 if first is None else int(first.shape[0])
 
 
+def loss_weight(inputs: Mapping[str, Any]) -> float:
+    """Return what a micro-batch's loss weighs in the step's: its supervised tokens, or the sum of their weights."""
+    if LOSS_WEIGHTS not in inputs:
+        return supervised_tokens(inputs)
+    if "shift_labels" in inputs:
+        targets, weights = inputs["shift_labels"], inputs[LOSS_WEIGHTS]
+    else:
+        targets, weights = inputs["labels"][..., 1:], inputs[LOSS_WEIGHTS][..., 1:]
+    return float(weights[targets != IGNORE_INDEX].sum(dtype=torch.float64))
+
+
 @dataclass
 class MicroBatch:
-    """One forward and backward: what to give the model, and how many items its loss is the mean of.
+    """One forward and backward: what to give the model, and how much its loss weighs.
 
     Attributes:
         inputs: The model's keyword arguments, on the device.
-        tokens: Supervised tokens of this micro-batch on this rank.
+        loss_weight: What its loss is a mean over: supervised tokens of this micro-batch on this rank, each as often as
+            it weighs.
         last: Whether gradients are synchronised in this micro-batch's backward.
         part_tokens: By part of a composed model, the tokens that its own loss is the mean of.
     """
 
     inputs: dict[str, Any]
-    tokens: int
+    loss_weight: float
     last: bool = True
     part_tokens: Mapping[str, int] = field(default_factory=dict)
 
@@ -147,18 +159,18 @@ class StepBatch:
 
     Attributes:
         micro_batches: This rank's share, on the CPU.
-        tokens: Supervised tokens of the step over all ranks.
+        loss_weight: The sum of its micro-batches' ``loss_weight`` over all ranks.
         work: Everything computed in the step over all ranks.
         index: The optimizer step, counted from 1 over the whole run.
         loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
         part_tokens: By part of a composed model, the tokens of the step over all ranks that its loss is the mean of.
         losses: This rank's share of each part's global mean, where ``Launcher.backward`` was given losses by part.
-        source_sums: Of a mixture, the summed losses of this rank's supervised tokens and their number, by source;
-            ``[2, sources]`` on the device; None where the model takes its loss by itself.
+        source_sums: Of a mixture, the summed losses of this rank's supervised tokens, each times its weight, and summed
+            weights, by source; ``[2, sources]`` on the device; None where the model takes its loss by itself.
     """
 
     micro_batches: Sequence[Mapping[str, Any]]
-    tokens: int
+    loss_weight: float
     work: StepWork
     index: int
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))

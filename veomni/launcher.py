@@ -38,8 +38,8 @@ from veomni.batch import (
     StepBatch,
     StepWork,
     document_lengths,
+    loss_weight,
     sources_of,
-    supervised_tokens,
 )
 from veomni.batch_keys import part_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
@@ -352,7 +352,7 @@ class Launcher:
         mine = [self._own_part(micro) for micro in micro_batches or ()]
         agreed = agree(
             has_batch=micro_batches is not None,
-            tokens=sum(supervised_tokens(micro) for micro in mine),
+            loss_weight=sum(loss_weight(micro) for micro in mine),
             stop=self._stop.requested,
             work=self.reporter.measure(mine),
             parts=_summed(part_tokens(micro) for micro in mine),
@@ -371,7 +371,7 @@ class Launcher:
         copies = self.state.size("sequence")  # ranks that share rows count the work of whole rows, each of them
         work = StepWork(*(amount / copies for amount in astuple(agreed.work)))
         zero = torch.zeros((), device=self.device)
-        self._batch = StepBatch(mine, agreed.tokens, work, self.step, zero, agreed.parts)
+        self._batch = StepBatch(mine, agreed.loss_weight, work, self.step, zero, agreed.parts)
         return self._batch
 
     def accumulate(self, model: nn.Module, batch: StepBatch) -> Iterator[MicroBatch]:
@@ -381,7 +381,7 @@ class Launcher:
             self._begin_routing(self._controller, model, batch)
         for index, inputs in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            micro = MicroBatch(self._to_device(inputs), supervised_tokens(inputs), last, part_tokens(inputs))
+            micro = MicroBatch(self._to_device(inputs), loss_weight(inputs), last, part_tokens(inputs))
             watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
             with self.parameter_strategy.grad_sync(model, last), watch, self._telling_loss(model, inputs) as told:
                 yield micro
@@ -431,13 +431,15 @@ class Launcher:
         """Add this micro-batch's gradients.
 
         Args:
-            loss: The mean over the micro-batch's supervised tokens (over its rows, for a batch without labels). Of a
-                composed model its ``losses`` by part, each the mean over its own tokens: "text", then its decoders.
+            loss: The mean over the micro-batch's supervised tokens, by their weights if there are any (over its rows,
+                for a batch without labels). Of a composed model its ``losses`` by part, each the mean over its own
+                tokens: "text", then its decoders.
             micro: What the loss was computed on.
 
-        Gradients after the last backward are those of the mean over all supervised tokens of the step, whatever the
-        layout: strategies average over the ``loss`` view, so each part is weighed by its share of the tokens times the
-        size of that view. Losses by part are each such a mean, and their sum is what is learned.
+        Gradients after the last backward are those of the mean over all supervised tokens of the step, ``sum(weight *
+        loss) / sum(weight)`` with weights of 1 unless data give others, whatever the layout: strategies average over
+        the ``loss`` view, so each part is weighed by its share of the weights times the size of that view. Losses by
+        part are each such a mean, and their sum is what is learned.
 
         The losses of routers add their gradients here, and with the last backward the step of the routers ends, before
         any parameter changes: no loop does without this call.
@@ -466,8 +468,8 @@ class Launcher:
     def source_metrics(self, batch: StepBatch) -> dict[str, float | int | None]:
         """Return what a mixture's sources have in the step, equal on all ranks; nothing for other data.
 
-        For each source, by its name: ``source_loss/NAME``, the mean over its supervised tokens (None without any);
-        ``source_samples/NAME`` and ``source_tokens/NAME``, its documents and their tokens, whether learned or not.
+        For each source, by its name: ``source_loss/NAME``, the (weighted) mean over its supervised tokens (None without
+        any); ``source_samples/NAME`` and ``source_tokens/NAME``, its documents and their tokens, learned or not.
         """
         sources = sources_of(batch.micro_batches)
         if len(sources) < 2:
@@ -484,7 +486,7 @@ class Launcher:
         return found
 
     def global_loss(self, batch: StepBatch) -> Tensor:
-        """Return the mean over all supervised tokens of the step, equal on all ranks."""
+        """Return the (weighted) mean over all supervised tokens of the step, equal on all ranks."""
         loss = batch.loss.clone()
         dist.all_reduce(loss, group=self.state.group("loss"))
         return loss
@@ -529,10 +531,11 @@ class Launcher:
         for micro_batches in loader:
             for raw in micro_batches:
                 inputs = self._own_part(raw)
-                tokens = supervised_tokens(inputs)
-                output = model(**self._to_device(inputs))
+                weight = loss_weight(inputs)
+                with self._telling_loss(model, inputs):
+                    output = model(**self._to_device(inputs))
                 loss = output.losses["text"] if hasattr(output, "losses") else output.loss  # decoders' count otherwise
-                metric.update(loss * tokens, tokens)
+                metric.update(loss * weight, weight)
         model.train(training)
         found = metric.compute()
         self.reporter.mark("evaluation")
@@ -573,7 +576,7 @@ class Launcher:
 def _shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: StepBatch) -> Tensor:
     """Return a micro-batch's part of the step's mean loss; parts are remembered in the batch."""
     if isinstance(loss, Tensor):
-        return loss * (micro.tokens / max(1, batch.tokens))
+        return loss * _share("text", micro, batch)
     shares = {name: part * _share(name, micro, batch) for name, part in loss.items()}
     for name, part in shares.items():
         batch.losses[name] = batch.losses.get(name, torch.zeros_like(batch.loss)) + part.detach()
@@ -581,9 +584,9 @@ def _shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: 
 
 
 def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
-    """Return which share of the tokens that a part's loss is the mean of are in a micro-batch."""
+    """Return which share a micro-batch has of what a part's loss is the mean over."""
     if name == "text":
-        return micro.tokens / max(1, batch.tokens)
+        return micro.loss_weight / (batch.loss_weight or 1.0)
     if name not in batch.part_tokens:
         raise ModelError(
             f"a loss called {name!r} is the mean over nobody knows how many tokens",

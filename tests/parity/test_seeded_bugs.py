@@ -47,7 +47,7 @@ def tokens_counted_on_one_rank_only(launcher):
     import veomni.launcher as module
 
     agree = module.agree
-    module.agree = lambda **mine: agree(**{**mine, "tokens": mine["tokens"] if launcher.rank == 0 else 0})
+    module.agree = lambda **mine: agree(**{**mine, "loss_weight": mine["loss_weight"] if launcher.rank == 0 else 0})
 
 
 @bug("fsdp2_2")
@@ -136,7 +136,7 @@ def weights_differ_between_ranks(launcher):
 def padding_counted_as_tokens(launcher):
     import veomni.launcher as module
 
-    module.supervised_tokens = lambda inputs: int(inputs["input_ids"].numel())
+    module.loss_weight = lambda inputs: int(inputs["input_ids"].numel())
 
 
 @bug("ddp2")
@@ -144,8 +144,8 @@ def masked_row_counts_as_a_mean(launcher):
     """A micro-batch without labels weighs like the others: the global mean becomes a mean over micro-batches."""
     import veomni.launcher as module
 
-    count = module.supervised_tokens
-    module.supervised_tokens = lambda inputs: max(1, count(inputs)) + 1
+    count = module.loss_weight
+    module.loss_weight = lambda inputs: max(1, count(inputs)) + 1
 
 
 @bug("fsdp2_2")
