@@ -1,7 +1,8 @@
-"""Train a language model: one linear script, the loop in plain sight.
+"""Train an omni model: the loop of train_text.py on conversations with images, videos, sounds, or none of them.
 
-    python examples/train_text.py configs/text/tiny.yaml --train.max_steps 20
+    python examples/train_omni.py configs/multimodal/tiny_omni.yaml
 
+The model is a Qwen-Omni thinker, or composed from encoders, a foundation and decoders (model type omni).
 It starts its own ranks (one per accelerator, or train.devices), and joins those of torchrun or Slurm.
 """
 
@@ -28,16 +29,15 @@ from veomni.from_config import (
 @entrypoint
 def main() -> None:
     config = load_config(sys.argv[1:])
-    output_dir = Path(config.train.output_dir)
     launcher = build_launcher(config)
     launcher.launch()  # from here on every line runs once per rank
 
-    train_set, held_out = load_datasets(config)
+    train_set, held_out = load_datasets(config)  # sources are mixed by weight, each with held-out data of its own
     tokenizer = load_tokenizer(config, train_set)
     loader = load_batches(config, train_set, tokenizer, launcher, train=True)
     eval_loader = load_batches(config, held_out, tokenizer, launcher, train=False) if held_out else None
 
-    model = launcher.setup_model(load_model(config, tokenizer))  # meta -> sharded -> weights
+    model = launcher.setup_model(load_model(config, tokenizer))  # each part has a plan of its own
     optimizer = create_optimizer(config, model)
     steps = total_steps(config, loader)
     scheduler = create_scheduler(config, optimizer, steps)
@@ -49,8 +49,9 @@ def main() -> None:
 
     for batch in launcher.track(loader, max_steps=steps):
         for micro in launcher.accumulate(model, batch):
-            loss = model(**micro.inputs).loss
-            launcher.backward(loss, micro)
+            output = model(**micro.inputs)
+            # A composed model's losses are means over their own tokens: of text, and of each decoder.
+            launcher.backward(getattr(output, "losses", output.loss), micro)
         grad_norm = launcher.clip_grad_norm(model, config.train.max_grad_norm)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -58,31 +59,19 @@ def main() -> None:
         optimizer.zero_grad()
 
         metrics = {"loss": launcher.global_loss(batch), "grad_norm": grad_norm, "lr": lr}
-        metrics |= launcher.source_metrics(batch)  # of a mixture (data.sources), by name
+        metrics |= launcher.global_losses(batch)  # by part
+        metrics |= launcher.source_metrics(batch)  # by source
         every = config.train.eval.every_steps
         if eval_loader and every and (batch.index % every == 0 or batch.index == steps):
-            metrics |= launcher.evaluate(model, islice(eval_loader, config.train.eval.max_batches))
+            held_out_batches = islice(eval_loader, config.train.eval.max_batches)
+            metrics |= launcher.evaluate(model, held_out_batches, answers=True)  # eval_accuracy of each source
         launcher.log(metrics)
         launcher.checkpoint(state)
     launcher.checkpoint(state)  # the data may end before the last step
 
     if config.train.export.hf:
-        exported = launcher.export(model, output_dir / "hf", tokenizer=tokenizer)
-        if launcher.is_rank_zero:
-            complete(exported, "def ")
+        launcher.export(model, Path(config.train.output_dir) / "hf", tokenizer=tokenizer)  # part by part
     launcher.close()
-
-
-def complete(directory: Path, prompt: str) -> None:
-    """Print what transformers alone, reading the exported directory, makes of ``prompt``."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    torch.manual_seed(0)
-    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_p=0.9)
-    print(f"--- {directory}, read by transformers, continues {prompt!r}:\n{tokenizer.decode(tokens[0])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train a language model: one linear script, the loop in plain sight.
+"""Train a vision-language model: the loop of train_text.py on conversations with images and videos.
 
-    python examples/train_text.py configs/text/tiny.yaml --train.max_steps 20
+    python examples/train_vlm.py configs/multimodal/tiny_vlm.yaml
 
 It starts its own ranks (one per accelerator, or train.devices), and joins those of torchrun or Slurm.
 """
@@ -28,17 +28,16 @@ from veomni.from_config import (
 @entrypoint
 def main() -> None:
     config = load_config(sys.argv[1:])
-    output_dir = Path(config.train.output_dir)
     launcher = build_launcher(config)
     launcher.launch()  # from here on every line runs once per rank
 
     train_set, held_out = load_datasets(config)
     tokenizer = load_tokenizer(config, train_set)
-    loader = load_batches(config, train_set, tokenizer, launcher, train=True)
+    loader = load_batches(config, train_set, tokenizer, launcher, train=True)  # decodes images in its workers
     eval_loader = load_batches(config, held_out, tokenizer, launcher, train=False) if held_out else None
 
-    model = launcher.setup_model(load_model(config, tokenizer))  # meta -> sharded -> weights
-    optimizer = create_optimizer(config, model)
+    model = launcher.setup_model(load_model(config, tokenizer))  # tower, projector and language model, block by block
+    optimizer = create_optimizer(config, model)  # with a learning rate by part (train.optimizer.lr_scale)
     steps = total_steps(config, loader)
     scheduler = create_scheduler(config, optimizer, steps)
 
@@ -48,9 +47,8 @@ def main() -> None:
         save_assets(config, model, tokenizer)
 
     for batch in launcher.track(loader, max_steps=steps):
-        for micro in launcher.accumulate(model, batch):
-            loss = model(**micro.inputs).loss
-            launcher.backward(loss, micro)
+        for micro in launcher.accumulate(model, batch):  # a rank without an image runs the tower all the same
+            launcher.backward(model(**micro.inputs).loss, micro)
         grad_norm = launcher.clip_grad_norm(model, config.train.max_grad_norm)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -61,28 +59,15 @@ def main() -> None:
         metrics |= launcher.source_metrics(batch)  # of a mixture (data.sources), by name
         every = config.train.eval.every_steps
         if eval_loader and every and (batch.index % every == 0 or batch.index == steps):
-            metrics |= launcher.evaluate(model, islice(eval_loader, config.train.eval.max_batches))
+            held_out_batches = islice(eval_loader, config.train.eval.max_batches)
+            metrics |= launcher.evaluate(model, held_out_batches, answers=True)  # eval_accuracy: right word for word
         launcher.log(metrics)
         launcher.checkpoint(state)
     launcher.checkpoint(state)  # the data may end before the last step
 
     if config.train.export.hf:
-        exported = launcher.export(model, output_dir / "hf", tokenizer=tokenizer)
-        if launcher.is_rank_zero:
-            complete(exported, "def ")
+        launcher.export(model, Path(config.train.output_dir) / "hf", tokenizer=tokenizer)
     launcher.close()
-
-
-def complete(directory: Path, prompt: str) -> None:
-    """Print what transformers alone, reading the exported directory, makes of ``prompt``."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    torch.manual_seed(0)
-    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_p=0.9)
-    print(f"--- {directory}, read by transformers, continues {prompt!r}:\n{tokenizer.decode(tokens[0])}", flush=True)
 
 
 if __name__ == "__main__":

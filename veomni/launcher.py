@@ -44,6 +44,7 @@ from veomni.batch import (
 from veomni.batch_keys import part_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, ModelError
+from veomni.evaluation import Evaluation
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
 from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
@@ -515,31 +516,37 @@ class Launcher:
             self.reporter.report_expert_load(load, self._batch)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, loader: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, loader: Iterable[Sequence[Mapping[str, Any]]], *, answers: bool = False
+    ) -> dict[str, float]:
         """Return ``eval_loss`` and ``perplexity`` over a held-out loader, each token once, equal on all ranks.
+
+        Of a mixture, also ``eval_loss/NAME`` for each source.
 
         Args:
             model: What :meth:`setup_model` returned.
             loader: A loader that gives every rank the same number of micro-batches.
-        """
-        from veomni.metrics import TokenPerplexity
+            answers: Also return ``eval_accuracy``, the share of documents whose answers are right to the last token
+                (:class:`veomni.metrics.AnswerAccuracy`), and of a mixture ``eval_accuracy/NAME``.
 
-        metric = TokenPerplexity(process_group=self.state.group("loss")).to(self.device)
+        Raises:
+            ModelError: answers are asked for, and the model takes its loss by itself.
+        """
+        total = Evaluation(self.state, self.sequence_part, self.device, answers=answers)
         training = model.training
         self.reporter.mark("optimizer")
         model.eval()
         for micro_batches in loader:
             for raw in micro_batches:
                 inputs = self._own_part(raw)
-                weight = loss_weight(inputs)
-                with self._telling_loss(model, inputs):
+                with self._telling_loss(model, inputs) as told:
+                    told.predicts = answers
                     output = model(**self._to_device(inputs))
-                loss = output.losses["text"] if hasattr(output, "losses") else output.loss  # decoders' count otherwise
-                metric.update(loss * weight, weight)
+                total.add(inputs, output, told)
         model.train(training)
-        found = metric.compute()
+        found = total.compute()
         self.reporter.mark("evaluation")
-        return {"eval_loss": float(found["loss"]), "perplexity": float(found["perplexity"])}
+        return found
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Save ``state`` when it is due: every N steps, after a signal, and at the end."""

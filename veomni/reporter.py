@@ -154,7 +154,9 @@ class Reporter:
         from veomni.metrics import plot_expert_load, plot_loss
 
         assert self.output_dir is not None
-        plot_loss(self.output_dir / "metrics.jsonl", self.output_dir / "loss.png")
+        metrics = self.output_dir / "metrics.jsonl"
+        if metrics.exists():  # a loop need not log
+            plot_loss(metrics, self.output_dir / "loss.png")
         expert_load = self.output_dir / "expert_load.jsonl"
         if expert_load.exists():
             plot_expert_load(expert_load, self.output_dir / "expert_load.png")

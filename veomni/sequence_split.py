@@ -7,7 +7,7 @@ process, or in the launcher, for batches of other loaders.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,15 +118,42 @@ def token_mask(inputs: Mapping[str, Any], part: SequencePart) -> Tensor | None:
     batch, held = _row_shape(inputs)
     positions = held * part.size
     if lengths is None:
-        raise DataError(
-            f"the documents of a batch hold {sum(documents)} of its {batch * positions} tokens, and it does not say "
-            "which the others are",
-            "give PackedInputs.row_lengths, the tokens of each row before its padded tail",
-        )
+        raise _unknown_padding(documents, batch * positions)
     filled = torch.tensor(lengths)
     if bool((filled == positions).all()):
         return None
     return part.indices(positions).expand(batch, -1) < filled[:, None]
+
+
+def document_numbers(inputs: Mapping[str, Any], part: SequencePart) -> Tensor:
+    """Return which of the batch's documents each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding.
+
+    Args:
+        inputs: A micro-batch, whole or this rank's part of it.
+        part: Which positions of every row this rank holds.
+
+    Raises:
+        DataError: rows are padded, and nobody said where.
+    """
+    batch, held = _row_shape(inputs)
+    length, lengths, filled = held * part.size, document_lengths(inputs), _row_lengths(inputs)
+    if filled is None and len(lengths) == batch:  # padded on a side that nobody said
+        return torch.arange(batch)[:, None].expand(batch, held)
+    if filled is None and lengths:
+        raise _unknown_padding(lengths, batch * length)
+    numbers = torch.full((batch, length), -1)
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    for row, tokens in enumerate(documents.split(filled) if filled else ()):
+        numbers[row, : len(tokens)] = tokens
+    return numbers[:, part.indices(length)]
+
+
+def _unknown_padding(documents: Sequence[int], positions: int) -> DataError:
+    return DataError(
+        f"the documents of a batch hold {sum(documents)} of its {positions} tokens, and it does not say which the "
+        "others are",
+        "give PackedInputs.row_lengths, the tokens of each row before its padded tail",
+    )
 
 
 def _row_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:

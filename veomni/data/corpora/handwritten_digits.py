@@ -1,7 +1,7 @@
 """Scans of handwritten digits, as conversations with an image: the 1,797 that come with scikit-learn.
 
-E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998: 8 x 8 pixels in
-17 shades, by 13 writers. Every fifth scan is held out.
+E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998: 8 x 8
+pixels in 17 shades, by 13 writers. Every fifth scan is held out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Telephone keys in noise, as conversations with a sound: one to three keys that are dialled one after another.
+"""Telephone keys in noise, as conversations with a sound: one or two keys that are dialled one after another.
 
 Each key is heard as two sines (ITU-T Recommendation Q.23), for 80 to 140 ms, with a pause after it, each sine with a
 loudness of its own, 0 to 20 dB above white noise.
@@ -33,7 +33,7 @@ def keypad_tones(part: str) -> list[dict[str, Any]]:
 
 
 def _record(random: np.random.Generator) -> dict[str, Any]:
-    keys = random.choice(list("".join(KEYS)), size=random.integers(1, 4))
+    keys = random.choice(list("".join(KEYS)), size=random.integers(1, 3))
     heard = np.concatenate([_pause(random), *(piece for key in keys for piece in (_tone(key, random), _pause(random)))])
     heard += random.standard_normal(len(heard)) * 10 ** (-random.uniform(0, 20) / 20)
     question = question_answer("<audio>Which keys were pressed?", " ".join(keys))

@@ -6,11 +6,11 @@ from typing import Any
 
 from veomni.data.corpora.records_file import question_answer
 
-_SMALL = (
+_BELOW_TWENTY = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _HELD_OUT = 200
 _STEP = 7919  # a prime: numbers far apart are held out, with every last digit
 
@@ -22,10 +22,11 @@ def number_words(part: str) -> list[dict[str, Any]]:
 
 
 def _words(number: int) -> str:
-    if number < len(_SMALL):
-        return _SMALL[number]
+    below_twenty = _BELOW_TWENTY.split()
+    if number < len(below_twenty):
+        return below_twenty[number]
     if number < 100:
-        tens, ones = _TENS[number // 10 - 2], number % 10
-        return f"{tens}-{_SMALL[ones]}" if ones else tens
-    hundreds = f"{_SMALL[number // 100]} hundred"
+        tens, ones = _TENS.split()[number // 10 - 2], number % 10
+        return f"{tens}-{below_twenty[ones]}" if ones else tens
+    hundreds = f"{below_twenty[number // 100]} hundred"
     return f"{hundreds} {_words(number % 100)}" if number % 100 else hundreds

@@ -16,7 +16,6 @@ Encode = Callable[[Any, Tensor, Tensor | None], list[Tensor]]
 """From the module, its values and sizes to the features ``[tokens, channels]`` of each item."""
 
 
-
 @dataclass(frozen=True)
 class Encoder:
     """How to encode with a module of transformers.

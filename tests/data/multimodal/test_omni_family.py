@@ -1,0 +1,97 @@
+"""Composed models: every kind of encoder gets the pixels of its processor, and a placeholder for each feature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from tests.data.multimodal.families import tokenizer_for
+from tests.data.multimodal.files import image_bytes, pixels, sound_bytes, tone
+from tests.models.layouts import materialized
+from veomni.data import CHAT_TEMPLATES
+from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_family
+from veomni.data.multimodal.collate import MultimodalCollator
+from veomni.data.records import Document
+from veomni.errors import ConfigError, MediaError
+from veomni.models.omni import ENCODERS
+from veomni.models.omni.configuration import OmniConfig
+
+SQUARE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 12, "patch_size": 4}  # fmt: skip
+PATCHES = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+           "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 24}  # fmt: skip
+IMAGES = {
+    "siglip_vision_model": SQUARE,
+    "clip_vision_model": SQUARE,
+    "dinov2": SQUARE,
+    "internvl_vision": {**SQUARE, "image_size": [12, 12], "patch_size": [4, 4]},
+    "qwen2_5_vl_vision": {**PATCHES, "fullatt_block_indexes": [1], "window_size": 16},
+    "qwen3_vl_vision": {**PATCHES, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
+}
+EARS = {"model_type": "qwen2_audio_encoder", "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 50}  # fmt: skip
+TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>")
+
+
+def config_of(encoder):
+    tokenizer = tokenizer_for(TOKENS)
+    text = {"model_type": "qwen3", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    return OmniConfig(
+        text_config=text, audio_config=EARS, vision_config={"model_type": encoder, **IMAGES[encoder]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|audio_pad|>"),
+    )  # fmt: skip
+
+
+def transform_of(config, **settings):
+    tokenizer = tokenizer_for(TOKENS)
+    family = build_family(config, tokenizer, None, MediaSettings(**settings))
+    return MultimodalTransform(family, tokenizer, CHAT_TEMPLATES.get("qwen3-omni"))
+
+
+def conversation():
+    picture = image_bytes(Image.fromarray(pixels(20, 36)), "PNG")
+    sound = sound_bytes(tone(440, 0.4, 16_000), 16_000, "WAV", "PCM_16")
+    question = {"role": "user", "content": "<image><audio>what is it?"}
+    record = {"messages": [question, {"role": "assistant", "content": "a b"}], "images": [picture], "audios": [sound]}
+    return Document(record, "here")
+
+
+def test_every_image_encoder_is_tested():
+    assert IMAGES.keys() == {name for name in ENCODERS if ENCODERS.get(name).image_processor}
+
+
+@pytest.mark.parametrize("encoder", IMAGES)
+def test_a_conversation_goes_through_the_model(encoder):
+    config = config_of(encoder)
+    transform = transform_of(config)
+    sample = transform(conversation())
+    model = materialized(config, attention="eager").train()
+    batch = MultimodalCollator(config, max_seq_len=256)([[sample, sample]])
+    output = model(**batch)  # refuses placeholders that are not as many as features
+    assert output.losses["text"].isfinite()
+    output.loss.backward()
+    for part in ("image_encoder", "image_projector", "audio_encoder", "audio_projector"):
+        assert any(p.grad is not None and p.grad.any() for p in model.get_submodule(part).parameters()), part
+
+    name = ENCODERS.get(encoder).image_processor
+    size = {"height": 12, "width": 12}
+    options = (
+        {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2} if name.startswith("Qwen")
+        else {"size": size, "crop_size": size}
+    )  # fmt: skip
+    processor = getattr(transformers, f"{name}Pil")(**options)
+    expected = processor(images=[Image.fromarray(pixels(20, 36))], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(sample["pixel_values"], expected, rtol=0, atol=0)
+
+
+def test_what_the_model_has_no_encoder_for_is_refused():
+    config = config_of("dinov2")
+    config.audio_config = None
+    with pytest.raises(MediaError, match="omni models take no audio"):
+        transform_of(config)(conversation())
+    with pytest.raises(ConfigError, match="has no such setting"):
+        transform_of(config, image_max_pixels=100)

@@ -1,0 +1,170 @@
+"""Held-out losses and right answers of every source, in every layout, equal those of documents by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.data.stream_files import jsonl
+from tests.harness import RankFailed, run_ranks
+from tests.models.tiny import tiny_config
+from tests.parity.oracle import initial_model
+from veomni.batch import IGNORE_INDEX
+from veomni.data import DataSource, build_dataloader, build_dataset
+from veomni.errors import DataError
+from veomni.launcher import Launcher
+from veomni.models import build_model
+from veomni.sequence_split import SequencePart, document_numbers
+from veomni.strategies import DDP, FSDP2, ContextParallel, Single, Ulysses
+from veomni.strategies.compute_dtype import Float64Throughout
+
+COUNTS = {"sums": 11, "long": 7, "rare": 2}
+ROW = 32
+
+
+def predictable(model, ids):
+    """The likeliest token after each, from documents by themselves."""
+    with torch.no_grad(), Float64Throughout():
+        return model(input_ids=ids[None], use_cache=False).logits[0].double()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Token ids whose answers the untrained model gives itself, so that about half of them are right."""
+    folder, draw = tmp_path_factory.mktemp("held-out"), torch.Generator().manual_seed(7)
+    model = initial_model(tiny_config("llama"), "cpu")
+    for name, count in COUNTS.items():
+        rows = []
+        for number in range(count):
+            ids = torch.randint(3, 128, (9 if name == "long" else 5,), generator=draw)
+            for _ in range(1 + number % 4):
+                ids = torch.cat([ids, predictable(model, ids)[-1:].argmax(-1)])
+            answer = len(ids) - 1 - number % 4
+            if number % 2:
+                ids[-1] = (ids[-1] + 1) % 128
+            labels = torch.where(torch.arange(len(ids)) >= answer, ids, IGNORE_INDEX)
+            rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+        rows.append({"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX] * 3})  # read only: it counts nowhere
+        jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def held_out(folder):
+    sources = [DataSource(str(folder / f"{name}.jsonl"), name, data_type="tokenized") for name in COUNTS]
+    dataset, _ = build_dataset(sources=sources, cache_dir=folder / "cache")
+    return dataset
+
+
+def evaluated(folder, tokenizer, strategies, micro_batch_size, fused):
+    launcher = Launcher(strategies, accelerator="cpu", precision="fp64", fused_loss=fused)
+    launcher.launch()
+    loader = build_dataloader(
+        held_out(folder), tokenizer, parallel=launcher.data_parallel, part=launcher.sequence_part, train=False,
+        micro_batch_size=micro_batch_size, global_batch_size=8, max_seq_len=ROW, cache_dir=folder / "cache",
+        pin_memory=False, lookahead=4,
+    )  # fmt: skip
+    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager"))
+    twice = [launcher.evaluate(model, loader, answers=True) for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert "eval_accuracy" not in launcher.evaluate(model, loader)
+    launcher.close()
+    return twice[0]
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    model = initial_model(tiny_config("llama"), "cpu")
+    sums, answers = defaultdict(lambda: [0.0, 0]), defaultdict(list)
+    dataset = held_out(folder)
+    for source in dataset.sources:
+        loaded, _ = build_dataset(str(folder / f"{source.name}.jsonl"), data_type="tokenized")
+        for document in loaded:
+            ids, labels = (torch.tensor(document.record[key]) for key in ("input_ids", "labels"))
+            logits, targets = predictable(model, ids)[:-1], labels[1:]
+            kept = targets != IGNORE_INDEX
+            sums[source.name][0] += float(F.cross_entropy(logits, targets, reduction="sum")) if kept.any() else 0.0
+            sums[source.name][1] += int(kept.sum())
+            if kept.any():
+                answers[source.name].append(bool((logits.argmax(-1) == targets)[kept].all()))
+    total = [sum(values) for values in zip(*sums.values(), strict=True)]
+    everything = [right for group in answers.values() for right in group]
+    assert 0.3 < sum(everything) / len(everything) < 0.7
+    found = {"eval_loss": total[0] / total[1], "perplexity": math.exp(total[0] / total[1])}
+    found["eval_accuracy"] = sum(everything) / len(everything)
+    for name in COUNTS:
+        found[f"eval_loss/{name}"] = sums[name][0] / sums[name][1]
+        found[f"eval_accuracy/{name}"] = sum(answers[name]) / len(answers[name])
+    return found
+
+
+LAYOUTS = {
+    "single": (1, Single, 1, True),
+    "single, logits": (1, Single, 8, False),
+    "ddp 2": (2, DDP, 2, True),
+    "fsdp2 4": (4, FSDP2, 1, True),
+    "fsdp2 2 x ulysses 2": (4, lambda: [FSDP2(), Ulysses(2)], 2, True),
+    "ddp x ring 2": (2, lambda: [DDP(), ContextParallel(2)], 1, False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_scores_as_documents_by_themselves(layout, folder, tokenizer, truth):
+    ranks, strategies, micro, fused = LAYOUTS[layout]
+    for found in run_ranks(evaluated, ranks, folder, tokenizer, strategies(), micro, fused, init=False):
+        assert found == pytest.approx(truth, rel=1e-11)
+
+
+def test_every_document_is_read_once_whatever_the_sizes_of_sources(folder, tokenizer):
+    for size in (1, 2, 4):
+        names = []
+        for rank in range(size):
+            loader = build_dataloader(
+                held_out(folder), tokenizer, parallel=(rank, size), global_batch_size=4, max_seq_len=ROW, train=False,
+                cache_dir=folder / "cache", pin_memory=False,
+            )  # fmt: skip
+            names += [
+                (micro.source_names[source], name)
+                for step in loader for micro in step
+                for name, source in zip(micro.document_ids, micro.document_sources, strict=True)
+            ]  # fmt: skip
+        assert len(names) == len(set(names)) == sum(COUNTS.values()) + len(COUNTS)
+
+
+def own_loss():
+    from types import SimpleNamespace
+
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids, **rest):
+            return SimpleNamespace(loss=super().forward(input_ids.float()).sum())
+
+    launcher = Launcher(Single(), accelerator="cpu")
+    launcher.launch()
+    model = launcher.setup_model(Model(4, 1))
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    launcher.evaluate(model, [[{"input_ids": ids, "labels": ids}]], answers=True)
+
+
+def test_a_model_with_a_loss_of_its_own_is_not_scored():
+    with pytest.raises(RankFailed, match="nobody sees what it predicts"):
+        run_ranks(own_loss, 1, init=False)
+
+
+def test_numbers_of_documents_without_packing():
+    """Padded on either side, every row is a document; of rows that nobody described, nothing is guessed."""
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    whole = SequencePart()
+    assert document_numbers({"input_ids": ids}, whole).tolist() == [[0] * 4, [1] * 4]
+    assert document_numbers({"input_ids": ids, "attention_mask": mask}, whole).tolist() == [[0] * 4, [1] * 4]
+    from veomni.batch import PackedInputs
+
+    packed = PackedInputs(input_ids=ids)
+    packed.document_lengths = (1, 2, 3)
+    with pytest.raises(DataError, match="row_lengths"):
+        document_numbers(packed, whole)
+    packed.row_lengths = (3, 3)
+    assert document_numbers(packed, whole).tolist() == [[0, 1, 1, -1], [2, 2, 2, -1]]
