@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, Tensor]
-"""``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]`` (``loss_weights`` if some are neither 0
-nor 1), and the features of media."""
+"""``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]`` (``loss_weights`` if some are neither
+0 nor 1), and the features of media."""
 
 
 @dataclass(frozen=True)
