@@ -394,7 +394,7 @@ class Launcher:
     @contextmanager
     def _telling_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[LossContext]:
         """Let the loss know, while the body computes it, what the model does not pass on to it."""
-        from veomni.models import LossContext, loss_context
+        from veomni.models import LossContext
 
         loss = self._token_losses.get(model)
         if loss is None:
@@ -403,7 +403,7 @@ class Launcher:
                 raise ModelError(problem, "leave the weights out of the data, or give each token 0 or 1")
             yield LossContext()
             return
-        loss.context = loss_context(inputs, self.device)
+        loss.context = LossContext.of(inputs, self.device)
         try:
             yield loss.context
         finally:

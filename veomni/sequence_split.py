@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch import IGNORE_INDEX, SEQUENCE_SIZE, PackedInputs, document_lengths
+from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS, SEQUENCE_SIZE, PackedInputs, document_lengths
 from veomni.batch_keys import KEY_RULES
 from veomni.errors import DataError
 
@@ -72,8 +72,8 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
 
     Returns:
         Tensors of one entry per token are cut; ``shift_labels`` holds the labels shifted on the whole row, and so does
-        ``labels``; ``cu_seq_lens_q`` and ``cu_seq_lens_k`` stay those of the whole rows, with a padded tail as one more
-        document, and are left out where every row is one document.
+        ``labels``; ``loss_weights`` are shifted with them; ``cu_seq_lens_q`` and ``cu_seq_lens_k`` stay those of the
+        whole rows, with a padded tail as one more document, and are left out where every row is one document.
 
     Raises:
         DataError: there is a padding mask, a row is shorter than the number of ranks, or an unknown tensor has an entry
@@ -175,6 +175,8 @@ def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]
     whole.pop("attention_mask", None)  # it is None
     if whole.get("labels") is not None and "shift_labels" not in whole:
         whole["shift_labels"] = F.pad(whole["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+        if LOSS_WEIGHTS in whole:
+            whole[LOSS_WEIGHTS] = F.pad(whole[LOSS_WEIGHTS], (0, 1), value=KEY_RULES.get(LOSS_WEIGHTS).pad)[..., 1:]
     if whole.get("position_ids") is None:
         whole["position_ids"] = torch.arange(length).expand(batch, length)
     borders = whole.get("cu_seq_lens_q")

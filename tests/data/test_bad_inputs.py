@@ -32,6 +32,7 @@ def answer(**fields):
     return lines({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]})
 
 
+IDS, TOKENS = {"data_type": "tokenized"}, {"input_ids": [5, 6, 7]}
 PARQUET = pa.BufferOutputStream()
 pq.write_table(pa.table({"text": ["a", None]}), PARQUET)
 NULL_PARQUET = PARQUET.getvalue().to_pybytes()
@@ -65,7 +66,19 @@ CASES = {
     "message as text": ("t.jsonl", lines({"messages": ["hi"]}), CHAT, DataError, r"message 1: not an object"),
     "content missing": ("t.jsonl", lines({"messages": [{"role": "user"}]}), CHAT, DataError, r"message 1: no content"),
     "content of parts": ("t.jsonl", lines({"messages": [PARTS]}), CHAT, DataError, r"message 1: content is list"),
-    "half a weight": ("t.jsonl", answer(weight=0.5), CHAT, DataError, r"message 2: weight 0.5"),
+    "a negative weight": ("t.jsonl", answer(weight=-0.5), CHAT, DataError, r"line 1, message 2: weight -0.5"),
+    "a weight that is no number": ("t.jsonl", answer(weight=float("nan")), CHAT, DataError, r"message 2: weight nan"),
+    "a weight beyond float32": ("t.jsonl", answer(weight=1e39), CHAT, DataError, r"message 2: weight 1e\+39"),
+    "an endless weight": ("t.jsonl", answer(weight=float("inf")), CHAT, DataError, r"message 2: weight inf"),
+    "a weight as text": ("t.jsonl", answer(weight="0.5"), CHAT, DataError, r"message 2: weight '0.5'"),
+    "too few weights of tokens": ("t.jsonl", lines(TOKENS | {"loss_weights": [1, 2]}), IDS, DataError,
+                                  r"line 1: field 'loss_weights' is no list of 3 numbers"),
+    "weights of tokens as text": ("t.jsonl", lines(TOKENS | {"loss_weights": "111"}), IDS, DataError,
+                                  r"line 1: field 'loss_weights' is no list of 3 numbers"),
+    "a negative weight of a token": ("t.jsonl", lines(TOKENS, TOKENS | {"loss_weights": [1, -1, 1]}), IDS, DataError,
+                                     r"line 2: weight 1 in field 'loss_weights' is -1"),
+    "a weight of a token that is null": ("t.jsonl", lines(TOKENS | {"loss_weights": [1, 1, None]}), IDS, DataError,
+                                         r"line 1: weight 2 in field 'loss_weights' is None"),
     "weight of a question": (
         "t.jsonl", lines({"messages": [{"role": "user", "content": "x", "weight": 1}]}), CHAT, DataError,
         r"message 1: a weight, and only what the assistant says"),

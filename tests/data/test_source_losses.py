@@ -23,15 +23,21 @@ from veomni.strategies.compute_dtype import Float64Throughout
 SOURCES, STEPS = ("code", "prose", "rare"), 4
 
 
+def weight_of(token):
+    return token % 5 / 4
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Sources of token ids; some tokens of one are not learned, and one has few documents."""
+    """Sources of token ids: tokens of one have weights, some of another are not learned, and one has few documents."""
     folder, draw = tmp_path_factory.mktemp("sources"), torch.Generator().manual_seed(3)
     for name, count in zip(SOURCES, (30, 24, 12), strict=True):
         rows = []
         for _ in range(count):
             ids = torch.randint(3, 128, (int(torch.randint(4, 22, (), generator=draw)),), generator=draw).tolist()
             rows.append({"input_ids": ids})
+            if name == "code":
+                rows[-1]["loss_weights"] = [weight_of(token) for token in ids]
             if name == "prose":
                 rows[-1]["labels"] = [IGNORE_INDEX, *(IGNORE_INDEX if token % 2 else token for token in ids[1:])]
         jsonl(folder / f"{name}.jsonl", rows)
@@ -70,7 +76,7 @@ def truth(folder, tokenizer):
     """Loss, documents and tokens of each source in each step, from documents one by one."""
     model, steps = initial_model(tiny_config("llama"), "cpu"), []
     for step in itertools.islice(loader_of(folder, tokenizer), STEPS):
-        sums, counts = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: [0, 0])
+        sums, counts = defaultdict(lambda: [0.0, 0.0]), defaultdict(lambda: [0, 0])
         for micro in step:
             sources = iter(micro.document_sources)
             for row in range(len(micro["input_ids"])):
@@ -82,8 +88,12 @@ def truth(folder, tokenizer):
                     labels = micro["labels"][row, start:stop][1:]
                     with torch.no_grad(), Float64Throughout():
                         logits = model(input_ids=micro["input_ids"][row, start:stop][None], use_cache=False).logits[0]
-                    sums[name][0] += float(F.cross_entropy(logits[:-1].double(), labels, reduction="sum"))
-                    sums[name][1] += int((labels != IGNORE_INDEX).sum())
+                    weights = (labels != IGNORE_INDEX).double()
+                    if name == "code":
+                        weights *= weight_of(labels.clamp(min=0).double())
+                    each = F.cross_entropy(logits[:-1].double(), labels, reduction="none")
+                    sums[name][0] += float((weights * each).sum())
+                    sums[name][1] += float(weights.sum())
                     counts[name][0] += 1
                     counts[name][1] += stop - start
         steps.append((sums, counts))

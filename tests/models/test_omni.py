@@ -53,6 +53,8 @@ def document(generator: torch.Generator, *parts: str) -> dict[str, torch.Tensor]
             pieces.append(torch.full((6,), CODE if part == "codes" else LATENT))
     ids = torch.cat([*pieces, torch.randint(3, 110, (2,), generator=generator)])
     sample = {"input_ids": ids, "labels": torch.where(ids >= IMAGE, -100, ids)}
+    if parts[0] in ("image", "sound"):  # the loss of text alone has weights, those of decoders have none
+        sample["loss_weights"] = 3 * torch.rand(ids.shape, generator=torch.Generator().manual_seed(len(ids)))
     if "codes" in parts:
         codes = torch.randint(0, 32, ids.shape, generator=generator)
         sample["codes"] = torch.where(ids == CODE, codes, -100)
@@ -91,24 +93,32 @@ def double_model():
     return model.train()
 
 
+def text_weights(sample):
+    weights = sample.get("loss_weights", torch.ones(len(sample["labels"]))).double()
+    return torch.where(sample["labels"] == -100, 0.0, weights)[1:]
+
+
 def truth():
     """One process, each document by itself, each loss written out and averaged over its own tokens of the step."""
     model = double_model()
     samples = [sample for rank in documents() for row in rank for sample in row]
     collate = MultimodalCollator(build_config(TINY), max_seq_len=ROW)
     totals = {
-        "text": sum(int((sample["labels"][1:] != -100).sum()) for sample in samples),
+        "text": sum(float(text_weights(sample).sum()) for sample in samples),
         "codes": sum(int((sample["codes"][1:] >= 0).sum()) for sample in samples if "codes" in sample),
         "latents": sum(int((s["latents_time"][1:] >= 0).sum()) for s in samples if "latents_time" in s),
     }
     sums = dict.fromkeys(totals, 0.0)
     for sample in samples:
         length = len(sample["input_ids"])
-        batch = {key: value for key, value in collate([[sample]]).items() if not key.startswith(("cu_", "max_"))}
+        batch = {
+            key: value for key, value in collate([[sample]]).items() if not key.startswith(("cu_", "max_", "loss_"))
+        }
         tokens = {key: value[:, :length] for key, value in batch.items() if value.shape[:2] == (1, ROW)}
         with Float64Throughout():
             output = model(**{**batch, **tokens, "labels": None})
-            parts = {"text": F.cross_entropy(output.logits[0, :-1], sample["labels"][1:], reduction="sum")}
+            each = F.cross_entropy(output.logits[0, :-1], sample["labels"][1:], reduction="none")
+            parts = {"text": (each * text_weights(sample)).sum()}
             for name, key in (("codes", "codes_next"), ("latents", "latents_time")):
                 if key in tokens:
                     parts[name] = output.losses[name] * int((tokens[key] >= 0).sum())
@@ -163,9 +173,11 @@ def test_packed_equals_unpacked():
     config = build_config(TINY)
     batch = MultimodalCollator(config, max_seq_len=sum(lengths))([samples])
     with Float64Throughout():
+        del batch["loss_weights"]
         whole = model(**batch)
         alone = [
-            model(**MultimodalCollator(config, max_seq_len=n)([[s]])) for n, s in zip(lengths, samples, strict=True)
+            model(**MultimodalCollator(config, max_seq_len=n)([[{k: v for k, v in s.items() if k != "loss_weights"}]]))
+            for n, s in zip(lengths, samples, strict=True)
         ]
     for piece, one in zip(whole.logits[0].split(lengths), alone, strict=True):
         torch.testing.assert_close(piece, one.logits[0], rtol=1e-11, atol=1e-11)

@@ -1,4 +1,4 @@
-"""Conversations to tokens, and which of them are learned."""
+"""Conversations to tokens, and what the loss of each weighs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from veomni.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = tuple[list[int], list[int]]  # ids, and 1 where a loss is taken
+Tokens = tuple[list[int], list[float]]  # ids, and what the loss of each weighs: 0 where none is taken
 
 
 def tokenize_conversations(
     conversations: Sequence[Conversation], where: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> list[Tokens]:
-    """Return the token ids of every conversation and 1 for every token that is learned, else 0.
+    """Return the token ids of every conversation, and for each what its loss weighs: 0 where it is not learned.
 
     Args:
         conversations: Checked messages and tools.
@@ -39,7 +39,7 @@ def tokenize_conversations(
 def tokenize_rendered(
     rendered: Sequence[Rendered], where: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tokens]:
-    """Tokenise conversations that have been rendered; a token with a character that is learned is learned.
+    """Tokenise conversations that have been rendered; a token weighs what the heaviest of its characters does.
 
     Raises:
         DataError: a conversation has no token to learn, or the tokenizer is not a fast one.
@@ -54,18 +54,19 @@ def tokenize_rendered(
     )  # fmt: skip
     encoded = []
     for ids, offsets, one, name in zip(batch["input_ids"], batch["offset_mapping"], rendered, where, strict=True):
-        mask = _touched(offsets, one)
-        if not any(mask):
+        weights = _weights(offsets, one)
+        if not any(weights):
             fix = "give an answer a weight that is not 0, or set data.chat_template to another one"
             raise DataError(f"{name}: the chat template leaves no token to learn", fix)
-        encoded.append((ids, mask))
+        encoded.append((ids, weights))
     return encoded
 
 
-def _touched(offsets: Sequence[tuple[int, int]], rendered: Rendered) -> list[int]:
-    """Return 1 for every token that has a character in one of the spans."""
+def _weights(offsets: Sequence[tuple[int, int]], rendered: Rendered) -> list[float]:
+    """Return for every token the largest weight of the spans that have a character of it."""
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(starts), bool)
-    for begin, stop in rendered.learned:
-        mask |= (starts < stop) & (ends > begin)
-    return mask.astype(int).tolist()
+    weights = np.zeros(len(starts))
+    for begin, stop, weight in rendered.learned:
+        touched = (starts < stop) & (ends > begin)
+        weights[touched] = np.maximum(weights[touched], weight)
+    return weights.tolist()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from veomni.batch import LOSS_WEIGHTS
 from veomni.data.formats import FORMATS, MESSAGES, RecordFormat
 from veomni.data.media_records import texts_of
 from veomni.data.preference import PREFERENCE_KEYS, pair_of
@@ -13,7 +14,7 @@ from veomni.data.records import MEDIA_KEYS, TOOLS_KEY, Document, field_of, messa
 from veomni.data.transforms import TRANSFORMS
 from veomni.errors import DataError
 
-_TOKENS = ("input_ids", "labels")
+_TOKENS = ("input_ids", "labels", LOSS_WEIGHTS)
 
 
 @dataclass(frozen=True)

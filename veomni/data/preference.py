@@ -39,6 +39,9 @@ def pair_of(document: Document) -> Pair:
     for side, name in ((chosen, "chosen"), (rejected, "rejected")):
         if side.messages[-1]["role"] != "assistant":
             raise DataError(f"{document.where}, {name}: the last message is not the assistant's", "end in the answer")
+        if side.messages[-1].get("weight") == 0:
+            problem = f"{document.where}, {name}: the answer has weight 0, so nothing is learned"
+            raise DataError(problem, "give it another weight, or remove the record")
     return chosen, rejected
 
 

@@ -27,6 +27,8 @@ TOOLS_KEY = "tools"
 MEDIA_KEYS = {"image": "images", "video": "videos", "audio": "audios"}
 """Kinds of media, and the fields of a record that list those its messages mark with ``<image>`` and so on."""
 
+_HEAVIEST = 3.4028234663852886e38  # of float32
+
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # names that templates and data sets have for it
 
 
@@ -113,6 +115,11 @@ def field_of(document: Document, key: str, option: str) -> Any:
     return document.record[key]
 
 
+def is_weight(value: Any) -> bool:
+    """Whether a value can be what the loss of a message or a token weighs: a finite number that is not negative."""
+    return isinstance(value, int | float) and 0 <= value <= _HEAVIEST
+
+
 def _message(message: Any, previous: str | None, where: str) -> Message:
     if not isinstance(message, Mapping) or "role" not in message:
         raise DataError(f"{where}: not an object with a role and a content", "write {role: ..., content: ...}")
@@ -138,8 +145,8 @@ def _with_weight(message: Message, where: str) -> Message:
     weight = message.get("weight")
     if weight is None:
         return message
-    if weight not in (0, 1):
-        raise DataError(f"{where}: weight {weight!r}", "use 0 (the message is not learned) or 1")
+    if not is_weight(weight):
+        raise DataError(f"{where}: weight {weight!r}", "use 0 (the message is not learned) or a positive number")
     if message["role"] != "assistant":
         raise DataError(f"{where}: a weight, and only what the assistant says is learned", "remove the weight")
     return message

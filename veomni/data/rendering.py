@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veomni.data.records import Conversation, Message
 from veomni.errors import DataError
@@ -24,7 +24,19 @@ logger = create_logger(__name__)
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern transformers looks for
 _ANOTHER = "mend it, or change data.chat_template"
 
-Span = tuple[int, int]  # first and last plus one character
+
+class Span(NamedTuple):
+    """Characters that the assistant wrote.
+
+    Attributes:
+        start: The first.
+        stop: The last plus one.
+        weight: What the loss of its tokens weighs.
+    """
+
+    start: int
+    stop: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Rendered:
 def render_conversation(
     conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> Rendered:
-    """Return a conversation as text; of messages with ``weight`` 0 nothing is learned.
+    """Return a conversation as text; what the assistant wrote weighs its message's ``weight``, and 0 is not learned.
 
     Args:
         conversation: Checked messages and tools.
@@ -79,20 +91,24 @@ class _Renderer:
     blocks: bool
 
     def __call__(self, messages: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
-        return hf.render_chat(self.tokenizer, messages, self.template, self.tools, prompt=prompt, blocks=self.blocks)
+        text, blocks = hf.render_chat(
+            self.tokenizer, messages, self.template, self.tools, prompt=prompt, blocks=self.blocks
+        )
+        return text, [Span(*block) for block in blocks]
 
 
 def _by_marks(conversation: Conversation, where: str, render: _Renderer) -> Rendered:
     messages = conversation.messages
     text, blocks = render(messages)
-    unlearned = [index for index, message in enumerate(messages) if message.get("weight", 1) == 0]
-    for index in unlearned:
+    for index, weight in enumerate(message.get("weight", 1) for message in messages):
+        if weight == 1:
+            continue
         first, last = (len(render(messages[:count])[1]) if count else 0 for count in (index, index + 1))
         if last == first:
             problem = f"{where}, message {index + 1}: its part is not to be found in what the chat template renders"
             raise DataError(problem, "remove its weight, or set data.chat_template to another one")
-        blocks[first:last] = [(start, start) for start, _ in blocks[first:last]]
-    return Rendered(text, [block for block in blocks if block[0] < block[1]])
+        blocks[first:last] = [block._replace(weight=weight) for block in blocks[first:last]]
+    return Rendered(text, [block for block in blocks if block.start < block.stop and block.weight])
 
 
 def _by_prefixes(conversation: Conversation, where: str, render: _Renderer) -> Rendered:
@@ -104,8 +120,8 @@ def _by_prefixes(conversation: Conversation, where: str, render: _Renderer) -> R
             before, after = render(messages[:index], True)[0], render(messages[: index + 1])[0]
             _require_prefix(before, whole, f"{where}: the prompt before message {index + 1}")
             _require_prefix(after, whole, f"{where}: the conversation up to message {index + 1}")
-            if message.get("weight", 1) != 0:
-                spans.append((len(before), len(after)))
+            if weight := message.get("weight", 1):
+                spans.append(Span(len(before), len(after), weight))
     return Rendered(whole, spans)
 
 

@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from veomni.batch import IGNORE_INDEX, PackedInputs
+from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS, PackedInputs
 from veomni.data.overlong import Samples
 from veomni.data.token_cache import TokenizedDocuments
+from veomni.data.token_weights import TokenWeights
 from veomni.sequence_split import SequencePart, split_rows
 
 _SEGMENT_BUCKET = 64
 
 Rows = Sequence[NDArray[np.int64]]
-DocumentTokens = tuple[NDArray[Any], NDArray[np.bool_] | None]
-"""Token ids ``[tokens]``, and where a loss is taken; None learns all."""
+DocumentTokens = tuple[NDArray[Any], TokenWeights | None]
+"""Token ids ``[tokens]``, and what the loss of each weighs; None weighs all 1."""
 
 MicroBatchInputs = PackedInputs
 
@@ -49,10 +50,8 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         return split_rows(batch, self.part) if self.part.size > 1 else batch
 
     def _document(self, sample: int) -> DocumentTokens:
-        start = int(self.documents.offsets[self.samples.document[sample]] + self.samples.start[sample])
-        taken = slice(start, start + int(self.samples.length[sample]))
-        learned = self.documents.learned
-        return self.documents.tokens[taken], None if learned is None else learned[taken] != 0
+        taken = (column[sample] for column in (self.samples.document, self.samples.start, self.samples.length))
+        return self.documents.part(*map(int, taken))
 
 
 def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token_id: int) -> PackedInputs:
@@ -67,17 +66,21 @@ def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token
     ids = np.full(shape, pad_token_id, np.int64)
     labels = np.full(shape, IGNORE_INDEX, np.int64)
     positions = np.empty(shape, np.int64)
+    weighed: NDArray[np.float32] | None = None
     segments: list[int] = []
     lengths: list[int] = []
     filled: list[int] = []
     for row, documents in enumerate(rows):
         at = 0
-        for tokens, learned in documents:
+        for tokens, weights in documents:
             stop = at + len(tokens)
             ids[row, at:stop] = tokens
             labels[row, at:stop] = ids[row, at:stop]
-            if learned is not None:
-                labels[row, at:stop][~learned] = IGNORE_INDEX
+            if weights is not None:
+                labels[row, at:stop][weights == 0] = IGNORE_INDEX
+                if weights.dtype == np.float32:
+                    weighed = np.ones(shape, np.float32) if weighed is None else weighed
+                    weighed[row, at:stop] = weights
             labels[row, at] = IGNORE_INDEX  # it would be predicted from the document before
             positions[row, at:stop] = np.arange(stop - at)
             lengths.append(stop - at)
@@ -89,6 +92,8 @@ def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token
             positions[row, at:] = np.arange(capacity - at)
     tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
     batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
+    if weighed is not None and (weighed[labels != IGNORE_INDEX] != 1).any():
+        batch[LOSS_WEIGHTS] = torch.from_numpy(weighed)
     batch.document_lengths, batch.row_lengths = tuple(lengths), tuple(filled)
     if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
         batch.update(segment_offsets(segments, capacity))

@@ -15,6 +15,7 @@ from veomni.batch import SOURCE_IDS, PackedInputs
 from veomni.data.overlong import refuse_overlong
 from veomni.data.records import Document
 from veomni.data.rows import DocumentTokens, pack_rows
+from veomni.data.token_weights import token_weights
 from veomni.data.transforms import TRANSFORMS, Encoded, TransformSettings
 from veomni.errors import ConfigError
 from veomni.sequence_split import SequencePart, split_rows
@@ -157,9 +158,9 @@ class TextSamples:
 
     def _cut(self, encoded: Encoded, where: str) -> Made:
         ids = np.array(encoded.ids, np.int32)
-        learned = None if encoded.learned is None else np.array(encoded.learned, bool)
+        weights = token_weights(encoded.weights)
         sides = [slice(0, encoded.first), slice(encoded.first, None)] if encoded.first is not None else [slice(None)]
-        documents = [(ids[side], None if learned is None else learned[side]) for side in sides]
+        documents = [(ids[side], None if weights is None else weights[side]) for side in sides]
         if min(len(tokens) for tokens, _ in documents) < 2:  # nothing follows the first token
             return Made([])
         if len(ids) <= self._capacity:
@@ -170,11 +171,11 @@ class TextSamples:
             return Made([])
         room = self._capacity // len(documents)
         if self._overlong == "truncate":
-            kept = [(tokens[:room], None if mask is None else mask[:room]) for tokens, mask in documents]
+            kept = [(tokens[:room], None if part is None else part[:room]) for tokens, part in documents]
             return Made([_piece(kept)], len(ids) - sum(len(tokens) for tokens, _ in kept))
         cuts = range(0, len(ids), self._capacity)
         parts = [slice(start, start + self._capacity) for start in cuts]
-        return Made([_piece([(ids[cut], None if learned is None else learned[cut])]) for cut in parts])
+        return Made([_piece([(ids[cut], None if weights is None else weights[cut])]) for cut in parts])
 
     def collate(self, rows: Sequence[Row]) -> PackedInputs:
         """Return a micro-batch of rows."""
@@ -195,9 +196,9 @@ class TextSamples:
 def _piece(documents: Sequence[DocumentTokens]) -> Piece:
     lengths = tuple(len(tokens) for tokens, _ in documents)
     content = {"input_ids": np.concatenate([tokens for tokens, _ in documents])}
-    masks = [mask for _, mask in documents if mask is not None]
-    if masks:
-        content["learned"] = np.concatenate(masks)
+    weights = [part for _, part in documents if part is not None]
+    if weights:
+        content["weights"] = np.concatenate(weights)
     return Piece(content, lengths, 0, sum(length * length for length in lengths))
 
 
@@ -207,8 +208,8 @@ def documents_of(piece: Piece) -> list[DocumentTokens]:
     at = 0
     for length in piece.lengths:
         taken = slice(at, at + length)
-        found.append((piece.content["input_ids"][taken], piece.content["learned"][taken]
-                      if "learned" in piece.content else None))  # fmt: skip
+        weights = piece.content.get("weights")
+        found.append((piece.content["input_ids"][taken], None if weights is None else weights[taken]))
         at += length
     return found
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from veomni.data.dataset import TextDataset
 from veomni.data.digests import dataset_digest, digest, tokenizer_digest
 from veomni.data.formats import MESSAGES
 from veomni.data.records import Document
+from veomni.data.token_weights import TokenWeights, token_weights
 from veomni.data.transforms import TRANSFORMS, Encoded, TransformSettings
 from veomni.errors import DataError
 from veomni.logging import create_logger
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _META = "meta.json"
 _BATCH = 512  # documents tokenised together, in parallel by the tokenizers library
 _BLOCK = 1 << 20
@@ -43,7 +45,10 @@ class TokenizedDocuments:
         offsets: Where each document starts in ``tokens``; int64 ``[documents + 1]``.
         source: Index in the dataset of each document (some are skipped); int64 ``[documents]``.
         tokens: All ids, uint16 or uint32 ``[tokens]``.
-        learned: uint8 ``[tokens]``, 1 where a loss is taken; None learns all.
+        learned: bool ``[tokens]``, whether a loss is taken; None learns all.
+        weights: float32, what the losses of tokens weigh, of the documents in which some weight is neither 0 nor 1, one
+            after another; None where there is none.
+        weighted: Where each document starts in ``weights``, -1 for those that are not in it; int64 ``[documents]``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,9 +57,13 @@ class TokenizedDocuments:
         self.offsets: NDArray[np.int64] = np.load(directory / "offsets.npy")
         self.source: NDArray[np.int64] = np.load(directory / "source.npy")
         self.tokens: NDArray[Any] = np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r")
-        self.learned: NDArray[np.uint8] | None = None
+        self.learned: NDArray[np.bool_] | None = None
         if "learned.bin" in meta["files"]:
-            self.learned = np.memmap(directory / "learned.bin", dtype=np.uint8, mode="r")
+            self.learned = np.memmap(directory / "learned.bin", dtype=np.bool_, mode="r")
+        self.weights: NDArray[np.float32] | None = None
+        if "weights.bin" in meta["files"]:
+            self.weights = np.memmap(directory / "weights.bin", dtype=np.float32, mode="r")
+            self.weighted: NDArray[np.int64] = np.load(directory / "weighted.npy")
 
     def __reduce__(self) -> tuple[type[TokenizedDocuments], tuple[Path]]:
         return type(self), (self.directory,)
@@ -66,6 +75,20 @@ class TokenizedDocuments:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document."""
         return np.diff(self.offsets)
+
+    def part(self, document: int, first: int, length: int) -> tuple[NDArray[Any], TokenWeights | None]:
+        """Return some tokens of a document, and what their losses weigh; None weighs all 1.
+
+        Args:
+            document: Its index.
+            first: The first of its tokens that is wanted.
+            length: How many are.
+        """
+        taken = slice(start := int(self.offsets[document]) + first, start + length)
+        if self.weights is not None and self.weighted[document] >= 0:
+            at = int(self.weighted[document]) + first
+            return self.tokens[taken], self.weights[at : at + length]
+        return self.tokens[taken], None if self.learned is None else self.learned[taken]
 
 
 def tokenize(
@@ -104,20 +127,32 @@ def _write(
 ) -> None:
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    lengths, source, some_masked = [], [], False
-    with (directory / "tokens.bin").open("wb") as tokens, (directory / "learned.bin").open("wb") as learned:
+    lengths, source, weighted, some_masked, stored = [], [], [], False, 0
+    files = (directory / name for name in ("tokens.bin", "learned.bin", "weights.bin"))
+    with ExitStack() as stack:
+        tokens, learned, weights = (stack.enter_context(file.open("wb")) for file in files)
         for index, encoded in _encoded(dataset, tokenizer, settings):
             if len(encoded.ids) < 2:  # nothing follows the first token
                 continue
             tokens.write(np.array(encoded.ids, dtype).tobytes())
-            some_masked = some_masked or encoded.learned is not None
-            learned.write(bytes(encoded.learned) if encoded.learned is not None else b"\1" * len(encoded.ids))
+            given = token_weights(encoded.weights)
+            some_masked = some_masked or given is not None
+            learned.write(b"\1" * len(encoded.ids) if given is None else (given != 0).tobytes())
+            fractions = given is not None and given.dtype == np.float32
+            weighted.append(stored if fractions else -1)
+            if given is not None and fractions:
+                weights.write(given.tobytes())
+                stored += len(given)
             lengths.append(len(encoded.ids))
             source.append(index)
     if not lengths:
         raise DataError("every document is empty after tokenising", "check data.train_path and data.text_key")
     if not some_masked:
         (directory / "learned.bin").unlink()
+    if stored:
+        np.save(directory / "weighted.npy", np.array(weighted, np.int64))
+    else:
+        (directory / "weights.bin").unlink()
     np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     np.save(directory / "source.npy", np.array(source, np.int64))
     sums = {path.name: _checksum(path) for path in sorted(directory.iterdir())}

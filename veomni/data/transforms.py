@@ -1,4 +1,4 @@
-"""What a document becomes: token ids, and which of them are learned. One transform per ``data.data_type``."""
+"""What a document becomes: token ids, and what the loss of each weighs. One transform per ``data.data_type``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from veomni.batch import IGNORE_INDEX
+from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS
 from veomni.data.conversation import tokenize_conversations
 from veomni.data.preference import Pair, pair_of
-from veomni.data.records import Document, conversation_of, field_of, text_of
+from veomni.data.records import Document, conversation_of, field_of, is_weight, text_of
 from veomni.errors import DataError
 from veomni.registry import Registry
 
@@ -38,12 +38,12 @@ class Encoded:
 
     Attributes:
         ids: Token ids.
-        learned: 1 where a loss is taken, else 0; None learns all.
+        weights: What the loss of each token weighs, 0 where none is taken; None weighs all 1.
         first: Of a pair of documents that stay together, the tokens of the first; None for one document.
     """
 
     ids: list[int]
-    learned: list[int] | None = None
+    weights: list[float] | None = None
     first: int | None = None
 
 
@@ -74,7 +74,7 @@ def plaintext(
 def conversation(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
 ) -> list[Encoded]:
-    """Render conversations with the chat template and learn what the assistant says.
+    """Render conversations with the chat template and learn what the assistant says, by the weights of its messages.
 
     Raises:
         DataError: a conversation is malformed, or the template cannot render it.
@@ -82,7 +82,7 @@ def conversation(
     conversations = [conversation_of(document, settings.messages_key) for document in documents]
     where = [document.where for document in documents]
     encoded = tokenize_conversations(conversations, where, tokenizer, settings.chat_template)
-    return [Encoded(ids, learned) for ids, learned in encoded]
+    return [Encoded(ids, weights) for ids, weights in encoded]
 
 
 @TRANSFORMS.register("tokenized")
@@ -91,8 +91,11 @@ def tokenized(
 ) -> list[Encoded]:
     """Take token ids as they are (``input_ids``), and ``labels``, if there are any, as what is learned of them.
 
+    ``loss_weights``, if there are any, are what the loss of each token weighs as what is to be predicted.
+
     Raises:
-        DataError: a field is no list of the tokenizer's ids, or labels are neither the ids nor ``IGNORE_INDEX``.
+        DataError: a field is no list of the tokenizer's ids, labels are neither the ids nor ``IGNORE_INDEX``, or a
+            weight is negative or no finite number.
     """
     return [_given_tokens(document, len(tokenizer)) for document in documents]
 
@@ -120,11 +123,11 @@ def preference(
     ]
 
 
-def _last_run(learned: Sequence[int]) -> list[int]:
-    """Return a mask with only its last run of ones: the answer that the pair is about."""
-    stop = len(learned) - next(index for index, one in enumerate(reversed(learned)) if one)
-    start = next((index + 1 for index in range(stop - 1, -1, -1) if not learned[index]), 0)
-    return [0] * start + [1] * (stop - start) + [0] * (len(learned) - stop)
+def _last_run(weights: Sequence[float]) -> list[float]:
+    """Return weights without all but the last run of those that are not 0: the answer that the pair is about."""
+    stop = len(weights) - next(index for index, one in enumerate(reversed(weights)) if one)
+    start = next((index + 1 for index in range(stop - 1, -1, -1) if not weights[index]), 0)
+    return [0.0] * start + [*weights[start:stop]] + [0.0] * (len(weights) - stop)
 
 
 def _given_tokens(document: Document, vocabulary: int) -> Encoded:
@@ -133,8 +136,9 @@ def _given_tokens(document: Document, vocabulary: int) -> Encoded:
     if wrong is not None:
         problem = f"{document.where}: token {wrong} in field 'input_ids', and the tokenizer has {vocabulary}"
         raise DataError(problem, "use the tokenizer that made the ids (model.tokenizer_path)")
+    weights = _given_weights(document, len(ids))
     if document.record.get("labels") is None:
-        return Encoded(ids)
+        return Encoded(ids, weights)
     labels = _integers(document, "labels", document.record["labels"])
     if len(labels) != len(ids):
         raise DataError(f"{document.where}: {len(labels)} labels for {len(ids)} input_ids", "give each token one")
@@ -142,7 +146,22 @@ def _given_tokens(document: Document, vocabulary: int) -> Encoded:
         if label not in (token, IGNORE_INDEX):
             problem = f"{document.where}: label {at} is {label}, neither its token {token} nor {IGNORE_INDEX}"
             raise DataError(problem, "labels are not shifted: the model does that")
-    return Encoded(ids, [int(label != IGNORE_INDEX) for label in labels])
+    given = weights or [1.0] * len(ids)
+    return Encoded(ids, [0.0 if label == IGNORE_INDEX else weight for label, weight in zip(labels, given, strict=True)])
+
+
+def _given_weights(document: Document, count: int) -> list[float] | None:
+    value = document.record.get(LOSS_WEIGHTS)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != count:
+        problem = f"{document.where}: field {LOSS_WEIGHTS!r} is no list of {count} numbers"
+        raise DataError(problem, "give each of the input_ids one")
+    for at, weight in enumerate(value):
+        if not is_weight(weight):
+            problem = f"{document.where}: weight {at} in field {LOSS_WEIGHTS!r} is {weight!r}"
+            raise DataError(problem, "use 0 (the token is not learned) or a positive number")
+    return value
 
 
 def _integers(document: Document, key: str, value: object) -> list[int]:

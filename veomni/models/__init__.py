@@ -8,7 +8,7 @@ from veomni.models.export import export_hf, export_tensors_hf
 from veomni.models.freeze import freeze
 from veomni.models.gather import unwrap
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
-from veomni.models.loss_context import LossContext, loss_context
+from veomni.models.loss_context import LossContext
 from veomni.models.materialize import Materializer
 from veomni.models.omni import build_omni_model
 from veomni.models.packed_masks import isolate_documents
@@ -38,7 +38,6 @@ __all__ = [
     "freeze",
     "install_token_loss",
     "isolate_documents",
-    "loss_context",
     "prepare_towers",
     "resolve_attention",
     "resolve_experts",

@@ -44,21 +44,21 @@ class LossContext:
     predicts: bool = False
     predictions: Predictions | None = None
 
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], device: torch.device) -> LossContext:
+        """Return what a micro-batch, or this rank's part of it, tells the loss.
 
-def loss_context(inputs: Mapping[str, Any], device: torch.device) -> LossContext:
-    """Return what a micro-batch (this rank's part of it) tells the loss.
-
-    Args:
-        inputs: As ``veomni/batch.py`` describes it.
-        device: Where the loss is computed.
-    """
-    context = LossContext()
-    weights = inputs.get(LOSS_WEIGHTS)
-    if weights is not None:
-        shifted = weights if "shift_labels" in inputs else F.pad(weights, (0, 1), value=1.0)[..., 1:]
-        context.token_weights = shifted.to(device, non_blocking=True)
-    if SOURCE_IDS in inputs:
-        assert isinstance(inputs, PackedInputs)
-        ids = inputs[SOURCE_IDS].to(device, non_blocking=True)
-        context.by_source = SourceLosses(ids, len(inputs.source_names))
-    return context
+        Args:
+            inputs: As ``veomni/batch.py`` describes it.
+            device: Where the loss is computed.
+        """
+        context = cls()
+        weights = inputs.get(LOSS_WEIGHTS)
+        if weights is not None:
+            shifted = weights if "shift_labels" in inputs else F.pad(weights, (0, 1), value=1.0)[..., 1:]
+            context.token_weights = shifted.to(device, non_blocking=True)
+        if SOURCE_IDS in inputs:
+            assert isinstance(inputs, PackedInputs)
+            ids = inputs[SOURCE_IDS].to(device, non_blocking=True)
+            context.by_source = SourceLosses(ids, len(inputs.source_names))
+        return context

@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.data.multimodal.families import IMAGES, SPECS, config_of, oracle, tokenizer_of, transform_for
 from tests.data.multimodal.files import image_bytes, pixels
+from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.processors import build_family
 from veomni.data.records import Document
 from veomni.errors import ConfigError, ModelError
@@ -100,6 +101,27 @@ def test_images_in_an_answer_are_not_learned():
     pad = tokenizer_of("qwen2_vl").convert_tokens_to_ids("<|image_pad|>")
     assert (sample["labels"][sample["input_ids"] == pad] == -100).all()
     assert (sample["input_ids"] == pad).sum() == sample["image_grid_thw"].prod() // 4
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_answers_weigh_what_they_say(name):
+    transform = transform_for(name)
+    messages = [ASKED[0], {**ASKED[1], "weight": 0.25}, ASKED[2], {**ASKED[3], "weight": 3}]
+    plain, sample = (transform(with_images(asked, [WIDE, TALL])) for asked in (ASKED, messages))
+    weights = sample.pop("loss_weights")
+    assert weights.dtype is torch.float32
+    assert all(torch.equal(sample[key], plain[key]) for key in plain)
+    learned = sample["labels"] != -100
+    first = learned & (learned.logical_not().cumsum(0) == learned.logical_not().cumsum(0)[learned][0])
+    assert torch.equal(weights[learned], torch.where(first, 0.25, 3.0)[learned])
+    length = len(weights)
+    collate = MultimodalCollator(transform.family.parts.config, max_seq_len=2 * length + 3)
+    batch = collate([[plain, {**sample, "loss_weights": weights}], [plain]])
+    assert torch.equal(batch["loss_weights"][0], torch.cat([torch.ones(length), weights, torch.ones(3)]))
+    assert (batch["loss_weights"][1] == 1).all()
+    assert "loss_weights" not in collate([[plain]])
+    unlearned = [ASKED[0], {**ASKED[1], "weight": 0}, *ASKED[2:]]
+    assert "loss_weights" not in transform(with_images(unlearned, [WIDE, TALL]))
 
 
 @pytest.mark.parametrize("bound", [2_000, 8_000])

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from veomni.data.multimodal.placeholders import expand_placeholders
-from veomni.data.rendering import Rendered
+from veomni.data.rendering import Rendered, Span
 from veomni.errors import DataError
 
 TOKENS = {"image": "<i>", "video": "<v>"}
 
 
 def learned(rendered):
-    return [rendered.text[start:end] for start, end in rendered.learned]
+    return [rendered.text[start:end] for start, end, _ in rendered.learned]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def learned(rendered):
 def test_what_is_learned_moves_along(text, texts, expected, kept):
     starts = [index for index, char in enumerate(text) if char == "["]
     ends = [index + 1 for index, char in enumerate(text) if char == "]"]
-    found = expand_placeholders(Rendered(text, list(zip(starts, ends, strict=True))), TOKENS, texts, "a")
+    found = expand_placeholders(Rendered(text, list(map(Span, starts, ends))), TOKENS, texts, "a")
     assert (found.text, learned(found)) == (expected, kept)
 
 

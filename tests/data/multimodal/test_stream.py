@@ -41,6 +41,7 @@ def folder(tmp_path_factory):
         talk("<audio>and <image>", audios=["tone.wav"], images=["chart.png"]),
         talk("<video>", videos=["clip.mp4"]),
     ]
+    rows[9]["messages"][1] = {**ANSWER, "weight": 0.5}
     jsonl(folder / "talks.jsonl", rows)
     with tarfile.open(folder / "talks.tar", "w") as archive:
         for number in range(6):
@@ -112,6 +113,7 @@ def test_a_pass_has_every_conversation_once_as_the_collator_packs_it(setup):
             continue
         truth = collator([[samples[names.index(name)] for name in micro.document_ids]])
         assert micro.keys() == truth.keys()
+        assert ("loss_weights" in micro) == any(name.endswith("line 10") for name in micro.document_ids)
         for key, value in truth.items():
             assert torch.equal(micro[key], value) if isinstance(value, torch.Tensor) else micro[key] == value, key
 

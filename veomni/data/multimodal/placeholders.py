@@ -50,5 +50,5 @@ def _require_equal(kind: str, token: str, places: int, items: int, where: str) -
 
 def _shifted(span: Span, moves: Sequence[tuple[int, int]]) -> Span:
     """Move a span by what was inserted before each of its ends; none of them lies within a placeholder."""
-    start, end = (place + [moved for at, moved in moves if at <= place][-1] for place in span)
-    return start, end
+    start, end = (place + [moved for at, moved in moves if at <= place][-1] for place in span[:2])
+    return Span(start, end, span.weight)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veomni.batch import IGNORE_INDEX
+from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS
 from veomni.batch_keys import KEY_RULES
 from veomni.data.conversation import tokenize_rendered
 from veomni.data.media_records import KINDS, MediaItem, media_conversation
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, Tensor]
-"""``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]``, and the features of media."""
+"""``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]`` (``loss_weights`` if some are neither
+0 nor 1), and the features of media."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,20 @@ class MultimodalTransform:
             kind: [made.text for item, made in zip(items, features, strict=True) if item.kind == kind] for kind in KINDS
         }
         expanded = expand_placeholders(rendered, self.family.placeholders, texts, document.where)
-        [(ids, learned)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
-        sample = self._sample(torch.tensor(ids), torch.tensor(learned), features)
+        [(ids, weights)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
+        sample = self._sample(torch.tensor(ids), torch.tensor(weights, dtype=torch.float32), features)
         return EncodedDocument(sample, document.where, list(zip(items, features, strict=True)))
 
-    def _sample(self, ids: Tensor, learned: Tensor, features: Sequence[MediaFeatures]) -> Sample:
+    def _sample(self, ids: Tensor, weights: Tensor, features: Sequence[MediaFeatures]) -> Sample:
         stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unlearned)))
-        labels = torch.where((learned == 1) & ~stand_ins, ids, IGNORE_INDEX)
+        labels = torch.where((weights > 0) & ~stand_ins, ids, IGNORE_INDEX)
         tensors: dict[str, list[Tensor]] = {}
         for made in features:
             for key, value in made.tensors.items():
                 tensors.setdefault(key, []).append(value)
         joined = {key: join_items(values, KEY_RULES.get(key)) for key, values in tensors.items()}
+        if bool((weights[labels != IGNORE_INDEX] != 1).any()):
+            joined[LOSS_WEIGHTS] = weights
         return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}
 
     # ---------------------------------------------------------------- media
