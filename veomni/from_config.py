@@ -220,6 +220,7 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
         settings_of,
     )  # fmt: skip
     from veomni.models import build_config
+    from veomni.models.config import find_directory
 
     model, data, media = config.model, config.data, config.data.media
     source = model.config_path or model.model_path
@@ -229,7 +230,8 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
     values = media.model_dump()
     settings = MediaSettings(**{field.name: values[field.name] for field in fields(MediaSettings)})
     limits = MediaLimits(**{field.name: values[field.name] for field in fields(MediaLimits)})
-    directory = next((path for path in (model.tokenizer_path, model.model_path) if path and Path(path).is_dir()), None)
+    given = (find_directory(path) for path in (model.tokenizer_path, model.model_path) if path)
+    directory = next((path for path in given if path), None)
     family = build_family(architecture, tokenizer, directory, settings)
     cache = None
     if media.cache_gib:

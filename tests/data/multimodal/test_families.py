@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +11,7 @@ from PIL import Image
 from tests.data.multimodal.families import IMAGES, SPECS, config_of, oracle, tokenizer_of, transform_for
 from tests.data.multimodal.files import image_bytes, pixels
 from veomni.data.multimodal.collate import MultimodalCollator
-from veomni.data.multimodal.processors import build_family
+from veomni.data.multimodal.processors import MediaSettings, build_family
 from veomni.data.records import Document
 from veomni.errors import ConfigError, ModelError
 
@@ -179,6 +181,20 @@ def test_one_file_may_hold_all_processors(tmp_path):
     assert family.parts.feature_extractor.feature_size == 5
 
 
+def test_without_a_file_for_videos_that_for_images_holds_as_in_transformers(tmp_path):
+    """So it is in the directories of Qwen2.5-VL and of both omni models."""
+    older = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 8, "image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
+    family = build_family(config_of("qwen2_5_vl"), tokenizer_of("qwen2_5_vl"), tmp_path)
+    for made in (family.parts.image_processor.size.__dict__, family.parts.video["size"]):
+        assert (made["shortest_edge"], made["longest_edge"]) == (3136, 12_845_056)
+    assert (family.parts.video["patch_size"], family.parts.video["image_mean"]) == (8, [0.1, 0.2, 0.3])
+    assert family.frame_size(4, 64, 80) == (64, 80), "none is enlarged to the 128 tokens of other defaults"
+    bounded = MediaSettings(video_max_pixels=50_000)
+    family = build_family(config_of("qwen2_5_vl"), tokenizer_of("qwen2_5_vl"), tmp_path, bounded)
+    assert family.parts.video["size"] == {"shortest_edge": 3136, "longest_edge": 50_000}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -220,7 +236,7 @@ def test_unknown_models_and_foreign_tokenizers_are_refused():
 def test_every_family_is_tested():
     from veomni.data.multimodal.family import FAMILIES
 
-    assert set(SPECS) | {"glm4v_moe"} == set(FAMILIES)
+    assert set(SPECS) | {"glm4v_moe", "omni"} == set(FAMILIES)  # composed models: test_omni_family.py
 
 
 @pytest.mark.parametrize("name", SPECS)

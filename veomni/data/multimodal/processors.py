@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _FILES = {
-    "image_processor": "preprocessor_config.json",
-    "video_processor": "video_preprocessor_config.json",
-    "feature_extractor": "preprocessor_config.json",
+    "image_processor": ["preprocessor_config.json"],
+    "video_processor": ["video_preprocessor_config.json", "preprocessor_config.json"],
+    "feature_extractor": ["preprocessor_config.json"],
 }
 _GEOMETRY = {
     "patch_size": "patch_size",
@@ -151,7 +151,9 @@ def _video_settings(
     else:
         given = _file(directory, "video_processor")
         values = {**family.video_defaults, **(given or _for_config(config))}
-        values["size"] = {**family.video_defaults["size"], **(values["size"] or {})}
+        older = {"shortest_edge": values.get("min_pixels"), "longest_edge": values.get("max_pixels")}
+        older = {key: value for key, value in older.items() if value is not None}
+        values["size"] = {**family.video_defaults["size"], **(values["size"] or {}), **older}
     known = [*family.video_defaults, "cap_pixels_per_frame"]
     kept = {key: values[key] for key in known if values.get(key) is not None}
     for key, value in changed.items():
@@ -185,10 +187,11 @@ def _file(directory: str | Path | None, part: str) -> dict[str, Any]:
     """Return what the files of a model say about one part; the newer ``processor_config.json`` holds all of them."""
     if directory is None:
         return {}
-    together, own = Path(directory) / "processor_config.json", Path(directory) / _FILES[part]
-    for path, pick in ((together, lambda values: values.get(part)), (own, lambda values: values)):
+    for name in ("processor_config.json", *_FILES[part]):
+        path = Path(directory) / name
         try:
-            values = pick(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            values = values.get(part) if name == "processor_config.json" else values
         except (ValueError, OSError, AttributeError) as error:
             raise ModelError(f"{path}: cannot be read: {error}", "save the processor again") from error
         if isinstance(values, Mapping) and values:
