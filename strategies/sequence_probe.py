@@ -115,14 +115,14 @@ def _weigh(heads: Tensor) -> Tensor:
 
 
 def _try(model: nn.Module, body: Any, probe: _Probe) -> None:
-    vocabulary, name = body.config.get_text_config().vocab_size, type(body).__name__
-    tokens, positions = tokens_of(vocabulary, probe.device), torch.arange(LENGTH, device=probe.device)
+    name, positions = type(body).__name__, torch.arange(LENGTH, device=probe.device)
+    tokens, other = tokens_of(body.config, probe.device)
 
     def run(tokens: Tensor, positions: Tensor) -> Tensor:
         return _output(model, tokens, positions, probe.size, name)
 
-    mixed = seen_elsewhere(run, tokens, positions, vocabulary, slice(FIRST, None))
-    mixed = mixed or seen_elsewhere(run, tokens, positions, vocabulary, slice(0, FIRST - 1))
+    mixed = seen_elsewhere(run, tokens, other, positions, slice(FIRST, None))
+    mixed = mixed or seen_elsewhere(run, tokens, other, positions, slice(0, FIRST - 1))
     if not probe.calls:
         raise ModelError(f"the attention of {name} does not go through transformers' attention interface", _FIX)
     if mixed:
@@ -135,7 +135,8 @@ def _run_installed(model: nn.Module, body: Any, probe: _Probe) -> None:
     # What the attention itself refuses is refused now, and not in the first step.
     positions = torch.arange(LENGTH, device=probe.device)
     name = f"{type(body).__name__} with attention {body.config.get_text_config()._attn_implementation}"
-    _output(model, tokens_of(body.config.get_text_config().vocab_size, probe.device), positions, probe.size, name)
+    tokens, _ = tokens_of(body.config, probe.device)
+    _output(model, tokens, positions, probe.size, name)
 
 
 def _output(model: nn.Module, tokens: Tensor, positions: Tensor, size: int, name: str) -> Tensor:

@@ -68,7 +68,7 @@ def test_tones_are_those_of_the_keys(cache):
     import soundfile
 
     train, test = (records(f"keypad-tones-{part}", cache) for part in ("train", "test"))
-    assert (len(train), len(test)) == (2000, 300)
+    assert (len(train), len(test)) == (6000, 300)
     assert not {row["audios"][0]["base64"] for row in train} & {row["audios"][0]["base64"] for row in test}
     single = [record for record in test if len(answer(record)) == 1]
     right = [heard(*soundfile.read(content(record, "audios"))) == answer(record) for record in single]

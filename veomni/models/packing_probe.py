@@ -53,8 +53,7 @@ def _why_not(model: nn.Module, body: Any, device: torch.device) -> str | None:
 
 
 def _try(model: nn.Module, body: Any, name: str, device: torch.device) -> str | None:
-    vocabulary = body.config.get_text_config().vocab_size
-    tokens = tokens_of(vocabulary, device)
+    tokens, other = tokens_of(body.config, device)
     positions = torch.cat([torch.arange(FIRST), torch.arange(LENGTH - FIRST)]).to(device)
 
     def run(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -63,7 +62,7 @@ def _try(model: nn.Module, body: Any, name: str, device: torch.device) -> str | 
         packed = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": LENGTH, "max_length_k": LENGTH}
         return values_of(model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **packed))
 
-    if seen_elsewhere(run, tokens, positions, vocabulary, slice(FIRST, None)):
+    if seen_elsewhere(run, tokens, other, positions, slice(FIRST, None)):
         return f"{name} lets the documents of a packed row see each other"
     if places_matter(run, tokens, positions):
         return f"{name} computes a document by its place in the row"

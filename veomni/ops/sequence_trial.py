@@ -14,15 +14,17 @@ FIRST = 5
 """Length of the first of two documents, and by how much a row is rotated."""
 _TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
+_SPECIAL = ("_token_id", "_token_index")
+
 Run = Callable[[Tensor, Tensor], Tensor]
 """From tokens ``[seq]`` and position ids ``[seq]`` to outputs ``[seq, channels]``."""
 
 
-def seen_elsewhere(run: Run, tokens: Tensor, positions: Tensor, vocabulary: int, elsewhere: slice) -> bool:
-    """Whether another token at place ``FIRST - 1`` changes the output at other places."""
+def seen_elsewhere(run: Run, tokens: Tensor, other: int, positions: Tensor, elsewhere: slice) -> bool:
+    """Whether the token ``other`` at place ``FIRST - 1`` changes the output at other places."""
     reference = run(tokens, positions)
     changed = tokens.clone()
-    changed[FIRST - 1] = (tokens[FIRST - 1] + 1) % vocabulary
+    changed[FIRST - 1] = other
     return _differ(run(changed, positions)[elsewhere], reference[elsewhere], reference)
 
 
@@ -33,9 +35,17 @@ def places_matter(run: Run, tokens: Tensor, positions: Tensor) -> bool:
     return _differ(rotated, reference.roll(-FIRST, 0), reference)
 
 
-def tokens_of(vocabulary: int, device: torch.device) -> Tensor:
-    """Return ``LENGTH`` different tokens, where the vocabulary has as many."""
-    return (torch.arange(LENGTH, device=device) * 7 + 3) % vocabulary
+def tokens_of(config: Any, device: torch.device) -> tuple[Tensor, int]:
+    """Return ``LENGTH`` different tokens of a configuration's vocabulary, where it has as many, and another one.
+
+    None of them is special to the model: a placeholder would want an image.
+    """
+    vocabulary = config.get_text_config().vocab_size
+    facts = {**config.get_text_config().to_dict(), **config.to_dict()}
+    special = {value for name, value in facts.items() if name.endswith(_SPECIAL) and isinstance(value, int)}
+    ordinary = [token for token in range(3, vocabulary) if token not in special] or list(range(vocabulary))
+    *tokens, other = (ordinary[7 * place % len(ordinary)] for place in range(LENGTH + 1))
+    return torch.tensor(tokens, device=device), other
 
 
 def takes_positions(model: nn.Module) -> bool:
