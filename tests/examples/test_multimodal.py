@@ -24,7 +24,7 @@ NAMES = ("vlm", "omni")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401  forked ranks need not repeat it
+    import transformers.models.qwen3_vl.modeling_qwen3_vl  # forked ranks need not repeat it
     import transformers.models.siglip.modeling_siglip  # noqa: F401
 
     return tmp_path_factory.mktemp("cache")
