@@ -70,6 +70,22 @@ def test_only_answers_are_green(config, capsys, monkeypatch):
     assert "QUESTION" not in green
 
 
+def test_weights_change_no_colour(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    changes = {
+        "data.train_path": str(tmp_path / "t.jsonl"), "train.output_dir": str(tmp_path / "out"),
+        "data.cache_dir": str(tmp_path / "cache"), "data.max_seq_len": 64, "data.data_type": "conversation",
+    }  # fmt: skip
+    config, printed = str(write(tmp_path / "a.yaml", changes)), []
+    for weights in ((1, 1), (0.5, 3)):
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}] * 2
+        messages = [turns[0], {**turns[1], "weight": weights[0]}, turns[2], {**turns[3], "weight": weights[1]}]
+        (tmp_path / "t.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+        printed.append(preview(capsys, config, "--rows", "1"))
+    assert printed[0].count("\x1b[32m") == 2
+    assert printed[0] == printed[1]
+
+
 def test_sound_in_video_is_heard(config, capsys):
     printed = preview(capsys, config, "--rows", "2", "--data.media.sound_in_video", "true")
     assert "with 2.00 s of sound" in printed

@@ -79,6 +79,9 @@ CASES = {
     "pair that ends in a question": (
         "t.jsonl", lines({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER, USER]}), PAIRS,
         r"chosen: the last message is not the assistant's"),
+    "pair whose answer has weight 0": (
+        "t.jsonl", lines({"prompt": [USER], "chosen": ANSWER, "rejected": {**ANSWER, "weight": 0}}), PAIRS,
+        r"rejected: the answer has weight 0"),
     # archives
     "member above the archive": ("t.tar", tar(("../x.txt", b"x")), {}, r"member '../x.txt': its path leads out"),
     "member above it later": ("t.tar", tar(("a.txt", b"x"), ("b/../../x.txt", b"x")), {}, r"its path leads out"),

@@ -62,33 +62,44 @@ def weights_of(name: str) -> Path:
     return export_hf(family_model(name).float(), Path(tempfile.mkdtemp()) / name)
 
 
-def documents(name: str, step: list[Rows]):
+def documents(name: str, step: list[Rows], weighed: bool = False):
     sampler = Sampler(name)
-    return [[[sampler(parts) for parts in row] for row in rank] for rank in step]
+    found = [[[sampler(parts) for parts in row] for row in rank] for rank in step]
+    if weighed:  # tokens of the first rank only
+        draw = torch.Generator().manual_seed(1)
+        for sample in (sample for row in found[0] for sample in row):
+            sample["loss_weights"] = 3 * torch.rand(sample["labels"].shape, generator=draw)
+    return found
 
 
-def truth(name: str, step: list[Rows], frozen: tuple[str, ...]):
+def weights_of_targets(sample):
+    weights = sample.get("loss_weights", torch.ones(sample["labels"].shape)).double()
+    return torch.where(sample["labels"] == -100, 0.0, weights)[1:]
+
+
+def truth(name: str, step: list[Rows], frozen: tuple[str, ...], weighed: bool = False):
     model = materialized(weights_of(name), attention="eager")
     freeze(model, frozen)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
-    samples = [sample for rank in documents(name, step) for row in rank for sample in row]
-    total = sum(int((sample["labels"][1:] != -100).sum()) for sample in samples)
+    samples = [sample for rank in documents(name, step, weighed) for row in rank for sample in row]
+    total = sum(float(weights_of_targets(sample).sum()) for sample in samples)
     loss = 0.0
     for sample in samples:
-        inputs = {key: value for key, value in alone(sample).items() if key != "labels"}
+        inputs = {key: value for key, value in alone(sample).items() if key not in ("labels", "loss_weights")}
         with Float64Throughout():
             logits = model.train()(**inputs).logits[0]
-        part = F.cross_entropy(logits[:-1], sample["labels"][1:], reduction="sum") / total
+        each = F.cross_entropy(logits[:-1], sample["labels"][1:], reduction="none")
+        part = (each * weights_of_targets(sample)).sum() / total
         if part.requires_grad:  # nothing is trained on a text alone where only a tower is trained
             part.backward()
         loss += part.item()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def one_step(name, layout, step, frozen=(), recompute="none"):
+def one_step(name, layout, step, frozen=(), recompute="none", weighed=False):
     strategies = LAYOUTS[layout][1]() if layout in LAYOUTS else Single()
     launcher = Launcher(
         strategies, accelerator="cpu", backend="gloo", precision="fp64", recompute=recompute, timeout_seconds=60
@@ -99,7 +110,7 @@ def one_step(name, layout, step, frozen=(), recompute="none"):
     model = launcher.setup_model(model).train()
     rank = launcher.data_parallel.rank
     collate = MultimodalCollator(family_config(name), max_seq_len=ROW, part=launcher.sequence_part)
-    micro_batches = [collate([row]) for row in documents(name, step)[rank]]
+    micro_batches = [collate([row]) for row in documents(name, step, weighed)[rank]]
     for batch in launcher.track([micro_batches]):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).loss, micro)
@@ -121,11 +132,11 @@ def whole_gradients(model):
         return {name: named[name].detach().clone() for name in trained}
 
 
-def check(name, layout, step, frozen=(), recompute="none"):
-    loss, expected = truth(name, STEPS[step], frozen)
+def check(name, layout, step, frozen=(), recompute="none", weighed=False):
+    loss, expected = truth(name, STEPS[step], frozen, weighed)
     weights_of(name)
-    ranks = LAYOUTS[layout][0]
-    for found_loss, found in run_ranks(one_step, ranks, name, layout, STEPS[step], frozen, recompute, init=False):
+    ranks, options = LAYOUTS[layout][0], (frozen, recompute, weighed)
+    for found_loss, found in run_ranks(one_step, ranks, name, layout, STEPS[step], *options, init=False):
         assert found_loss == pytest.approx(loss, rel=1e-12)
         absent = found.keys() - expected.keys()  # a modality that no document has: zeros, and not None on some ranks
         assert all(not found[key].any() for key in absent)
@@ -150,6 +161,12 @@ def test_every_layout(layout, step):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name, layout):
     check(name, layout, step_of(name))
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "ulysses", "ring"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_omni_moe_thinker"])
+def test_weights_of_tokens(name, layout):
+    check(name, layout, step_of(name), weighed=True)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "llava", "gemma3", "qwen2_audio"])
