@@ -47,7 +47,8 @@ def small(name: str) -> tuple[str, dict[str, Any]]:
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 400, "rope_parameters": rope,
         },
-        "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
+        "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2,
+                          "out_hidden_size": 32},
     }  # fmt: skip
     if "head_dim" in text.to_dict():
         changes["text_config"]["head_dim"] = 8

@@ -47,6 +47,11 @@ class MediaConfig(Section):
         description="Most pixels after resizing: of a frame, or of a whole video (Qwen3-VL, GLM-4V).",
     )
     sound_in_video: bool = Field(default=False, description="Hear the sound of videos as well (omni models).")
+    video_decoder: Literal["pyav", "torchcodec"] = Field(
+        default="pyav",
+        description="Who decodes the frames of videos. torchcodec jumps to those that are seen and gives the same "
+        "pixels, but does not find damage that the codec covers up; without FFmpeg's libraries PyAV does it.",
+    )
     cache_gib: float = Field(
         default=0.0, ge=0, description="Size in GiB of the cache of decoded media below data.cache_dir; 0 keeps none."
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from veomni.data.multimodal.frames import VideoDecoder
 from veomni.data.multimodal.resizing import Size
 from veomni.errors import ConfigError, MediaError, ModelError
 from veomni.registry import Registry
@@ -46,6 +47,7 @@ class FamilyParts:
         feature_extractor: One of transformers', or None.
         video: Settings of the model's video processor: sizes, mean and standard deviation, sampling.
         sound_in_video: Hear a video's sound as well (omni models).
+        video_decoder: Who decodes the frames of videos.
     """
 
     config: PreTrainedConfig
@@ -54,6 +56,7 @@ class FamilyParts:
     feature_extractor: Any = None
     video: Mapping[str, Any] = field(default_factory=dict)
     sound_in_video: bool = False
+    video_decoder: VideoDecoder = "pyav"
 
 
 class Family:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veomni.data.multimodal.family import Family, FamilyParts, family_of
+from veomni.data.multimodal.frames import VideoDecoder, usable_decoder
 from veomni.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class MediaSettings:
         video_max_frames: Most frames of a video.
         video_max_pixels: Most pixels: of a frame (Qwen2-VL, Qwen2.5-VL, omni) or of all (Qwen3-VL, GLM-4V).
         sound_in_video: Hear a video's sound as well (omni models).
+        video_decoder: Who decodes the frames of videos; torchcodec only where it can be loaded.
     """
 
     image_min_pixels: int | None = None
@@ -53,6 +55,7 @@ class MediaSettings:
     video_max_frames: int | None = None
     video_max_pixels: int | None = None
     sound_in_video: bool = False
+    video_decoder: VideoDecoder = "pyav"
 
 
 def build_family(
@@ -70,7 +73,7 @@ def build_family(
         settings: What the run changes.
 
     Raises:
-        ConfigError: no family is known for the model.
+        ConfigError: no family is known for the model, it has no such setting, or torchcodec is not installed.
         ModelError: a file cannot be read, or the tokenizer lacks the model's placeholders.
     """
     settings = settings or MediaSettings()
@@ -79,6 +82,7 @@ def build_family(
     parts = FamilyParts(
         config, tokenizer, _image_processor(family, config, directory, settings), _feature_extractor(config, directory),
         _video_settings(family, config, directory, settings), settings.sound_in_video,
+        usable_decoder(settings.video_decoder),
     )  # fmt: skip
     return family(parts)
 
@@ -91,7 +95,7 @@ def settings_of(family: Family) -> dict[str, Any]:
     return {
         "family": type(family).__name__, "model": {key: config[key] for key in sorted(config) if key.endswith("_id")},
         "placeholders": family.placeholders, "processors": json.loads(json.dumps(processors, default=str)),
-        "video": dict(parts.video), "sound_in_video": parts.sound_in_video,
+        "video": dict(parts.video), "sound_in_video": parts.sound_in_video, "video_decoder": parts.video_decoder,
     }  # fmt: skip
 
 
@@ -147,6 +151,8 @@ def _video_settings(
     }  # fmt: skip
     changed = {key: value for key, value in changed.items() if value is not None}
     if not family.video_defaults:
+        if settings.video_decoder != "pyav":
+            raise _pointless("video_decoder", config)
         values: dict[str, Any] = {}
     else:
         given = _file(directory, "video_processor")

@@ -156,9 +156,8 @@ class MultimodalTransform:
             return self._audio(load_sound(content, name, self.family.sampling_rate, self.reader.limits))
         family = self.family
         rate = family.sampling_rate if family.parts.sound_in_video else None
-        video = load_video(
-            content, name, VideoReading(family.sample_frames, family.frame_size, rate), self.reader.limits
-        )
+        reading = VideoReading(family.sample_frames, family.frame_size, rate, family.parts.video_decoder)
+        video = load_video(content, name, reading, self.reader.limits)
         heard = "" if video.sound is None else f", with {len(video.sound.samples) / video.sound.rate:.2f} s of sound"
         seen = f"{len(video.indices)} of {video.total} frames at {video.fps:g} per second"
         return replace(family.video(video), source=f"{seen}, to {_sides(video.frames.shape[-1:-3:-1])}{heard}")

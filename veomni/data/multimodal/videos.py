@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from veomni.data.multimodal.frames import (
+    Frames,
+    TorchcodecCannotError,
+    VideoDecoder,
+    pyav_frames,
+    torchcodec_frames,
+)
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.patches import resize_frames
 from veomni.data.multimodal.resizing import Size
 from veomni.data.multimodal.sounds import Sound, mono
 from veomni.errors import MediaError, MissingExtraError
+from veomni.logging import create_logger
 
 if TYPE_CHECKING:
-    from av import VideoFrame
     from av.container import InputContainer
+    from av.stream import Stream
+
+logger = create_logger(__name__)
 
 # Of FFmpeg's formats, those that hold their media themselves: a playlist would make it open other files and addresses.
 _FORMATS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,gif"
@@ -64,15 +73,17 @@ class VideoReading:
         sample: From number of frames and frames per second to the frames that are seen.
         size: From number of frames seen, height and width to the size of a frame.
         sound_rate: Samples per second of the sound; None leaves it out.
+        decoder: Who decodes the frames; see :func:`~veomni.data.multimodal.frames.usable_decoder`.
     """
 
     sample: Callable[[int, float], Sequence[int]]
     size: Callable[[int, int, int], Size]
     sound_rate: int | None = None
+    decoder: VideoDecoder = "pyav"
 
 
 def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLimits | None = None) -> Video:
-    """Decode a video, by PyAV.
+    """Decode a video.
 
     Args:
         content: A file's bytes.
@@ -93,8 +104,7 @@ def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLi
         with av.open(io.BytesIO(content), "r", options={"format_whitelist": _FORMATS}) as container:
             total, fps = _checked(container, name, limits)
             indices = [int(index) for index in reading.sample(total, fps)]
-            container.seek(0)
-            frames = _frames(container, name, indices, reading)
+            frames = _frames(container, content, name, total, indices, reading)
             sound = None
             if reading.sound_rate is not None and container.streams.audio:
                 container.seek(0)
@@ -109,6 +119,7 @@ def _checked(container: InputContainer, name: str, limits: MediaLimits) -> tuple
     if not container.streams.video:
         raise MediaError(f"{name}: no pictures in it", _REPLACE)
     stream = container.streams.video[0]
+    _refuse_unknown_codec(stream, name)
     limits.check_picture(name, stream.codec_context.width, stream.codec_context.height)
     if container.duration:
         limits.check_duration(name, container.duration / 1_000_000)
@@ -123,6 +134,11 @@ def _checked(container: InputContainer, name: str, limits: MediaLimits) -> tuple
         raise MediaError(f"{name}: ends after {len(packets)} of {stream.frames} frames", _REPLACE)
     _refuse_cut(name, packets, _promised_seconds(container))
     return len(packets), float(rate)
+
+
+def _refuse_unknown_codec(stream: Stream, name: str) -> None:
+    if getattr(stream, "codec_context", None) is None:  # FFmpeg has no decoder for it
+        raise MediaError(f"{name}: {stream.type} of a kind that nobody decodes", _REPLACE)
 
 
 def _promised_seconds(container: InputContainer) -> float | None:
@@ -141,33 +157,36 @@ def _refuse_cut(name: str, packets: Sequence[Any], promised: float | None) -> No
         raise MediaError(problem, _REPLACE)
 
 
-def _frames(container: InputContainer, name: str, indices: Sequence[int], reading: VideoReading) -> Tensor:
+def _frames(
+    container: InputContainer, content: bytes, name: str, total: int, indices: Sequence[int], reading: VideoReading
+) -> Tensor:
     wanted = set(indices)
-    found: dict[int, Tensor] = {}
-    for index, frame in enumerate(container.decode(video=0)):
-        if frame.is_corrupt:
-            raise MediaError(f"{name}: frame {index + 1} is damaged", _REPLACE)
-        if index in wanted:
-            pixels = torch.from_numpy(_upright(frame)).permute(2, 0, 1)
-            found[index] = resize_frames(pixels[None], reading.size(len(indices), *pixels.shape[1:]))[0]
-        if len(found) == len(wanted):
-            break
-    missing = sorted(wanted - found.keys())
+    if reading.decoder == "torchcodec":
+        try:
+            found = torchcodec_frames(content, container.streams.video[0], total, wanted)
+            return _resized(found, name, indices, reading)
+        except TorchcodecCannotError as reason:
+            logger.warning_once("some videos are decoded by PyAV, torchcodec cannot: %s", reason)
+    container.seek(0)
+    return _resized(pyav_frames(container, name, wanted), name, indices, reading)
+
+
+def _resized(frames: Frames, name: str, indices: Sequence[int], reading: VideoReading) -> Tensor:
+    found = {
+        index: resize_frames(pixels[None], reading.size(len(indices), *pixels.shape[1:]))[0] for index, pixels in frames
+    }
+    missing = sorted(set(indices) - found.keys())
     if missing:
         raise MediaError(f"{name}: frame {missing[0] + 1} and what follows cannot be decoded", _REPLACE)
+    if len({frame.shape for frame in found.values()}) > 1:
+        raise MediaError(f"{name}: its frames change their size", _REPLACE)
     return torch.stack([found[index] for index in indices])
-
-
-def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    """Return RGB ``[height, width, 3]`` as it is to be shown: telephones store how they were held."""
-    quarters = round(frame.rotation / 90)  # counterclockwise
-    pixels: Any = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
 def _sound(container: InputContainer, name: str, rate: int) -> Sound:
     from av.audio.resampler import AudioResampler
 
+    _refuse_unknown_codec(container.streams.audio[0], name)
     floats = AudioResampler(format="fltp")
     pieces: list[Any] = []
     given_rate = rate
