@@ -68,14 +68,11 @@ def test_tones_are_those_of_the_keys(cache):
     import soundfile
 
     train, test = (records(f"keypad-tones-{part}", cache) for part in ("train", "test"))
-    assert (len(train), len(test)) == (6000, 300)
+    assert (len(train), len(test)) == (3000, 300)
     assert not {row["audios"][0]["base64"] for row in train} & {row["audios"][0]["base64"] for row in test}
-    single = [record for record in test if len(answer(record)) == 1]
-    right = [heard(*soundfile.read(content(record, "audios"))) == answer(record) for record in single]
-    assert len(right) > 100
+    right = [heard(*soundfile.read(content(record, "audios"))) == answer(record) for record in test]
     assert np.mean(right) > 0.97  # some lie in noise as loud as they are
-    assert {len(answer(record).split()) for record in train} == {1, 2}
-    assert {key for record in test for key in answer(record).split()} == set("".join(KEYS))
+    assert {answer(record) for record in test} == {answer(record) for record in train} == set("".join(KEYS))
 
 
 def test_numbers_are_in_words(cache):
