@@ -158,7 +158,7 @@ def configuration(folder: Path, workers: int, cache_gib: float) -> Config:
         "model": {"model_path": str(folder)},
         "data": {
             "train_path": str(folder / "talks.jsonl"), "data_type": "multimodal", "max_seq_len": ROW,
-            "stopping": "all_exhausted", "num_workers": workers, "cache_dir": str(folder / "cache"),
+            "stopping": "all_exhausted", "stream_shards": 4, "num_workers": workers, "cache_dir": str(folder / "cache"),
             "media": {"root": str(folder), "cache_gib": cache_gib},
         },
         "train": {"global_batch_size": 1, "num_train_epochs": 1, "output_dir": str(folder), "precision": "fp32"},
@@ -235,7 +235,7 @@ def in_a_process(folder: Path, name: str, workers: int) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--workers", default="0,2", help="numbers of worker processes")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--only", choices=["plain loop", "ours"], help="measure one pipeline, without the cache")

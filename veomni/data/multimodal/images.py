@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ logger = create_logger(__name__)
 # Raster formats only: others of Pillow's call other programs (EPS), or are rare enough to be little tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
 _REPLACE = "replace the file, or remove the record"
+_KEPT_BLOCKS = 4  # of at most 16 MiB
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF
 
@@ -81,8 +84,7 @@ def _told_by_header(form: str | None, content: bytes) -> bool:
 def _open(content: bytes, name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
-    Image.init()
-    known = [kind for kind in _FORMATS if kind in Image.OPEN]
+    known = _known_formats()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits decide, with an error
@@ -93,6 +95,17 @@ def _open(content: bytes, name: str) -> Image:
         raise MediaError(f"{name}: {_said(error)}", "make the image smaller") from error
     except Exception as error:  # headers that contradict themselves raise many kinds
         raise MediaError(f"{name}: the header is damaged ({_said(error)})", _REPLACE) from error
+
+
+@lru_cache(maxsize=1)
+def _known_formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    if "PILLOW_BLOCKS_MAX" not in os.environ:
+        # Pillow would give the memory of every image back, and the system would clear it for the next one.
+        Image.core.set_blocks_max(_KEPT_BLOCKS)
+    return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
 def _instead(content: bytes) -> str:

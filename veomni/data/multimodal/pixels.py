@@ -83,7 +83,7 @@ class PixelList(list[Pixels]):
 
     def normalized(self) -> Tensor:
         """Return the float32 tensor that a model takes."""
-        made = torch.empty(self.shape)
+        made = torch.from_numpy(np.empty(self.shape, np.float32))  # in huge pages, which torch.empty does not ask for
         start = 0
         for pixels in self:
             pixels.write(made[start : start + pixels.shape[0]])
