@@ -257,9 +257,9 @@ def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any,
     collator = MultimodalCollator(architecture, max_seq_len=data.max_seq_len, pad_token_id=int(pad or 0), part=part)
     layouts = [source.layout for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset.layout]
     return MediaSamples(
-        SkipBadMedia(transform, media.max_skipped) if media.on_bad_media == "skip" else transform,
+        transform,
         collator,
-        stand_ins=transform.family.unlearned,
+        skipping=SkipBadMedia(media.max_skipped) if media.on_bad_media == "skip" else None,
         sources=len(layouts),
         overlong=data.overlong,
         digests={

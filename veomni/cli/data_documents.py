@@ -24,9 +24,13 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     dataset, _ = load_datasets(config)
     tokenizer = load_tokenizer(config, dataset)
     transform, media = load_media_transform(config, tokenizer), config.data.media
-    skipping = SkipBadMedia(transform.encode, media.max_skipped)
-    encode = transform.encode if media.on_bad_media == "error" else skipping
-    documents = [made for made in map(encode, islice(dataset, max(shown, counted))) if made is not None]
+    skipping = SkipBadMedia(media.max_skipped)
+    skips = media.on_bad_media == "skip"
+    made = (
+        skipping(transform.encode, document) if skips else transform.encode(document)
+        for document in islice(dataset, max(shown, counted))
+    )  # fmt: skip
+    documents = [document for document in made if document is not None]
     for document in documents[:shown]:
         _show(document, console, tokenizer, transform.family.unlearned)
     available = f"{len(documents)} of {len(dataset)}" if isinstance(dataset, TextDataset) else f"{len(documents)}"

@@ -46,13 +46,14 @@ class Piece(NamedTuple):
     """What fits a row: a document, a part of one, or a pair of documents.
 
     Attributes:
-        content: Arrays by name, which travel between processes as they are.
+        content: Arrays by name, which travel between processes as they are; before the sample is complete, what its
+            maker completes it from.
         lengths: Tokens of its documents.
         media: Tokens that stand for images, videos and sounds.
         cost: Work that grows with the square: of the documents' tokens and of each image's patches.
     """
 
-    content: Mapping[str, NDArray[Any]]
+    content: Any
     lengths: tuple[int, ...]
     media: int
     cost: int
@@ -112,8 +113,11 @@ class SampleMaker(Protocol):
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Return what each record of a source becomes."""
 
+    def complete(self, sample: Sample) -> Sample | None:
+        """Return a sample that is to leave in a row, with all it holds; None if it cannot be used after all."""
+
     def collate(self, rows: Sequence[Row]) -> PackedInputs:
-        """Return a micro-batch."""
+        """Return a micro-batch of rows of complete samples."""
 
 
 class TextSamples:
@@ -176,6 +180,10 @@ class TextSamples:
         cuts = range(0, len(ids), self._capacity)
         parts = [slice(start, start + self._capacity) for start in cuts]
         return Made([_piece([(ids[cut], None if weights is None else weights[cut])]) for cut in parts])
+
+    def complete(self, sample: Sample) -> Sample:
+        """Return a sample, which is complete."""
+        return sample
 
     def collate(self, rows: Sequence[Row]) -> PackedInputs:
         """Return a micro-batch of rows."""

@@ -151,14 +151,23 @@ class _Cursor:
                                     self.source.name)  # fmt: skip
             self._last_used = read.epoch
         else:
-            progress.dropped += 1
-            logger.warning_once(
-                "source %s: records are left out (empty, too long, or with media that cannot be used); "
-                "the loader's source_counts() and its state in checkpoints say how many", self.source.name,
-            )  # fmt: skip
+            self._count_dropped()
             if read.epoch > self._last_used + _EMPTY_EPOCHS:
                 raise self._useless("can be used")
         return samples
+
+    def leave_out(self, sample: Sample) -> None:
+        """Count a record that became a sample and cannot be used after all."""
+        self.progress.samples -= 1
+        self.progress.tokens -= sample.length
+        self._count_dropped()
+
+    def _count_dropped(self) -> None:
+        self.progress.dropped += 1
+        logger.warning_once(
+            "source %s: records are left out (empty, too long, or with media that cannot be used); "
+            "the loader's source_counts() and its state in checkpoints say how many", self.source.name,
+        )  # fmt: skip
 
     def _samples(self, read: _Read) -> list[Sample]:
         place = (self.index, read.epoch, read.unit, read.record)
@@ -276,7 +285,14 @@ class ShardReader:
         if self.drained:
             return None
         self.rows += 1
-        return self._waiting.take_row()
+        row = []
+        for sample in self._waiting.take_row():
+            completed = self.plan.maker.complete(sample)
+            if completed is None:
+                self._cursors[sample.ref.source].leave_out(sample)
+            else:
+                row.append(completed)
+        return row
 
     def _choose(self) -> int | None:
         """Return the source that is furthest behind its share, or None when the shard ends."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
@@ -51,7 +52,7 @@ class Workers(Generic[T]):
     ) -> None:
         loader: DataLoader[T] = DataLoader(
             dataset, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=count,
-            prefetch_factor=prefetch_factor, timeout=timeout, worker_init_fn=_ignore_signals,
+            prefetch_factor=prefetch_factor, timeout=timeout, worker_init_fn=_start,
             # It draws a number when it starts: from a generator of its own, or the run's dropout would change.
             generator=torch.Generator(),
         )  # fmt: skip
@@ -99,7 +100,20 @@ def _tensors(made: Any) -> Any:
     return with_values(made, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
-def _ignore_signals(worker: int) -> None:
+def _start(worker: int) -> None:
+    _ignore_signals()
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    # torch's workers see by themselves that their rank is gone, but then wait for ever to have their arrays taken.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _ignore_signals() -> None:
     # They go to the whole process group: the training process saves first, and then ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

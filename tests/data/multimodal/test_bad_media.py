@@ -142,21 +142,21 @@ def test_bad_media_are_named(case, reader):
 @pytest.mark.parametrize("case", MEDIA)
 def test_bad_media_are_skipped_and_counted(case, reader, caplog):
     record, name, message = MEDIA[case]
-    transform = SkipBadMedia(transform_for(name, reader), max_skipped=1)
-    assert transform(Document(record, "train.jsonl, line 12")) is None
-    assert transform.skipped == 1
+    transform, skipping = transform_for(name, reader), SkipBadMedia(max_skipped=1)
+    assert skipping(transform, Document(record, "train.jsonl, line 12")) is None
+    assert skipping.skipped == 1
     assert "left out record 1 of at most 1: train.jsonl, line 12, message 1: " in caplog.text
     with pytest.raises(DataError, match=f"2 records have media that cannot be used, the last one: .*({message})"):
-        transform(Document(record, "train.jsonl, line 12"))
+        skipping(transform, Document(record, "train.jsonl, line 12"))
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
 @pytest.mark.parametrize("case", CONVERSATIONS)
 def test_bad_conversations_are_named(case, policy, reader):
     record, name, message = CONVERSATIONS[case]
-    transform = transform_for(name, reader)
+    transform, document = transform_for(name, reader), Document(record, "train.jsonl, line 12")
     with pytest.raises(DataError, match=f"^train.jsonl, line 12.*({message})") as raised:
-        (transform if policy == "error" else SkipBadMedia(transform, 9))(Document(record, "train.jsonl, line 12"))
+        transform(document) if policy == "error" else SkipBadMedia(9)(transform, document)
     assert raised.value.fix
     assert not isinstance(raised.value, MediaError)
 
@@ -186,17 +186,18 @@ def test_a_placeholder_of_no_model_is_text():
     assert set(sample) == {"input_ids", "labels", "mm_token_type_ids"}
 
 
-def _skip_three(transform):
+def _skip_three(skipping, transform):
     for number in range(3):
-        transform(Document(image(number), f"line {number}"))
+        skipping(transform, Document(image(number), f"line {number}"))
 
 
 def test_workers_count_together(reader):
-    transform = SkipBadMedia(transform_for("qwen2_vl", reader), max_skipped=7)
-    workers = [multiprocessing.get_context("fork").Process(target=_skip_three, args=(transform,)) for _ in range(2)]
+    skipping, transform = SkipBadMedia(max_skipped=7), transform_for("qwen2_vl", reader)
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=_skip_three, args=(skipping, transform)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
-    assert transform.skipped == 6
+    assert skipping.skipped == 6

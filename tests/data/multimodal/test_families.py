@@ -52,6 +52,31 @@ def test_inputs_equal_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("size", [(70, 40), (30, 66), (16, 16), (200, 10), (333, 500)])
+def test_the_size_of_an_image_says_its_text(name, size):
+    family = transform_for(name).family
+    image = Image.new("RGB", size)
+    assert family.image_text(*size) == family.image(image).text
+
+
+@pytest.mark.parametrize("changes", [{"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5},
+                                     {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.7]}])  # fmt: skip
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v", "gemma3", "internvl"])
+def test_settings_of_normalisation_are_followed(name, changes):
+    transform = transform_for(name)
+    vars(transform.family.parts.image_processor).update(changes)
+    sample = transform(with_images(ASKED, [WIDE, TALL]))
+    expected = expected_of(name, transform, images=[WIDE, TALL])["pixel_values"]
+    assert torch.equal(sample["pixel_values"], torch.as_tensor(expected).float())
+
+
+def test_another_models_processor_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    with pytest.raises(ModelError, match="qwen2_vl models have a Qwen2VLImageProcessor, not CLIPImageProcessorPil"):
+        build_family(config_of("qwen2_vl"), tokenizer_of("qwen2_vl"), tmp_path)
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_what_is_learned_are_the_answers(name):
     tokenizer = tokenizer_of(name)
     sample = transform_for(name)(with_images(ASKED, [WIDE, TALL]))

@@ -50,6 +50,15 @@ def test_what_is_read_back_is_what_was_made(tmp_path, monkeypatch):
         assert all(torch.equal(sample[key], expected[key]) for key in expected)
 
 
+def test_pixels_are_kept_in_8_bits(tmp_path):
+    transform = transform_for("qwen2_vl")
+    transform.cache = FeatureCache(tmp_path / "media", 1 << 30, settings_of(transform.family))
+    sample = transform(Document({**RECORD, "messages": [{"role": "user", "content": "<image><image>"}, ANSWER],
+                                 "audios": None, "videos": None}, "a"))  # fmt: skip
+    kept = sum(path.stat().st_size for path in files(transform.cache))
+    assert sample["pixel_values"].nbytes / 9 < kept < sample["pixel_values"].nbytes / 4  # and headers
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("qwen2_vl", {"image_max_pixels": 9000}), ("qwen2_vl", {"video_fps": 3.0}), ("qwen2_5_vl", {}), ("llava", {}),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.data.multimodal.files import bomb, image_bytes, opened, pixels, png
-from veomni.data.multimodal.images import load_image
+from veomni.data.multimodal.images import load_image, upright_size
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.resizing import smart_resize, smart_resize_frames
 from veomni.errors import MediaError
@@ -87,6 +87,43 @@ def test_that_only_the_first_frame_is_used_is_said_once(caplog, monkeypatch):
     for name in ("a.gif", "b.gif"):
         load_image(content, name)
     assert caplog.text.count("only the first is used") == 1
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_the_header_says_how_large_an_image_becomes(form, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[274] = orientation
+    content = image_bytes(Image.fromarray(RGB), form, exif=exif.tobytes())
+    assert upright_size(content, "file") == load_image(content, "file").size
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts():
+    from PIL import PngImagePlugin
+
+    said = PngImagePlugin.PngInfo()
+    said.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    written = image_bytes(Image.fromarray(RGB), pnginfo=said)
+    start = written.index(b"iTXt") - 4
+    chunk = written[start : start + 12 + int.from_bytes(written[start : start + 4], "big")]
+    content = written.replace(chunk, b"").replace(*(part + written[-12:] for part in (b"", chunk)))
+    assert content.index(b"iTXt") > content.index(b"IDAT")
+    assert upright_size(content, "file") == load_image(content, "file").size == (20, 30)
+
+
+def test_the_header_is_enough_for_the_size(monkeypatch):
+    contents = [image_bytes(Image.fromarray(RGB), form) for form in ("JPEG", "PNG", "WEBP")]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert {upright_size(content, "file") for content in contents} == {(30, 20)}
+
+
+def test_an_opened_image_is_not_turned_itself():
+    exif = Image.Exif()
+    exif[274] = 6
+    given = opened(image_bytes(Image.fromarray(RGB), "JPEG", exif=exif))
+    assert load_image(given, "given").size == upright_size(given, "given") == (20, 30)
+    assert given.size == (30, 20)
 
 
 def test_an_opened_image_is_treated_alike():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import tarfile
 from collections import Counter
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from tests.data.multimodal.small_model import save_media, save_model
 from tests.data.stream_files import add, jsonl
 from veomni.data import StreamLoader
 from veomni.data.multimodal.collate import MultimodalCollator
+from veomni.data.multimodal.images import load_image
 from veomni.errors import ConfigError, DataError
 from veomni.from_config import load_batches, load_datasets, load_media_transform, load_tokenizer
 from veomni.sequence_split import WHOLE_ROWS, SequencePart
@@ -132,6 +134,109 @@ def test_resized_runs_read_what_an_unbroken_one_does(setup, workers):
     assert len(state) < 20_000, "indices, never pictures"
 
 
+def _killed_rank(pipe, build, state):
+    loader = build()
+    if state is not None:
+        loader.load_state_dict(json.loads(state))
+    for step in loader:
+        pipe.send((facts(step), loader.state_dict()))
+
+
+def killed_phase(build, size, steps, state):
+    """What the ranks received in steps that counted, and the state then; they are killed wherever they are."""
+    fork, pipes, ranks = multiprocessing.get_context("fork"), [], []
+    for rank in range(size):
+        here, there = fork.Pipe(duplex=False)
+        ranks.append(fork.Process(target=_killed_rank, args=(there, lambda rank=rank: build(rank, size), state)))
+        ranks[-1].start()
+        there.close()
+        pipes.append(here)
+    received = [[pipe.recv() for _ in range(steps)] for pipe in pipes]
+    for process in ranks:
+        process.kill()
+        process.join()
+    for pipe in pipes:  # its other end closes with the last of the rank's workers
+        with pytest.raises(EOFError):
+            while pipe.poll(60):
+                pipe.recv()
+    merged = [Counter() for _ in range(steps)]
+    for of_rank in received:
+        for step, (given, _) in zip(merged, of_rank, strict=True):
+            step.update(given)
+    return merged, json.dumps(StreamLoader.merge_states([of_rank[-1][1] for of_rank in received]))
+
+
+@pytest.fixture(scope="module")
+def damaged(folder):
+    """Conversations in files and in an archive; of five, one has an image whose header alone is whole."""
+    photo = (folder / "media" / "photo.jpg").read_bytes()
+    (folder / "media" / "cut.jpg").write_bytes(photo[: len(photo) // 2])
+    names = ["photo.jpg", "chart.png", "cut.jpg", "chart.png", None]
+    rows = [
+        talk(f"<image>what {n}?", images=[names[n % 5]]) if names[n % 5] else talk(f"only words {n}") for n in range(60)
+    ]
+    rows += [talk("<audio>", audios=["tone.wav"]), talk("<video>", videos=["clip.mp4"])]
+    jsonl(folder / "damaged.jsonl", rows)
+    return [
+        {"path": str(folder / "damaged.jsonl"), "name": "files", "weight": 3.0},
+        {"path": str(folder / "talks.tar"), "name": "archive", "weight": 1.0},
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resized_runs_read_what_an_unbroken_one_does(setup, folder, damaged, workers):
+    """Sources of two kinds, mixed by tokens, shuffled, packed, and records left out that turn out to be damaged."""
+    media = {"root": str(folder / "media"), "image_max_pixels": 5000, "video_max_pixels": 5000,
+             "on_bad_media": "skip"}  # fmt: skip
+    options = {"train_path": None, "sources": damaged, "weigh_by": "token", "streaming": True, "media": media,
+               "max_seq_len": 500, "overlong": "drop"}  # fmt: skip
+    whole = loader_of(setup, **options)
+    unbroken, found, state = [facts(step) for step in itertools.islice(whole, 9)], [], None
+    for size in (1, 2, 4):
+        build = lambda rank, size: loader_of(setup, rank, size, num_workers=workers, **options)  # noqa: E731
+        steps, state = killed_phase(build, size, 3, state)
+        found += steps
+
+    def rounded(steps):
+        return [{key: round(value, 2) for key, value in step.items()} for step in steps]
+
+    assert rounded(found) == rounded(unbroken)
+    read = Counter(name for step in found for name in step if "/" in name)
+    assert read
+    assert max(read.values()) == 1, "every name has its epoch, so none comes twice"
+    counts, last = whole.source_counts()["files"], json.loads(state)
+    assert counts["dropped"] > 0
+    saved = [shard["sources"]["files"] for shard in last["shards"].values()]
+    assert sum(progress["dropped"] for progress in saved) == counts["dropped"]
+    assert sum(progress["samples"] for progress in saved) == counts["samples"]
+
+
+def test_media_that_wait_are_not_decoded(setup, monkeypatch):
+    loaded = Counter()
+
+    def counting(content, name, limits):
+        loaded[name] += 1
+        return load_image(content, name, limits)
+
+    monkeypatch.setattr("veomni.data.multimodal.transform.load_image", counting)
+    loader = loader_of(setup, lookahead=64, stream_shards=1)
+    step = next(iter(loader))
+    assert sum(len(micro["image_grid_thw"]) for micro in step if "image_grid_thw" in micro) == loaded.total() > 0
+    assert len(loader.state_dict()["shards"]["0"]["waiting"]) > 50
+
+
+def test_a_file_that_changes_while_it_waits_is_refused(setup, folder, tmp_path):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(image_bytes(Image.fromarray(pixels(40, 60))))
+    path = jsonl(tmp_path / "t.jsonl", [talk(f"<image>{n}", images=["picture.png"]) for n in range(12)])
+    media = {"root": str(tmp_path), "image_max_pixels": 5000}
+    loader = iter(loader_of(setup, train_path=str(path), media=media, max_seq_len=300, stream_shards=1))
+    next(loader)
+    picture.write_bytes(image_bytes(Image.fromarray(pixels(60, 90))))
+    with pytest.raises(DataError, match=r"t\.jsonl, line \d+, message 1: it is not as large as it was"):
+        list(itertools.islice(loader, 3))
+
+
 def test_archives_and_files_mix(setup, folder):
     sources = [
         {"path": str(folder / "talks.jsonl"), "name": "files", "weight": 1.0},
@@ -154,7 +259,8 @@ def test_archives_and_files_mix(setup, folder):
 def test_a_row_has_no_more_media_than_allowed(setup):
     def media_of_rows(loader):
         """For every row, the tokens of each document that stand for media."""
-        stand_ins = loader.plan.maker._stand_ins
+        family = loader.plan.maker._transform.family
+        stand_ins = torch.tensor(sorted(family.unlearned))
         for step in itertools.islice(loader, 6):
             for micro in step:
                 documents = micro["input_ids"][0, : sum(micro.document_lengths)].split(micro.document_lengths)

@@ -11,7 +11,8 @@ from PIL import Image
 from tests.data.multimodal.families import VIDEOS, family_for, oracle, tokenizer_of, transform_for
 from tests.data.multimodal.files import image_bytes, moving, tone, video_bytes
 from veomni.data.multimodal.limits import MediaLimits
-from veomni.data.multimodal.patches import normalize_frames, patchify, resize_frames
+from veomni.data.multimodal.patches import patchify, resize_frames
+from veomni.data.multimodal.pixels import Normalization
 from veomni.data.multimodal.sampling import at_seconds, between_ends, evenly_by_rate, from_middles
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.records import Document
@@ -177,14 +178,14 @@ def test_patches_are_those_of_transformers(frames):
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
     pixels = torch.from_numpy(moving(frames, 16, 24)).permute(0, 3, 1, 2)
-    normal = normalize_frames(pixels, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    normal = Normalization.of_frames([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])(pixels.flatten(2)[:, :, None]).view(pixels.shape)
     exact = (pixels.double() / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(
         3, 1, 1
     )
     assert torch.allclose(normal.double(), exact, atol=1e-6)
     expected, *grid = Qwen3VLVideoProcessor.patchify(None, normal[None], 4, 2, 2)
     patches, sizes = patchify(normal, patch=4, merge=2, frames_per_patch=2)
-    assert torch.equal(patches, expected[0])
+    assert torch.equal(patches.flatten(1), expected[0])
     assert sizes.tolist() == [grid]
 
 
@@ -193,11 +194,11 @@ def test_an_image_is_a_video_of_one_frame():
     processor = family.parts.image_processor
     processor.do_resize = False
     image = Image.fromarray(FRAMES[0])
-    made = family.image(image).tensors["pixel_values"]
-    frames = normalize_frames(
-        torch.from_numpy(FRAMES[:1]).permute(0, 3, 1, 2), processor.image_mean, processor.image_std
-    )
-    assert torch.allclose(patchify(frames, patch=4, merge=2, frames_per_patch=2)[0], made, atol=1e-6)
+    made = family.image(image).tensors["pixel_values"].normalized()
+    frames = torch.from_numpy(FRAMES[:1]).permute(0, 3, 1, 2)
+    patches, _ = patchify(frames, patch=4, merge=2, frames_per_patch=2)
+    normalized = Normalization.of_frames(processor.image_mean, processor.image_std)(patches)
+    assert torch.allclose(normalized.flatten(1), made, atol=1e-6)
 
 
 class VideoProcessor:
@@ -272,7 +273,7 @@ def test_images_and_videos_keep_their_order_in_internvl():
               "videos": [video_bytes(FRAMES[:9]), video_bytes(FRAMES[9:])]}  # fmt: skip
     found = transform(Document(record, "a"))["pixel_values"]
     assert len(found) == 3 + 1 + 3
-    assert torch.allclose(found[3], transform.family.image(image).tensors["pixel_values"][0])
+    assert torch.allclose(found[3], transform.family.image(image).tensors["pixel_values"].normalized()[0])
 
 
 @pytest.mark.parametrize(("name", "cap"), [("qwen2_vl", 20_000), ("qwen3_vl", 60_000), ("glm4v", 60_000)])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veomni.batch import IGNORE_INDEX, PackedInputs
 from veomni.batch_keys import KEY_RULES, KeyRule
+from veomni.data.multimodal.pixels import PixelList, as_tensor
 from veomni.data.rows import segment_offsets
 from veomni.errors import DataError
 from veomni.models.loader import model_class
@@ -136,12 +137,20 @@ class MultimodalCollator:
         return batch
 
 
-def join_items(values: Sequence[Tensor], rule: KeyRule) -> Tensor:
+def join_items(values: Sequence[Tensor | PixelList], rule: KeyRule) -> Tensor:
     """Return images, sizes or sounds of several documents one after another."""
+    return as_tensor(join_compactly(values, rule))
+
+
+def join_compactly(values: Sequence[Tensor | PixelList], rule: KeyRule) -> Tensor | PixelList:
+    """Return the same, but 8-bit pixels as they are."""
+    if all(isinstance(value, PixelList) for value in values):
+        return PixelList(pixels for value in values for pixels in value)
+    tensors = [as_tensor(value) for value in values]
     if rule.ragged:
-        longest = max(value.shape[-1] for value in values)
-        values = [F.pad(value, (0, longest - value.shape[-1]), value=rule.pad) for value in values]
-    return torch.cat(list(values), dim=rule.dim)
+        longest = max(tensor.shape[-1] for tensor in tensors)
+        tensors = [F.pad(tensor, (0, longest - tensor.shape[-1]), value=rule.pad) for tensor in tensors]
+    return torch.cat(tensors, dim=rule.dim)
 
 
 def _rule(key: str) -> KeyRule:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from veomni.data.multimodal.frames import VideoDecoder
+from veomni.data.multimodal.pixels import PixelList
 from veomni.data.multimodal.resizing import Size
 from veomni.errors import ConfigError, MediaError, ModelError
 from veomni.registry import Registry
@@ -27,11 +28,12 @@ class MediaFeatures:
 
     Attributes:
         tensors: By the names that the model takes; those of several items are concatenated along the first axis.
+            Pixels may still be 8-bit ones.
         text: Takes the place of the placeholder in the rendered conversation.
         source: Says what the features were made of, for people.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | PixelList]
     text: str
     source: str = ""
 
@@ -64,6 +66,7 @@ class Family:
 
     Attributes:
         placeholders: Kind of media to the token that stands for one item in a rendered conversation.
+        patches_per_token: Patches of an image or a frame that the tower makes a token of.
         image_processor: Name of a class of transformers, without "Pil", for models that do not name one; None has none.
         video_defaults: Settings of the video processor where the model's files do not say.
     """
@@ -74,10 +77,15 @@ class Family:
     def __init__(self, parts: FamilyParts) -> None:
         self.parts = parts
         self.placeholders: dict[str, str] = {}
+        self.patches_per_token = 1
 
     def image(self, image: Image) -> MediaFeatures:
         """Return the features of an RGB image."""
         raise self._has_no("images")
+
+    def image_text(self, width: int, height: int) -> str | None:
+        """Return the text of an image's features, of which only the size is known; None if that does not say it."""
+        return None
 
     def video(self, video: Video) -> MediaFeatures:
         """Return the features of a decoded video."""

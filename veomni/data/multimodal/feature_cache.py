@@ -6,17 +6,23 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from veomni.data.digests import digest
 from veomni.data.multimodal.family import MediaFeatures
+from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 0.9  # of the size is left after files were removed, so that this is not done at every write
 _WRITES_BETWEEN_SCANS = 64
 
@@ -55,7 +61,7 @@ class FeatureCache:
             # Read at once: safetensors opens files again for their tensors, and another process may have removed them.
             content = path.read_bytes()
             said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-            features = MediaFeatures(load(content), said["text"], said["source"])
+            features = MediaFeatures(_with_pixels(load(content), said["pixels"]), said["text"], said["source"])
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -73,8 +79,8 @@ class FeatureCache:
         handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
         os.close(handle)
         try:
-            tensors = {name: value.contiguous() for name, value in features.tensors.items()}
-            save_file(tensors, temporary, {"text": features.text, "source": features.source})
+            tensors, pixels = _without_pixels(features.tensors)
+            save_file(tensors, temporary, {"text": features.text, "source": features.source, "pixels": pixels})
             size = os.stat(temporary).st_size
             os.replace(temporary, path)
         finally:
@@ -100,3 +106,25 @@ class FeatureCache:
             self._size -= size
             if self._size <= _KEPT * self.max_bytes:
                 break
+
+
+def _without_pixels(features: Mapping[str, Tensor | PixelList]) -> tuple[dict[str, Tensor], str]:
+    """Return what safetensors can hold, and what else is to be known of 8-bit pixels, as JSON."""
+    tensors, said = {}, {}
+    for name, value in features.items():
+        if isinstance(value, PixelList):
+            [pixels] = value  # of one image or video
+            tensors[name] = torch.from_numpy(pixels.values)
+            said[name] = {"shape": pixels.shape, "normalization": asdict(pixels.normalization)}
+        else:
+            tensors[name] = value.contiguous()
+    return tensors, json.dumps(said)
+
+
+def _with_pixels(tensors: Mapping[str, Tensor], said: str) -> dict[str, Tensor | PixelList]:
+    found: dict[str, Tensor | PixelList] = dict(tensors)
+    for name, facts in json.loads(said).items():
+        made = facts["normalization"]
+        normalization = Normalization(made["scale"], tuple(made["mean"]), tuple(made["std"]))
+        found[name] = PixelList([Pixels(tensors[name].numpy(), tuple(facts["shape"]), normalization)])
+    return found

@@ -30,6 +30,17 @@ class Glm4V(Qwen2VL):
         super().__init__(parts)
         self._borders = [self.token(f"image_{end}_token_id") for end in ("start", "end")]
 
+    def image_size(self, height: int, width: int) -> Size:
+        """Return the size to which an image is resized: it counts as a patch of frames."""
+        processor, size = self.parts.image_processor, self.parts.image_processor.size
+        frames = processor.temporal_patch_size
+        if not processor.do_resize:
+            return height, width
+        return smart_resize_frames(
+            frames, height, width, factor=processor.patch_size * processor.merge_size, min_pixels=size.shortest_edge,
+            max_pixels=size.longest_edge, temporal_factor=frames,
+        )  # fmt: skip
+
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return the frames at ``fps`` per second; of a video longer than ``max_duration``, as many as of that."""
         video = self.parts.video

@@ -1,9 +1,11 @@
-"""Images to RGB, upright, in 8 bits. What a file claims is checked before a pixel is decoded."""
+"""Images to RGB, upright, in 8 bits. What a file claims is checked before a pixel is decoded, and may be asked alone."""
 
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +22,9 @@ logger = create_logger(__name__)
 # Raster formats only: others of Pillow's call other programs (EPS), or are rare enough to be little tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
 _REPLACE = "replace the file, or remove the record"
+_KEPT_BLOCKS = 4  # of at most 16 MiB
 _WHITE = (255, 255, 255, 255)
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF
 
 
 def load_image(content: bytes | Image, name: str, limits: MediaLimits | None = None) -> Image:
@@ -45,14 +49,42 @@ def load_image(content: bytes | Image, name: str, limits: MediaLimits | None = N
         image.load()
     except Exception as error:  # the decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error
         raise MediaError(f"{name}: the {image.format or 'image'} is damaged ({_said(error)})", _REPLACE) from error
-    return _to_rgb(_upright(image), name)
+    return _to_rgb(_upright(image, ours=isinstance(content, bytes)), name)
+
+
+def upright_size(content: bytes | Image, name: str, limits: MediaLimits | None = None) -> tuple[int, int]:
+    """Return width and height of what :func:`load_image` returns, from the header where that says it.
+
+    Args:
+        content: A file's bytes, or an opened image.
+        name: Names the image, for messages.
+        limits: What is refused.
+
+    Raises:
+        MediaError: it is no image, damaged as far as was looked, or beyond the limits.
+    """
+    image = _open(content, name) if isinstance(content, bytes) else content
+    if not isinstance(content, bytes) or not _told_by_header(image.format, content):
+        return load_image(image, name, limits).size
+    (limits or MediaLimits()).check_picture(name, image.width, image.height)
+    try:
+        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    except Exception:  # `_upright` says so
+        turned = False
+    return (image.height, image.width) if turned else image.size
+
+
+def _told_by_header(form: str | None, content: bytes) -> bool:
+    """Say whether Pillow knows an image's size and orientation before it decodes it."""
+    if form == "PNG":  # they may stand behind the pixels
+        return not any(mark in content for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"))
+    return form in ("JPEG", "MPO", "WEBP")
 
 
 def _open(content: bytes, name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
-    Image.init()
-    known = [kind for kind in _FORMATS if kind in Image.OPEN]
+    known = _known_formats()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits decide, with an error
@@ -63,6 +95,17 @@ def _open(content: bytes, name: str) -> Image:
         raise MediaError(f"{name}: {_said(error)}", "make the image smaller") from error
     except Exception as error:  # headers that contradict themselves raise many kinds
         raise MediaError(f"{name}: the header is damaged ({_said(error)})", _REPLACE) from error
+
+
+@lru_cache(maxsize=1)
+def _known_formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    if "PILLOW_BLOCKS_MAX" not in os.environ:
+        # Pillow would give the memory of every image back, and the system would clear it for the next one.
+        Image.core.set_blocks_max(_KEPT_BLOCKS)
+    return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
 def _instead(content: bytes) -> str:
@@ -77,11 +120,11 @@ def _instead(content: bytes) -> str:
     return f"a file that begins with {content[:8]!r}"
 
 
-def _upright(image: Image) -> Image:
+def _upright(image: Image, *, ours: bool) -> Image:
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image, in_place=ours) or image  # in place, what lies right is not copied
     except Exception as error:  # EXIF is a TIFF within the file, and may be damaged alone
         logger.warning_once("images with unreadable EXIF are not turned (%s)", type(error).__name__)
         return image
@@ -96,7 +139,7 @@ def _to_rgb(image: Image, name: str) -> Image:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, _WHITE)
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (ValueError, OSError) as error:
         raise MediaError(f"{name}: mode {image.mode} cannot become RGB ({_said(error)})", _REPLACE) from error
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
-from veomni.data.multimodal.patches import normalize_frames, patchify
+from veomni.data.multimodal.patches import image_patches, patchify
+from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels
 from veomni.data.multimodal.resizing import Size, smart_resize, smart_resize_frames
 from veomni.data.multimodal.sampling import between_ends, evenly_by_rate
+from veomni.errors import ModelError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,15 +36,50 @@ class Qwen2VL(Family):
 
     def __init__(self, parts: FamilyParts) -> None:
         super().__init__(parts)
+        given = type(parts.image_processor).__name__
+        if given != f"{self.image_processor}Pil":
+            problem = f"{parts.config.model_type} models have a {self.image_processor}, not {given}"
+            raise ModelError(problem, "put the model's own preprocessor_config.json beside it")
         self.placeholders = {"image": self.token("image_token_id"), "video": self.token("video_token_id")}
+        self.patches_per_token = int(parts.image_processor.merge_size) ** 2
 
     def image(self, image: Image) -> MediaFeatures:
-        """Return ``pixel_values`` ``[patches, values]`` and ``image_grid_thw`` ``[1, 3]``."""
+        """Return ``pixel_values`` ``[patches, values]`` and ``image_grid_thw`` ``[1, 3]``.
+
+        The processor's steps with its settings, but the pixels stay 8-bit until they are normalised in a batch.
+        """
         processor = self.parts.image_processor
-        made: Any = processor(images=[image], return_tensors="pt")
-        grid = made["image_grid_thw"]
-        tensors = {"pixel_values": made["pixel_values"], "image_grid_thw": grid}
-        return MediaFeatures(tensors, self.placeholders["image"] * (int(grid.prod()) // processor.merge_size**2))
+        patch, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+        height, width = self.image_size(image.height, image.width)
+        if image.size != (width, height):
+            image = image.resize((width, height), processor.resample)
+        cut = image_patches(image, patch=patch, merge=merge)
+        shape = (len(cut), 3 * frames * patch * patch)
+        pixels = PixelList([Pixels(cut, shape, Normalization.of(processor))])
+        grid = torch.tensor([[1, height // patch, width // patch]])
+        return MediaFeatures({"pixel_values": pixels, "image_grid_thw": grid}, self._image_tokens(len(cut)))
+
+    def image_size(self, height: int, width: int) -> Size:
+        """Return the size to which an image is resized.
+
+        Raises:
+            ValueError: one side is more than 200 times the other.
+        """
+        processor, size = self.parts.image_processor, self.parts.image_processor.size
+        if not processor.do_resize:
+            return height, width
+        return smart_resize(
+            height, width, factor=processor.patch_size * processor.merge_size, min_pixels=size.shortest_edge,
+            max_pixels=size.longest_edge,
+        )  # fmt: skip
+
+    def image_text(self, width: int, height: int) -> str:
+        """Return what takes the placeholder's place."""
+        rows, columns = self.image_size(height, width)
+        return self._image_tokens(rows * columns // self.parts.image_processor.patch_size**2)
+
+    def _image_tokens(self, patches: int) -> str:
+        return self.placeholders["image"] * (patches // self.patches_per_token)
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return frames at ``fps`` per second, within ``min_frames`` and ``max_frames``."""
@@ -65,12 +102,13 @@ class Qwen2VL(Family):
     def video(self, video: Video) -> MediaFeatures:
         """Return ``pixel_values_videos`` ``[patches, values]``, ``video_grid_thw`` ``[1, 3]`` and what times need."""
         settings = self.parts.video
-        frames = normalize_frames(video.frames, settings["image_mean"], settings["image_std"])
         patches, grid = patchify(
-            frames, patch=settings["patch_size"], merge=settings["merge_size"],
+            video.frames, patch=settings["patch_size"], merge=settings["merge_size"],
             frames_per_patch=settings["temporal_patch_size"],
         )  # fmt: skip
-        tensors = {"pixel_values_videos": patches, "video_grid_thw": grid, **self.video_times(video)}
+        normalization = Normalization.of_frames(settings["image_mean"], settings["image_std"])
+        pixels = PixelList([Pixels(patches.numpy(), (len(patches), patches[0].numel()), normalization)])
+        tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid, **self.video_times(video)}
         return MediaFeatures(tensors, self.video_text(video, grid))
 
     def video_times(self, video: Video) -> dict[str, Tensor]:

@@ -48,6 +48,13 @@ class MediaReader:
         self.limits.check_bytes(name, len(content))
         return name, content
 
+    def is_remote(self, reference: Any) -> bool:
+        """Say whether a reference is a URL, which costs time to read again."""
+        if isinstance(reference, Mapping):
+            held = reference.get("bytes") is not None or reference.get("base64") is not None
+            return not held and self.is_remote(reference.get("url") or reference.get("path"))
+        return isinstance(reference, str) and _URL.match(reference) is not None
+
     def _read(self, reference: Any) -> tuple[str, bytes]:
         if isinstance(reference, Mapping):
             return self._from_object(reference)

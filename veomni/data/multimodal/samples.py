@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from veomni.batch import SOURCE_IDS, PackedInputs
 from veomni.data.multimodal.collate import MultimodalCollator
+from veomni.data.multimodal.skipping import SkipBadMedia
+from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument, PlannedMedia
 from veomni.data.overlong import refuse_overlong
 from veomni.data.records import Document
-from veomni.data.samples import Made, Piece, Row, name_documents
+from veomni.data.samples import Made, Piece, Row, Sample, name_documents
 from veomni.errors import ConfigError
 
-_GRIDS = ("image_grid_thw", "video_grid_thw")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class MediaSamples:
     """Makes samples of conversations with media, whose records hold them in the field ``messages``.
 
     Args:
-        transform: From a record to a model's inputs; None for a record that is left out.
+        transform: From a record to a model's inputs.
         collator: Packs them.
-        stand_ins: Tokens that stand for media.
+        skipping: Leaves records out whose media cannot be used; None makes them errors.
         sources: How many sources are mixed.
         overlong: What happens to conversations longer than a row: ``error`` or ``drop``.
         digests: What samples depend on beside the data, by name.
@@ -38,21 +42,23 @@ class MediaSamples:
 
     def __init__(
         self,
-        transform: Callable[[Document], Mapping[str, Tensor] | None],
+        transform: MultimodalTransform,
         collator: MultimodalCollator,
         *,
-        stand_ins: Collection[int],
+        skipping: SkipBadMedia | None = None,
         sources: int = 1,
         overlong: str = "error",
         digests: Mapping[str, str],
     ) -> None:
         if overlong not in ("error", "drop"):
             raise ConfigError(f"data.overlong {overlong} would cut media apart", "set data.overlong to error or drop")
-        self._transform, self._collator, self._stand_ins = transform, collator, torch.tensor(sorted(stand_ins))
+        self._transform, self._collator, self._skipping = transform, collator, skipping
         self._sources, self._overlong, self.digests = sources, overlong, digests
+        family = transform.family
+        self._stand_ins = [family.parts.tokenizer.convert_ids_to_tokens(index) for index in sorted(family.unlearned)]
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Read, decode and tokenise records.
+        """Tokenise records, and see how large their media are.
 
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.
@@ -60,33 +66,51 @@ class MediaSamples:
         return [self._made(document) for document in documents]
 
     def _made(self, document: Document) -> Made:
-        sample = self._transform(document)
-        if sample is None:
+        planned = self._kept(self._transform.plan, document)
+        if planned is None:
             return Made([])
-        tokens = len(sample["input_ids"])
+        tokens = len(planned.ids)
         if tokens > self._collator.max_seq_len:
             if self._overlong == "error":
                 refuse_overlong(document.where, tokens, self._collator.max_seq_len)
             return Made([])
-        content = {name: value.numpy() for name, value in sample.items()}
-        media = int(torch.isin(sample["input_ids"], self._stand_ins).sum())
-        return Made([Piece(content, (tokens,), media, tokens * tokens + _tower_cost(content, media))])
+        seen = [self._media_tokens(media) for media in planned.media]
+        cost = tokens * tokens + sum(self._patches(media) ** 2 for media in planned.media)
+        return Made([Piece(planned, (tokens,), sum(seen), cost)])
+
+    def _kept(self, make: Callable[[S], T], given: S) -> T | None:
+        return make(given) if self._skipping is None else self._skipping(make, given)
+
+    def _media_tokens(self, media: PlannedMedia) -> int:
+        return sum(media.text.count(token) for token in self._stand_ins)
+
+    def _patches(self, media: PlannedMedia) -> int:
+        """Return what a tower attends to: the patches of an image or video, as many as the tokens of a sound."""
+        per_token = 1 if media.item.kind == "audio" else self._transform.family.patches_per_token
+        return self._media_tokens(media) * per_token
+
+    def complete(self, sample: Sample) -> Sample | None:
+        """Decode a sample's media; None if it is left out for them.
+
+        Raises:
+            MediaError: one of them cannot be used, where that is an error.
+        """
+        planned: PlannedDocument = sample.piece.content
+        made = self._kept(self._transform.finish_compactly, planned)
+        if made is None:
+            return None
+        arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in made.items()}
+        return replace(sample, piece=sample.piece._replace(content=arrays))
 
     def collate(self, rows: Sequence[Row]) -> PackedInputs:
-        """Return a micro-batch of rows."""
+        """Return a micro-batch of rows; here pixels are normalised, each written once."""
         packed = [[self._tensors(sample.piece.content, sample.ref.source) for sample in row] for row in rows]
         return name_documents(self._collator(packed), rows)
 
-    def _tensors(self, content: Mapping[str, NDArray[np.generic]], source: int) -> dict[str, Tensor]:
-        tensors = {name: torch.from_numpy(value) for name, value in content.items()}
+    def _tensors(self, content: Mapping[str, Any], source: int) -> dict[str, Any]:
+        tensors = {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content.items()
+        }
         if self._sources > 1:
             tensors[SOURCE_IDS] = torch.full_like(tensors["input_ids"], source)
         return tensors
-
-
-def _tower_cost(content: Mapping[str, NDArray[np.generic]], media: int) -> int:
-    """Return the squares of the patches of each image and video, where their sizes are said; else of all tokens."""
-    grids = [content[name] for name in _GRIDS if name in content]
-    if not grids:
-        return media * media
-    return int(sum((np.prod(grid.astype(np.int64), axis=-1) ** 2).sum() for grid in grids))

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from veomni.data.records import Document
 from veomni.errors import DataError, MediaError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-class SkipBadMedia(Generic[T]):
-    """A transform that gives None for a record whose media cannot be used, and says so.
+class SkipBadMedia:
+    """Gives None for a record whose media cannot be used, and says so.
 
     Only :class:`MediaError` is skipped: a malformed conversation is an error all the same. Worker processes that are
     started with it count together.
 
     Args:
-        transform: What makes samples.
         max_skipped: How many records may be left out; one more is an error.
     """
 
-    def __init__(self, transform: Callable[[Document], T], max_skipped: int) -> None:
-        self.transform, self.max_skipped = transform, max_skipped
+    def __init__(self, max_skipped: int) -> None:
+        self.max_skipped = max_skipped
         self._skipped = multiprocessing.get_context("spawn").Value("q", 0)
 
     @property
@@ -35,14 +34,14 @@ class SkipBadMedia(Generic[T]):
         """Records left out so far, by all workers."""
         return int(self._skipped.value)
 
-    def __call__(self, document: Document) -> T | None:
-        """Return a sample, or None.
+    def __call__(self, make: Callable[[S], T], given: S) -> T | None:
+        """Return what is made, or None.
 
         Raises:
             DataError: the conversation is malformed, or more than ``max_skipped`` records were to be left out.
         """
         try:
-            return self.transform(document)
+            return make(given)
         except MediaError as error:
             with self._skipped.get_lock():
                 self._skipped.value += 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
-from veomni.data.multimodal.patches import normalize_frames
+from veomni.data.multimodal.pixels import Normalization, PixelList, tiles
 from veomni.data.multimodal.qwen_vl import CLIP_MEAN, CLIP_STD
 from veomni.data.multimodal.resizing import Size
 from veomni.data.multimodal.sampling import from_middles
@@ -31,12 +31,21 @@ class Llava(Family):
 
     def image(self, image: Image) -> MediaFeatures:
         """Return ``pixel_values`` ``[1, 3, height, width]``."""
-        pixels = _pixels(self.parts.image_processor(images=[image], return_tensors="pt"))
+        pixels = _pixels(self.parts.image_processor, image)
+        return MediaFeatures({"pixel_values": pixels}, self._tokens(*pixels.shape[-2:]))
+
+    def image_text(self, width: int, height: int) -> str | None:
+        """Return the text of an image's features: the same for all, if the processor makes all equally large."""
+        processor = self.parts.image_processor
+        size = processor.crop_size if processor.do_center_crop else processor.size
+        return self._tokens(size.height, size.width) if size and size.height and size.width else None
+
+    def _tokens(self, height: int, width: int) -> str:
         tower = self.parts.config.vision_config
-        tokens = (pixels.shape[-2] // tower.patch_size) * (pixels.shape[-1] // tower.patch_size)
+        tokens = (height // tower.patch_size) * (width // tower.patch_size)
         if self.parts.config.vision_feature_select_strategy == "full":
             tokens += tower.model_type == "clip_vision_model"
-        return MediaFeatures({"pixel_values": pixels}, self.placeholders["image"] * tokens)
+        return self.placeholders["image"] * tokens
 
 
 @FAMILIES.register("internvl")
@@ -57,9 +66,13 @@ class InternVL(Family):
 
     def image(self, image: Image) -> MediaFeatures:
         """Return ``pixel_values`` ``[tiles, 3, height, width]``."""
+        pixels = _pixels(self.parts.image_processor, image, crop_to_patches=True)
+        return MediaFeatures({"pixel_values": pixels}, self._tiles(pixels.shape[0]))
+
+    def image_text(self, width: int, height: int) -> str:
+        """Return the text of an image's features: its shape decides into how many tiles it is cut."""
         processor = self.parts.image_processor
-        pixels = _pixels(processor(images=[image], crop_to_patches=True, return_tensors="pt"))
-        return MediaFeatures({"pixel_values": pixels}, self._tiles(len(pixels)))
+        return self._tiles(processor.get_number_of_image_patches(height, width, {"crop_to_patches": True}))
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return the middles of ``num_frames`` equal parts."""
@@ -73,8 +86,8 @@ class InternVL(Family):
     def video(self, video: Video) -> MediaFeatures:
         """Return ``pixel_values`` ``[frames, 3, height, width]``."""
         settings = self.parts.video
-        pixels = normalize_frames(video.frames, settings["image_mean"], settings["image_std"])
-        text = "\n".join(f"Frame{number}: {self._tiles(1)}" for number in range(1, len(pixels) + 1))
+        pixels = tiles(video.frames, Normalization.of_frames(settings["image_mean"], settings["image_std"]))
+        text = "\n".join(f"Frame{number}: {self._tiles(1)}" for number in range(1, pixels.shape[0] + 1))
         return MediaFeatures({"pixel_values": pixels}, text)
 
     def _tiles(self, count: int) -> str:
@@ -101,13 +114,20 @@ class Gemma3(Family):
 
     def image(self, image: Image) -> MediaFeatures:
         """Return ``pixel_values`` ``[1 + crops, 3, height, width]``."""
-        pixels = _pixels(self.parts.image_processor(images=[image], return_tensors="pt"))
+        pixels = _pixels(self.parts.image_processor, image)
+        crops = pixels.shape[0] - 1
+        return MediaFeatures({"pixel_values": pixels}, self._whole_and(crops))
+
+    def image_text(self, width: int, height: int) -> str | None:
+        """Return the text of an image's features: without crops it is the same for all."""
+        return None if self.parts.image_processor.do_pan_and_scan else self._whole_and(0)
+
+    def _whole_and(self, crops: int) -> str:
         whole = f"\n\n{self._start}{self._token * self.parts.config.mm_tokens_per_image}{self._end}\n\n"
-        if len(pixels) == 1:
-            return MediaFeatures({"pixel_values": pixels}, whole)
-        crops = " ".join([whole] * (len(pixels) - 1))
-        text = f"Here is the original image {whole} and here are some crops to help you see better {crops}"
-        return MediaFeatures({"pixel_values": pixels}, text)
+        if not crops:
+            return whole
+        cut = " ".join([whole] * crops)
+        return f"Here is the original image {whole} and here are some crops to help you see better {cut}"
 
     @property
     def unlearned(self) -> frozenset[int]:
@@ -119,6 +139,7 @@ class Gemma3(Family):
         return {"token_type_ids": (ids == self.id_of(self._token)).long()}
 
 
-def _pixels(made: Any) -> Tensor:
-    pixels: Tensor = made["pixel_values"]
-    return pixels
+def _pixels(processor: Any, image: Image, **options: Any) -> PixelList:
+    """Return what a processor makes of an image, but for rescaling and normalising."""
+    made: Any = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt", **options)
+    return tiles(made["pixel_values"], Normalization.of(processor))

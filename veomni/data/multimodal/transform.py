@@ -1,11 +1,15 @@
-"""From a record to a model's inputs: one document, its media read, decoded and put in the place of placeholders."""
+"""From a record to a model's inputs: first its tokens, then its media, decoded when they are wanted.
+
+A stream knows from the first step which documents fill a row, and takes the second for those alone: media that wait
+for a row are references, or files as they are, never pixels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +19,12 @@ from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS
 from veomni.batch_keys import KEY_RULES
 from veomni.data.conversation import tokenize_rendered
 from veomni.data.media_records import KINDS, MediaItem, media_conversation
-from veomni.data.multimodal.collate import join_items
+from veomni.data.multimodal.collate import join_compactly
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
-from veomni.data.multimodal.images import load_image
+from veomni.data.multimodal.images import load_image, upright_size
 from veomni.data.multimodal.limits import MediaLimits
+from veomni.data.multimodal.pixels import PixelList, as_tensor
 from veomni.data.multimodal.placeholders import expand_placeholders
 from veomni.data.multimodal.reader import MediaReader
 from veomni.data.multimodal.sounds import Sound, load_sound, mono
@@ -32,9 +37,46 @@ from veomni.models import hf
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 Sample = dict[str, Tensor]
 """``input_ids``, ``labels`` and further inputs with an entry per token ``[seq]`` (``loss_weights`` if some are neither
 0 nor 1), and the features of media."""
+
+CompactSample = dict[str, Tensor | PixelList]
+"""The same with 8-bit pixels that are not yet normalised."""
+
+
+@dataclass(frozen=True)
+class PlannedMedia:
+    """An image, video or sound whose tokens are known.
+
+    Attributes:
+        item: Where it is.
+        text: Takes the place of its placeholder.
+        features: What becomes of it, where that had to be made to know the text.
+    """
+
+    item: MediaItem
+    text: str
+    features: MediaFeatures | None = None
+
+
+@dataclass(frozen=True)
+class PlannedDocument:
+    """A conversation whose tokens are known.
+
+    Attributes:
+        ids: int32 ``[seq]``.
+        weights: float32 ``[seq]``: what the loss of each token weighs.
+        where: File and record.
+        media: In order.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    where: str
+    media: list[PlannedMedia]
 
 
 @dataclass(frozen=True)
@@ -83,7 +125,7 @@ class MultimodalTransform:
             MediaError: an image, video or sound cannot be used.
             DataError: the conversation cannot.
         """
-        return self.encode(document).sample
+        return self.finish(self.plan(document))
 
     def encode(self, document: Document) -> EncodedDocument:
         """Return a sample together with the media in it.
@@ -92,29 +134,57 @@ class MultimodalTransform:
             MediaError: an image, video or sound cannot be used.
             DataError: the conversation cannot.
         """
+        planned = self.plan(document)
+        features = self._features_of(planned)
+        sample = _normalized(self._compact(planned, features))
+        items = [planned.item for planned in planned.media]
+        return EncodedDocument(sample, document.where, list(zip(items, features, strict=True)))
+
+    def plan(self, document: Document) -> PlannedDocument:
+        """Return a conversation's tokens; of images, only the headers are read.
+
+        Raises:
+            MediaError: an image, video or sound cannot be used, as far as was looked.
+            DataError: the conversation cannot.
+        """
         conversation, items = media_conversation(document, self.messages_key)
         conversation = self._in_form(conversation, document.where)
         rendered = render_conversation(conversation, document.where, self.tokenizer, self.chat_template)
         self._refuse_kinds(items)
-        features = [self._features(item) for item in items]
-        texts = {
-            kind: [made.text for item, made in zip(items, features, strict=True) if item.kind == kind] for kind in KINDS
-        }
+        media = [self._named(item, self._planned) for item in items]
+        texts = {kind: [planned.text for planned in media if planned.item.kind == kind] for kind in KINDS}
         expanded = expand_placeholders(rendered, self.family.placeholders, texts, document.where)
         [(ids, weights)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
-        sample = self._sample(torch.tensor(ids), torch.tensor(weights, dtype=torch.float32), features)
-        return EncodedDocument(sample, document.where, list(zip(items, features, strict=True)))
+        weighed = torch.tensor(weights, dtype=torch.float32)
+        return PlannedDocument(torch.tensor(ids, dtype=torch.int32), weighed, document.where, media)
 
-    def _sample(self, ids: Tensor, weights: Tensor, features: Sequence[MediaFeatures]) -> Sample:
+    def finish_compactly(self, planned: PlannedDocument) -> CompactSample:
+        """Return a sample, its pixels still to be normalised.
+
+        Raises:
+            MediaError: an image, video or sound cannot be used, or is another one than when it was planned.
+        """
+        return self._compact(planned, self._features_of(planned))
+
+    def finish(self, planned: PlannedDocument) -> Sample:
+        """Return a sample.
+
+        Raises:
+            MediaError: an image, video or sound cannot be used, or is another one than when it was planned.
+        """
+        return _normalized(self.finish_compactly(planned))
+
+    def _compact(self, planned: PlannedDocument, features: Sequence[MediaFeatures]) -> CompactSample:
+        ids = planned.ids.long()
         stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unlearned)))
-        labels = torch.where((weights > 0) & ~stand_ins, ids, IGNORE_INDEX)
-        tensors: dict[str, list[Tensor]] = {}
+        labels = torch.where((planned.weights > 0) & ~stand_ins, ids, IGNORE_INDEX)
+        values: dict[str, list[Tensor | PixelList]] = {}
         for made in features:
             for key, value in made.tensors.items():
-                tensors.setdefault(key, []).append(value)
-        joined = {key: join_items(values, KEY_RULES.get(key)) for key, values in tensors.items()}
-        if bool((weights[labels != IGNORE_INDEX] != 1).any()):
-            joined[LOSS_WEIGHTS] = weights
+                values.setdefault(key, []).append(value)
+        joined = {key: join_compactly(found, KEY_RULES.get(key)) for key, found in values.items()}
+        if bool((planned.weights[labels != IGNORE_INDEX] != 1).any()):
+            joined[LOSS_WEIGHTS] = planned.weights
         return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}
 
     # ---------------------------------------------------------------- media
@@ -125,13 +195,41 @@ class MultimodalTransform:
                 kind = self.family.parts.config.model_type
                 raise MediaError(f"{item.where}: {kind} models take no {item.kind}", "remove the record")
 
-    def _features(self, item: MediaItem) -> MediaFeatures:
+    def _planned(self, item: MediaItem) -> PlannedMedia:
+        """Return what is known of an item without decoding it; with its features where that is too little."""
+        reference = item.reference
+        if item.kind == "image":
+            if hasattr(reference, "getexif"):  # opened already, by `datasets`
+                name, content = "an opened image", reference
+            else:
+                name, content = self.reader(reference)
+                if self.reader.is_remote(reference):
+                    item = replace(item, reference={"bytes": content, "path": name})
+            text = self.family.image_text(*upright_size(content, name, self.reader.limits))
+            if text is not None:
+                return PlannedMedia(item, text)
+        features = self._decoded(item)
+        return PlannedMedia(item, features.text, features)
+
+    def _features_of(self, planned: PlannedDocument) -> list[MediaFeatures]:
+        return [media.features or self._named(media.item, self._as_planned, media.text) for media in planned.media]
+
+    def _named(self, item: MediaItem, make: Callable[..., T], *given: Any) -> T:
+        """Return what is made of an item; errors name it."""
         try:
-            return self._decoded(item)
+            return make(item, *given)
         except MediaError as error:
             raise MediaError(f"{item.where}: {error.problem}", error.fix) from error
         except ValueError as error:  # transformers' processors refuse what they cannot resize
             raise MediaError(f"{item.where}: the {item.kind} is refused: {error}", "remove the record") from error
+
+    def _as_planned(self, item: MediaItem, text: str) -> MediaFeatures:
+        features = self._decoded(item)
+        if features.text != text:
+            raise MediaError(
+                "it is not as large as it was, or as its header says", "leave data as it is while it is read"
+            )
+        return features
 
     def _decoded(self, item: MediaItem) -> MediaFeatures:
         reference = item.reference
@@ -205,6 +303,10 @@ class MultimodalTransform:
         except (TemplateError, TypeError):
             return False
         return text.count(probe) == 2 and "'type'" not in text
+
+
+def _normalized(sample: CompactSample) -> Sample:
+    return {key: as_tensor(value) for key, value in sample.items()}
 
 
 def _sides(sides: Sequence[int]) -> str:

@@ -1,0 +1,101 @@
+"""8-bit pixels on their way to the model: an eighth of what they become is kept, cached and sent between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CHUNK = 1 << 18  # values that are normalised at once: they stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What each value becomes: ``(value * scale - mean) / std``, the product in 64 bits, the rest in 32.
+
+    That is what transformers' image processors for Pillow compute, to the bit.
+
+    Attributes:
+        scale: Of all values.
+        mean: Of each channel.
+        std: Of each channel.
+    """
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: Any) -> Normalization:
+        """Return the normalization of one of transformers' image processors."""
+        scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        return cls(scale, *(tuple(np.broadcast_to(values, 3).tolist()) for values in (mean, std)))
+
+    @classmethod
+    def of_frames(cls, mean: Sequence[float], std: Sequence[float]) -> Normalization:
+        """Return that of video frames, whose mean and deviation transformers scales instead of the values."""
+        return cls(1.0, *(tuple(torch.tensor(values).mul(255.0).tolist()) for values in (mean, std)))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return float32 of uint8 ``[items, channels, frames, values]``."""
+        mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
+        return values.to(torch.float64).mul_(self.scale).to(torch.float32).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images or frames that are still to be normalised.
+
+    Attributes:
+        values: uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or a picture. One frame stands
+            for as many as ``shape`` has: a still image fills a patch of several frames.
+        shape: Of the float32 tensor that they become; the first axis counts items.
+        normalization: What each value becomes.
+    """
+
+    values: NDArray[np.uint8]
+    shape: tuple[int, ...]
+    normalization: Normalization
+
+    def write(self, out: Tensor) -> None:
+        """Normalise into a contiguous float32 tensor of :attr:`shape`."""
+        items, channels, _, numbers = self.values.shape
+        view = out.view(items, channels, -1, numbers)
+        step = max(1, _CHUNK // (channels * numbers))
+        values = torch.from_numpy(self.values)
+        for start in range(0, items, step):
+            view[start : start + step] = self.normalization(values[start : start + step])
+
+
+class PixelList(list[Pixels]):
+    """The pixels of several images or videos, one after another."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that they become."""
+        return (sum(pixels.shape[0] for pixels in self), *self[0].shape[1:])
+
+    def normalized(self) -> Tensor:
+        """Return the float32 tensor that a model takes."""
+        made = torch.from_numpy(np.empty(self.shape, np.float32))  # in huge pages, which torch.empty does not ask for
+        start = 0
+        for pixels in self:
+            pixels.write(made[start : start + pixels.shape[0]])
+            start += pixels.shape[0]
+        return made
+
+
+def tiles(values: Tensor, normalization: Normalization) -> PixelList:
+    """Return pictures, uint8 ``[items, channels, height, width]``, still to be normalised."""
+    return PixelList([Pixels(values.flatten(2)[:, :, None].numpy(), tuple(values.shape), normalization)])
+
+
+def as_tensor(value: Tensor | PixelList) -> Tensor:
+    """Return what a model takes."""
+    return value.normalized() if isinstance(value, PixelList) else value
