@@ -41,7 +41,7 @@ KEY_RULES: Registry[KeyRule] = Registry("batch key")
 
 _TOKENS: dict[str, float] = {
     "input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0,
-    SOURCE_IDS: -1, LOSS_WEIGHTS: 1,
+    SOURCE_IDS: -1, LOSS_WEIGHTS: 1, "position_fractions": 0,
 }  # fmt: skip
 _ITEMS = (
     "pixel_values", "image_grid_thw", "image_sizes", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts",

@@ -170,7 +170,7 @@ class Sampler:
         if self.name == "qwen2_5_vl":
             media.setdefault("second_per_grid_ts", []).append(torch.tensor([2.0]))
         if "omni" in self.name:
-            media.setdefault("video_second_per_grid", []).append(torch.tensor([2.0]))
+            media.setdefault("video_second_per_grid", []).append(torch.tensor([0.7]))  # no whole positions of Qwen3's
         token = IMAGE if self.name == "glm4v" else VIDEO
         if self.name in ("glm4v", "qwen3_vl", "qwen3_vl_moe"):  # each frame by itself, after its timestamp
             frame: list[tuple[list[int], int]] = [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, IMAGES, MROPE, Sampler, alone, documents_of, family_config, family_model
 from veomni.models import build_model, derive_plan, export_hf, prepare_towers
-from veomni.models.mrope import DocumentPositions
+from veomni.models.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
 from veomni.models.vision_inputs import vision_inputs
 from veomni.ops.towers import towers_of
 
@@ -69,8 +69,10 @@ def test_positions_are_those_of_the_whole_model(name):
             given |= {"second_per_grids": batch.get("video_second_per_grid")}
         axes, _ = owner.get_rope_index(**given)
         found = positions(sample)
-        assert torch.equal(found[1:], axes[:, 0])
-        assert torch.equal(found[0], torch.arange(len(sample["input_ids"])))
+        assert torch.equal(found["position_ids"][0], torch.arange(len(sample["input_ids"])))
+        fractions = found.get(FRACTIONS, torch.zeros(1, 3)).T / FRACTION_PARTS
+        assert torch.equal(found["position_ids"][1:] + fractions, axes[:, 0].float())
+        assert (FRACTIONS in found) == (name == "qwen3_omni_moe_thinker" and "video" in dict(parts))
 
 
 @pytest.mark.parametrize("name", [name for name in MROPE if name != "glm4v"])
@@ -79,7 +81,9 @@ def test_token_types_are_found_where_a_document_brings_none(name):
     for parts in documents_of(name):
         sample = sampler(parts)
         without = {key: value for key, value in sample.items() if key != "mm_token_type_ids"}
-        assert torch.equal(positions(without), positions(sample))
+        found, expected = positions(without), positions(sample)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name in MROPE])

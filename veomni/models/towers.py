@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from veomni.errors import DataError
 from veomni.logging import create_logger
 from veomni.models import hf
+from veomni.models.position_fractions import add_fractions
 from veomni.models.tower_families import (
     audio_counts,
     give_audio_method,
@@ -64,6 +65,7 @@ def prepare_towers(model: nn.Module) -> None:
     if any(call.kind.token_type for call in calls.values()):
         _tell_apart(owner)
     filled.update(calls)
+    add_fractions(model)
     _freeze_unread(model, owner)
 
 

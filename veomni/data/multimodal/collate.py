@@ -88,7 +88,7 @@ class MultimodalCollator:
         if sample.get("input_ids") is None:
             raise DataError("a document has no input_ids", "tokenise it first")
         kept = {key: value for key, value in sample.items() if value is not None and key not in _FLAGS}
-        kept["position_ids"] = self.positions(sample)
+        kept |= self.positions(sample)
         for decoder in self._decoders:
             if decoder.keys[0] in kept:
                 kept |= decoder.document({**kept, **{flag: sample.get(flag) for flag in _FLAGS}})

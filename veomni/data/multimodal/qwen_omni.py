@@ -51,7 +51,10 @@ class Qwen25Omni(Qwen2VL):
 
     def video_times(self, video: Video) -> dict[str, Tensor]:
         """Return ``video_second_per_grid`` ``[1]``: the seconds of a patch."""
-        return {"video_second_per_grid": torch.tensor([self.parts.video["temporal_patch_size"] / video.sampled_fps])}
+        return {"video_second_per_grid": torch.tensor([self._seconds_per_patch(video)])}
+
+    def _seconds_per_patch(self, video: Video) -> float:
+        return float(self.parts.video["temporal_patch_size"] / video.sampled_fps)
 
     def video(self, video: Video) -> MediaFeatures:
         """Return a video's features, and those of its sound if it is heard."""
@@ -60,8 +63,7 @@ class Qwen25Omni(Qwen2VL):
             return features
         heard = self.audio(video.sound)
         tokens = heard.text.count(self.placeholders["audio"])
-        grid, seconds = features.tensors["video_grid_thw"], features.tensors["video_second_per_grid"]
-        text = self.interleaved(grid, float(seconds), tokens)
+        text = self.interleaved(features.tensors["video_grid_thw"], self._seconds_per_patch(video), tokens)
         ends = self.token("audio_start_token_id"), self.token("audio_end_token_id")
         return replace(features, tensors={**features.tensors, **heard.tensors}, text=text.join(ends))
 
