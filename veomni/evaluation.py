@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from veomni.batch import IGNORE_INDEX, document_lengths, loss_weight, sources_of
+from veomni.batch_keys import part_tokens
 from veomni.errors import ModelError
 from veomni.mesh import ParallelState
 from veomni.sequence_split import SequencePart, document_numbers
@@ -34,23 +35,29 @@ class Evaluation:
 
         self._state, self._part, self._device, self.answers = state, part, device, answers
         self._loss = TokenPerplexity(process_group=state.group("loss")).to(device)
+        self._parts = {name: TokenPerplexity(process_group=state.group("loss")).to(device) for name in part_tokens({})}
         self._sources: tuple[str, ...] = ()
         self._source_sums = torch.zeros(2, 0, dtype=torch.float64, device=device)
         self._accuracy: AnswerAccuracy | None = None
+        self._seen: set[str] = set()
 
     def add(self, inputs: Mapping[str, Any], output: Any, told: LossContext) -> None:
         """Add a micro-batch.
 
         Args:
             inputs: This rank's part of it, on the CPU.
-            output: What the model returned; of a composed model, the loss of its text counts.
+            output: What the model returned; a composed model's losses by part.
             told: What its loss was told.
 
         Raises:
             ModelError: answers are counted, and the model takes its loss by itself.
         """
-        loss, weight = output.losses["text"] if hasattr(output, "losses") else output.loss, loss_weight(inputs)
-        self._loss.update(loss * weight, weight)
+        losses = dict(getattr(output, "losses", {"text": output.loss}))
+        weight, tokens = loss_weight(inputs), part_tokens(inputs)
+        self._loss.update(losses.pop("text") * weight, weight)
+        for name, loss in losses.items():
+            self._parts[name].update(loss * tokens[name], tokens[name])
+            self._seen.add(name)
         self._know(tuple(sources_of([inputs])))
         if told.by_source is not None:
             self._source_sums = self._source_sums + told.by_source.sums
@@ -89,10 +96,12 @@ class Evaluation:
     def compute(self) -> dict[str, float]:
         """Return ``eval_loss``, ``perplexity`` and ``eval_accuracy``, equal on all ranks.
 
-        Of a mixture, also ``eval_loss/NAME`` and ``eval_accuracy/NAME`` for each source.
+        Of a composed model, also ``eval_loss_NAME`` for each decoder; of a mixture, ``eval_loss/NAME`` and
+        ``eval_accuracy/NAME`` for each source.
         """
         found = self._loss.compute()
         metrics = {"eval_loss": found["loss"], "perplexity": found["perplexity"]}
+        metrics |= {f"eval_loss_{name}": self._parts[name].compute()["loss"] for name in sorted(self._seen)}
         if self._sources:
             dist.all_reduce(self._source_sums, group=self._state.group("loss"))
             losses, weights = self._source_sums

@@ -521,7 +521,7 @@ class Launcher:
     ) -> dict[str, float]:
         """Return ``eval_loss`` and ``perplexity`` over a held-out loader, each token once, equal on all ranks.
 
-        Of a mixture, also ``eval_loss/NAME`` for each source.
+        Of a mixture, also ``eval_loss/NAME`` for each source; of a composed model, ``eval_loss_NAME`` for each decoder.
 
         Args:
             model: What :meth:`setup_model` returned.

@@ -160,7 +160,7 @@ def test_bad_options_are_named(case, tokenizer, tmp_path):
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     from veomni.data import train_byte_bpe
 
-    tokenizer = train_byte_bpe(["some text"], 267)
+    tokenizer = train_byte_bpe(["some text"], 269)
     tokenizer.eos_token = None
     (tmp_path / "t.txt").write_text("x")
     with pytest.raises(DataError, match="no eos_token"):

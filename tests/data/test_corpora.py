@@ -56,6 +56,20 @@ def test_digits_are_the_scans_of_scikit_learn(cache):
         assert answer(record) == str(digit)
 
 
+def test_drawings_are_the_same_scans(cache):
+    for part in ("train", "test"):
+        scans, drawings = (records(f"{name}-{part}", cache) for name in ("handwritten-digits", "digit-drawings"))
+        assert len(scans) == len(drawings)
+        for scan, drawing in zip(scans, drawings, strict=True):
+            from PIL import Image
+
+            question, reply = drawing["messages"]
+            ((codes,),) = ([part["codes"] for part in reply["content"]],)
+            shades = (np.asarray(Image.open(content(scan, "images"))) / 255 * 16).round().astype(int)
+            assert codes == shades.flatten().tolist()
+            assert question["content"] == f"Draw the digit {answer(scan)}."
+
+
 def heard(samples, rate):
     """The key whose two frequencies are strongest, by correlation with sines."""
     times = np.arange(len(samples)) / rate

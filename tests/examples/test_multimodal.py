@@ -70,7 +70,8 @@ def test_four_ranks_that_share_rows_train_as_one_does(alone, cache, tmp_path):
     same(train(name, cache, tmp_path, FOUR, **{"data.num_workers": 1}), expected)
     assert {"eval_loss", "eval_accuracy"} <= expected[-1].keys()
     if name == "omni":
-        assert {"eval_accuracy/digits", "eval_accuracy/tones", "source_loss/words", "loss_text"} <= expected[-1].keys()
+        parts = {"loss_text", "loss_codes", "eval_loss_codes"}
+        assert parts | {"eval_accuracy/digits", "eval_accuracy/tones", "source_loss/words"} <= expected[-1].keys()
 
 
 def test_a_run_goes_on_on_four_ranks(alone, cache, tmp_path):
@@ -93,8 +94,8 @@ def test_what_is_exported_is_read_again(alone, cache):
         return
     from veomni.models import build_model
 
-    parts = {path.parent.name for path in exported.glob("*/model.safetensors")}
-    assert parts == {"foundation", "image_encoder", "image_projector", "audio_encoder", "audio_projector"}
+    parts = {path.parent.name for path in exported.glob("**/model.safetensors")}
+    assert parts == {"foundation", "image_encoder", "image_projector", "audio_encoder", "audio_projector", "codes"}
     assert json.loads((exported / "config.json").read_text())["image_token_id"] == 6
     assert all(parameter.device == torch.device("meta") for parameter in build_model(str(exported)).parameters())
 

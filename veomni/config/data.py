@@ -14,6 +14,8 @@ BUILTIN_CORPORA = (
     "python-stdlib",
     "handwritten-digits-train",
     "handwritten-digits-test",
+    "digit-drawings-train",
+    "digit-drawings-test",
     "keypad-tones-train",
     "keypad-tones-test",
     "number-words-train",

@@ -44,7 +44,7 @@ class ModelConfig(Section):
     )
     train_tokenizer_vocab_size: int | None = Field(
         default=None,
-        ge=267,
+        ge=269,
         description="Train a byte-level BPE tokenizer of this many tokens on the training text; null uses a ready one.",
     )
     attention: Attention = Field(

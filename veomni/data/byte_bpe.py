@@ -22,9 +22,9 @@ logger = create_logger(__name__)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
+    "<|video_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<|code_pad|>", "<|latent_pad|>",
 )  # fmt: skip
-"""The first entries of the vocabulary, in order: what the templates chatml, qwen3-vl and qwen3-omni write."""
+"""The first entries of the vocabulary, in order: what the templates chatml, qwen3-vl, qwen3-omni and omni write."""
 
 _BYTES = 256
 _TRAINING_CHARACTERS = 16_000_000

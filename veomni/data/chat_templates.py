@@ -42,6 +42,15 @@ _CHATML_WITH_MEDIA: dict[str, tuple[str, dict[str, str]]] = {  # what is said fi
         },
     ),
     "qwen3-omni": ("", {**_PADS, "audio": "<|audio_start|><|audio_pad|><|audio_end|>"}),
+    "omni": (
+        "",
+        {
+            **_PADS,
+            "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
+            "codes": "<|vision_start|><|code_pad|><|vision_end|>",
+            "latents": "<|vision_start|><|latent_pad|><|vision_end|>",
+        },
+    ),
     "internvl": ("", {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}),
 }
 

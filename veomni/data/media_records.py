@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veomni.data.records import MEDIA_KEYS, Conversation, Document, conversation_of
+from veomni.models.omni import DECODERS
 from veomni.errors import DataError
 
 KINDS = tuple(MEDIA_KEYS)
@@ -22,7 +23,7 @@ class MediaItem:
     """One image, video or sound of a conversation.
 
     Attributes:
-        kind: One of :data:`KINDS`.
+        kind: One of :data:`KINDS`, or the name of a decoder that generates it.
         reference: What a :class:`MediaReader` reads.
         where: File, record and message, for messages.
     """
@@ -140,8 +141,13 @@ def _kind(part: Any, where: str) -> tuple[str, Any]:
         if not isinstance(given.get("text"), str):
             raise DataError(f"{where}: a part of type text without text", "give it a string")
         return "text", given["text"]
+    if kind in DECODERS:  # what a composed model generates
+        if kind not in given:
+            raise DataError(f"{where}: a part of type {kind} without {kind}", f"write {{type: {kind}, {kind}: [...]}}")
+        return kind, given[kind]
     if kind not in KINDS:
-        raise DataError(f"{where}: a part of unknown type {part['type']!r}", f"use one of: text, {', '.join(KINDS)}")
+        known = ", ".join(("text", *KINDS, *DECODERS))
+        raise DataError(f"{where}: a part of unknown type {part['type']!r}", f"use one of: {known}")
     if part["type"] == "input_audio":  # OpenAI's form of a sound
         return kind, {"base64": given.get("input_audio", {}).get("data")}
     for name in (kind, f"{kind}_url"):

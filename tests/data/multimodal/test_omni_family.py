@@ -14,7 +14,7 @@ from veomni.data import CHAT_TEMPLATES
 from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_family
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.records import Document
-from veomni.errors import ConfigError, MediaError
+from veomni.errors import ConfigError, DataError, MediaError
 from veomni.models.omni import ENCODERS
 from veomni.models.omni.configuration import OmniConfig
 
@@ -32,7 +32,8 @@ IMAGES = {
 }
 EARS = {"model_type": "qwen2_audio_encoder", "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
         "encoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 50}  # fmt: skip
-TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>")
+TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|audio_start|>", "<|audio_pad|>", "<|audio_end|>",
+          "<|code_pad|>", "<|latent_pad|>")  # fmt: skip
 
 
 def config_of(encoder):
@@ -95,3 +96,79 @@ def test_what_the_model_has_no_encoder_for_is_refused():
         transform_of(config)(conversation())
     with pytest.raises(ConfigError, match="has no such setting"):
         transform_of(config, image_max_pixels=100)
+
+
+DECODERS = {"codes": {"codebook_size": 9, "channels": 4}, "latents": {"channels": 3, "width": 8}}
+
+
+def generating():
+    config = config_of("dinov2")
+    tokenizer = tokenizer_for(TOKENS)
+    config.decoders = DECODERS
+    config.codes_token_id, config.latents_token_id = (
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|code_pad|>", "<|latent_pad|>")
+    )  # fmt: skip
+    family = build_family(config, tokenizer, None)
+    return config, MultimodalTransform(family, tokenizer, CHAT_TEMPLATES.get("omni"))
+
+
+def drawn(*parts):
+    reply = [{"type": "text", "text": "here: "}, *parts]
+    messages = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": reply}]
+    return Document({"messages": messages}, "here")
+
+
+CODES, LATENTS = [0, 8, 3, 3], [[0.5, -1.0, 2.0], [0.0, 0.25, 1.5]]
+
+
+def test_what_decoders_generate_comes_from_conversations():
+    config, transform = generating()
+    sample = transform(drawn({"type": "codes", "codes": CODES}, {"type": "latents", "latents": LATENTS},
+                             {"type": "codes", "codes": [5]}))  # fmt: skip
+    ids = sample["input_ids"]
+    code, latent = ids == config.codes_token_id, ids == config.latents_token_id
+    assert sample["codes"][code].tolist() == [*CODES, 5]
+    assert (sample["codes"][~code] == -100).all()
+    assert sample["latents"][latent].tolist() == LATENTS
+    assert not sample["latents"][~latent].any()
+    assert torch.equal(sample["latents_time"] >= 0, latent)
+    assert (sample["labels"][code | latent] == -100).all()
+    start = transform.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    assert (sample["labels"][ids == start] == start).all(), "that something is drawn is learned as text"
+
+    model = materialized(config, attention="eager").train()
+    batch = MultimodalCollator(config, max_seq_len=96)([[sample, sample]])
+    output = model(**batch)
+    assert output.losses.keys() == {"text", "codes", "latents"}
+    assert all(loss.isfinite() for loss in output.losses.values())
+    first = int(code.nonzero()[0])
+    assert batch["codes_next"][0, first - 1] == CODES[0]
+    assert int((batch["codes_next"] >= 0).sum()) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "codes", "codes": [0, 9]}, "0 to 8"),
+        ({"type": "codes", "codes": [1.5]}, "0 to 8"),
+        ({"type": "codes", "codes": [True]}, "0 to 8"),
+        ({"type": "codes", "codes": []}, "0 to 8"),
+        ({"type": "codes", "codes": "12"}, "0 to 8"),
+        ({"type": "codes"}, "without codes"),
+        ({"type": "latents", "latents": [[1.0, 2.0]]}, "list of 3"),
+        ({"type": "latents", "latents": [[1.0, 2.0, float("nan")]]}, "list of 3"),
+        ({"type": "latents", "latents": [[1.0, 2.0, "x"]]}, "list of 3"),
+        ({"type": "latents", "latents": []}, "list of 3"),
+    ],
+)
+def test_what_is_not_generated_is_refused(part, named):
+    _, transform = generating()
+    with pytest.raises(DataError, match=named) as error:
+        transform(drawn(part))
+    assert "here, message 2" in str(error.value)
+
+
+def test_a_model_without_the_decoder_refuses_its_parts():
+    transform = transform_of(config_of("dinov2"))
+    with pytest.raises(DataError, match="omni models take no codes"):
+        transform(drawn({"type": "codes", "codes": CODES}))

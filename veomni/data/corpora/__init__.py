@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from veomni.data.build_once import build_once
-from veomni.data.corpora.handwritten_digits import handwritten_digits
+from veomni.data.corpora.handwritten_digits import digit_drawings, handwritten_digits
 from veomni.data.corpora.keypad_tones import keypad_tones
 from veomni.data.corpora.number_words import number_words
 from veomni.data.corpora.python_stdlib import python_stdlib_files
@@ -20,6 +20,7 @@ PYTHON_STDLIB = "python-stdlib"
 
 _MADE: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "handwritten-digits": handwritten_digits,
+    "digit-drawings": digit_drawings,
     "keypad-tones": keypad_tones,
     "number-words": number_words,
 }

@@ -22,19 +22,39 @@ def handwritten_digits(part: str) -> list[dict[str, Any]]:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
+    return [
+        {
+            "messages": question_answer("<image>Which digit is this?", str(digit)),
+            "images": [inline(_png(shades.reshape(8, 8) / _SHADES))],
+        }
+        for shades, digit in _scans(part)
+    ]
+
+
+def digit_drawings(part: str) -> list[dict[str, Any]]:
+    """Return the same scans as answers, to be drawn: 64 codes of 17 shades, row by row.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Draw the digit {digit}."},
+                {"role": "assistant", "content": [{"type": "codes", "codes": shades.astype(int).tolist()}]},
+            ]
+        }
+        for shades, digit in _scans(part)
+    ]
+
+
+def _scans(part: str) -> list[tuple[Any, int]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "dev") from error
-    images, digits = load_digits(return_X_y=True)
-    chosen = [number for number in range(len(digits)) if (number % _HELD_OUT == 0) == (part == "test")]
-    return [
-        {
-            "messages": question_answer("<image>Which digit is this?", str(digits[number])),
-            "images": [inline(_png(images[number].reshape(8, 8) / _SHADES))],
-        }
-        for number in chosen
-    ]
+    scans = zip(*load_digits(return_X_y=True), strict=True)
+    return [scan for number, scan in enumerate(scans) if (number % _HELD_OUT == 0) == (part == "test")]
 
 
 def _png(shades: Any) -> bytes:

@@ -95,6 +95,18 @@ class Family:
         """Return the features of a sound at :attr:`sampling_rate`."""
         raise self._has_no("sounds")
 
+    def generated(self, kind: str, values: Any) -> MediaFeatures:
+        """Return what a decoder of the model learns to generate, with an entry per token.
+
+        Args:
+            kind: Name of the decoder.
+            values: As the record has them.
+
+        Raises:
+            ValueError: they are not what it generates.
+        """
+        raise self._has_no(kind)
+
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return which of a video's frames are seen.
 

@@ -1,12 +1,12 @@
-"""Composed models: an image encoder and an audio encoder of any of the kinds in ``veomni.models.omni``."""
+"""Composed models: encoders and decoders of any of the kinds in ``veomni.models.omni``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.qwen_audio import at_least_one, halved_twice, mel_features
-from veomni.models.omni import ENCODERS
+from veomni.models.omni import DECODERS, ENCODERS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @FAMILIES.register("omni")
 class Omni(Family):
-    """What a composed model's encoders take; each feature has a placeholder."""
+    """What a composed model's encoders take and its decoders generate; each feature has a placeholder."""
 
     def __init__(self, parts: FamilyParts) -> None:
         super().__init__(parts)
         encoders = {"image": parts.config.vision_config, "audio": parts.config.audio_config}
         self.placeholders = {
             kind: self.token(f"{kind}_token_id") for kind, encoder in encoders.items() if encoder is not None
-        }
+        } | {decoder: self.token(f"{decoder}_token_id") for decoder in parts.config.decoders}
 
     @classmethod
     def image_processor_of(cls, config: PreTrainedConfig) -> str | None:
@@ -43,6 +43,16 @@ class Omni(Family):
             height, width = made["pixel_values"].shape[-2:]
             tokens = (height // down) * (width // across)
         return MediaFeatures(dict(made), self.placeholders["image"] * tokens)
+
+    def generated(self, kind: str, values: Any) -> MediaFeatures:
+        """Return what a decoder reads, and a placeholder for each of its tokens.
+
+        Raises:
+            ValueError: it is not what the decoder generates.
+        """
+        tensors = DECODERS.get(kind).read(values, **self.parts.config.decoders[kind])
+        tokens = len(next(iter(tensors.values())))
+        return MediaFeatures(dict(tensors), self.placeholders[kind] * tokens, f"{tokens} tokens to be generated")
 
     def audio(self, sound: Sound) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""

@@ -33,6 +33,7 @@ from veomni.data.records import Conversation, Document
 from veomni.data.rendering import render_conversation
 from veomni.errors import DataError, MediaError
 from veomni.models import hf
+from veomni.models.omni import DECODERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,11 +149,13 @@ class MultimodalTransform:
             DataError: the conversation cannot.
         """
         conversation, items = media_conversation(document, self.messages_key)
+        self._refuse_kinds(items)
         conversation = self._in_form(conversation, document.where)
         rendered = render_conversation(conversation, document.where, self.tokenizer, self.chat_template)
-        self._refuse_kinds(items)
         media = [self._named(item, self._planned) for item in items]
-        texts = {kind: [planned.text for planned in media if planned.item.kind == kind] for kind in KINDS}
+        texts = {
+            kind: [planned.text for planned in media if planned.item.kind == kind] for kind in self.family.placeholders
+        }
         expanded = expand_placeholders(rendered, self.family.placeholders, texts, document.where)
         [(ids, weights)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
         weighed = torch.tensor(weights, dtype=torch.float32)
@@ -179,10 +182,14 @@ class MultimodalTransform:
         stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unlearned)))
         labels = torch.where((planned.weights > 0) & ~stand_ins, ids, IGNORE_INDEX)
         values: dict[str, list[Tensor | PixelList]] = {}
-        for made in features:
+        places: dict[str, Tensor] = {}
+        for media, made in zip(planned.media, features, strict=True):
             for key, value in made.tensors.items():
                 values.setdefault(key, []).append(value)
+                if KEY_RULES.get(key).per == "token":
+                    places[key] = ids == self.family.id_of(self.family.placeholders[media.item.kind])
         joined = {key: join_compactly(found, KEY_RULES.get(key)) for key, found in values.items()}
+        joined |= {key: _spread(joined[key], there, KEY_RULES.get(key).pad) for key, there in places.items()}
         if bool((planned.weights[labels != IGNORE_INDEX] != 1).any()):
             joined[LOSS_WEIGHTS] = planned.weights
         return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}
@@ -208,7 +215,8 @@ class MultimodalTransform:
             text = self.family.image_text(*upright_size(content, name, self.reader.limits))
             if text is not None:
                 return PlannedMedia(item, text)
-        features = self._decoded(item)
+        generated = item.kind in DECODERS
+        features = self.family.generated(item.kind, item.reference) if generated else self._decoded(item)
         return PlannedMedia(item, features.text, features)
 
     def _features_of(self, planned: PlannedDocument) -> list[MediaFeatures]:
@@ -303,6 +311,13 @@ class MultimodalTransform:
         except (TemplateError, TypeError):
             return False
         return text.count(probe) == 2 and "'type'" not in text
+
+
+def _spread(values: Any, there: Tensor, fill: float) -> Tensor:
+    """Return ``[seq, ...]`` with an entry of ``values`` at each place that is true, and ``fill`` elsewhere."""
+    spread: Tensor = values.new_full((len(there), *values.shape[1:]), fill)
+    spread[there] = values
+    return spread
 
 
 def _normalized(sample: CompactSample) -> Sample:

@@ -19,7 +19,8 @@ class OmniConfig(PreTrainedConfig):
         decoders: Name of a decoder (``veomni.models.omni.DECODERS``) to its values.
         image_token_id: The placeholder of image features.
         audio_token_id: The placeholder of audio features.
-        kwargs: What every configuration has.
+        kwargs: ``codes_token_id`` and so on, the placeholder of each decoder, where conversations are to be read; and
+            what every configuration has.
     """
 
     model_type = "omni"

@@ -30,6 +30,19 @@ class Decoder(nn.Module):
     keys: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
+    def read(values: Any, **options: Any) -> dict[str, Tensor]:
+        """Return what a record gives as tensors with an entry per token, ``[tokens, ...]``.
+
+        Args:
+            values: As the record has them.
+            options: The configuration's values for this decoder.
+
+        Raises:
+            ValueError: they are not what the decoder generates.
+        """
+        raise NotImplementedError
+
+    @staticmethod
     def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the keys that follow from a document, ``[seq, ...]``: what comes next at each of its tokens."""
         raise NotImplementedError
@@ -77,6 +90,19 @@ class Codes(Decoder):
         self.projection = nn.Linear(channels, hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, codebook_size, bias=False)
+
+    @staticmethod
+    def read(values: Any, **options: Any) -> dict[str, Tensor]:
+        """Return ``codes`` for a list of entries.
+
+        Raises:
+            ValueError: it is none, is empty, or has an entry that the codebook has not.
+        """
+        size = options["codebook_size"]
+        entries = values if isinstance(values, list) else []
+        if not entries or not all(type(entry) is int and 0 <= entry < size for entry in entries):
+            raise ValueError(f"give a list of entries of the codebook, 0 to {size - 1}")
+        return {"codes": torch.tensor(entries)}
 
     @staticmethod
     def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -130,6 +156,22 @@ class Latents(Decoder):
         self.noisy = nn.Linear(channels, width)
         self.layers = nn.ModuleList(_Residual(width) for _ in range(depth))
         self.velocity = nn.Linear(width, channels)
+
+    @staticmethod
+    def read(values: Any, **options: Any) -> dict[str, Tensor]:
+        """Return ``latents`` and ``latents_time`` for a list of latents.
+
+        Raises:
+            ValueError: it is none, is empty, or has a latent of other than so many finite channels.
+        """
+        problem = f"give a list of latents, each a list of {options['channels']} finite numbers"
+        try:
+            latents = torch.tensor(values, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(problem) from error
+        if latents.dim() != 2 or latents.shape[1] != options["channels"] or not bool(latents.isfinite().all()):
+            raise ValueError(problem)
+        return {"latents": latents, "latents_time": torch.zeros(len(latents))}
 
     @staticmethod
     def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
