@@ -110,11 +110,11 @@ def documents_of(name: str) -> list[list[Part]]:
         documents.append([("image", (1, 4, 4)), ("text", 4)])
         documents.append([("text", 3), ("image", (1, 4, 8)), ("text", 2), ("image", (1, 8, 4))])
     if name in SOUNDS:
-        documents.append([("text", 2), ("audio", 27), ("text", 3), ("audio", 40)])
+        documents.append([("text", 2), ("audio", 24), ("text", 3), ("audio", 40)])
     if name in VIDEOS:
         documents.append([("video", (2, 4, 4)), ("text", 6)])
     if name in IMAGES and name in SOUNDS:
-        documents.append([("image", (1, 4, 4)), ("text", 2), ("audio", 31), ("video", (3, 4, 4)), ("text", 1)])
+        documents.append([("image", (1, 4, 4)), ("text", 2), ("audio", 29), ("video", (3, 4, 4)), ("text", 1)])
     return documents
 
 

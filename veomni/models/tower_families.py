@@ -73,6 +73,37 @@ def unread_parameters(owner: Any) -> list[nn.Parameter]:
     return found + [parameter for name, parameter in tower.named_parameters() if "post_layernorm" in name]
 
 
+def hear_sounds_apart(owner: Any) -> None:
+    """Keep the features of a sound from depending on what else is in the batch, in Qwen3-Omni's tower.
+
+    It fills all chunks up to the longest one with silence, and its convolutions have a bias: a sound shorter than a
+    chunk would otherwise hear, at its end, whether a longer one shares its micro-batch.
+    """
+    tower = getattr(owner, "audio_tower", None)
+    if tower is None or not hasattr(tower, "conv2d1"):
+        return
+    convolutions: list[nn.Module] = [tower.conv2d1, tower.conv2d2]
+    ends: list[Tensor] = []  # frames of every chunk of the batch, as if its sound were alone, after each convolution
+
+    def measure(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        frames = kwargs["feature_lens"] if "feature_lens" in kwargs else args[1]
+        chunk = 2 * module.n_window  # type: ignore[operator]
+        own = frames.clamp(max=chunk).repeat_interleave(-(-frames // chunk))
+        ends[:] = [(own - 1) // 2 + 1, ((own - 1) // 2) // 2 + 1]
+
+    def silence(stage: int) -> Callable[..., Tensor]:
+        def apply(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            here, ends[stage] = ends[stage].split([len(output), len(ends[stage]) - len(output)])
+            places = torch.arange(output.shape[-1], device=output.device)
+            return output.masked_fill((places >= here[:, None])[:, None, None], 0)
+
+        return apply
+
+    tower.register_forward_pre_hook(measure, with_kwargs=True)
+    for stage, convolution in enumerate(convolutions):
+        convolution.register_forward_hook(silence(stage))
+
+
 def give_audio_method(owner: Any) -> None:
     """Give a model that merges sounds itself the method and the hook by which others do."""
     owner.get_audio_features = _EncodeSounds(owner)

@@ -22,6 +22,7 @@ from veomni.models.position_fractions import add_fractions
 from veomni.models.tower_families import (
     audio_counts,
     give_audio_method,
+    hear_sounds_apart,
     merges_audio_itself,
     shares_placeholders,
     takes_padded_audio,
@@ -65,6 +66,7 @@ def prepare_towers(model: nn.Module) -> None:
     if any(call.kind.token_type for call in calls.values()):
         _tell_apart(owner)
     filled.update(calls)
+    hear_sounds_apart(owner)
     add_fractions(model)
     _freeze_unread(model, owner)
 
