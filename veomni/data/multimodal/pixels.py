@@ -99,4 +99,3 @@ def tiles(values: Tensor, normalization: Normalization) -> PixelList:
 def as_tensor(value: Tensor | PixelList) -> Tensor:
     """Return what a model takes."""
     return value.normalized() if isinstance(value, PixelList) else value
-
