@@ -55,7 +55,7 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vi
 IDS = {f"{name}_token_id": f"<|{text}|>" for name, text in (
     ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")
 )}  # fmt: skip
-WORDS = "the picture shows a row of houses beside water while light falls from the left and someone walks".split()
+WORDS = ["the", "picture", "shows", "houses", "beside", "water", "while", "light", "falls", "and", "someone", "walks"]
 
 
 # ---------------------------------------------------------------- data
@@ -208,10 +208,8 @@ def measure(folder: Path, name: str, workers: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     started, first = time.perf_counter(), 0.0
     totals = [0, 0, 0]
-    if name == "plain loop":
-        read = PlainLoop(folder)(workers)
-    else:
-        read = ours(folder, workers, 0 if name == "ours" else 1000)
+    plain = name == "plain loop"
+    read = PlainLoop(folder)(workers) if plain else ours(folder, workers, 1000 if "cache" in name else 0)
     for found in read:
         first = first or time.perf_counter() - started
         totals = [total + number for total, number in zip(totals, found, strict=True)]
@@ -274,8 +272,8 @@ def table(runs: list[tuple[str, int]], repeat: int, folder: Path, conversations:
         worker = f"{found.worker_mib:.0f}" if workers else ""
         print(f"| {name} | {workers} | {found.images / found.seconds:.1f} | {times} | "
               f"{conversations / found.seconds:.1f} | {found.tokens / found.seconds:.0f} | "
-              f"{100 * found.tokens / found.places:.1f} % | {1000 * found.cpu / found.images:.1f} | {found.first:.1f} | "
-              f"{found.loop_mib:.0f} | {worker} |")  # fmt: skip
+              f"{100 * found.tokens / found.places:.1f} % | {1000 * found.cpu / found.images:.1f} | "
+              f"{found.first:.1f} | {found.loop_mib:.0f} | {worker} |")  # fmt: skip
 
 
 if __name__ == "__main__":

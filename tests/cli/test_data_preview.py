@@ -46,14 +46,15 @@ def preview(capsys, *arguments):
 def test_media_are_measured_and_what_stands_for_them_is_counted(config, capsys, tmp_path):
     printed = preview(capsys, config, "--rows", "3")
     assert "train.jsonl, line 1" in printed
-    assert "image 1: 160 x 120 pixels -> 1 x 14 x 20 patches, pixel_values [280, 96]" in printed
+    assert "image 1: 160 x 120 pixels -> 70 tokens, patches 20 wide x 14 high, pixel_values [280, 96]" in printed
     assert "<|IMAGE|> x 70\n" in printed.replace("<|vision_eos|>", "\n")
     assert "video 1: 4 of 16 frames at 8 per second, to " in printed
-    assert "audio 1: 1.20 s of sound -> input_features [1, 8, 120]" in printed
+    assert "audio 1: 1.20 s of sound -> 30 tokens, input_features [1, 8, 120]" in printed
     assert "<|AUDIO|> x 30" in printed
     assert "QUESTION?" in printed
     assert "of 4 documents" in printed
     assert "1 longer than 900" in printed
+    assert "media: 1 x audio, 2 x image, 1 x video; " in printed
     assert "% filled" in printed
     assert "lengths: out/data_lengths.png" in printed
     picture = Image.open(tmp_path / "out/data_lengths.png")

@@ -44,11 +44,12 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     kinds = {source.data_type or config.data.data_type for source in config.data.sources} or {config.data.data_type}
     if "multimodal" in kinds:
-        lengths = show_documents(config, console, arguments.rows, arguments.documents)
+        groups = show_documents(config, console, arguments.rows, arguments.documents)
     else:
-        lengths = show_rows(config, console, arguments.rows, arguments.documents)
+        groups = {"documents": show_rows(config, console, arguments.rows, arguments.documents)}
     out = Path(arguments.plot or Path(config.train.output_dir) / "data_lengths.png")
-    plot_lengths(lengths, config.data.max_seq_len, out, f"{len(lengths)} documents of {_named(config)}")
+    count = sum(map(len, groups.values()))
+    plot_lengths(groups, config.data.max_seq_len, out, f"{count} documents of {_named(config)}")
     console.print(f"lengths: {out}", style="bold")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from veomni.cli.token_colours import LEGEND, coloured
 
@@ -12,11 +15,29 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from veomni.config import Config
-    from veomni.data.multimodal import EncodedDocument, MediaFeatures
+    from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures
 
 
-def show_documents(config: Config, console: Console, shown: int, counted: int) -> list[int]:
-    """Print the first documents, and how full rows are if those counted are packed; return their lengths."""
+@dataclass(frozen=True)
+class _Counted:
+    """What is remembered of a document, whose pixels would soon fill the memory."""
+
+    tokens: int
+    learned: int
+    media_tokens: int
+    kinds: tuple[str, ...]
+
+    @property
+    def holds(self) -> str:
+        return " and ".join(dict.fromkeys(self.kinds)) or "text alone"
+
+
+def show_documents(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
+    """Print the first documents, and how full rows are if those counted are packed.
+
+    Returns:
+        The lengths of documents, by the kinds of media in them.
+    """
     from veomni.data import TextDataset
     from veomni.data.multimodal import SkipBadMedia
     from veomni.from_config import load_datasets, load_media_transform, load_tokenizer
@@ -24,28 +45,39 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     dataset, _ = load_datasets(config)
     tokenizer = load_tokenizer(config, dataset)
     transform, media = load_media_transform(config, tokenizer), config.data.media
-    skipping = SkipBadMedia(media.max_skipped)
-    skips = media.on_bad_media == "skip"
-    made = (
-        skipping(transform.encode, document) if skips else transform.encode(document)
-        for document in islice(dataset, max(shown, counted))
-    )  # fmt: skip
-    documents = [document for document in made if document is not None]
-    for document in documents[:shown]:
-        _show(document, console, tokenizer, transform.family.unlearned)
-    available = f"{len(documents)} of {len(dataset)}" if isinstance(dataset, TextDataset) else f"{len(documents)}"
-    return _summary(config, console, documents, skipping.skipped, available)
+    skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
+    found: list[_Counted] = []
+    for document in islice(dataset, max(shown, counted)):
+        encoded = skipping(transform.encode, document) if skips else transform.encode(document)
+        if encoded is None:
+            continue
+        if len(found) < shown:
+            _show(encoded, console, tokenizer, transform.family)
+        found.append(_counted(encoded, transform.family))
+    available = f"{len(found)} of {len(dataset)}" if isinstance(dataset, TextDataset) else f"{len(found)}"
+    _summary(config, console, found, skipping.skipped, available)
+    groups: dict[str, list[int]] = {}
+    for one in sorted(found, key=lambda one: one.holds):
+        groups.setdefault(one.holds, []).append(one.tokens)
+    return groups
 
 
-def _show(document: EncodedDocument, console: Console, tokenizer: Any, stand_ins: frozenset[int]) -> None:
+def _counted(document: EncodedDocument, family: Family) -> _Counted:
+    ids, learned = _tokens(document)
+    media = sum(index in family.unlearned for index in ids)
+    return _Counted(len(ids), sum(learned), media, tuple(item.kind for item, _ in document.media))
+
+
+def _show(document: EncodedDocument, console: Console, tokenizer: Any, family: Family) -> None:
     ids, learned = _tokens(document)
     console.rule(document.where)
     console.print(f"{len(ids)} tokens, {sum(learned)} learned", style="bold")
     seen: Counter[str] = Counter()
     for item, features in document.media:
         seen[item.kind] += 1
-        console.print(f"{item.kind} {seen[item.kind]}: {features.source} -> {_became(features)}", style="cyan")
-    console.print(coloured(ids, learned, tokenizer, stand_ins))
+        became = _became(features, family)
+        console.print(f"{item.kind} {seen[item.kind]}: {features.source} -> {became}", style="cyan")
+    console.print(coloured(ids, learned, tokenizer, family.unlearned))
 
 
 def _tokens(document: EncodedDocument) -> tuple[list[int], list[bool]]:
@@ -55,37 +87,38 @@ def _tokens(document: EncodedDocument) -> tuple[list[int], list[bool]]:
     return document.sample["input_ids"].tolist(), [label != IGNORE_INDEX for label in labels]
 
 
-def _became(features: MediaFeatures) -> str:
-    parts = []
-    for name, tensor in sorted(features.tensors.items()):
-        if name.endswith("grid_thw"):
-            parts.append("{} x {} x {} patches".format(*tensor[0].tolist()))
+def _became(features: MediaFeatures, family: Family) -> str:
+    parts = [f"{family.media_tokens(features.text)} tokens"]
+    for name, tensor in sorted(features.tensors.items(), key=lambda named: not named[0].endswith("grid_thw")):
+        if isinstance(tensor, Tensor) and name.endswith("grid_thw"):
+            frames, rows, columns = tensor[0].tolist()
+            parts.append(f"patches {columns} wide x {rows} high" + (f" x {frames} in time" if frames > 1 else ""))
         elif name in ("pixel_values", "pixel_values_videos", "input_features"):
             parts.append(f"{name} {list(tensor.shape)}")
     return ", ".join(parts)
 
 
-def _summary(
-    config: Config, console: Console, documents: list[EncodedDocument], skipped: int, available: str
-) -> list[int]:
+def _summary(config: Config, console: Console, found: list[_Counted], skipped: int, available: str) -> None:
     import numpy as np
 
     from veomni.data.packing import best_fit_decreasing
     from veomni.errors import DataError
 
-    if not documents:
+    if not found:
         raise DataError(f"none of {skipped} documents can be used", "mend their media")
     capacity = config.data.max_seq_len
-    lengths = np.array([len(document.sample["input_ids"]) for document in documents])
-    learned = sum(sum(_tokens(document)[1]) for document in documents)
+    lengths = np.array([one.tokens for one in found])
+    total, learned, media = lengths.sum(), sum(one.learned for one in found), sum(one.media_tokens for one in found)
+    kinds = Counter(kind for one in found for kind in one.kinds)
     fitting = lengths[lengths <= capacity]
     rows = int(best_fit_decreasing(fitting, capacity).max()) + 1 if len(fitting) else 0
     console.rule(f"{available} documents")
-    console.print(f"{lengths.sum()} tokens, {100 * learned / lengths.sum():.1f} % learned; {LEGEND}", style="bold")
+    console.print(f"{total} tokens, {100 * learned / total:.1f} % learned; {LEGEND}", style="bold")
+    said = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+    console.print(f"media: {said or 'none'}; {100 * media / total:.1f} % of tokens stand for them", style="bold")
     if rows:
         filled = 100 * fitting.sum() / (rows * capacity)
         console.print(f"packed: {rows} rows of {capacity} tokens, {filled:.2f} % filled", style="bold")
     for number, what in ((len(lengths) - len(fitting), f"longer than {capacity}"), (skipped, "left out: bad media")):
         if number:
             console.print(f"{number} {what}", style="bold yellow")
-    return lengths.tolist()

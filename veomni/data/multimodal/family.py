@@ -33,7 +33,7 @@ class MediaFeatures:
         source: Says what the features were made of, for people.
     """
 
-    tensors: dict[str, Tensor | PixelList]
+    tensors: Mapping[str, Tensor | PixelList]
     text: str
     source: str = ""
 
@@ -139,6 +139,11 @@ class Family:
     def unlearned(self) -> frozenset[int]:
         """Ids of tokens that stand for features, on which no loss is taken."""
         return frozenset(self.id_of(token) for token in self.placeholders.values())
+
+    def media_tokens(self, text: str) -> int:
+        """Count the tokens in the text of an item that stand for features."""
+        convert: Any = self.parts.tokenizer.convert_ids_to_tokens
+        return sum(int(text.count(convert(index))) for index in self.unlearned)
 
     @property
     def sampling_rate(self) -> int:

@@ -1,4 +1,4 @@
-"""Images to RGB, upright, in 8 bits. What a file claims is checked before a pixel is decoded, and may be asked alone."""
+"""Images to RGB, upright, in 8 bits. What a file claims is checked before a pixel is decoded; it may be asked alone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _known_formats() -> list[str]:
     Image.init()
     if "PILLOW_BLOCKS_MAX" not in os.environ:
         # Pillow would give the memory of every image back, and the system would clear it for the next one.
-        Image.core.set_blocks_max(_KEPT_BLOCKS)
+        Image.core.set_blocks_max(_KEPT_BLOCKS)  # type: ignore[attr-defined]
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
@@ -124,7 +124,10 @@ def _upright(image: Image, *, ours: bool) -> Image:
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(image, in_place=ours) or image  # in place, what lies right is not copied
+        if not ours:
+            return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # what lies right is not copied
+        return image
     except Exception as error:  # EXIF is a TIFF within the file, and may be damaged alone
         logger.warning_once("images with unreadable EXIF are not turned (%s)", type(error).__name__)
         return image

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from veomni.data.multimodal.family import FAMILIES, FamilyParts, MediaFeatures
+from veomni.data.multimodal.pixels import as_tensor
 from veomni.data.multimodal.qwen_audio import at_least_one, halved_twice, mel_features
 from veomni.data.multimodal.qwen_vl import Qwen2VL
 
@@ -63,7 +64,8 @@ class Qwen25Omni(Qwen2VL):
             return features
         heard = self.audio(video.sound)
         tokens = heard.text.count(self.placeholders["audio"])
-        text = self.interleaved(features.tensors["video_grid_thw"], self._seconds_per_patch(video), tokens)
+        grid = as_tensor(features.tensors["video_grid_thw"])
+        text = self.interleaved(grid, self._seconds_per_patch(video), tokens)
         ends = self.token("audio_start_token_id"), self.token("audio_end_token_id")
         return replace(features, tensors={**features.tensors, **heard.tensors}, text=text.join(ends))
 

@@ -108,7 +108,8 @@ class Qwen2VL(Family):
         )  # fmt: skip
         normalization = Normalization.of_frames(settings["image_mean"], settings["image_std"])
         pixels = PixelList([Pixels(patches.numpy(), (len(patches), patches[0].numel()), normalization)])
-        tensors = {"pixel_values_videos": pixels, "video_grid_thw": grid, **self.video_times(video)}
+        tensors: dict[str, Tensor | PixelList] = {"pixel_values_videos": pixels, "video_grid_thw": grid}
+        tensors |= self.video_times(video)
         return MediaFeatures(tensors, self.video_text(video, grid))
 
     def video_times(self, video: Video) -> dict[str, Tensor]:

@@ -54,8 +54,6 @@ class MediaSamples:
             raise ConfigError(f"data.overlong {overlong} would cut media apart", "set data.overlong to error or drop")
         self._transform, self._collator, self._skipping = transform, collator, skipping
         self._sources, self._overlong, self.digests = sources, overlong, digests
-        family = transform.family
-        self._stand_ins = [family.parts.tokenizer.convert_ids_to_tokens(index) for index in sorted(family.unlearned)]
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Tokenise records, and see how large their media are.
@@ -74,20 +72,17 @@ class MediaSamples:
             if self._overlong == "error":
                 refuse_overlong(document.where, tokens, self._collator.max_seq_len)
             return Made([])
-        seen = [self._media_tokens(media) for media in planned.media]
+        seen = [self._transform.family.media_tokens(media.text) for media in planned.media]
         cost = tokens * tokens + sum(self._patches(media) ** 2 for media in planned.media)
         return Made([Piece(planned, (tokens,), sum(seen), cost)])
 
     def _kept(self, make: Callable[[S], T], given: S) -> T | None:
         return make(given) if self._skipping is None else self._skipping(make, given)
 
-    def _media_tokens(self, media: PlannedMedia) -> int:
-        return sum(media.text.count(token) for token in self._stand_ins)
-
     def _patches(self, media: PlannedMedia) -> int:
         """Return what a tower attends to: the patches of an image or video, as many as the tokens of a sound."""
-        per_token = 1 if media.item.kind == "audio" else self._transform.family.patches_per_token
-        return self._media_tokens(media) * per_token
+        family = self._transform.family
+        return family.media_tokens(media.text) * (1 if media.item.kind == "audio" else family.patches_per_token)
 
     def complete(self, sample: Sample) -> Sample | None:
         """Decode a sample's media; None if it is left out for them.

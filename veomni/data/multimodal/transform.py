@@ -234,9 +234,8 @@ class MultimodalTransform:
     def _as_planned(self, item: MediaItem, text: str) -> MediaFeatures:
         features = self._decoded(item)
         if features.text != text:
-            raise MediaError(
-                "it is not as large as it was, or as its header says", "leave data as it is while it is read"
-            )
+            problem = "it is not as large as it was, or as its header says"
+            raise MediaError(problem, "leave data as it is while it is read")
         return features
 
     def _decoded(self, item: MediaItem) -> MediaFeatures:
