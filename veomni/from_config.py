@@ -246,6 +246,7 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
 def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any, part: SequencePart) -> SampleMaker:
     """Return what makes samples and micro-batches of a dataset of conversations with media."""
     from veomni.data import Mixture
+    from veomni.data.build_dataloader import text_samples
     from veomni.data.digests import digest, tokenizer_digest
     from veomni.data.multimodal import MediaSamples, SkipBadMedia, settings_of
     from veomni.data.multimodal.collate import MultimodalCollator
@@ -256,11 +257,15 @@ def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any,
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = MultimodalCollator(architecture, max_seq_len=data.max_seq_len, pad_token_id=int(pad or 0), part=part)
     layouts = [source.layout for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset.layout]
+    kinds, texts = [layout.data_type for layout in layouts], None
+    if set(kinds) != {"multimodal"}:
+        texts = text_samples(layouts, tokenizer, data.max_seq_len, data.overlong, part, data.chat_template)
     return MediaSamples(
         transform,
         collator,
         skipping=SkipBadMedia(media.max_skipped) if media.on_bad_media == "skip" else None,
-        sources=len(layouts),
+        kinds=kinds,
+        texts=texts,
         overlong=data.overlong,
         digests={
             "tokenizer": tokenizer_digest(tokenizer),

@@ -95,9 +95,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     "a source that is not there": (
         MIXED | {"data.sources": [{**SOURCE, "path": "nowhere"}]}, [], "data.sources.0.path: nowhere", "give",
     ),
-    "media in one source of two": (
-        MIXED | {"data.sources": [SOURCE, {**SOURCE, "name": "b", "data_type": "multimodal"}]}, [],
-        "some are multimodal and some are not", "all of them",
+    "held-out data named twice": (
+        MIXED | {"data.eval_path": ".", "data.sources": [{**SOURCE, "eval_path": "."}]}, [],
+        "data.sources.0.eval_path both name held-out data", "give one",
+    ),
+    "held-out data of a source that is not there": (
+        MIXED | {"data.sources": [{**SOURCE, "eval_path": "nowhere"}]}, [], "data.sources.0.eval_path: nowhere", "give",
     ),
     "a mixture without an end": (MIXED | {"train.max_steps": None}, [], "a stream does not say how long", "max_steps"),
     "a held-out share of a stream": (

@@ -35,7 +35,7 @@ PARAMETERS = {
     "tiny_moe": 3_299_904,
     "long_context": 360_768,
     "tiny_vlm": 832_896,
-    "tiny_omni": 811_920,
+    "tiny_omni": 817_456,
 }
 WORLDS = {"tiny": 2, "tiny_moe": 4, "long_context": 4, "tiny_vlm": 2, "tiny_omni": 2, "deepseek_v3": 256}
 PAGE = REPOSITORY / "docs/multimodal_models.md"

@@ -148,7 +148,8 @@ MIXTURES = {
     "missing source": ({"sources": [("gone", 1)]}, DataError, r"gone\.jsonl does not exist"),
     "epochs of what repeats": ({"sources": [("a", 1), ("b", 1)], "epochs": 2}, ConfigError, r"has no epochs"),
     "media among text": (
-        {"sources": [("a", 1), ("b", 1)], "of_b": {"data_type": "multimodal"}}, ConfigError, r"some are multimodal"),
+        {"sources": [("a", 1), ("b", 1)], "of_b": {"data_type": "multimodal"}}, ConfigError,
+        r"need a model's processor"),
     "split pairs": (
         {"sources": [("pairs", 1)], "overlong": "split", **PAIRS}, ConfigError, r"split cuts preference pairs apart"),
     "unknown policy": ({"sources": [("a", 1)], "overlong": "cut"}, ConfigError, r"no policy is called 'cut'"),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from veomni.batch import IGNORE_INDEX
 from veomni.cli.token_colours import LEGEND, coloured
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from veomni.config import Config
-    from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures
+    from veomni.data import Mixture, TextDataset
+    from veomni.data.layout import RecordLayout
+    from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures, MultimodalTransform
+    from veomni.data.records import Document
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,15 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     transform, media = load_media_transform(config, tokenizer), config.data.media
     skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
     found: list[_Counted] = []
-    for document in islice(dataset, max(shown, counted)):
-        encoded = skipping(transform.encode, document) if skips else transform.encode(document)
+    for name, layout, document in islice(_in_turn(dataset), max(shown, counted)):
+        if layout.data_type != "multimodal":
+            encoded: EncodedDocument | None = _text(document, layout, transform)
+        else:
+            encoded = skipping(transform.encode, document) if skips else transform.encode(document)
         if encoded is None:
             continue
         if len(found) < shown:
-            _show(encoded, console, tokenizer, transform.family)
+            _show(encoded, console, tokenizer, transform.family, name)
         found.append(_counted(encoded, transform.family))
     available = f"{len(found)} of {len(dataset)}" if isinstance(dataset, TextDataset) else f"{len(found)}"
     _summary(config, console, found, skipping.skipped, available)
@@ -62,15 +71,39 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     return groups
 
 
+def _in_turn(dataset: TextDataset | Mixture) -> Iterator[tuple[str, RecordLayout, Document]]:
+    """Yield documents with the name of their source, those of a mixture one of each source after another."""
+    from veomni.data import Mixture
+
+    if isinstance(dataset, Mixture):
+        yield from ((source.name, source.layout, document) for source, document in dataset.in_turn())
+    else:
+        yield from (("", dataset.layout, document) for document in dataset)
+
+
+def _text(document: Document, layout: RecordLayout, transform: MultimodalTransform) -> EncodedDocument:
+    from veomni.data import TRANSFORMS
+    from veomni.data.formats import MESSAGES
+    from veomni.data.multimodal import EncodedDocument
+    from veomni.data.transforms import TransformSettings
+
+    settings = TransformSettings(layout.text_key, MESSAGES, transform.chat_template)
+    [encoded] = TRANSFORMS.get(layout.data_type)([document], transform.tokenizer, settings)
+    ids = torch.tensor(encoded.ids)
+    weights = torch.ones(len(ids)) if encoded.weights is None else torch.tensor(encoded.weights)
+    sample = {"input_ids": ids, "labels": torch.where(weights != 0, ids, IGNORE_INDEX)}
+    return EncodedDocument(sample, document.where, [])
+
+
 def _counted(document: EncodedDocument, family: Family) -> _Counted:
     ids, learned = _tokens(document)
     media = sum(index in family.unlearned for index in ids)
     return _Counted(len(ids), sum(learned), media, tuple(item.kind for item, _ in document.media))
 
 
-def _show(document: EncodedDocument, console: Console, tokenizer: Any, family: Family) -> None:
+def _show(document: EncodedDocument, console: Console, tokenizer: Any, family: Family, source: str) -> None:
     ids, learned = _tokens(document)
-    console.rule(document.where)
+    console.rule(f"{source}: {document.where}" if source else document.where)
     console.print(f"{len(ids)} tokens, {sum(learned)} learned", style="bold")
     seen: Counter[str] = Counter()
     for item, features in document.media:
@@ -81,8 +114,6 @@ def _show(document: EncodedDocument, console: Console, tokenizer: Any, family: F
 
 
 def _tokens(document: EncodedDocument) -> tuple[list[int], list[bool]]:
-    from veomni.batch import IGNORE_INDEX
-
     labels = document.sample["labels"].tolist()
     return document.sample["input_ids"].tolist(), [label != IGNORE_INDEX for label in labels]
 

@@ -124,9 +124,6 @@ def _streams(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
         yield Problem(f"data.sources: two sources are called {name!r}", "give each a name of its own")
     if data.sources and not any(source.weight for source in data.sources):
         yield Problem("data.sources: the weights sum to zero", "give one source a weight above 0")
-    kinds = {kind == "multimodal" for kind in _data_types(data)}
-    if len(kinds) > 1:
-        yield Problem("data.sources: some are multimodal and some are not", "set data_type multimodal for all of them")
     if not (data.streaming or data.sources):
         return
     if train.max_steps is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,7 @@ from veomni.data.chat_templates import find_chat_template
 from veomni.data.dataset import TextDataset
 from veomni.data.digests import digest, tokenizer_digest
 from veomni.data.formats import MESSAGES
+from veomni.data.layout import RecordLayout
 from veomni.data.loader import LoaderSettings, PackedDataLoader
 from veomni.data.mixture import Mixture, opened_dataset
 from veomni.data.overlong import check_policy, cut_to_rows
@@ -113,7 +115,11 @@ def build_dataloader(
     if isinstance(mixture, TextDataset):
         mixture = Mixture([opened_dataset(mixture, "data")])
     if samples is None:
-        samples = _text_samples(mixture, tokenizer, max_seq_len, overlong, part, chat_template)
+        if mixture.data_type == "multimodal":
+            raise ConfigError("conversations with media need a model's processor", "give samples=MediaSamples(...)")
+        samples = text_samples(
+            [source.layout for source in mixture.sources], tokenizer, max_seq_len, overlong, part, chat_template
+        )
     stopping, passes = _ending(mixture, settings)
     shards = stream_shards if train else 1
     sources = [
@@ -154,17 +160,15 @@ def _packed(
     return PackedDataLoader(batches, settings, digests)
 
 
-def _text_samples(
-    mixture: Mixture,
+def text_samples(
+    layouts: Sequence[RecordLayout],
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
     overlong: str,
     part: SequencePart,
     chat_template: str | None,
 ) -> TextSamples:
-    if mixture.data_type == "multimodal":
-        raise ConfigError("conversations with media need a model's processor", "give samples=MediaSamples(...)")
-    layouts = [source.layout for source in mixture.sources]
+    """Return what makes samples of sources without media; see :func:`build_dataloader`."""
     renders = any(layout.data_type in ("conversation", "preference") for layout in layouts)
     template = find_chat_template(chat_template, tokenizer) if renders else ""
     digests = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from veomni.data.records import MEDIA_KEYS, Conversation, Document, conversation_of
-from veomni.models.omni import DECODERS
 from veomni.errors import DataError
+from veomni.models.omni import DECODERS
 
 KINDS = tuple(MEDIA_KEYS)
 """``image``, ``video`` and ``audio``."""

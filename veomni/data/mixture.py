@@ -101,22 +101,29 @@ class Mixture:
         if twice is not None:
             raise ConfigError(f"data.sources: two sources are called {twice!r}", "give each a name of its own")
         check_weights({source.name: source.weight for source in self.sources})
-        kinds = {source.layout.data_type == "multimodal" for source in self.sources}
-        if len(kinds) > 1:
-            raise ConfigError(
-                "data.sources: some are multimodal and some are not",
-                "set data_type multimodal for all; conversations without media are welcome in it",
-            )
 
     @property
     def data_type(self) -> str:
-        """What the records of its first source become: ``multimodal`` is that of all or of none."""
-        return self.sources[0].layout.data_type
+        """What its records become: ``multimodal`` where a source holds media, else that of the first."""
+        kinds = [source.layout.data_type for source in self.sources]
+        return "multimodal" if "multimodal" in kinds else kinds[0]
 
     def __iter__(self) -> Iterator[Document]:
         """Yield all documents once, source by source, in order."""
         for source in self.sources:
             yield from map(source.layout.converted, all_records(source.blocks))
+
+    def in_turn(self) -> Iterator[tuple[OpenedSource, Document]]:
+        """Yield all documents once, one of each source after another, with where they come from."""
+        readers = {source.name: map(source.layout.converted, all_records(source.blocks)) for source in self.sources}
+        while readers:
+            for source in self.sources:
+                if source.name in readers:
+                    document = next(readers[source.name], None)
+                    if document is None:
+                        del readers[source.name]
+                    else:
+                        yield source, document
 
     def texts(self) -> Iterator[str]:
         """Yield what a tokenizer is trained on, source by source."""

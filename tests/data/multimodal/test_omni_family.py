@@ -170,5 +170,5 @@ def test_what_is_not_generated_is_refused(part, named):
 
 def test_a_model_without_the_decoder_refuses_its_parts():
     transform = transform_of(config_of("dinov2"))
-    with pytest.raises(DataError, match="omni models take no codes"):
+    with pytest.raises(DataError, match="no place for codes"):
         transform(drawn({"type": "codes", "codes": CODES}))

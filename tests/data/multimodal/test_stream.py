@@ -265,6 +265,59 @@ def test_archives_and_files_mix(setup, folder):
     assert abs(seen["files"] - seen["archive"]) <= 0.2 * seen.total()
 
 
+TEXTS = {
+    "plain": [{"text": "some words that are plain " * (80 if number == 3 else 2)} for number in range(12)],
+    "tokenized": [
+        {"input_ids": [40 + number, 5, 6, 7], "loss_weights": [1, 0.5, 0, 1.0 + number % 2]} for number in range(12)
+    ],
+    "preference": [{"prompt": f"what {number}?", "chosen": "some", "rejected": "none"} for number in range(12)],
+}  # fmt: skip
+
+
+def documents_by_name(loader, count, kinds):
+    """Tokens, labels and weights of every document of some sources, by its name."""
+    found = {}
+    for step in itertools.islice(loader, count):
+        for micro in step:
+            if not micro.document_ids:
+                continue
+            columns = [micro["input_ids"][0], micro["labels"][0], micro.get("loss_weights", torch.ones(1, 900))[0]]
+            pieces = zip(*(column[: sum(micro.document_lengths)].split(micro.document_lengths) for column in columns),
+                         strict=True)  # fmt: skip
+            for name, source, piece in zip(micro.document_ids, micro.document_sources, pieces, strict=True):
+                if micro.source_names[source] in kinds:
+                    ids, labels, weights = (value.tolist() for value in piece)
+                    supervised = [weight if label >= 0 else None for weight, label in zip(weights, labels, strict=True)]
+                    found[micro.source_names[source], name] = ids, labels, supervised
+    return found
+
+
+def test_texts_mix_with_media(setup, folder, tmp_path):
+    """A text becomes in a mixture with media what it becomes without, whatever its kind."""
+    kinds = {"plain": "plaintext", "tokenized": "tokenized", "preference": "preference"}
+    texts = [
+        {"path": str(jsonl(tmp_path / f"{name}.jsonl", rows)), "name": name, "data_type": kinds[name]}
+        for name, rows in TEXTS.items()
+    ]
+    media = {"path": str(folder / "talks.jsonl"), "name": "talks", "data_type": "multimodal"}
+    options = {
+        "train_path": None,
+        "stopping": "once",
+        "stream_shards": 1,
+        "overlong": "truncate",
+        "data_type": "plaintext",
+    }
+    mixed = loader_of(setup, sources=[media, *texts], **options)
+    found = documents_by_name(mixed, 30, kinds)
+    plain = {**options, "media": {}}
+    assert found == documents_by_name(loader_of(setup, sources=texts, **plain), 30, kinds)
+    assert len(found) == 12 + 12 + 24
+    assert max(len(ids) for ids, _, _ in found.values()) == 900, "a text is cut"
+    assert {weight for _, _, weights in found.values() for weight in weights} == {None, 0.5, 1.0, 2.0}
+    with pytest.raises(DataError, match=r"more than data\.max_seq_len"):  # a conversation with media is not
+        list(itertools.islice(loader_of(setup, sources=[media, *texts], max_seq_len=150, **options), 30))
+
+
 def test_a_row_has_no_more_media_than_allowed(setup):
     def media_of_rows(loader):
         """For every row, the tokens of each document that stand for media."""

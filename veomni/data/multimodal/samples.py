@@ -8,15 +8,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from veomni.batch import SOURCE_IDS, PackedInputs
+from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS, SOURCE_IDS, PackedInputs
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.skipping import SkipBadMedia
 from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument, PlannedMedia
 from veomni.data.overlong import refuse_overlong
 from veomni.data.records import Document
-from veomni.data.samples import Made, Piece, Row, Sample, name_documents
+from veomni.data.samples import Made, Piece, Row, Sample, TextSamples, documents_of, name_documents
+from veomni.data.token_weights import TokenWeights
 from veomni.errors import ConfigError
 
 S = TypeVar("S")
@@ -30,8 +32,10 @@ class MediaSamples:
         transform: From a record to a model's inputs.
         collator: Packs them.
         skipping: Leaves records out whose media cannot be used; None makes them errors.
-        sources: How many sources are mixed.
-        overlong: What happens to conversations longer than a row: ``error`` or ``drop``.
+        kinds: Data type of each source that is mixed.
+        texts: Makes samples of the sources that are not ``multimodal``.
+        overlong: What happens to conversations longer than a row: ``error`` or ``drop``; other policies are for texts,
+            and such a conversation is an error.
         digests: What samples depend on beside the data, by name.
 
     Raises:
@@ -46,14 +50,16 @@ class MediaSamples:
         collator: MultimodalCollator,
         *,
         skipping: SkipBadMedia | None = None,
-        sources: int = 1,
+        kinds: Sequence[str] = ("multimodal",),
+        texts: TextSamples | None = None,
         overlong: str = "error",
         digests: Mapping[str, str],
     ) -> None:
-        if overlong not in ("error", "drop"):
+        if overlong not in ("error", "drop") and texts is None:
             raise ConfigError(f"data.overlong {overlong} would cut media apart", "set data.overlong to error or drop")
         self._transform, self._collator, self._skipping = transform, collator, skipping
-        self._sources, self._overlong, self.digests = sources, overlong, digests
+        self._kinds, self._texts, self.digests = kinds, texts, digests
+        self._drops = overlong == "drop"
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Tokenise records, and see how large their media are.
@@ -61,6 +67,8 @@ class MediaSamples:
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.
         """
+        if self._texts is not None and self._kinds[source] != "multimodal":
+            return self._texts.make(documents, source)
         return [self._made(document) for document in documents]
 
     def _made(self, document: Document) -> Made:
@@ -69,7 +77,7 @@ class MediaSamples:
             return Made([])
         tokens = len(planned.ids)
         if tokens > self._collator.max_seq_len:
-            if self._overlong == "error":
+            if not self._drops:
                 refuse_overlong(document.where, tokens, self._collator.max_seq_len)
             return Made([])
         seen = [self._transform.family.media_tokens(media.text) for media in planned.media]
@@ -90,7 +98,9 @@ class MediaSamples:
         Raises:
             MediaError: one of them cannot be used, where that is an error.
         """
-        planned: PlannedDocument = sample.piece.content
+        planned = sample.piece.content
+        if not isinstance(planned, PlannedDocument):  # a text
+            return sample
         made = self._kept(self._transform.finish_compactly, planned)
         if made is None:
             return None
@@ -99,13 +109,26 @@ class MediaSamples:
 
     def collate(self, rows: Sequence[Row]) -> PackedInputs:
         """Return a micro-batch of rows; here pixels are normalised, each written once."""
-        packed = [[self._tensors(sample.piece.content, sample.ref.source) for sample in row] for row in rows]
+        packed = [[document for sample in row for document in self._documents(sample)] for row in rows]
         return name_documents(self._collator(packed), rows)
 
-    def _tensors(self, content: Mapping[str, Any], source: int) -> dict[str, Any]:
-        tensors = {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content.items()
-        }
-        if self._sources > 1:
-            tensors[SOURCE_IDS] = torch.full_like(tensors["input_ids"], source)
-        return tensors
+    def _documents(self, sample: Sample) -> list[dict[str, Any]]:
+        if self._kinds[sample.ref.source] == "multimodal":
+            content = sample.piece.content.items()
+            found = [
+                {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content}
+            ]
+        else:
+            found = [self._text(*document) for document in documents_of(sample.piece)]
+        if len(self._kinds) > 1:
+            for document in found:
+                document[SOURCE_IDS] = torch.full_like(document["input_ids"], sample.ref.source)
+        return found
+
+    def _text(self, tokens: NDArray[Any], weights: TokenWeights | None) -> dict[str, Tensor]:
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        learned = torch.ones(len(ids), dtype=torch.bool) if weights is None else torch.from_numpy(weights != 0)
+        document = {"input_ids": ids, "labels": torch.where(learned, ids, IGNORE_INDEX)}
+        if weights is not None and weights.dtype != np.bool_:
+            document[LOSS_WEIGHTS] = torch.from_numpy(weights)
+        return document | self._transform.family.per_token(ids)

@@ -18,7 +18,7 @@ from torch import Tensor
 from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS
 from veomni.batch_keys import KEY_RULES
 from veomni.data.conversation import tokenize_rendered
-from veomni.data.media_records import KINDS, MediaItem, media_conversation
+from veomni.data.media_records import MediaItem, media_conversation
 from veomni.data.multimodal.collate import join_compactly
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
@@ -149,9 +149,9 @@ class MultimodalTransform:
             DataError: the conversation cannot.
         """
         conversation, items = media_conversation(document, self.messages_key)
-        self._refuse_kinds(items)
         conversation = self._in_form(conversation, document.where)
         rendered = render_conversation(conversation, document.where, self.tokenizer, self.chat_template)
+        self._refuse_kinds(items)
         media = [self._named(item, self._planned) for item in items]
         texts = {
             kind: [planned.text for planned in media if planned.item.kind == kind] for kind in self.family.placeholders
