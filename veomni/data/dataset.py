@@ -90,5 +90,5 @@ def open_dataset(
         problem = f"data.eval_fraction {eval_fraction} of {len(indices)} documents leaves {parts}"
         raise DataError(problem, "change data.eval_fraction, or give data.eval_path")
     layout.check(train[0])  # a wrong field name is found now, not after the model is built
-    logger.info_rank0("%s: %s documents to train on, %s held out", names, len(train), len(held))
+    logger.info_rank0("%s: %s documents%s", names, len(train), f", {len(held)} more held out" if eval_fraction else "")
     return train, held if eval_fraction else None

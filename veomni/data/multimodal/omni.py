@@ -52,7 +52,7 @@ class Omni(Family):
         """
         tensors = DECODERS.get(kind).read(values, **self.parts.config.decoders[kind])
         tokens = len(next(iter(tensors.values())))
-        return MediaFeatures(dict(tensors), self.placeholders[kind] * tokens, f"{tokens} tokens to be generated")
+        return MediaFeatures(dict(tensors), self.placeholders[kind] * tokens, "to be generated")
 
     def audio(self, sound: Sound) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
