@@ -84,6 +84,18 @@ def test_the_architecture_of_the_file_is_built(tmp_path):
     assert type(build_model(tmp_path)) is transformers.LlamaForSequenceClassification
 
 
+@pytest.mark.parametrize("name", ["qwen2_audio", "omni"])
+def test_encoders_that_mask_padding_keep_an_attention_that_takes_masks(name):
+    from tests.models.multimodal import family_config
+    from veomni.models import resolve_attention
+
+    config = family_config(name) if name == "qwen2_audio" else "configs/model_configs/tiny_omni.json"
+    model = build_model(config, weights="random")
+    resolve_attention(model, varlen=True)
+    assert model.config.get_text_config()._attn_implementation == "varlen"
+    assert model.config.audio_config._attn_implementation == "sdpa"
+
+
 def test_attention_by_name():
     assert build_model(tiny_config("llama"), attention="eager").config._attn_implementation == "eager"
     assert build_model(tiny_config("gpt_oss")).config._attn_implementation == "eager"

@@ -13,6 +13,8 @@ from veomni.ops.attention import VARLEN, register_attention
 logger = create_logger(__name__)
 
 _AUTO = "_veomni_attention_is_auto"
+_PADDED = frozenset({"qwen2_audio_encoder"})
+"""Encoders whose items are padded to one length, which they mask."""
 
 
 def leave_attention_open(model: nn.Module) -> None:
@@ -28,6 +30,7 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
         varlen: Whether the device runs variable-length attention in the precision of the run.
     """
     if not getattr(model, _AUTO, False) or not varlen:
+        _let_padded_encoders_mask(model)
         return
     reason = _why_not_varlen(model)
     if reason:
@@ -35,7 +38,15 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
         return
     register_attention()
     model.set_attn_implementation(VARLEN)  # type: ignore[operator]
+    _let_padded_encoders_mask(model)
     logger.info_rank0("attention: varlen")
+
+
+def _let_padded_encoders_mask(model: nn.Module) -> None:
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "model_type", None) in _PADDED and config._attn_implementation == VARLEN:
+            config._attn_implementation = "sdpa"
 
 
 def _why_not_varlen(model: nn.Module) -> str | None:

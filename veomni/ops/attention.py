@@ -91,7 +91,8 @@ def in_autocast_dtype(*heads: Tensor) -> tuple[Tensor, ...]:
 def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
     head_dim = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and value.shape[-1] == head_dim and head_dim <= 128 and head_dim % 8 == 0
+    several = query.shape[2] > 1  # its backward takes no rows of one token
+    return query.is_cuda and half and several and value.shape[-1] == head_dim and head_dim <= 128 and head_dim % 8 == 0
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None) -> Tensor:
