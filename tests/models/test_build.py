@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_encoders_that_mask_padding_keep_an_attention_that_takes_masks(name):
     from tests.models.multimodal import family_config
     from veomni.models import resolve_attention
 
-    config = family_config(name) if name == "qwen2_audio" else "configs/model_configs/tiny_omni.json"
-    model = build_model(config, weights="random")
+    composed = Path(__file__).parents[2] / "configs/model_configs/tiny_omni.json"
+    model = build_model(family_config(name) if name == "qwen2_audio" else composed, weights="random")
     resolve_attention(model, varlen=True)
     assert model.config.get_text_config()._attn_implementation == "varlen"
     assert model.config.audio_config._attn_implementation == "sdpa"
