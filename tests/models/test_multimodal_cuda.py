@@ -27,7 +27,7 @@ def step_of(name):
 
 
 def on_gpu(name, precision):
-    launcher = Launcher(Single(), accelerator="cuda", precision=precision)
+    launcher = Launcher(Single(), accelerator="cuda", devices=1, precision=precision)
     launcher.launch()
     model = launcher.setup_model(build_model(weights_of(name))).train()
     collate = MultimodalCollator(family_config(name), max_seq_len=ROW)
