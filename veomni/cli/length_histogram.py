@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_COLOURS = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "pink", "olive", "cyan")]
 _BEYOND = 1.5  # rows long, and more is put into the last bar
 
 
@@ -31,17 +32,17 @@ def plot_lengths(groups: Mapping[str, Sequence[int]], capacity: int, out: Path, 
     edges = np.linspace(0, end, int(np.clip(2 * np.sqrt(len(values)), 12, 60)) + 1).tolist()
     axes.hist(
         [np.minimum(lengths, end) for lengths in groups.values()], bins=edges, stacked=True, edgecolor="white",
-        linewidth=0.3, label=[f"{name}: {len(lengths)}" for name, lengths in groups.items()],
+        linewidth=0.3, color=[_COLOURS[number % len(_COLOURS)] for number in range(len(groups))],
+        label=[f"{name}: {len(lengths)}" for name, lengths in groups.items()],
     )  # fmt: skip
     axes.axvline(capacity, color="tab:red", linestyle="--", label=f"a row: data.max_seq_len {capacity}")
     for share, style in ((50, ":"), (95, "-.")):
         at = float(np.percentile(values, share))
-        axes.axvline(
-            min(at, end), color="black", linestyle=style, linewidth=1, label=f"{share} % have at most {at:.0f}"
-        )
+        shown = [at] if at <= end else []
+        told = f"{share} % have at most {at:.0f}"
+        axes.vlines(shown, 0, 1, transform=axes.get_xaxis_transform(), colors="black", linestyles=style, label=told)
     if beyond:
-        told = f"{beyond} longer than {end},\nthe longest {values.max()}"
-        axes.annotate(told, (1, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
+        axes.plot([], [], " ", label=f"last bar: {beyond} longer than {end},\nthe longest {values.max()}")
     axes.set_xlim(0, end * 1.01)
     axes.set_xlabel("tokens of a document, media included")
     axes.set_ylabel(f"documents per {edges[1]:.0f} tokens")
@@ -50,6 +51,6 @@ def plot_lengths(groups: Mapping[str, Sequence[int]], capacity: int, out: Path, 
     axes.set_axisbelow(True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, alignment="left")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

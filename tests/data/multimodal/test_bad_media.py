@@ -24,6 +24,8 @@ GOOD = image_bytes(Image.fromarray(pixels()))
 ANSWER = {"role": "assistant", "content": "some words"}
 H264 = {"form": "mp4", "codec": "libx264", "pixel_format": "yuv420p"}
 VIDEO = video_bytes(moving(12, 96, 96), options={"movflags": "faststart"}, **H264)
+WAV, AIFF = (sound_bytes(tone(300, 0.5, 16_000), 16_000, form, "PCM_16") for form in ("WAV", "AIFF"))
+MP3 = sound_bytes(tone(300, 2, 16_000), 16_000, "MP3", "MPEG_LAYER_III")
 EMPTY_ROW = zlib.compress(b"\0" * 3)
 
 
@@ -88,6 +90,12 @@ MEDIA = {
     "a sound of a millisecond": (audio(sound_bytes(tone(300, 0.001, 16_000))), "qwen2_audio", "too short to hear"),
     "a sound without samples": (audio(sound_bytes(np.zeros((0, 2), np.float32))), OMNI, "without samples"),
     "a sound that is not finite": (audio(sound_bytes(np.full((900, 1), np.inf, np.float32))), OMNI, "not finite"),
+    "a WAV cut short": (audio(WAV[: len(WAV) // 2]), OMNI, r"ends after \d+ of \d+ bytes"),
+    "an AIFF cut short": (audio(AIFF[:-900]), OMNI, r"ends after \d+ of \d+ bytes"),
+    "an MP3 cut short": (audio(MP3[: len(MP3) // 2]), OMNI, r"ends after \d+ of \d+ samples"),
+    "HTML as video": (video("page.jpg"), "qwen2_vl", "no video that can be read"),
+    "a sound as video": (video(WAV), "qwen2_vl", "no pictures|no video that can be read"),
+    "a JPEG whose header alone is whole": (image(image_bytes(NOISE, "JPEG")[:-600]), "qwen3_vl", "JPEG is damaged"),
     "HTML as sound": (audio("page.jpg"), OMNI, "no sound that can be read"),
 }  # fmt: skip
 
@@ -164,6 +172,9 @@ def test_bad_conversations_are_named(case, policy, reader):
 UNUSUAL = {
     "CMYK": image(image_bytes(Image.fromarray(pixels()).convert("CMYK"), "JPEG")),
     "16-bit grey": image(image_bytes(Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30) * 70))),
+    "16-bit colour": image(png(2, 2, bits=16, colour=2, data=zlib.compress(2 * (b"\0" + bytes(range(12)))))),
+    "a palette with a transparent colour": image(image_bytes(NOISE.quantize(8), transparency=0)),
+    "a WAV whose writer did not know its length": audio(WAV[:4] + b"\xff" * 4 + WAV[8:]),
     "animated": image(image_bytes(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(90)])),
     "1 x 1": image(image_bytes(Image.new("RGB", (1, 1)))),
     "a data URL": image("data:image/png;base64," + base64.b64encode(GOOD).decode()),

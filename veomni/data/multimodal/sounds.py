@@ -16,6 +16,8 @@ from veomni.logging import create_logger
 logger = create_logger(__name__)
 
 _REPLACE = "replace the file, or remove the record"
+_SIZED = ((b"RIFF", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC"))  # beginnings with the size between
+_CARELESS_BYTES = 16  # by which some programs count their own headers wrongly
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def load_sound(content: bytes, name: str, rate: int, limits: MediaLimits | None 
         import soundfile
     except ImportError as error:
         raise MissingExtraError("soundfile", "audio") from error
+    _refuse_cut(content, name)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             limits.check_duration(name, file.frames / file.samplerate)
@@ -60,6 +63,16 @@ def load_sound(content: bytes, name: str, rate: int, limits: MediaLimits | None 
             return mono(samples.T, name, file.samplerate, rate)
     except soundfile.SoundFileError as error:
         raise MediaError(f"{name}: no sound that can be read ({error})", _REPLACE) from error
+
+
+def _refuse_cut(content: bytes, name: str) -> None:
+    """Raise MediaError for a WAV or AIFF shorter than it says; libsndfile would take what is left of it."""
+    if (content[:4], content[8:12]) not in _SIZED:
+        return
+    promised = int.from_bytes(content[4:8], "little" if content[:4] == b"RIFF" else "big") + 8
+    streamed = promised - 8 in (0, 0xFFFFFFFF)  # it was not known when the header was written
+    if not streamed and len(content) < promised - _CARELESS_BYTES:
+        raise MediaError(f"{name}: ends after {len(content)} of {promised} bytes", _REPLACE)
 
 
 def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -> Sound:
