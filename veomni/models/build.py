@@ -139,7 +139,8 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
         with registered_on_meta():
             return hf.construct(cls, config, attention)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{cls.__name__} cannot be built: {error}", "correct its configuration") from error
+        said = str(error).partition("\n")[0]  # AutoModel goes on with the name of every configuration there is
+        raise ModelError(f"{cls.__name__} cannot be built: {said}", "correct its configuration") from error
 
 
 def _take_generation_config(model: nn.Module, directory: Path) -> None:

@@ -68,6 +68,8 @@ def test_every_image_encoder_is_tested():
 @pytest.mark.parametrize("encoder", IMAGES)
 def test_a_conversation_goes_through_the_model(encoder):
     config = config_of(encoder)
+    if type(config.vision_config) not in transformers.MODEL_MAPPING:
+        pytest.skip(f"AutoModel of transformers {transformers.__version__} does not know {encoder}")
     transform = transform_of(config)
     sample = transform(conversation())
     model = materialized(config, attention="eager").train()
