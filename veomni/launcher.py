@@ -39,7 +39,6 @@ from veomni.batch import (
     StepWork,
     document_lengths,
     loss_weight,
-    sources_of,
 )
 from veomni.batch_keys import part_tokens
 from veomni.checkpoint_schedule import CheckpointSchedule
@@ -53,6 +52,7 @@ from veomni.precision import Precision, select_precision
 from veomni.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
 from veomni.reporter import Reporter
 from veomni.sequence_split import SequencePart
+from veomni.step_losses import part_losses, shared_loss, source_metrics, summed_parts
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import SetupContext
 from veomni.strategies.compile import compile_blocks
@@ -356,7 +356,7 @@ class Launcher:
             loss_weight=sum(loss_weight(micro) for micro in mine),
             stop=self._stop.requested,
             work=self.reporter.measure(mine),
-            parts=_summed(part_tokens(micro) for micro in mine),
+            parts=summed_parts(part_tokens(micro) for micro in mine),
             drained=drained,
         )
         if agreed.ranks_drained == self.world_size:
@@ -451,7 +451,7 @@ class Launcher:
         assert self._batch is not None, "call backward inside track() and accumulate()"
         if self._controller is not None:
             self._controller.before_backward()
-        shared = _shared_loss(loss, micro, self._batch)
+        shared = shared_loss(loss, micro, self._batch)
         self._batch.loss = self._batch.loss + shared.detach()
         (shared * self.state.size("loss")).backward()
         if self._controller is not None and micro.last:
@@ -459,12 +459,7 @@ class Launcher:
 
     def global_losses(self, batch: StepBatch) -> dict[str, Tensor]:
         """Return the mean loss of every part over its tokens of the step, equal on all ranks; to be logged by name."""
-        names = sorted(batch.losses)
-        if not names:
-            return {}
-        means = torch.stack([batch.losses[name] for name in names])
-        dist.all_reduce(means, group=self.state.group("loss"))
-        return {f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
+        return part_losses(batch, self.state)
 
     def source_metrics(self, batch: StepBatch) -> dict[str, float | int | None]:
         """Return what a mixture's sources have in the step, equal on all ranks; nothing for other data.
@@ -472,19 +467,7 @@ class Launcher:
         For each source, by its name: ``source_loss/NAME``, the (weighted) mean over its supervised tokens (None without
         any); ``source_samples/NAME`` and ``source_tokens/NAME``, its documents and their tokens, learned or not.
         """
-        sources = sources_of(batch.micro_batches)
-        if len(sources) < 2:
-            return {}
-        counts = torch.tensor(list(sources.values()), dtype=torch.float64).T / self.state.size("sequence")
-        losses = batch.source_sums
-        numbers = torch.cat([torch.zeros(2, len(sources)) if losses is None else losses.cpu(), counts])
-        dist.all_reduce(numbers)  # as ranks agree before a step: small, in float64, on the CPU
-        found: dict[str, float | int | None] = {}
-        for name, (loss, learned, documents, tokens) in zip(sources, numbers.T.tolist(), strict=True):
-            if losses is not None:
-                found[f"source_loss/{name}"] = loss / learned if learned else None
-            found |= {f"source_samples/{name}": round(documents), f"source_tokens/{name}": round(tokens)}
-        return found
+        return source_metrics(batch, self.state)
 
     def global_loss(self, batch: StepBatch) -> Tensor:
         """Return the (weighted) mean over all supervised tokens of the step, equal on all ranks."""
@@ -578,36 +561,6 @@ class Launcher:
         self.reporter.close("preempted")
         self.checkpoints.close()
         raise SystemExit(EXIT_PREEMPTED)
-
-
-def _shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: StepBatch) -> Tensor:
-    """Return a micro-batch's part of the step's mean loss; parts are remembered in the batch."""
-    if isinstance(loss, Tensor):
-        return loss * _share("text", micro, batch)
-    shares = {name: part * _share(name, micro, batch) for name, part in loss.items()}
-    for name, part in shares.items():
-        batch.losses[name] = batch.losses.get(name, torch.zeros_like(batch.loss)) + part.detach()
-    return torch.stack(list(shares.values())).sum()
-
-
-def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
-    """Return which share a micro-batch has of what a part's loss is the mean over."""
-    if name == "text":
-        return micro.loss_weight / (batch.loss_weight or 1.0)
-    if name not in batch.part_tokens:
-        raise ModelError(
-            f"a loss called {name!r} is the mean over nobody knows how many tokens",
-            "register a key with KeyRule(counts=...) that tells them (veomni/batch_keys.py)",
-        )
-    return micro.part_tokens[name] / max(1, batch.part_tokens[name])
-
-
-def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return the sums by name over micro-batches; every known part is in it, also without any."""
-    total = part_tokens({})
-    for one in counts:
-        total = {name: total[name] + one[name] for name in total}
-    return total
 
 
 def _has_document(micro_batches: Sequence[Mapping[str, Any]]) -> bool:
