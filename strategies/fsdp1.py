@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     ShardingStrategy,
 )
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
@@ -116,6 +117,7 @@ class FSDP1(ParameterStrategy):
             use_orig_params=True,
             ignored_states=[parameter for unit in self._expert_units for parameter in unit.parameters()],  # type: ignore[attr-defined]
         )
+        wrapped.register_forward_hook(_reshard_units_without_backward)
         if self._expert_units:
             wrapped.register_forward_hook(reshard_without_backward)
         return wrapped
@@ -160,6 +162,16 @@ class FSDP1(ParameterStrategy):
         if experts:
             total += sharded_grad_norm(experts, device).to(wide).square()
         return total.sqrt()
+
+
+def _reshard_units_without_backward(model: nn.Module, args: Any, output: Any) -> None:
+    """Free what FSDP1 leaves gathered for a backward that does not come: an optimizer would step on the copies."""
+    if torch.is_grad_enabled():
+        return
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        handle = unit._handle
+        if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+            _reshard(unit, handle, free_unsharded_flat_param=True)
 
 
 def _collective_device(model: nn.Module) -> torch.device:

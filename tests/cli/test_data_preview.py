@@ -137,3 +137,17 @@ def test_text_has_a_histogram_too(tmp_path, capsys):
     )
     assert "rows of 32 tokens" in printed
     assert Image.open(tmp_path / "x.png").size == (1080, 540)
+
+
+def test_sources_come_in_turn_and_texts_beside_media(config, capsys, tmp_path):
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"plain {n}"}) + "\n" for n in range(3)))
+    sources = [
+        {"path": "train.jsonl", "name": "talks"}, {"path": "plain.jsonl", "name": "texts", "data_type": "plaintext"},
+    ]  # fmt: skip
+    given = ["--data.train_path", "null", "--data.sources", json.dumps(sources), "--train.max_steps", "1"]
+    printed = preview(capsys, config, "--rows", "4", *given)
+    titles = [line.strip("\u2500 ") for line in printed.splitlines() if ".jsonl, line" in line]
+    assert [title.partition(":")[0] for title in titles] == ["talks", "texts", "talks", "texts"]
+    assert "plain 1" in printed
+    assert "image 1: 160 x 120" in printed
+    assert "7 documents" in printed

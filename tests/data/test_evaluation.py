@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.data.stream_files import jsonl
+from tests.data.test_source_losses import LAYOUTS
 from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.oracle import initial_model
@@ -19,7 +20,7 @@ from veomni.errors import DataError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.sequence_split import SequencePart, document_numbers
-from veomni.strategies import DDP, FSDP2, ContextParallel, Single, Ulysses
+from veomni.strategies import Single
 from veomni.strategies.compute_dtype import Float64Throughout
 
 COUNTS = {"sums": 11, "long": 7, "rare": 2}
@@ -99,16 +100,6 @@ def truth(folder):
         found[f"eval_loss/{name}"] = sums[name][0] / sums[name][1]
         found[f"eval_accuracy/{name}"] = sum(answers[name]) / len(answers[name])
     return found
-
-
-LAYOUTS = {
-    "single": (1, Single, 1, True),
-    "single, logits": (1, Single, 8, False),
-    "ddp 2": (2, DDP, 2, True),
-    "fsdp2 4": (4, FSDP2, 1, True),
-    "fsdp2 2 x ulysses 2": (4, lambda: [FSDP2(), Ulysses(2)], 2, True),
-    "ddp x ring 2": (2, lambda: [DDP(), ContextParallel(2)], 1, False),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from veomni.metrics import plot_loss
+from veomni.reporter import Reporter
 
 
 def rows(steps: int, eval_every: int = 0) -> list[dict]:
@@ -78,3 +79,8 @@ plot_loss(Path({str(path)!r}), Path({str(tmp_path / "x.png")!r}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_loop_that_never_logs_has_no_picture(tmp_path: Path) -> None:
+    Reporter(tmp_path, plot=True).close("finished")
+    assert not (tmp_path / "loss.png").exists()

@@ -140,9 +140,10 @@ def one_step(strategies, balance):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).losses, micro)
         losses = {name: loss.item() for name, loss in launcher.global_losses(batch).items()}
+        held_out = launcher.evaluate(model, [micro_batches], answers=True)
         found = losses, launcher.global_loss(batch).item(), whole_gradients(model)
     launcher.close()
-    return found
+    return *found, held_out
 
 
 LAYOUTS = {
@@ -158,9 +159,13 @@ LAYOUTS = {
 def test_every_loss_is_a_mean_over_its_own_tokens_of_all_ranks(layout):
     sums, expected = truth()
     ranks, strategies = LAYOUTS[layout]
-    for losses, total, found in run_ranks(one_step, ranks, strategies, layout == "balanced", init=False):
+    for losses, total, found, held_out in run_ranks(one_step, ranks, strategies, layout == "balanced", init=False):
         assert losses == pytest.approx({f"loss_{name}": value for name, value in sums.items()}, rel=1e-12)
         assert total == pytest.approx(sum(sums.values()), rel=1e-12)
+        assert held_out["eval_loss"] == pytest.approx(sums["text"], rel=1e-12)
+        assert {f"eval_loss_{name}" for name in sums} - held_out.keys() == {"eval_loss_text"}
+        for name in ("codes", "latents"):
+            assert held_out[f"eval_loss_{name}"] == pytest.approx(sums[name], rel=1e-12)
         assert worst({key: found[key] for key in expected}, expected) <= 1e-12
         assert all(not found[key].any() for key in found.keys() - expected.keys())
 

@@ -31,12 +31,12 @@ class DataConfig(Section):
         default=None,
         description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "
         "WebDataset tar, a saved Hugging Face dataset), or a built-in corpus: python-stdlib (the sources of this "
-        "machine's Python), handwritten-digits-train, keypad-tones-train, number-words-train.",
+        "machine's Python), handwritten-digits-train, digit-drawings-train, keypad-tones-train, number-words-train.",
     )
     sources: list[SourceConfig] = Field(
         default=[],
-        description="Instead of train_path: what is mixed, each with path, name, weight, and, where they differ from "
-        "those here, data_type, format, text_key and messages_key. Read as a stream.",
+        description="Instead of train_path: what is mixed, each with path, name, weight, eval_path, and, where they "
+        "differ from those here, data_type, format, text_key and messages_key. Read as a stream.",
     )
     weigh_by: Literal["sample", "token"] = Field(
         default="sample", description="Whether the weights of sources are shares of the samples or of their tokens."

@@ -80,11 +80,21 @@ def check_policy(policy: str) -> None:
         raise ConfigError(f"data.overlong: no policy is called {policy!r}", fix)
 
 
-def refuse_overlong(where: str, tokens: int, capacity: int, documents: int | None = None) -> NoReturn:
-    """Raise DataError for the document called ``where``; there are so many ``documents`` like it, if that is known."""
+def refuse_overlong(
+    where: str, tokens: int, capacity: int, documents: int | None = None, *, helps: str = "split, truncate or drop"
+) -> NoReturn:
+    """Raise DataError for the document called ``where``.
+
+    Args:
+        where: File and record.
+        tokens: Of the document.
+        capacity: Tokens of a row.
+        documents: How many are like it, if that is known.
+        helps: Policies under which it would be no error.
+    """
     such = f" ({documents} such documents)" if documents is not None else ""
     problem = f"{where}: {tokens} tokens, more than data.max_seq_len {capacity}{such}"
-    raise DataError(problem, "raise data.max_seq_len, or set data.overlong to split, truncate or drop")
+    raise DataError(problem, f"raise data.max_seq_len, or set data.overlong to {helps}")
 
 
 def _split(lengths: NDArray[np.int64], capacity: int) -> Samples:

@@ -25,6 +25,7 @@ _MADE: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "number-words": number_words,
 }
 _PARTS = ("train", "test")
+_FORMAT = 1  # to be raised when what is made changes: it is kept under this number
 CORPORA = (PYTHON_STDLIB, *(f"{name}-{part}" for name in _MADE for part in _PARTS))
 """Names of all built-in data."""
 
@@ -42,7 +43,7 @@ def corpus_files(name: str, cache_dir: Path) -> list[Path]:
     if name == PYTHON_STDLIB:
         return python_stdlib_files()
     kind, _, part = name.rpartition("-")
-    directory = cache_dir / "corpora" / name
+    directory = cache_dir / "corpora" / str(_FORMAT) / name
 
     def build(empty: Path) -> None:
         write_records(_MADE[kind](part), empty)

@@ -78,7 +78,7 @@ class MediaSamples:
         tokens = len(planned.ids)
         if tokens > self._collator.max_seq_len:
             if not self._drops:
-                refuse_overlong(document.where, tokens, self._collator.max_seq_len)
+                refuse_overlong(document.where, tokens, self._collator.max_seq_len, helps="drop")
             return Made([])
         seen = [self._transform.family.media_tokens(media.text) for media in planned.media]
         cost = tokens * tokens + sum(self._patches(media) ** 2 for media in planned.media)
