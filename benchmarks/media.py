@@ -42,11 +42,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from veomni.batch import IGNORE_INDEX
+from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.split import WHOLE_ROWS
 from veomni.config import Config
 from veomni.data import CHAT_TEMPLATES, train_byte_bpe
 from veomni.from_config import load_batches, load_datasets, load_media_transform, load_tokenizer
-from veomni.sequence_split import WHOLE_ROWS
 
 ROW = 8192  # tokens
 TOGETHER = 4  # conversations in a batch of the plain loop

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from veomni.models.experts import run_experts
+from veomni.models.build.experts import run_experts
 from veomni.ops.experts.layout import find_activation
 
 ROUNDS = 3

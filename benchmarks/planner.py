@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from veomni.data.balance import balanced_share
-from veomni.data.lookahead import LookAhead
-from veomni.data.packing import best_fit_decreasing, epoch_bins
+from veomni.data.packing.balance import balanced_share
+from veomni.data.packing.best_fit import best_fit_decreasing, epoch_bins
+from veomni.data.packing.lookahead import LookAhead
 
 
 def neat_packing(lengths: np.ndarray, capacity: int) -> np.ndarray:

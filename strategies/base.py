@@ -1,7 +1,7 @@
 """The contract of a strategy: what it needs of the mesh, and what it does to a model, a batch and the gradients.
 
 Strategies compose. Exactly one of them holds the parameters (:class:`ParameterStrategy`); others split sequences,
-experts or tensors beside it. A strategy reads a :class:`~veomni.plan.ParallelPlan` and never a model's name.
+experts or tensors beside it. A strategy reads a :class:`~veomni.parallel.plan.ParallelPlan` and never a model's name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
-from veomni.mesh import ParallelState
-from veomni.plan import ParallelPlan
-from veomni.precision import Precision
+from veomni.parallel.mesh import ParallelState
+from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.transforms.precision import Precision
 
 Materialize = Callable[[nn.Module, str], None]
 """Gives the meta parameters and buffers under a module (its name in the model second) their storage and values."""

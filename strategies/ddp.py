@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from veomni.strategies.base import ParameterStrategy, SetupContext
-from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.grad_norm import sharded_grad_norm
+from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class DDP(ParameterStrategy):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.errors import LayoutError, ModelError
-from veomni.mesh import ParallelState
-from veomni.ops.expert_exchange import EXCHANGE, Departed, ExpertExchange
-from veomni.ops.shared_experts import shared_experts_beside
-from veomni.plan import ParallelPlan
-from veomni.precision import Precision
-from veomni.strategies.lone_shard import reduce_in_place
+from veomni.ops.experts.exchange import EXCHANGE, Departed, ExpertExchange
+from veomni.ops.experts.shared import shared_experts_beside
+from veomni.parallel.mesh import ParallelState
+from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.transforms.precision import Precision
 
 ExchangeSize = Literal["exact", "fixed"]
 _FIX = "set train.expert_parallel_size to 1"

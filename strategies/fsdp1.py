@@ -26,13 +26,13 @@ from typing_extensions import override
 
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
-from veomni.mesh import ParallelState
-from veomni.plan import ParallelPlan
+from veomni.parallel.mesh import ParallelState
+from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import ParameterStrategy, SetupContext
-from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
 from veomni.strategies.fsdp2 import reshard_without_backward
 from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
+from veomni.strategies.transforms.compute_dtype import compute_in
 
 logger = create_logger(__name__)
 

@@ -17,14 +17,14 @@ from torch.distributed.fsdp import (
 )
 from typing_extensions import override
 
-from veomni.mesh import ParallelState
-from veomni.plan import ParallelPlan
+from veomni.compat.fsdp_copy_in import copy_one_by_one
+from veomni.compat.inplace_reduce_scatter import reduce_in_place
+from veomni.parallel.mesh import ParallelState
+from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import ParameterStrategy, SetupContext
-from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
 from veomni.strategies.grad_norm import sharded_grad_norm
-from veomni.strategies.gradient_copy import copy_one_by_one
-from veomni.strategies.lone_shard import reduce_in_place
+from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class FSDP2(ParameterStrategy):

@@ -10,8 +10,8 @@ from veomni.strategies.base import ParameterStrategy, Strategy
 from veomni.strategies.ddp import DDP
 from veomni.strategies.fsdp1 import FSDP1
 from veomni.strategies.fsdp2 import FSDP2
+from veomni.strategies.sequence.ulysses import Ulysses
 from veomni.strategies.single import Single
-from veomni.strategies.ulysses import Ulysses
 
 _BUILT_IN = {strategy.name: strategy for strategy in (Single, DDP, FSDP1, FSDP2)}
 

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from veomni.errors import LayoutError
 from veomni.strategies.base import ParameterStrategy, SetupContext
-from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.grad_norm import sharded_grad_norm
+from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class Single(ParameterStrategy):

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 from veomni.version import __version__
 
 if TYPE_CHECKING:
-    from veomni.checkpoint_schedule import CheckpointSchedule
     from veomni.config import Config, load_config, save_args
     from veomni.data import build_dataloader, build_dataset
     from veomni.launch import entrypoint
     from veomni.launcher import Launcher
     from veomni.logging import create_logger
-    from veomni.mesh import ParallelDims, get_parallel_state
+    from veomni.loop.checkpoint_schedule import CheckpointSchedule
+    from veomni.loop.reporter import Reporter
     from veomni.models import build_config, build_model, build_processor, build_tokenizer
     from veomni.optim import build_scheduler
-    from veomni.reporter import Reporter
+    from veomni.parallel.mesh import ParallelDims, get_parallel_state
 
 # Importing a name imports its module, and nothing before that: `import veomni` stays as cheap as `import torch`.
 _HOMES = {
-    "CheckpointSchedule": "veomni.checkpoint_schedule",
+    "CheckpointSchedule": "veomni.loop.checkpoint_schedule",
     "Config": "veomni.config",
     "Launcher": "veomni.launcher",
-    "ParallelDims": "veomni.mesh",
-    "Reporter": "veomni.reporter",
+    "ParallelDims": "veomni.parallel.mesh",
+    "Reporter": "veomni.loop.reporter",
     "build_config": "veomni.models",
     "build_dataloader": "veomni.data",
     "build_dataset": "veomni.data",
@@ -35,7 +35,7 @@ _HOMES = {
     "build_tokenizer": "veomni.models",
     "create_logger": "veomni.logging",
     "entrypoint": "veomni.launch",
-    "get_parallel_state": "veomni.mesh",
+    "get_parallel_state": "veomni.parallel.mesh",
     "load_config": "veomni.config",
     "save_args": "veomni.config",
 }

@@ -10,24 +10,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from veomni.accelerators import select_accelerator
-from veomni.checkpoint_schedule import CheckpointSchedule
+from veomni.batch.split import SequencePart
 from veomni.config import Config, TrainConfig, check_layout, save_args
 from veomni.config.layout import local_processes
 from veomni.errors import ConfigError, LayoutError
 from veomni.launch import detect_environment
 from veomni.launcher import Launcher
-from veomni.precision import select_precision
-from veomni.reporter import Reporter
-from veomni.sequence_split import SequencePart
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.loop.reporter import Reporter
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ParameterStrategy, Single, Strategy, Ulysses
 from veomni.strategies.expert_parallel import refuse_experts
+from veomni.strategies.transforms.precision import select_precision
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from veomni.data import Mixture, PackedDataLoader, StreamLoader, TextDataset
     from veomni.data.multimodal import MultimodalTransform
-    from veomni.data.samples import SampleMaker
+    from veomni.data.text.samples import SampleMaker
     from veomni.loggers import Logger
 
 
@@ -80,7 +80,7 @@ def build_launcher(config: Config) -> Launcher:
 def _check_shared_rows(config: Config) -> None:
     """Refuse heads and rows that ranks cannot share, before any of them is started."""
     from veomni.models import build_config
-    from veomni.ops.ulysses_attention import refuse_heads
+    from veomni.ops.attention.ulysses import refuse_heads
 
     section, train = config.model, config.train
     part = SequencePart(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
@@ -206,10 +206,6 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
         ConfigError: no family is known for the model, or it has no such setting.
         DataError: there is no chat template.
     """
-    from veomni.data.cache import cache_directory
-    from veomni.data.chat_templates import find_chat_template
-    from veomni.data.fetch import Fetch
-    from veomni.data.formats import MESSAGES
     from veomni.data.multimodal import (
         FeatureCache,
         MediaLimits,
@@ -219,8 +215,12 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
         build_family,
         settings_of,
     )  # fmt: skip
+    from veomni.data.sources.cache import cache_directory
+    from veomni.data.sources.fetch import Fetch
+    from veomni.data.sources.formats import MESSAGES
+    from veomni.data.text.chat_templates import find_chat_template
     from veomni.models import build_config
-    from veomni.models.config import find_directory
+    from veomni.models.build.config import find_directory
 
     model, data, media = config.model, config.data, config.data.media
     source = model.config_path or model.model_path
@@ -246,10 +246,10 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
 def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any, part: SequencePart) -> SampleMaker:
     """Return what makes samples and micro-batches of a dataset of conversations with media."""
     from veomni.data import Mixture
-    from veomni.data.build_dataloader import text_samples
-    from veomni.data.digests import digest, tokenizer_digest
+    from veomni.data.loading.build_dataloader import text_samples
     from veomni.data.multimodal import MediaSamples, SkipBadMedia, settings_of
     from veomni.data.multimodal.collate import MultimodalCollator
+    from veomni.data.sources.digests import digest, tokenizer_digest
 
     data, media = config.data, config.data.media
     transform = load_media_transform(config, tokenizer)

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from veomni.accelerators import Accelerator, select_accelerator
-from veomni.agreement import agree
-from veomni.batch import (
+from veomni.batch.fields import part_tokens
+from veomni.batch.micro_batch import (
     LOSS_WEIGHTS,
     SOURCE_IDS,
     MicroBatch,
@@ -40,24 +40,24 @@ from veomni.batch import (
     document_lengths,
     loss_weight,
 )
-from veomni.batch_keys import part_tokens
-from veomni.checkpoint_schedule import CheckpointSchedule
+from veomni.batch.split import SequencePart
 from veomni.errors import EXIT_PREEMPTED, ModelError
-from veomni.evaluation import Evaluation
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
-from veomni.mesh import ParallelDims, ParallelState, set_parallel_state
-from veomni.ops.tower_balance import balance_towers
-from veomni.precision import Precision, select_precision
-from veomni.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
-from veomni.reporter import Reporter
-from veomni.sequence_split import SequencePart
-from veomni.step_losses import part_losses, shared_loss, source_metrics, summed_parts
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.loop.evaluation import Evaluation
+from veomni.loop.losses import part_losses, shared_loss, source_metrics, summed_parts
+from veomni.loop.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
+from veomni.loop.reporter import Reporter
+from veomni.loop.sync import agree
+from veomni.parallel.mesh import ParallelDims, ParallelState, set_parallel_state
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import SetupContext
-from veomni.strategies.compile import compile_blocks
-from veomni.strategies.recompute import Recompute, apply_recompute
 from veomni.strategies.select import parameter_strategy, select_strategies
+from veomni.strategies.transforms.activation_checkpointing import Recompute, apply_recompute
+from veomni.strategies.transforms.compile import compile_blocks
+from veomni.strategies.transforms.encoder_balance import balance_towers
+from veomni.strategies.transforms.precision import Precision, select_precision
 
 if TYPE_CHECKING:
     from veomni.models import LossContext, TokenMeanLoss

@@ -25,7 +25,7 @@ from veomni.checkpoint.safe_storage import _MetadataUnpickler
 from veomni.errors import CheckpointError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.models.gather import full_tensors
+from veomni.models.weights.gather import full_tensors
 
 
 def train(directory, layout, *, load, steps, save_at=None, async_save=False):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tests.harness import run_ranks
-from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.launcher import Launcher
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.strategies import FSDP2, Single
 
 

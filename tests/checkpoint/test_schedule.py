@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from tests.harness import RankFailed, run_ranks
-from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import EXIT_PREEMPTED, CheckpointError
 from veomni.launcher import Launcher
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.strategies import FSDP2, Single
 
 

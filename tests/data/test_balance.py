@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from veomni.data.balance import balanced_share
+from veomni.data.packing.balance import balanced_share
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (2, 1), (4, 2), (8, 1)])

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from veomni.data import train_byte_bpe
-from veomni.data.byte_bpe import SPECIAL_TOKENS, _thinned
+from veomni.data.text.byte_bpe import SPECIAL_TOKENS, _thinned
 from veomni.errors import ConfigError
 
 TEXTS = [f"def function_{n}(argument):\n    return argument + {n}\n" for n in range(200)]

@@ -12,7 +12,7 @@ import pytest
 
 from veomni.config import BUILTIN_CORPORA
 from veomni.data import CORPORA, build_dataset
-from veomni.data.corpora import corpus_files
+from veomni.data.sources.corpora import corpus_files
 from veomni.errors import MissingExtraError
 
 ROWS, COLUMNS, KEYS = (697, 770, 852, 941), (1209, 1336, 1477), ("123", "456", "789", "*0#")

@@ -14,14 +14,14 @@ from tests.data.test_source_losses import LAYOUTS
 from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.oracle import initial_model
-from veomni.batch import IGNORE_INDEX
+from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.split import SequencePart, document_numbers
 from veomni.data import DataSource, build_dataloader, build_dataset
 from veomni.errors import DataError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.sequence_split import SequencePart, document_numbers
 from veomni.strategies import Single
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 COUNTS = {"sums": 11, "long": 7, "rare": 2}
 ROW = 32
@@ -151,7 +151,7 @@ def test_numbers_of_documents_without_packing():
     whole = SequencePart()
     assert document_numbers({"input_ids": ids}, whole).tolist() == [[0] * 4, [1] * 4]
     assert document_numbers({"input_ids": ids, "attention_mask": mask}, whole).tolist() == [[0] * 4, [1] * 4]
-    from veomni.batch import PackedInputs
+    from veomni.batch.micro_batch import PackedInputs
 
     packed = PackedInputs(input_ids=ids)
     packed.document_lengths = (1, 2, 3)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from veomni.data.fetch import Fetch
+from veomni.data.sources.fetch import Fetch
 from veomni.errors import MediaError
 
 

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from tests.data.stream_files import jsonl
-from veomni.batch import IGNORE_INDEX
+from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.data import CHAT_TEMPLATES, FORMATS, build_dataloader, build_dataset
-from veomni.data.formats import RecordFormat
-from veomni.data.records import Document
+from veomni.data.sources.formats import RecordFormat
+from veomni.data.sources.records import Document
 
 USER, ANSWER = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2."}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data.conftest import DOCUMENTS, sentence
-from veomni.batch import IGNORE_INDEX
+from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.data import WorkerError, build_dataloader, build_dataset
 from veomni.errors import CheckpointError, LayoutError
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.data.stream_files import KINDS, add, jsonl, records, write_tar
 from veomni.data import DataSource, build_dataset
-from veomni.data.archives import TarFile
-from veomni.data.blocks import JsonRanges
-from veomni.data.locations import local_file, remote_files, shown
+from veomni.data.loading.blocks import JsonRanges
+from veomni.data.sources.archives import TarFile
+from veomni.data.sources.locations import local_file, remote_files, shown
 
 ROWS = records(23)
 
@@ -87,7 +87,7 @@ def test_ranges_hold_every_line_once_wherever_they_are_cut(tmp_path, monkeypatch
     )
     expected = [document.record["text"] for document in build_dataset(str(path))[0]]
     for size in (1, 2, 3, 15, 16, 17, 100, 10_000):
-        monkeypatch.setattr("veomni.data.blocks._RANGE", size)
+        monkeypatch.setattr("veomni.data.loading.blocks._RANGE", size)
         ranges = JsonRanges(local_file(path))
         parts = [ranges.open(block) for block in range(len(ranges))]
         assert [part[index].record["text"] for part in parts for index in range(len(part))] == expected, size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from veomni.data.lookahead import LookAhead
+from veomni.data.packing.lookahead import LookAhead
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.data.stream_files import jsonl
-from veomni.batch import IGNORE_INDEX, loss_weight
+from veomni.batch.micro_batch import IGNORE_INDEX, loss_weight
+from veomni.batch.split import SequencePart, split_rows
 from veomni.data import CHAT_TEMPLATES, build_dataloader, build_dataset
-from veomni.data.conversation import tokenize_conversations
-from veomni.data.records import Document, conversation_of
-from veomni.sequence_split import SequencePart, split_rows
+from veomni.data.sources.records import Document, conversation_of
+from veomni.data.text.conversation import tokenize_conversations
 
 TURNS = [
     {"role": "user", "content": "Where do rows end?"},
@@ -201,7 +201,7 @@ def test_weights_are_shifted_with_the_labels(ulysses, cp, tokenizer, tmp_path):
 
 
 def test_weights_that_float32_cannot_tell_from_0_and_1_are_those():
-    from veomni.data.token_weights import token_weights
+    from veomni.data.text.token_weights import token_weights
 
     assert token_weights([1 + 1e-12, 0, 1e-60]).tolist() == [True, False, False]
     assert token_weights([0.1, 0]).tolist() == [np.float32(0.1), 0]

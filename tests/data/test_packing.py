@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from veomni.data.order import Permutation, hashed_uniform, shuffled
-from veomni.data.packing import best_fit_decreasing, epoch_bins
+from veomni.data.packing.best_fit import best_fit_decreasing, epoch_bins
+from veomni.data.packing.order import Permutation, hashed_uniform, shuffled
 
 
 def one_by_one(lengths, capacity):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from veomni.batch import IGNORE_INDEX, supervised_tokens
+from veomni.batch.micro_batch import IGNORE_INDEX, supervised_tokens
 from veomni.data import build_dataloader, build_dataset
 
 PAD, ROW = 1, 52

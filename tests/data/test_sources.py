@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from veomni.data import PYTHON_STDLIB, build_dataset
-from veomni.data.corpora.python_stdlib import python_stdlib_files
+from veomni.data.sources.corpora.python_stdlib import python_stdlib_files
 from veomni.errors import DataError, MissingExtraError
 
 RECORDS = [{"id": n, "text": f"document {n} ☃" * (n % 4 + 1)} for n in range(25)]

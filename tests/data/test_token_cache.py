@@ -11,8 +11,9 @@ import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
 from tests.harness import run_ranks
-from veomni.data import build_dataset, build_once
-from veomni.data.token_cache import tokenize
+from veomni.data import build_dataset
+from veomni.data.sources import build_once
+from veomni.data.text.token_cache import tokenize
 
 
 def entries(cache):

@@ -15,7 +15,7 @@ from tests.launch.conftest import wait_until
 from veomni.errors import LaunchError
 from veomni.launch import collective_timeout
 from veomni.launcher import Launcher
-from veomni.mesh import AXES, VIEWS
+from veomni.parallel.mesh import AXES, VIEWS
 from veomni.strategies import DDP, FSDP2
 
 

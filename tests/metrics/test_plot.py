@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from veomni.loop.reporter import Reporter
 from veomni.metrics import plot_loss
-from veomni.reporter import Reporter
 
 
 def rows(steps: int, eval_every: int = 0) -> list[dict]:

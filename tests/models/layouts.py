@@ -69,7 +69,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def same_files(left: Path, right: Path) -> bool:
     """Whether two model directories hold the same tensors, in whatever files."""
-    from veomni.models.safetensors_files import SafetensorsFiles
+    from veomni.models.weights.safetensors_files import SafetensorsFiles
 
     one, two = SafetensorsFiles(left), SafetensorsFiles(right)
     return sorted(one.names) == sorted(two.names) and all(torch.equal(one.read(n), two.read(n)) for n in one.names)

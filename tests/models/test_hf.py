@@ -1,6 +1,6 @@
 """The contract with transformers: each name that is not exported and that veomni relies on, and what it does.
 
-When one of these fails after an upgrade of transformers, `veomni/models/hf.py` is the only file to change.
+When one fails after an upgrade of transformers, `veomni/models/transformers_api/hf.py` is the only file to change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, WeightConverter, conversion_mapping, c
 
 import veomni
 from tests.models.tiny import tiny_config
-from veomni.models import hf
+from veomni.models.transformers_api import hf
 
 PACKAGE = Path(veomni.__file__).parent
 
@@ -31,7 +31,7 @@ def test_hf_is_the_only_file_that_imports_what_is_not_exported():
                 and node.module == "transformers"
                 and not all(hasattr(transformers, alias.name) for alias in node.names)
             )
-            if (inner or absent) and path != PACKAGE / "models" / "hf.py":
+            if (inner or absent) and path.parent != PACKAGE / "models" / "transformers_api":
                 offenders.append(f"{path}:{node.lineno}")
     assert offenders == []
 

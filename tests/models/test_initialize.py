@@ -16,8 +16,8 @@ from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
 from veomni.models import Materializer, build_model
-from veomni.models.constructor import constructor_values
-from veomni.models.gather import full_tensors
+from veomni.models.build.constructor import constructor_values
+from veomni.models.weights.gather import full_tensors
 
 
 def normally(config: transformers.PreTrainedConfig, like: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ from veomni.models import (
     prepare_towers,
 )
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 TINY = Path(__file__).parent / "tiny_omni.json"
 IMAGE, SOUND, CODE, LATENT, ROW = 120, 121, 122, 123, 48

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.models import build_model, derive_plan
-from veomni.plan import ParallelPlan
+from veomni.parallel.plan import ParallelPlan
 
 
 def numbered(prefix: str, count: int = 2) -> list[str]:

@@ -15,8 +15,8 @@ from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
 from veomni.models import Materializer, build_model
-from veomni.models.gather import full_tensors
-from veomni.models.safetensors_files import SafetensorsFiles
+from veomni.models.weights.gather import full_tensors
+from veomni.models.weights.safetensors_files import SafetensorsFiles
 
 
 def saved(name: str, directory, shard_size: str = "5GB", **changes) -> torch.nn.Module:

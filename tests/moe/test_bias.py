@@ -13,9 +13,9 @@ from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, micro_batches
 from tests.moe.test_load import truth as load_truth
 from tests.parity.documents import global_rows
-from veomni.checkpoint_schedule import CheckpointSchedule
 from veomni.errors import ModelError
 from veomni.launcher import Launcher
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.models import build_model, unwrap
 from veomni.moe import MoEOptions
 

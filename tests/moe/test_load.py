@@ -18,11 +18,11 @@ from tests.parity.oracle import initial_model, vocabulary
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.errors import DataError, NonFiniteError
 from veomni.launcher import Launcher
+from veomni.loop.reporter import Reporter
 from veomni.models import build_model
 from veomni.moe import ExpertLoad, MoEOptions
 from veomni.moe.routers import Listener
-from veomni.reporter import Reporter
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 
 @functools.cache

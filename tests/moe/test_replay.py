@@ -17,7 +17,7 @@ from veomni.errors import DataError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import MoEOptions, RoutingLog, find_routers, record_routing, replay_routing
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 MODELS = ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"]
 

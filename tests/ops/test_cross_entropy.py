@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import veomni.ops.cross_entropy as ops
-from veomni.batch import IGNORE_INDEX
+import veomni.ops.loss.cross_entropy as ops
+from veomni.batch.micro_batch import IGNORE_INDEX
 
 
 def _inputs(dtype, bias):

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.harness import run_ranks
-from veomni.ops.expert_exchange import Departed, ExpertExchange, exchange_experts
-from veomni.ops.shared_experts import shared_experts_beside
+from veomni.ops.experts.exchange import Departed, ExpertExchange, exchange_experts
+from veomni.ops.experts.shared import shared_experts_beside
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 13, 6, 8, 3
 OPTIONS = [

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.harness import run_ranks
+from veomni.batch.split import SequencePart
 from veomni.errors import LayoutError, ModelError
-from veomni.ops.block_attention import attend, merge_into, select_kernel
-from veomni.ops.ring_attention import MaskRule, RingAttention, ring_attention
-from veomni.sequence_split import SequencePart
+from veomni.ops.attention.block import attend, merge_into, select_kernel
+from veomni.ops.attention.ring import MaskRule, RingAttention, ring_attention
 
 SEQ, HEAD_DIM = 48, 8
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 20 + [2] * 1 + [3] * 20, [0] * 33 + [1] * 15])

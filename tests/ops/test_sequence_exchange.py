@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import run_ranks
-from veomni.ops.sequence_exchange import (
+from veomni.ops.comm.sequence_exchange import (
     gather_heads_scatter_seq,
     gather_seq_scatter_heads,
     gather_sequence,

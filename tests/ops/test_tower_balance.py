@@ -15,8 +15,8 @@ from tests.strategies.test_absent_media import ROW, STEPS, step_of, truth, weigh
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model, freeze
-from veomni.ops.tower_balance import assign
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
+from veomni.strategies.transforms.encoder_balance import assign
 
 HEAVY = [("image", (1, 8, 8)), ("text", 3), ("image", (1, 8, 8)), ("image", (1, 4, 4)), ("text", 2)]
 STEPS = {**STEPS, "one rank has all": [[[HEAVY], [HEAVY]], [[absent.TEXT], [absent.TEXT]]]}

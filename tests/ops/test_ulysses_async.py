@@ -13,7 +13,7 @@ from tests.models.tiny import tiny_config
 from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.ops.ulysses_async import attention_modules, why_not_overlapped
+from veomni.ops.attention.ulysses_async import attention_modules, why_not_overlapped
 from veomni.strategies import DDP, Ulysses
 
 WIDE = {

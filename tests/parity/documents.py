@@ -40,7 +40,7 @@ def supervised(documents: list[Document]) -> int:
 
 
 def pack(rows: list[list[Document]]) -> dict[str, object]:
-    """One micro-batch ``[len(rows), ROW]`` as the loader's contract in veomni/batch.py has it."""
+    """One micro-batch ``[len(rows), ROW]`` as the loader's contract in veomni/batch/micro_batch.py has it."""
     keys: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
     lengths: list[int] = []
     for documents in rows:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.models.tiny import tiny_config
 from tests.parity.documents import IGNORE, Document, global_rows, supervised
 from veomni.models import Materializer, build_model
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 
 @dataclass

@@ -96,7 +96,7 @@ def test_experts_without_a_token_get_zero_gradients(choice, layout, tmp_path):
 
 
 def skip_experts_without_rows(launcher: Launcher) -> None:
-    from veomni.models import experts
+    from veomni.models.build.model import experts
 
     run = experts.expert_rows
     experts.expert_rows = lambda module, rows, offsets, backend: (

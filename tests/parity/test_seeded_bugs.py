@@ -58,7 +58,7 @@ def average_not_undone(launcher):
 
 @bug("single")
 def label_shift_lost(launcher):
-    import veomni.models.token_loss as module
+    import veomni.models.adapter.passes.token_loss as module
 
     module.F.pad = lambda labels, *args, **kwargs: torch.cat([labels[..., :1], labels], dim=-1)
 
@@ -193,7 +193,7 @@ def norm_of_experts_on_one_mesh_axis_only(launcher):
 
 def combine_otherwise(launcher, spoil):
     """Spoil what comes home to a rank, once the model has been set up: the trial runs of the set-up would notice."""
-    from veomni.ops import expert_exchange
+    from veomni.ops.experts import exchange as expert_exchange
 
     accumulate, combine = launcher.accumulate, expert_exchange.combine_rows
 

@@ -18,13 +18,13 @@ from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.layouts import BOUNDS, Outcome, check, full_gradients
 from tests.parity.oracle import Truth, initial_model
-from veomni.batch import IGNORE_INDEX, supervised_tokens
+from veomni.batch.micro_batch import IGNORE_INDEX, supervised_tokens
 from veomni.data import build_dataloader, build_dataset, train_byte_bpe
 from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 ROW, ROWS = 24, 8
 
@@ -171,7 +171,7 @@ def count_tokens():
 
 def weigh_unshifted():
     """The weight of a token scales the loss of the next one."""
-    import veomni.models.loss_context as module
+    import veomni.models.adapter.passes.loss_context as module
 
     pad = F.pad
     module.F = type("Module", (), {"pad": staticmethod(lambda w, sides, value: pad(w, (1, 0), value=value))})

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from veomni.strategies import ParameterStrategy
-from veomni.strategies.compute_dtype import compute_in
 from veomni.strategies.grad_norm import sharded_grad_norm
+from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class FlatAllReduce(ParameterStrategy):

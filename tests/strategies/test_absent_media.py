@@ -21,9 +21,9 @@ from tests.parity.layouts import full_gradients
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model, export_hf, freeze
-from veomni.models.gather import plain_name
+from veomni.models.weights.gather import plain_name
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 ROW = 48
 TEXT = [("text", 9)]

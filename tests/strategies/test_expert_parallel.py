@@ -15,7 +15,7 @@ from tests.models.tiny import tiny_config
 from veomni.errors import LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.models.safetensors_files import SafetensorsFiles
+from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.strategies import FSDP1, FSDP2
 from veomni.strategies.fsdp2 import set_prefetch
 

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.harness import run_ranks
-from veomni.strategies.lone_shard import _OneBuffer, reduce_in_place
+from veomni.compat.inplace_reduce_scatter import _OneBuffer, reduce_in_place
 
 
 class Recording(_OneBuffer):

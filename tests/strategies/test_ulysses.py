@@ -13,7 +13,7 @@ from tests.parity.documents import global_rows, pack
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.ops.ulysses_attention import UlyssesAttention
+from veomni.ops.attention.ulysses import UlyssesAttention
 from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
 
 

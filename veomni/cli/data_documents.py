@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veomni.batch import IGNORE_INDEX
+from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.cli.token_colours import LEGEND, coloured
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from veomni.config import Config
     from veomni.data import Mixture, TextDataset
-    from veomni.data.layout import RecordLayout
     from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures, MultimodalTransform
-    from veomni.data.records import Document
+    from veomni.data.sources.layout import RecordLayout
+    from veomni.data.sources.records import Document
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def _in_turn(dataset: TextDataset | Mixture) -> Iterator[tuple[str, RecordLayout
 
 def _text(document: Document, layout: RecordLayout, transform: MultimodalTransform) -> EncodedDocument:
     from veomni.data import TRANSFORMS
-    from veomni.data.formats import MESSAGES
     from veomni.data.multimodal import EncodedDocument
-    from veomni.data.transforms import TransformSettings
+    from veomni.data.sources.formats import MESSAGES
+    from veomni.data.text.transforms import TransformSettings
 
     settings = TransformSettings(layout.text_key, MESSAGES, transform.chat_template)
     [encoded] = TRANSFORMS.get(layout.data_type)([document], transform.tokenizer, settings)
@@ -132,7 +132,7 @@ def _became(features: MediaFeatures, family: Family) -> str:
 def _summary(config: Config, console: Console, found: list[_Counted], skipped: int, available: str) -> None:
     import numpy as np
 
-    from veomni.data.packing import best_fit_decreasing
+    from veomni.data.packing.best_fit import best_fit_decreasing
     from veomni.errors import DataError
 
     if not found:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
-from veomni.batch import PackedInputs
+from veomni.batch.micro_batch import PackedInputs
 from veomni.cli.token_colours import LEGEND, coloured
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _documents(row: Mapping[str, Any], tokenizer: Any) -> Iterator[Text]:
     """Yield a headline and the text of each document of a one-row micro-batch, and how much of the row is padding."""
     from rich.text import Text
 
-    from veomni.batch import IGNORE_INDEX
+    from veomni.batch.micro_batch import IGNORE_INDEX
 
     ids = row["input_ids"].flatten().tolist()
     learned = [label != IGNORE_INDEX for label in row["labels"].flatten().tolist()]

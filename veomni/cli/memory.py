@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from veomni.optim import hidden_matrices
-from veomni.plan import ParallelPlan
-from veomni.precision import Precision
+from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.transforms.precision import Precision
 
 if TYPE_CHECKING:
     from veomni.config import TrainConfig

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from veomni.config import Config
-    from veomni.mesh import ParallelDims
+    from veomni.parallel.mesh import ParallelDims
 
 HELP = "print the mesh, the memory of a rank and the batch arithmetic of a configuration"
 TAKES_CONFIG = True
@@ -65,7 +65,7 @@ def _model(config: Config) -> nn.Module:
 
 
 def _mesh(config: Config, world: int) -> Iterator[tuple[str, str]]:
-    from veomni.mesh import AXES
+    from veomni.parallel.mesh import AXES
 
     dims = _dims(config, world)
     yield "ranks", f"{world}"
@@ -77,7 +77,7 @@ def _mesh(config: Config, world: int) -> Iterator[tuple[str, str]]:
 
 
 def _dims(config: Config, world: int) -> ParallelDims:
-    from veomni.mesh import ParallelDims
+    from veomni.parallel.mesh import ParallelDims
 
     train = config.train
     sharded = train.data_parallel_mode in ("fsdp1", "fsdp2")
@@ -121,7 +121,7 @@ def _flops(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
 def _memory(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str, str]]:
     from veomni.cli.memory import rank_memory
     from veomni.models import derive_plan
-    from veomni.precision import select_precision
+    from veomni.strategies.transforms.precision import select_precision
 
     precision = select_precision(config.train.precision)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -1,18 +1,18 @@
 """Data: sources, tokenising, packing, and a loader whose order no layout changes and any layout resumes."""
 
-from veomni.data.build_dataloader import build_dataloader
-from veomni.data.build_dataset import build_dataset
-from veomni.data.build_once import build_once
-from veomni.data.byte_bpe import cached_byte_bpe, train_byte_bpe
-from veomni.data.chat_templates import CHAT_TEMPLATES
-from veomni.data.corpora import CORPORA, PYTHON_STDLIB
-from veomni.data.dataset import TextDataset
-from veomni.data.formats import FORMATS
-from veomni.data.loader import PackedDataLoader
-from veomni.data.mixture import DataSource, Mixture
-from veomni.data.stream_loader import StreamLoader
-from veomni.data.transforms import TRANSFORMS
-from veomni.data.workers import WorkerError
+from veomni.data.loading.build_dataloader import build_dataloader
+from veomni.data.loading.loader import PackedDataLoader
+from veomni.data.loading.stream_loader import StreamLoader
+from veomni.data.loading.workers import WorkerError
+from veomni.data.sources.build_dataset import build_dataset
+from veomni.data.sources.build_once import build_once
+from veomni.data.sources.corpora import CORPORA, PYTHON_STDLIB
+from veomni.data.sources.dataset import TextDataset
+from veomni.data.sources.formats import FORMATS
+from veomni.data.sources.mixture import DataSource, Mixture
+from veomni.data.text.byte_bpe import cached_byte_bpe, train_byte_bpe
+from veomni.data.text.chat_templates import CHAT_TEMPLATES
+from veomni.data.text.transforms import TRANSFORMS
 
 __all__ = [
     "CHAT_TEMPLATES",

@@ -1,23 +1,23 @@
 """Models: registries, building on the meta device, plans, weights in and out."""
 
-from veomni.models.attention import resolve_attention
-from veomni.models.build import build_model
-from veomni.models.config import build_config
-from veomni.models.experts import resolve_experts
-from veomni.models.export import export_hf, export_tensors_hf
-from veomni.models.freeze import freeze
-from veomni.models.gather import unwrap
+from veomni.models.adapter.passes.documents import isolate_documents
+from veomni.models.adapter.passes.loss_context import LossContext
+from veomni.models.adapter.passes.media import prepare_towers
+from veomni.models.adapter.passes.token_loss import TokenMeanLoss, install_token_loss
+from veomni.models.build.attention import resolve_attention
+from veomni.models.build.config import build_config
+from veomni.models.build.experts import resolve_experts
+from veomni.models.build.freeze import freeze
+from veomni.models.build.model import build_model
+from veomni.models.build.plan import derive_plan
+from veomni.models.build.tokenizer import build_processor, build_tokenizer
 from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
-from veomni.models.loss_context import LossContext
-from veomni.models.materialize import Materializer
 from veomni.models.omni import build_omni_model
-from veomni.models.packed_masks import isolate_documents
-from veomni.models.packing_probe import try_packing
-from veomni.models.plan import derive_plan
-from veomni.models.source import WeightSource
-from veomni.models.token_loss import TokenMeanLoss, install_token_loss
-from veomni.models.tokenizer import build_processor, build_tokenizer
-from veomni.models.towers import prepare_towers
+from veomni.models.traits.packs_documents import try_packing
+from veomni.models.weights.export import export_hf, export_tensors_hf
+from veomni.models.weights.gather import unwrap
+from veomni.models.weights.materialize import Materializer
+from veomni.models.weights.source import WeightSource
 
 __all__ = [
     "MODELING_REGISTRY",

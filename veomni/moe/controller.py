@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
+from veomni.batch.split import token_mask
 from veomni.errors import DataError, ModelError, NonFiniteError
 from veomni.logging import create_logger
-from veomni.mesh import ParallelState
-from veomni.models import hf
+from veomni.models.transformers_api import hf
 from veomni.moe.balance import balance_gradient, z_gradient
 from veomni.moe.bias import check_bias, check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
@@ -28,7 +28,7 @@ from veomni.moe.recomputation import recomputing
 from veomni.moe.routers import Listener, Router, Routers, Routing
 from veomni.moe.scoring import probabilities, wide
 from veomni.moe.tap import watch_routers
-from veomni.sequence_split import token_mask
+from veomni.parallel.mesh import ParallelState
 
 logger = create_logger(__name__)
 

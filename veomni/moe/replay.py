@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from veomni.batch.split import SequencePart
 from veomni.errors import DataError, ModelError
 from veomni.models import unwrap
 from veomni.moe.recomputation import recomputing
 from veomni.moe.routers import Listener, Router, Routing
 from veomni.moe.tap import watch_routers
-from veomni.sequence_split import SequencePart
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.models import hf
+from veomni.models.transformers_api import hf
 from veomni.moe.scoring import ScoreFunction, Scoring, find_scoring
 
 _TOKENS = 512

@@ -16,7 +16,7 @@ from tests.data.multimodal.files import bomb, image_bytes, moving, pixels, png, 
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.reader import MediaReader
 from veomni.data.multimodal.skipping import SkipBadMedia
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.errors import DataError, MediaError
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))

@@ -12,7 +12,7 @@ from tests.data.multimodal.families import IMAGES, SPECS, config_of, oracle, tok
 from tests.data.multimodal.files import image_bytes, pixels
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.processors import MediaSettings, build_family
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.errors import ConfigError, ModelError
 
 WIDE, TALL = Image.fromarray(pixels(40, 70)), Image.fromarray(pixels(66, 30, seed=9))

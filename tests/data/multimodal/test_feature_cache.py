@@ -12,7 +12,7 @@ from tests.data.multimodal.files import image_bytes, moving, pixels, sound_bytes
 from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.processors import settings_of
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.errors import MediaError
 
 OMNI = "qwen2_5_omni_thinker"

@@ -14,7 +14,7 @@ from tests.models import multimodal
 from veomni.data import CHAT_TEMPLATES
 from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_family
 from veomni.data.multimodal.collate import MultimodalCollator
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.models import Materializer, build_model, prepare_towers
 
 ANSWER = {"role": "assistant", "content": "some words"}

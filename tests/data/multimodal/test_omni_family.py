@@ -13,7 +13,7 @@ from tests.models.layouts import materialized
 from veomni.data import CHAT_TEMPLATES
 from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_family
 from veomni.data.multimodal.collate import MultimodalCollator
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.errors import ConfigError, DataError, MediaError
 from veomni.models.omni import ENCODERS
 from veomni.models.omni.configuration import OmniConfig

@@ -20,10 +20,10 @@ from tests.models.test_packed_multimodal import weigh
 from veomni.data import CHAT_TEMPLATES
 from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_family
 from veomni.data.multimodal.collate import MultimodalCollator
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
+from veomni.families.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
 from veomni.models import Materializer, build_model, prepare_towers
-from veomni.models.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
-from veomni.strategies.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 OMNI = ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"]
 ANSWER = {"role": "assistant", "content": "some words"}

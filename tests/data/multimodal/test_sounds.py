@@ -9,7 +9,7 @@ from tests.data.multimodal.files import sound_bytes, tone
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.processors import build_family
 from veomni.data.multimodal.sounds import Sound, load_sound
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.errors import DataError, MediaError
 
 RATE = 16_000

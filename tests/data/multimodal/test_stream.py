@@ -17,12 +17,12 @@ from tests.config.samples import config as config_of
 from tests.data.multimodal.files import image_bytes, pixels
 from tests.data.multimodal.small_model import save_media, save_model
 from tests.data.stream_files import add, jsonl
+from veomni.batch.split import WHOLE_ROWS, SequencePart
 from veomni.data import StreamLoader
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.images import load_image
 from veomni.errors import ConfigError, DataError
 from veomni.from_config import load_batches, load_datasets, load_media_transform, load_tokenizer
-from veomni.sequence_split import WHOLE_ROWS, SequencePart
 
 ANSWER = {"role": "assistant", "content": "some words"}
 

@@ -15,7 +15,7 @@ from veomni.data.multimodal.patches import patchify, resize_frames
 from veomni.data.multimodal.pixels import Normalization
 from veomni.data.multimodal.sampling import at_seconds, between_ends, evenly_by_rate, from_middles
 from veomni.data.multimodal.videos import VideoReading, load_video
-from veomni.data.records import Document
+from veomni.data.sources.records import Document
 from veomni.errors import DataError, MediaError
 
 FRAMES = moving(24)

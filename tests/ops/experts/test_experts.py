@@ -15,9 +15,9 @@ from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import find_activation
 from veomni.ops.experts.routing import route
 from veomni.ops.experts.rows import expert_rows
-from veomni.plan import ParallelPlan
-from veomni.strategies.compute_dtype import Float64Throughout
-from veomni.strategies.recompute import apply_recompute
+from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.transforms.activation_checkpointing import apply_recompute
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
 
 TOKENS, TOP_K = 37, 3
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}

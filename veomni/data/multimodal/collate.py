@@ -1,4 +1,4 @@
-"""Documents with media into packed micro-batches, key by key as ``veomni/batch_keys.py`` says."""
+"""Documents with media into packed micro-batches, key by key as ``veomni/batch/fields.py`` says."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch import IGNORE_INDEX, PackedInputs
-from veomni.batch_keys import KEY_RULES, KeyRule
+from veomni.batch.fields import KEY_RULES, KeyRule
+from veomni.batch.micro_batch import IGNORE_INDEX, PackedInputs
+from veomni.batch.split import WHOLE_ROWS, SequencePart, split_rows
 from veomni.data.multimodal.pixels import PixelList, as_tensor
-from veomni.data.rows import segment_offsets
+from veomni.data.packing.rows import segment_offsets
 from veomni.errors import DataError
+from veomni.families.mrope import DocumentPositions
 from veomni.models.loader import model_class
-from veomni.models.mrope import DocumentPositions
 from veomni.models.omni.decoders import DECODERS
-from veomni.models.vision_inputs import vision_inputs
+from veomni.models.transformers_api.vision_inputs import vision_inputs
 from veomni.registry import did_you_mean
-from veomni.sequence_split import WHOLE_ROWS, SequencePart, split_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,7 @@ class MultimodalCollator:
         self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
 
     def __call__(self, rows: Sequence[Sequence[Sample]]) -> PackedInputs:
-        """Return a micro-batch as ``veomni/batch.py`` describes it.
+        """Return a micro-batch as ``veomni/batch/micro_batch.py`` describes it.
 
         Args:
             rows: The documents of each row, in order.

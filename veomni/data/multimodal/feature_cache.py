@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veomni.data.digests import digest
 from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels
+from veomni.data.sources.digests import digest
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS, SOURCE_IDS, PackedInputs
+from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS, SOURCE_IDS, PackedInputs
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.skipping import SkipBadMedia
 from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument, PlannedMedia
-from veomni.data.overlong import refuse_overlong
-from veomni.data.records import Document
-from veomni.data.samples import Made, Piece, Row, Sample, TextSamples, documents_of, name_documents
-from veomni.data.token_weights import TokenWeights
+from veomni.data.sources.records import Document
+from veomni.data.text.on_overflow import refuse_overlong
+from veomni.data.text.samples import Made, Piece, Row, Sample, TextSamples, documents_of, name_documents
+from veomni.data.text.token_weights import TokenWeights
 from veomni.errors import ConfigError
 
 S = TypeVar("S")

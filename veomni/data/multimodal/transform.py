@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veomni.batch import IGNORE_INDEX, LOSS_WEIGHTS
-from veomni.batch_keys import KEY_RULES
-from veomni.data.conversation import tokenize_rendered
-from veomni.data.media_records import MediaItem, media_conversation
+from veomni.batch.fields import KEY_RULES
+from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS
 from veomni.data.multimodal.collate import join_compactly
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
@@ -29,11 +27,13 @@ from veomni.data.multimodal.placeholders import expand_placeholders
 from veomni.data.multimodal.reader import MediaReader
 from veomni.data.multimodal.sounds import Sound, load_sound, mono
 from veomni.data.multimodal.videos import VideoReading, load_video
-from veomni.data.records import Conversation, Document
-from veomni.data.rendering import render_conversation
+from veomni.data.sources.media_records import MediaItem, media_conversation
+from veomni.data.sources.records import Conversation, Document
+from veomni.data.text.conversation import tokenize_rendered
+from veomni.data.text.rendering import render_conversation
 from veomni.errors import DataError, MediaError
-from veomni.models import hf
 from veomni.models.omni import DECODERS
+from veomni.models.transformers_api import hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from veomni.errors import ModelError
-from veomni.models.build import build_model
-from veomni.models.config import build_config, find_directory
-from veomni.models.safetensors_files import has_safetensors
-from veomni.models.source import WeightSource, set_weight_source
+from veomni.models.build.config import build_config, find_directory
+from veomni.models.build.model import build_model
+from veomni.models.weights.safetensors_files import has_safetensors
+from veomni.models.weights.source import WeightSource, set_weight_source
 
 
 def build_omni_model(

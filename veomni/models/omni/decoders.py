@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veomni.batch import IGNORE_INDEX
-from veomni.batch_keys import KEY_RULES, KeyRule
+from veomni.batch.fields import KEY_RULES, KeyRule
+from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.registry import Registry
 
 

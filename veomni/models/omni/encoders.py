@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.models import hf
+from veomni.models.transformers_api import hf
 from veomni.registry import Registry
 
 Encode = Callable[[Any, Tensor, Tensor | None], list[Tensor]]

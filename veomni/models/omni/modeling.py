@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from veomni.errors import DataError
+from veomni.models.build.plan import derive_plan
 from veomni.models.omni.configuration import OmniConfig
 from veomni.models.omni.decoders import DECODERS
 from veomni.models.omni.encoders import ENCODERS, Projector, feature_channels
-from veomni.models.plan import derive_plan
-from veomni.plan import ParallelPlan
+from veomni.parallel.plan import ParallelPlan
 
 
 @dataclass

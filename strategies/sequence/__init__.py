@@ -1,0 +1,1 @@
+"""Strategies that split the rows of a batch over ranks."""

@@ -1,0 +1,98 @@
+"""What Ulysses and context parallelism have in common: rows shared by several ranks, attention over the whole row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from typing_extensions import override
+
+from veomni.batch.micro_batch import SEQUENCE_SIZE, PackedInputs
+from veomni.batch.split import split_rows
+from veomni.errors import DataError, ModelError
+from veomni.models.traits.sequence_layers import layer_outside_attention
+from veomni.models.traits.splits_rows import refuse_unsplittable
+from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
+from veomni.ops.encoders.shared_towers import share_towers
+from veomni.parallel.mesh import ParallelState, get_parallel_state
+from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.base import SetupContext, Strategy
+
+_FIX = "set train.ulysses_parallel_size and train.context_parallel_size to 1"
+_PACKING_BACKENDS = (
+    "eager", "sdpa", "flex_attention", "varlen", "ring", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+)  # fmt: skip
+
+
+class SequenceStrategy(Strategy):
+    """A strategy that splits every row over ranks.
+
+    Rows are cut once for all such strategies together, as the mesh says; attention is wrapped by each in turn.
+
+    Args:
+        check_rows: Check in every micro-batch that the ranks which share a row were given the same one. It costs a
+            small collective, so it is for debugging a loader.
+    """
+
+    def __init__(self, *, check_rows: bool = False) -> None:
+        self.check_rows = check_rows
+
+    @override
+    def shard_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        state = get_parallel_state()
+        if state.size("sequence") == 1:
+            return inputs
+        part = inputs if SEQUENCE_SIZE in inputs else split_rows(inputs, state.sequence_part)
+        if self.check_rows:
+            assert isinstance(part, PackedInputs)
+            _refuse_different_rows(part.row_digest, state)
+        return part
+
+    @override
+    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
+        if state.size("sequence") == 1:
+            return
+        name = type(model).__name__
+        if not hasattr(model, "set_attn_implementation"):
+            raise ModelError(f"{name} is not a transformers model: nobody can exchange its attention", _FIX)
+        layer = layer_outside_attention(model)
+        if layer is not None:
+            raise ModelError(f"{name} has a layer that sees the sequence outside attention: {layer}", _FIX)
+        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        backend = str(config._attn_implementation)
+        if not backend.endswith(_PACKING_BACKENDS):
+            raise ModelError(
+                f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",
+                "set model.attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
+            )
+        if not hasattr(model, UNSPLIT_ATTENTION):
+            setattr(model, UNSPLIT_ATTENTION, backend)
+            share_towers(model, state.sequence_part, state.group("sequence"))
+        use_attention(model, self.install(model, backend, state))
+
+    def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
+        """Return the name of an attention over whole rows that runs ``backend`` inside.
+
+        Raises:
+            ModelError: the model's heads do not divide, or its attention cannot be wrapped.
+        """
+        raise NotImplementedError
+
+    @override
+    def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
+        size = context.state.size("sequence")
+        if size > 1:
+            refuse_unsplittable(model, body, size, context.device)
+
+
+def _refuse_different_rows(digest: int, state: ParallelState) -> None:
+    group = state.group("sequence")
+    digests = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(digests, torch.tensor([digest]), group=group)
+    if len({int(found) for found in digests}) > 1:
+        raise DataError(
+            f"the {group.size()} ranks that share each row were given different rows",
+            "give the loader launcher.data_parallel, not the rank and the size of the world",
+        )

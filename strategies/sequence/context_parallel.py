@@ -1,0 +1,42 @@
+"""Context parallelism: each rank holds a part of every row, and for attention keys and values travel round a ring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from typing_extensions import override
+
+from veomni.errors import LayoutError
+from veomni.ops.attention.ring import register_ring
+from veomni.parallel.mesh import ParallelState
+from veomni.strategies.sequence.base import SequenceStrategy
+
+
+class ContextParallel(SequenceStrategy):
+    """Split every row over ranks, whatever the number of heads; attention is computed block by block on a ring.
+
+    Rows are dealt out in a zigzag, so that every rank computes alike under a causal rule. Composes with
+    :class:`Ulysses`: heads are exchanged within each group of that, keys and values travel between the groups. See Liu
+    et al., 2023 (arXiv:2310.01889).
+
+    Args:
+        size: Ranks of the ring.
+        check_rows: See :class:`SequenceStrategy`.
+    """
+
+    name = "context_parallel"
+
+    def __init__(self, size: int, *, check_rows: bool = False) -> None:
+        if size < 1:
+            raise LayoutError(f"ContextParallel has size {size}", "give a positive size (train.context_parallel_size)")
+        super().__init__(check_rows=check_rows)
+        self.size = size
+
+    @override
+    def mesh_axes(self) -> Mapping[str, int]:
+        return {"cp": self.size}
+
+    @override
+    def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
+        return register_ring(state.group("cp"))

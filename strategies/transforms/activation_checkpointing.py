@@ -1,0 +1,89 @@
+"""Activation checkpointing: recompute a block's activations in the backward instead of keeping them."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.transforms.compute_dtype import keep_float64
+
+Recompute = Literal["none", "full", "selective"]
+
+_MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+_GROUPED = frozenset({"aten::_grouped_mm", "veomni::tiled_matmul", "veomni::loop_matmul"})
+_ATTENTION = (
+    ("aten", "_scaled_dot_product_flash_attention"),
+    ("aten", "_scaled_dot_product_efficient_attention"),
+    ("aten", "_scaled_dot_product_cudnn_attention"),
+    ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
+    ("aten", "_scaled_dot_product_fused_attention_overrideable"),
+    ("torch_attn", "_varlen_attn"),
+    ("veomni", "cudnn_varlen_attention"),
+)
+
+
+def apply_recompute(model: nn.Module, plan: ParallelPlan, mode: Recompute) -> None:
+    """Make every block of ``plan`` recompute in the backward.
+
+    Args:
+        model: The model that has the blocks.
+        plan: Names of the blocks.
+        mode: "full" keeps only a block's input. "selective" also keeps attention and every second matrix product, the
+            per-operation policy of torchtitan: most of the memory for a third of the recomputation.
+    """
+    if mode == "none":
+        return
+    for name in plan.blocks:
+        block = model.get_submodule(name)
+        block.forward = _checkpointed(block.forward, mode)
+
+
+def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_SaveEverySecondMatmul())
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(keep_float64(forward), *args, **options, **kwargs)
+
+    return run
+
+
+class _SaveEverySecondMatmul:
+    """A policy with counters: the forward and its recomputation count apart and so decide alike."""
+
+    def __init__(self) -> None:
+        self._matmuls: Counter[bool] = Counter()
+        self._grouped: Counter[bool] = Counter()
+        self._attention = _attention_operations()
+
+    def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in self._attention:
+            return CheckpointPolicy.MUST_SAVE
+        if operation in _MATMULS:
+            return self._every_second(self._matmuls, context)
+        if operation.name() in _GROUPED:  # of experts' two products the first: the backward needs no second one
+            return self._every_second(self._grouped, context)
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    @staticmethod
+    def _every_second(count: Counter[bool], context: Any) -> CheckpointPolicy:
+        count[context.is_recompute] += 1
+        odd = count[context.is_recompute] % 2
+        return CheckpointPolicy.MUST_SAVE if odd else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def _attention_operations() -> frozenset[Any]:
+    found = (getattr(getattr(torch.ops, namespace), name, None) for namespace, name in _ATTENTION)
+    return frozenset(operation.default for operation in found if operation is not None)

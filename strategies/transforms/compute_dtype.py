@@ -1,0 +1,105 @@
+"""Make a model compute in another format than it stores, for strategies whose wrapper does not do it by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from veomni.strategies.transforms.precision import Precision
+
+
+class _SamplingPlaces(TorchFunctionMode):
+    """Give ``grid_sample`` its places in the format of what it samples.
+
+    Modeling code makes them in float32, from whole numbers, and the function takes one format only.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.grid_sample:
+            args = (args[0], args[1].to(args[0].dtype), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+class Float64Throughout(TorchDispatchMode):
+    """Keep float64 where modeling code asks for float32 (norms, softmax, rotary tables, sums), or for no format at all.
+
+    Without it an fp64 run still rounds to float32 in every norm, and gradients agree between layouts to 1e-7 only.
+    """
+
+    depth = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places = _SamplingPlaces()
+        self._default = torch.get_default_dtype()
+
+    def __enter__(self) -> Self:
+        Float64Throughout.depth += 1
+        self._places.__enter__()
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Float64Throughout.depth -= 1
+        torch.set_default_dtype(self._default)
+        self._places.__exit__(*error)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32 and _is_float64(args):
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _is_float64(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dtype is torch.float64
+
+
+def keep_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward`` bound to the mode it is called in now, for a recomputation that runs outside of it."""
+    if not Float64Throughout.depth:
+        return forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Float64Throughout():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def compute_in(model: nn.Module, precision: Precision, device_type: str, *, autocast: bool) -> None:
+    """Run ``model``'s forward in ``precision``.
+
+    Args:
+        model: The module users call, before it is wrapped.
+        precision: fp64 keeps float64 throughout; bf16 runs under autocast when ``autocast`` is set.
+        device_type: Device type of the autocast.
+        autocast: Whether the caller's wrapper leaves casting to autocast (FSDP casts parameters itself).
+    """
+    if precision.name == "fp64":
+        _run_within(model, Float64Throughout)
+    elif precision.mixed and autocast:
+        _run_within(model, lambda: torch.autocast(device_type, dtype=precision.compute))
+
+
+def _run_within(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    entered: list[AbstractContextManager[Any]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(context())
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    model.register_forward_pre_hook(enter, prepend=True)
+    model.register_forward_hook(leave, always_call=True)

@@ -1,0 +1,178 @@
+"""Spread the work of towers over ranks: whole images travel to where there is least to do, and features travel back.
+
+Images come with documents, and documents are dealt to ranks by their tokens: one rank may have ten large images where
+another has none, and all wait for the first. Here every rank tells what its items cost; all make the same plan, by
+which the most expensive item goes to the rank with the least so far; items are encoded where the plan says. Features
+come back in the order of their owner, and gradients go the same way, so that nothing is computed differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from veomni.ops.encoders.towers import Encode, Items, towers_of
+
+_FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def balance_towers(model: nn.Module, group: ProcessGroup) -> None:
+    """Let the ranks of a group encode each other's images, clips and sounds; a model without towers is left alone.
+
+    Args:
+        model: A transformers model whose towers were prepared (``veomni/models/adapter/passes/media.py``).
+        group: All ranks that run the model on different rows, or parts of rows.
+    """
+    if group.size() > 1:
+        for call in towers_of(model).values():
+            call.balance = _Balance(group)
+
+
+def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return which rank encodes each item.
+
+    The most expensive item goes first, each to the rank with the least work, its own where that is one of them: at most
+    4/3 of the best possible (Graham, 1969, Bounds on multiprocessing timing anomalies).
+
+    Args:
+        costs: Of every rank's items.
+    """
+    loads = [0] * len(costs)
+    places = [[0] * len(own) for own in costs]
+    items = [(cost, rank, number) for rank, own in enumerate(costs) for number, cost in enumerate(own)]
+    for cost, rank, number in sorted(items, key=lambda item: (-item[0], item[1], item[2])):
+        least = min(loads)
+        place = rank if loads[rank] == least else loads.index(least)
+        places[rank][number] = place
+        loads[place] += cost
+    return places
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who encodes what.
+
+    Attributes:
+        sizes: Of every rank's items, int64 ``[items, columns]``.
+        lengths: Rows of values of every rank's items.
+        places: The rank that encodes each.
+    """
+
+    sizes: list[Tensor]
+    lengths: list[list[int]]
+    places: list[list[int]]
+
+    def sent(self, source: int, target: int) -> list[int]:
+        """Return which of one rank's items another one encodes, in order."""
+        return [number for number, place in enumerate(self.places[source]) if place == target]
+
+
+class _Balance:
+    """Encodes with the other ranks of a group; called by all of them for every modality of every micro-batch."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(self, items: Items, encode: Encode) -> list[list[Tensor]]:
+        items = self._alike(items)
+        plan = self._plan(items)
+        mine = self._receive(items, plan)
+        streams = encode(mine)
+        widths = [stream[0].shape[-1] for stream in streams]
+        features = torch.cat([torch.cat(stream) for stream in streams], dim=-1)
+        counts = self._counts([len(piece) for piece in streams[0]] if len(mine) else [], plan, features.device)
+        pieces = self._return(features, plan, counts)
+        back = [piece.split(widths, dim=-1) for piece in pieces]
+        return [[piece[index] for piece in back] for index in range(len(widths))]
+
+    def _alike(self, items: Items) -> Items:
+        """Bring values into the format that some rank has, and mel features to the longest of all ranks."""
+        sound = items.kind.modality == "audio"
+        own = [_FORMATS.index(items.values.dtype), items.values.shape[-1] if sound else 0] if len(items) else [0, 0]
+        shared = torch.tensor(own, device=items.values.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
+        values, sizes = items.values.to(_FORMATS[int(shared[0])]), items.sizes
+        if sound:
+            assert sizes is not None
+            longest = int(shared[1])  # a rank without any has those of a dummy
+            missing = max(0, longest - values.shape[-1])
+            values, sizes = (F.pad(part[..., :longest], (0, missing)) for part in (values, sizes))
+        return Items(items.kind, values, sizes)
+
+    def _plan(self, items: Items) -> _Plan:
+        device = items.values.device
+        sizes = items.sizes if items.sizes is not None else torch.zeros(len(items), 0, dtype=torch.int64, device=device)
+        measures = torch.tensor([items.lengths, items.costs], device=device).reshape(2, -1).T.long()
+        table = torch.cat([measures, sizes.long()], dim=1)
+        counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.group.size())]
+        dist.all_gather(counts, torch.tensor([len(items)], device=device), group=self.group)
+        numbers = [int(count) for count in counts]
+        padded = F.pad(table, (0, 0, 0, max(numbers) - len(items)))
+        tables = [torch.empty_like(padded) for _ in numbers]
+        dist.all_gather(tables, padded, group=self.group)
+        tables = [whole[:number] for whole, number in zip(tables, numbers, strict=True)]
+        lengths, costs = ([whole[:, column].tolist() for whole in tables] for column in (0, 1))
+        return _Plan([whole[:, 2:] for whole in tables], lengths, assign(costs))
+
+    def _receive(self, items: Items, plan: _Plan) -> Items:
+        """Return the items that this rank encodes: of the first rank, then of the second, each in its order."""
+        rank, ranks = self.group.rank(), range(self.group.size())
+        order = [number for target in ranks for number in plan.sent(rank, target)]
+        chosen = items[order].values
+        shape = chosen.shape[1:]
+        send = [sum(plan.lengths[rank][number] for number in plan.sent(rank, target)) for target in ranks]
+        come = [sum(plan.lengths[source][number] for number in plan.sent(source, rank)) for source in ranks]
+        values = _all_to_all(chosen.flatten(1), send, come, self.group)
+        parts = [plan.sizes[source][plan.sent(source, rank)] for source in ranks]
+        sizes = None if items.sizes is None else torch.cat(parts)
+        return Items(items.kind, values.reshape(len(values), *shape), sizes)
+
+    def _counts(self, mine: list[int], plan: _Plan, device: torch.device) -> list[list[int]]:
+        """Return how many features each item of every rank has."""
+        rank = self.group.rank()
+        starts = [0]
+        for own in plan.places:
+            starts.append(starts[-1] + len(own))
+        places = [starts[source] + number for source in range(len(plan.places)) for number in plan.sent(source, rank)]
+        table = torch.zeros(starts[-1], dtype=torch.int64, device=device)
+        table[places] = torch.tensor(mine, dtype=torch.int64, device=device)
+        dist.all_reduce(table, group=self.group)
+        return [part.tolist() for part in table.split([len(own) for own in plan.places])]
+
+    def _return(self, features: Tensor, plan: _Plan, counts: list[list[int]]) -> list[Tensor]:
+        """Return the features of this rank's items in their order; at least one piece, which may be empty."""
+        rank, ranks = self.group.rank(), range(self.group.size())
+        send = [sum(counts[source][number] for number in plan.sent(source, rank)) for source in ranks]
+        come = [sum(counts[rank][number] for number in plan.sent(rank, target)) for target in ranks]
+        received: Tensor = _Exchange.apply(features, send, come, self.group)
+        order = [number for target in ranks for number in plan.sent(rank, target)]
+        pieces = received.split([counts[rank][number] for number in order]) if order else (received,)
+        placed = dict(zip(order, pieces, strict=False))
+        return [placed[number] for number in sorted(placed)] or [received]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _all_to_all(rows: Tensor, send: list[int], come: list[int], group: ProcessGroup) -> Tensor:
+    received = rows.new_empty(sum(come), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), come, send, group=group)
+    return received
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to other ranks; the gradient of a row comes back from where it went."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], come: list[int], group: ProcessGroup) -> Tensor:
+        ctx.send, ctx.come, ctx.group = send, come, group
+        return _all_to_all(rows, send, come, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_to_all(grads[0], ctx.come, ctx.send, ctx.group), None, None, None

@@ -1,0 +1,1 @@
+"""What a loader yields: micro-batches, the rules of their fields, and how ranks share their rows."""

@@ -1,0 +1,1 @@
+"""Private names of torch: each once, with its reason and the versions it was measured on."""

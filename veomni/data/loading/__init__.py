@@ -1,0 +1,1 @@
+"""Loaders: indexed and streamed, with workers and exact resume."""

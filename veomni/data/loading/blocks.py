@@ -1,0 +1,261 @@
+"""Data in blocks that can be opened in any order: what a stream reads, shuffles and deals out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veomni.data.sources.dataset import TextDataset
+from veomni.data.sources.files import ParquetFile, SavedDataset, Source, decode, parse_line
+from veomni.data.sources.locations import DataFile
+from veomni.data.sources.opening import FoundData, open_file
+from veomni.data.sources.records import Document
+
+_RANGE = 1 << 22  # bytes of JSONL in a block
+_OPENED_TOGETHER = 16
+
+
+class Records(Protocol):
+    """Records by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+class Blocks(Protocol):
+    """Records in blocks, each opened by itself.
+
+    Attributes:
+        single: Whether every block is one record; others are split further where there are few.
+    """
+
+    single: bool
+
+    def __len__(self) -> int: ...
+
+    def open(self, block: int) -> Records:
+        """Return the records of a block."""
+
+
+class Slice:
+    """Records ``start`` to ``stop`` of others, read when asked for."""
+
+    def __init__(self, records: Records, start: int, stop: int) -> None:
+        self._records, self._start, self._stop = records, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: int) -> Document:
+        return self._records[self._start + index]
+
+
+class SingleRecords:
+    """Every record of a source is a block: cheap where a record can be read by itself.
+
+    Args:
+        source: The records.
+        chosen: Which of them.
+    """
+
+    single = True
+
+    def __init__(self, source: Source, chosen: NDArray[np.int64]) -> None:
+        self._source, self._chosen = source, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def open(self, block: int) -> Records:
+        """Return one record."""
+        return [self._source[int(self._chosen[block])]]
+
+
+class RowGroups:
+    """The row groups of a Parquet file; each process opens the file for itself.
+
+    Args:
+        open_: Opens the file.
+        chosen: Which of its records; None takes all.
+    """
+
+    single = False
+
+    def __init__(self, open_: Callable[[], ParquetFile], chosen: NDArray[np.int64] | None = None) -> None:
+        self._open, self._chosen = open_, chosen
+        self._file, self._process = open_(), os.getpid()
+        self._groups = len(self._file.offsets) - 1
+
+    def __len__(self) -> int:
+        return self._groups
+
+    def open(self, block: int) -> Records:
+        """Read a row group; its rows become records when asked for."""
+        if self._process != os.getpid():
+            self._file, self._process = self._open(), os.getpid()
+        file, first, last = self._file, int(self._file.offsets[block]), int(self._file.offsets[block + 1])
+        rows = np.arange(last - first)
+        if self._chosen is not None:
+            rows = self._chosen[slice(*np.searchsorted(self._chosen, [first, last]))] - first
+        return _Rows(partial(file.document, file.table(block)), rows, block)
+
+
+class _Rows:
+    def __init__(self, document: Callable[[int, int], Document], rows: NDArray[np.int64], group: int) -> None:
+        self._document, self._rows, self._group = document, rows, group
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Document:
+        return self._document(int(self._rows[index]), self._group)
+
+
+class JsonRanges:
+    """JSONL in ranges of bytes: a block holds the lines that begin in it. Nothing is read before it is needed."""
+
+    single = False
+
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
+
+    def __len__(self) -> int:
+        return -(-self._file.size // _RANGE)
+
+    def open(self, block: int) -> Records:
+        """Read a range; its lines are parsed when asked for."""
+        start = block * _RANGE
+        found: list[tuple[int, bytes]] = []
+        with self._file.open() as file:
+            file.seek(max(0, start - 1))
+            if start:
+                file.readline()  # the end of a line that began before
+            at = file.tell()
+            while at < start + _RANGE and (line := file.readline()):
+                if line.strip():
+                    found.append((at, line))
+                at += len(line)
+        return _Lines(found, str(self._file))
+
+
+class _Lines:
+    def __init__(self, lines: Sequence[tuple[int, bytes]], name: str) -> None:
+        self._lines, self._name = lines, name
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Document:
+        at, line = self._lines[index]
+        return parse_line(line, f"{self._name}, byte {at}")
+
+
+class WholeFiles:
+    """Files that can only be opened whole: archives, compressed and remote files. A copy stays while it is read."""
+
+    single = False
+
+    def __init__(self, files: Sequence[DataFile], text_key: str, keys: Sequence[str], tables: bool) -> None:
+        self._files, self._text_key, self._keys, self._tables = files, text_key, keys, tables
+        self._opened: WeakValueDictionary[tuple[int, int], Source] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def open(self, block: int) -> Records:
+        """Open a file, or share it with whoever has it open in this process."""
+        file, key = self._files[block], (os.getpid(), block)
+        if not self._tables:
+            with file.open_whole() as content:
+                return [Document({self._text_key: decode(content.read(), str(file))}, str(file))]
+        source = self._opened.get(key)
+        if source is None:
+            source = file.passing_copy(lambda copy: open_file(copy, self._text_key, self._keys, str(file)))
+            self._opened[key] = source
+        return source
+
+
+def dataset_blocks(dataset: TextDataset) -> list[Blocks]:
+    """Return the blocks of a map-style dataset: row groups of Parquet files, single records of all others."""
+    blocks: list[Blocks] = []
+    for source, first, last in zip(dataset.sources, dataset.offsets, dataset.offsets[1:], strict=False):
+        chosen = dataset.indices[slice(*np.searchsorted(dataset.indices, [first, last]))] - first
+        if isinstance(source, ParquetFile):
+            blocks.append(RowGroups(source.again, chosen))
+        else:
+            blocks.append(SingleRecords(source, chosen))
+    return blocks
+
+
+def stream_blocks(found: FoundData, text_key: str, keys: Sequence[str]) -> list[Blocks]:
+    """Return the blocks of files, none of which is read whole before it is needed."""
+    if found.saved is not None:
+        saved = SavedDataset(found.saved, keys)
+        return [SingleRecords(saved, np.arange(len(saved)))]
+    if not found.tables:
+        return [WholeFiles(found.files, text_key, keys, tables=False)]
+    with ThreadPoolExecutor(_OPENED_TOGETHER) as threads:
+        return list(threads.map(lambda file: _file_blocks(file, text_key, keys), found.files))
+
+
+def _file_blocks(file: DataFile, text_key: str, keys: Sequence[str]) -> Blocks:
+    if file.compression is None and file.suffix in (".jsonl", ".ndjson"):
+        return JsonRanges(file)
+    if file.compression is None and file.suffix == ".parquet":
+        return RowGroups(partial(ParquetFile, file.path, keys, str(file), None if file.path else file.open))
+    if file.path is not None and file.compression is None and file.suffix in (".arrow", ".feather"):
+        source = open_file(file.path, text_key, keys)
+        return SingleRecords(source, np.arange(len(source)))
+    return WholeFiles([file], text_key, keys, tables=True)
+
+
+class Units:
+    """Blocks dealt to virtual shards: what each of them reads in an epoch, and in which order.
+
+    Where there are few blocks for the shards, each is split into several units, so that shards have about equally much.
+
+    Args:
+        blocks: The data.
+        shards: Number of virtual shards.
+    """
+
+    def __init__(self, blocks: Sequence[Blocks], shards: int) -> None:
+        self._blocks, self.shards = blocks, shards
+        whole = sum(len(part) for part in blocks if not part.single)
+        self._split = -(-4 * shards // whole) if whole and shards > 1 else 1
+        counts = [len(part) * (1 if part.single else self._split) for part in blocks]
+        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def of_shard(self, shard: int) -> int:
+        """Return how many units a shard reads in an epoch."""
+        return max(0, -(-(len(self) - shard) // self.shards))
+
+    def open(self, unit: int) -> Records:
+        """Return the records of a unit."""
+        part = int(np.searchsorted(self._offsets, unit, side="right")) - 1
+        blocks, place = self._blocks[part], unit - int(self._offsets[part])
+        if blocks.single:
+            return blocks.open(place)
+        block, piece = divmod(place, self._split)
+        records = blocks.open(block)
+        count = len(records)
+        return Slice(records, piece * count // self._split, (piece + 1) * count // self._split)
+
+
+def all_records(blocks: Sequence[Blocks]) -> Iterator[Document]:
+    """Yield every record, in order."""
+    for part in blocks:
+        for block in range(len(part)):
+            records = part.open(block)
+            yield from (records[index] for index in range(len(records)))

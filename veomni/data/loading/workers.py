@@ -1,0 +1,129 @@
+"""Worker processes that make micro-batches, or rows of a stream, ahead of the loop and in its order.
+
+They send arrays through the pipe, not tensors: for a tensor in shared memory the loop would connect to the worker once
+more, without a timeout, so a worker that hangs would hang the run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from veomni.batch.micro_batch import PackedInputs
+from veomni.data.packing.rows import with_values
+from veomni.errors import VeOmniError
+
+T = TypeVar("T")
+
+
+class WorkerError(VeOmniError):
+    """A loader worker died, or gave nothing for too long; the message names the processes."""
+
+
+class Workers(Generic[T]):
+    """An iterator over what worker processes make.
+
+    Args:
+        dataset: What makes it; every worker has a copy.
+        requests: What it is asked for, read ahead of the loop; None for a dataset that is iterated.
+        count: Number of processes.
+        prefetch_factor: Things that each keeps ready.
+        timeout: Seconds to wait for one before it is an error.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[T],
+        requests: Iterator[Any] | None,
+        *,
+        count: int,
+        prefetch_factor: int,
+        timeout: float,
+    ) -> None:
+        loader: DataLoader[T] = DataLoader(
+            dataset, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=count,
+            prefetch_factor=prefetch_factor, timeout=timeout, worker_init_fn=_start,
+            # It draws a number when it starts: from a generator of its own, or the run's dropout would change.
+            generator=torch.Generator(),
+        )  # fmt: skip
+        before = multiprocessing.active_children()
+        with _tokenizers_serial():
+            self._source = iter(loader)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        """Return the next thing.
+
+        Raises:
+            WorkerError: a worker died, or nothing came in time.
+        """
+        try:
+            made: T = _tensors(next(self._source))
+            return made
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            names = ", ".join(f"{process.name} (pid {process.pid})" for process in self._processes)
+            self._kill()
+            raise WorkerError(f"{error}; the loader's workers are {names}") from error
+
+    def _kill(self) -> None:
+        # One that hangs would keep this process from ending. torch raises here, too, once it hears of a worker's death.
+        for process in self._processes:
+            with suppress(RuntimeError):
+                process.kill()
+                process.join()
+
+
+def _arrays(made: Any) -> Any:
+    if not isinstance(made, PackedInputs):
+        return made
+    return with_values(made, lambda value: value.numpy() if isinstance(value, Tensor) else value)
+
+
+def _tensors(made: Any) -> Any:
+    if not isinstance(made, PackedInputs):
+        return made
+    return with_values(made, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
+
+def _start(worker: int) -> None:
+    _ignore_signals()
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    # torch's workers see by themselves that their rank is gone, but then wait for ever to have their arrays taken.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _ignore_signals() -> None:
+    # They go to the whole process group: the training process saves first, and then ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _tokenizers_serial() -> Iterator[None]:
+    """Have the tokenizers library start no threads in processes forked meanwhile, nor warn in each that it does not."""
+    name, before = "TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ.setdefault(name, "false")
+    yield
+    if before is None:
+        del os.environ[name]

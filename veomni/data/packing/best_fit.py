@@ -1,0 +1,151 @@
+"""Which samples share a row: best-fit decreasing, and the order of the rows.
+
+Best-fit decreasing puts the longest sample first, always into the fullest row it fits in. Rows with the same free space
+are interchangeable, so samples of one length are placed by the run: a row with ``r`` tokens free takes ``r // length``
+of them and keeps ``r % length`` free. That is the same packing as one by one, in O(d log C) steps for d distinct
+lengths and rows of C tokens, whatever the number of samples (a loop over samples would take seconds per million).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veomni.data.packing.order import shuffled
+
+Run = tuple[int, int]  # first row, number of rows
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Rows of samples.
+
+    Attributes:
+        samples: Sample indices, row after row; int64 ``[samples]``.
+        offsets: Where each row starts in ``samples``; int64 ``[rows + 1]``.
+    """
+
+    samples: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int64]:
+        return self.samples[self.offsets[row] : self.offsets[row + 1]]
+
+
+def epoch_bins(lengths: NDArray[np.int64], capacity: int, *, pack: bool, shuffle: bool, seed: int, epoch: int) -> Bins:
+    """Return the rows of one epoch, in the order they are read.
+
+    The number of rows depends on ``lengths`` alone, so every epoch has the same number of steps.
+
+    Args:
+        lengths: Tokens of each sample, none above ``capacity``.
+        capacity: Tokens of a row.
+        pack: Fit several samples into a row; otherwise each has its own.
+        shuffle: Draw the order of samples and rows from (seed, epoch); otherwise rows come in the order of their first
+            sample.
+        seed: Seed of the run.
+        epoch: Counted from 0.
+    """
+    count = len(lengths)
+    order = shuffled(count, "samples", seed, epoch) if shuffle else np.arange(count)
+    row_of = best_fit_decreasing(lengths[order], capacity) if pack else np.arange(count)
+    by_row = np.argsort(row_of, kind="stable")  # rows in turn, and samples in ``order`` within each
+    sizes = np.bincount(row_of) if count else np.zeros(0, np.int64)
+    starts = np.cumsum(sizes) - sizes
+    reading = shuffled(len(sizes), "rows", seed, epoch) if shuffle else np.argsort(by_row[starts], kind="stable")
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[reading])])
+    places = np.arange(count) + np.repeat(starts[reading] - offsets[:-1], sizes[reading])
+    return Bins(order[by_row[places]], offsets)
+
+
+def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Return the row of every sample.
+
+    Args:
+        lengths: Positive, at most ``capacity``; equal lengths are placed in the order given.
+        capacity: Tokens of a row.
+    """
+    rows = _Rows(capacity)
+    counts = np.bincount(lengths)
+    distinct = np.flatnonzero(counts)
+    for length, count in zip(distinct[::-1].tolist(), counts[distinct[::-1]].tolist(), strict=True):
+        while count:
+            count -= rows.place(length, count)
+    row_of = np.empty(len(lengths), np.int64)
+    row_of[_longest_first(lengths)] = rows.placed()
+    return row_of
+
+
+def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the order from long to short, equal lengths as given: a radix sort, 16 bits at a time."""
+    shortfall = lengths.max(initial=0) - lengths
+    order = np.argsort(shortfall.astype(np.uint16), kind="stable")  # of 16 bits numpy sorts by radix
+    if len(lengths) and shortfall.max() >> 16:
+        order = order[np.argsort((shortfall[order] >> 16).astype(np.uint16), kind="stable")]
+    return order
+
+
+class _Rows:
+    """Rows by free space, filled with samples from the longest down."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._rows = 0
+        self._placed: list[tuple[int, int, int]] = []  # first row, samples, of which so many share a row
+        self._spaces: list[int] = []  # sorted, those that some row has free
+        self._runs: dict[int, list[Run]] = {}
+
+    def place(self, length: int, count: int) -> int:
+        """Place at least one of ``count`` samples of ``length`` where they fit best, and return how many."""
+        at = bisect_left(self._spaces, length)
+        if at == len(self._spaces):
+            return self._open(length, count)
+        space = self._spaces[at]
+        runs = self._runs[space]
+        run = runs.pop()
+        if not runs:
+            del self._spaces[at], self._runs[space]
+        return self._fill(run, space, length, count)
+
+    def _open(self, length: int, count: int) -> int:
+        per_row = self.capacity // length
+        run = (self._rows, -(-count // per_row))
+        self._rows += run[1]
+        return self._fill(run, self.capacity, length, count)
+
+    def _fill(self, run: Run, space: int, length: int, count: int) -> int:
+        first, available = run
+        per_row = space // length
+        full = min(available, count // per_row)
+        rest = count - full * per_row if full < available else 0
+        if full:
+            self._placed.append((first, full * per_row, per_row))
+            self._keep((first, full), space - per_row * length)
+        if rest:
+            self._placed.append((first + full, rest, rest))
+            self._keep((first + full, 1), space - rest * length)
+        left = available - full - int(rest > 0)
+        if left:
+            self._keep((first + full + int(rest > 0), left), space)
+        return full * per_row + rest
+
+    def placed(self) -> NDArray[np.int64]:
+        """Return the row of every sample, in the order they were placed."""
+        first, samples, per_row = np.array(self._placed, np.int64).reshape(-1, 3).T
+        ends = np.cumsum(samples)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - samples, samples)
+        return np.repeat(first, samples) + within // np.repeat(per_row, samples)
+
+    def _keep(self, run: Run, space: int) -> None:
+        if not space:
+            return
+        if space not in self._runs:
+            self._runs[space] = []
+            insort(self._spaces, space)
+        self._runs[space].append(run)

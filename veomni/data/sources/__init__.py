@@ -1,0 +1,1 @@
+"""Where documents come from: files, formats, mixtures, built-in corpora."""

@@ -1,0 +1,65 @@
+"""Scans of handwritten digits, as conversations with an image: the 1,797 that come with scikit-learn.
+
+E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998: 8 x 8
+pixels in 17 shades, by 13 writers. Every fifth scan is held out.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from veomni.data.sources.corpora.records_file import inline, question_answer
+from veomni.errors import MissingExtraError
+
+_HELD_OUT = 5
+_SHADES = 16
+
+
+def handwritten_digits(part: str) -> list[dict[str, Any]]:
+    """Return the records of ``train`` or ``test``.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    return [
+        {
+            "messages": question_answer("<image>Which digit is this?", str(digit)),
+            "images": [inline(_png(shades.reshape(8, 8) / _SHADES))],
+        }
+        for shades, digit in _scans(part)
+    ]
+
+
+def digit_drawings(part: str) -> list[dict[str, Any]]:
+    """Return the same scans as answers, to be drawn: 64 codes of 17 shades, row by row.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Draw the digit {digit}."},
+                {"role": "assistant", "content": [{"type": "codes", "codes": shades.astype(int).tolist()}]},
+            ]
+        }
+        for shades, digit in _scans(part)
+    ]
+
+
+def _scans(part: str) -> list[tuple[Any, int]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "dev") from error
+    scans = zip(*load_digits(return_X_y=True), strict=True)
+    return [scan for number, scan in enumerate(scans) if (number % _HELD_OUT == 0) == (part == "test")]
+
+
+def _png(shades: Any) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray((shades * 255).round().astype("uint8")).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Text, conversations and preference pairs as token ids."""

@@ -1,0 +1,236 @@
+"""What a stream makes of records, and of the rows that its samples share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veomni.batch.micro_batch import SOURCE_IDS, PackedInputs
+from veomni.batch.split import SequencePart, split_rows
+from veomni.data.packing.rows import DocumentTokens, pack_rows
+from veomni.data.sources.records import Document
+from veomni.data.text.on_overflow import refuse_overlong
+from veomni.data.text.token_weights import token_weights
+from veomni.data.text.transforms import TRANSFORMS, Encoded, TransformSettings
+from veomni.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Ref(NamedTuple):
+    """Where a sample comes from: all that is kept of one that waits for a row.
+
+    Attributes:
+        source: Index of its source.
+        epoch: How often its shard has read the source before.
+        unit: Which of the units that its shard reads in that epoch.
+        record: Which of the unit's records, in the order they are read.
+        piece: Which of the pieces that the record was cut into.
+    """
+
+    source: int
+    epoch: int
+    unit: int
+    record: int
+    piece: int
+
+
+class Piece(NamedTuple):
+    """What fits a row: a document, a part of one, or a pair of documents.
+
+    Attributes:
+        content: Arrays by name, which travel between processes as they are; before the sample is complete, what its
+            maker completes it from.
+        lengths: Tokens of its documents.
+        media: Tokens that stand for images, videos and sounds.
+        cost: Work that grows with the square: of the documents' tokens and of each image's patches.
+    """
+
+    content: Any
+    lengths: tuple[int, ...]
+    media: int
+    cost: int
+
+
+class Made(NamedTuple):
+    """What a record became.
+
+    Attributes:
+        pieces: None of them if it is left out.
+        lost: Tokens that were cut off.
+    """
+
+    pieces: list[Piece]
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A piece in a stream.
+
+    Attributes:
+        piece: What it holds.
+        ref: Where it comes from.
+        where: The same for people: file and record.
+    """
+
+    piece: Piece
+    ref: Ref
+    where: str
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return sum(self.piece.lengths)
+
+    @property
+    def media(self) -> int:
+        """Tokens that stand for media."""
+        return self.piece.media
+
+
+Row = list[Sample]
+
+
+class SampleMaker(Protocol):
+    """Makes pieces of records, and micro-batches of rows of samples.
+
+    Attributes:
+        together: How many records are best encoded at once.
+        digests: What the pieces depend on, by name: a state is refused where they differ.
+    """
+
+    together: int
+    digests: Mapping[str, str]
+
+    def make(self, documents: Sequence[Document], source: int) -> list[Made]:
+        """Return what each record of a source becomes."""
+
+    def complete(self, sample: Sample) -> Sample | None:
+        """Return a sample that is to leave in a row, with all it holds; None if it cannot be used after all."""
+
+    def collate(self, rows: Sequence[Row]) -> PackedInputs:
+        """Return a micro-batch of rows of complete samples."""
+
+
+class TextSamples:
+    """Makes samples of texts, conversations, token ids and preference pairs.
+
+    Args:
+        tokenizer: What texts are tokenised with.
+        transforms: Name of the transform and its settings, for each source.
+        capacity: Tokens of a row.
+        overlong: What happens to documents longer than a row.
+        part: Which positions of the rows are given out.
+        digests: What tokens depend on beside the data.
+    """
+
+    together = 32
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        transforms: Sequence[tuple[str, TransformSettings]],
+        capacity: int,
+        overlong: str,
+        part: SequencePart,
+        digests: Mapping[str, str],
+    ) -> None:
+        self._tokenizer, self._capacity, self._overlong, self._part = tokenizer, capacity, overlong, part
+        self._transforms, self.digests = transforms, digests
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._pad = int(pad or 0)
+        if overlong == "split" and any(name == "preference" for name, _ in transforms):
+            raise ConfigError("data.overlong split cuts preference pairs apart", "use error, truncate or drop")
+
+    def make(self, documents: Sequence[Document], source: int) -> list[Made]:
+        """Tokenise records, and cut what is too long.
+
+        Raises:
+            DataError: a record cannot be used, or is too long where that is an error.
+        """
+        name, settings = self._transforms[source]
+        encoded = TRANSFORMS.get(name)(documents, self._tokenizer, settings)
+        return [self._cut(one, document.where) for one, document in zip(encoded, documents, strict=True)]
+
+    def _cut(self, encoded: Encoded, where: str) -> Made:
+        ids = np.array(encoded.ids, np.int32)
+        weights = token_weights(encoded.weights)
+        sides = [slice(0, encoded.first), slice(encoded.first, None)] if encoded.first is not None else [slice(None)]
+        documents = [(ids[side], None if weights is None else weights[side]) for side in sides]
+        if min(len(tokens) for tokens, _ in documents) < 2:  # nothing follows the first token
+            return Made([])
+        if len(ids) <= self._capacity:
+            return Made([_piece(documents)])
+        if self._overlong == "error":
+            refuse_overlong(where, len(ids), self._capacity)
+        if self._overlong == "drop":
+            return Made([])
+        room = self._capacity // len(documents)
+        if self._overlong == "truncate":
+            kept = [(tokens[:room], None if part is None else part[:room]) for tokens, part in documents]
+            return Made([_piece(kept)], len(ids) - sum(len(tokens) for tokens, _ in kept))
+        cuts = range(0, len(ids), self._capacity)
+        parts = [slice(start, start + self._capacity) for start in cuts]
+        return Made([_piece([(ids[cut], None if weights is None else weights[cut])]) for cut in parts])
+
+    def complete(self, sample: Sample) -> Sample:
+        """Return a sample, which is complete."""
+        return sample
+
+    def collate(self, rows: Sequence[Row]) -> PackedInputs:
+        """Return a micro-batch of rows."""
+        documents = [[part for sample in row for part in documents_of(sample.piece)] for row in rows]
+        batch = name_documents(pack_rows(documents, self._capacity, self._pad), rows)
+        if len(self._transforms) > 1:
+            batch[SOURCE_IDS] = self._sources_of(rows)
+        return split_rows(batch, self._part) if self._part.size > 1 else batch
+
+    def _sources_of(self, rows: Sequence[Row]) -> Tensor:
+        ids = np.full((len(rows), self._capacity), -1, np.int64)
+        for number, row in enumerate(rows):
+            sources = [sample.ref.source for sample in row for _ in range(sample.length)]
+            ids[number, : len(sources)] = sources
+        return torch.from_numpy(ids)
+
+
+def _piece(documents: Sequence[DocumentTokens]) -> Piece:
+    lengths = tuple(len(tokens) for tokens, _ in documents)
+    content = {"input_ids": np.concatenate([tokens for tokens, _ in documents])}
+    weights = [part for _, part in documents if part is not None]
+    if weights:
+        content["weights"] = np.concatenate(weights)
+    return Piece(content, lengths, 0, sum(length * length for length in lengths))
+
+
+def documents_of(piece: Piece) -> list[DocumentTokens]:
+    """Return the documents of a text piece."""
+    found: list[DocumentTokens] = []
+    at = 0
+    for length in piece.lengths:
+        taken = slice(at, at + length)
+        weights = piece.content.get("weights")
+        found.append((piece.content["input_ids"][taken], None if weights is None else weights[taken]))
+        at += length
+    return found
+
+
+def name_documents(batch: PackedInputs, rows: Sequence[Row]) -> PackedInputs:
+    """Let a micro-batch know where the documents of its rows come from, and return it."""
+    samples = [sample for row in rows for sample in row]
+    batch.document_sources = tuple(sample.ref.source for sample in samples for _ in sample.piece.lengths)
+    batch.document_ids = tuple(name for sample in samples for name in _names(sample))
+    return batch
+
+
+def _names(sample: Sample) -> list[str]:
+    name = f"{sample.ref.epoch}/{sample.where}" + (f", piece {sample.ref.piece + 1}" if sample.ref.piece else "")
+    if len(sample.piece.lengths) == 1:
+        return [name]
+    return [f"{name}, {side}" for side in ("chosen", "rejected")]

@@ -1,0 +1,1 @@
+"""One record per model family, read by the model side and the data side."""

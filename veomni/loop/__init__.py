@@ -1,0 +1,1 @@
+"""What a step does and reports: agreement of ranks, losses, evaluation, checkpoint schedule, randomness."""

@@ -1,0 +1,170 @@
+"""What a run tells people: progress bar, ``metrics.jsonl`` and other loggers, times and FLOPs, a plot at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from veomni.accelerators import Accelerator
+from veomni.batch.micro_batch import StepBatch, StepWork, document_lengths
+from veomni.logging import current_rank
+
+if TYPE_CHECKING:
+    from veomni.loggers import JsonLines, Logger, LoggerGroup
+    from veomni.metrics import FlopsCounter, Progress, Throughput
+    from veomni.moe import ExpertLoad
+    from veomni.strategies.transforms.precision import Precision
+
+
+class Reporter:
+    """Collect the numbers of a step and send them where they belong; files and bars on rank 0 only.
+
+    Args:
+        output_dir: Where ``metrics.jsonl`` and ``loss.png`` go; None writes neither.
+        loggers: Further loggers (wandb, TensorBoard).
+        progress_bar: Show a bar on a terminal, plain lines elsewhere.
+        log_every: Report every so many steps.
+        plot: Draw ``loss.png``, and ``expert_load.png`` of a mixture of experts, when the run ends.
+        config: The run's configuration, for the loggers that keep one; secrets are redacted there.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path | str | None = None,
+        *,
+        loggers: Sequence[Logger] = (),
+        progress_bar: bool = False,
+        log_every: int = 1,
+        plot: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.log_every, self.plot = log_every, plot
+        self._progress_bar, self._config = progress_bar, config
+        self._extra_loggers = list(loggers)
+        self._group: LoggerGroup | None = None
+        self._expert_load: JsonLines | None = None
+        self._flops: FlopsCounter | None = None
+        self._throughput: Throughput | None = None
+        self._progress: Progress | None = None
+
+    @property
+    def _active(self) -> bool:
+        return self.output_dir is not None or bool(self._extra_loggers) or self._progress_bar
+
+    def describe_model(self, model: nn.Module, accelerator: Accelerator, precision: Precision, world_size: int) -> None:
+        """Count the model's FLOPs while it is whole, and look up what the device can do."""
+        if not self._active:
+            return
+        from veomni.metrics import FlopsCounter, Throughput
+
+        self._flops = FlopsCounter.from_model(model)
+        self._throughput = Throughput(
+            peak_flops=accelerator.peak_flops(precision.compute),
+            world_size=world_size,
+            peak_memory=accelerator.peak_memory,
+        )
+        accelerator.reset_peak_memory()
+
+    def measure(self, micro_batches: Sequence[Mapping[str, Any]]) -> StepWork:
+        """Return what this rank computes in a step."""
+        lengths = [length for micro in micro_batches for length in document_lengths(micro)]
+        if self._flops is None:
+            return StepWork(tokens=sum(lengths))
+        flops = self._flops.step_flops(lengths)
+        return StepWork(sum(lengths), flops.causal, flops.full)
+
+    def resume_from(self, step: int) -> None:
+        """Drop what was reported past ``step``; those steps are taken again."""
+        self._logger_group().truncate_after(step)
+        if self._writes:
+            self._expert_load_lines().truncate_after(step)
+
+    def start(self, step: int, total: int | None) -> None:
+        """Begin to show progress from ``step`` towards ``total``."""
+        if self._config is not None:
+            self._logger_group().log_config(self._config)
+        if self._progress_bar:
+            from veomni.metrics import Progress
+
+            self._progress = Progress(total, step)
+
+    def begin_step(self) -> None:
+        """Start the clock of a step: what comes first is waiting for data."""
+        if self._throughput is not None:
+            self._throughput.start_step()
+
+    def mark(self, section: str) -> None:
+        """End a section of the step on the clock ("data", "compute")."""
+        if self._throughput is not None:
+            self._throughput.mark(section)
+
+    def report(self, metrics: Mapping[str, float | int | Tensor | None], batch: StepBatch) -> None:
+        """Send the numbers of a step to the progress bar and the loggers."""
+        if not self._active or batch.index % self.log_every:
+            return
+        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        numbers |= self._timing(batch.work)
+        if self._progress is not None:
+            self._progress.update(batch.index, numbers)
+        self._logger_group().log(numbers, batch.index)
+
+    def report_expert_load(self, load: ExpertLoad, batch: StepBatch) -> None:
+        """Write how many tokens every expert was sent in a step, a line of ``expert_load.jsonl``."""
+        if self._writes:
+            counts = {name: sent.tolist() for name, sent in zip(load.names, load.assignments, strict=True)}
+            self._expert_load_lines().append({"step": batch.index, "tokens_per_expert": counts})
+
+    @property
+    def _writes(self) -> bool:
+        return self.output_dir is not None and current_rank() == 0
+
+    def _expert_load_lines(self) -> JsonLines:
+        if self._expert_load is None:
+            from veomni.loggers import JsonLines
+
+            assert self.output_dir is not None
+            self._expert_load = JsonLines(self.output_dir / "expert_load.jsonl")
+        return self._expert_load
+
+    def _timing(self, work: StepWork) -> dict[str, float | int | None]:
+        if self._throughput is None:
+            return {"tokens": int(work.tokens)}
+        from veomni.metrics import StepFlops
+
+        flops = StepFlops(work.flops_causal, work.flops_full) if self._flops is not None else None
+        return self._throughput.end_step(int(work.tokens), flops)
+
+    def close(self, status: str) -> None:
+        """End the bar and the loggers; draw the plot when the run is over."""
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+        self._logger_group().finalize(status)
+        self._group = None
+        if self._expert_load is not None:
+            self._expert_load.close()
+        if self.plot and self._writes and status == "finished":
+            self._draw()
+
+    def _draw(self) -> None:
+        from veomni.metrics import plot_expert_load, plot_loss
+
+        assert self.output_dir is not None
+        metrics = self.output_dir / "metrics.jsonl"
+        if metrics.exists():  # a loop need not log
+            plot_loss(metrics, self.output_dir / "loss.png")
+        expert_load = self.output_dir / "expert_load.jsonl"
+        if expert_load.exists():
+            plot_expert_load(expert_load, self.output_dir / "expert_load.png")
+
+    def _logger_group(self) -> LoggerGroup:
+        if self._group is None:
+            from veomni.loggers import JsonlLogger, LoggerGroup
+
+            own = [] if self.output_dir is None else [JsonlLogger(self.output_dir)]
+            self._group = LoggerGroup([*own, *self._extra_loggers])
+        return self._group

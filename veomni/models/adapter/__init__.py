@@ -1,0 +1,1 @@
+"""The only writer on a model: ordered passes around its forward, and patches that are undone in reverse."""

@@ -1,0 +1,1 @@
+"""What happens around every forward of an adapted model, one pass a file."""

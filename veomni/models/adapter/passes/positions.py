@@ -1,0 +1,40 @@
+"""Positions between whole numbers, which Qwen3-Omni gives to what is seen at a fraction of its seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from veomni.families.mrope import FRACTION_PARTS, FRACTIONS
+from veomni.models.transformers_api import hf
+
+
+def add_fractions(model: nn.Module) -> None:
+    """Let a model with time, height and width take ``position_fractions`` beside its position ids.
+
+    They are added where the rotary embedding is computed: position ids stay integers all the way, which mixed
+    precision leaves alone. Without the key nothing changes.
+
+    Args:
+        model: A transformers model, before it is sharded.
+    """
+    if hf.rope_rule(type(model), model.config) is None:  # type: ignore[arg-type]
+        return
+    given: list[Tensor | None] = [None]
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given[0] = kwargs.get(FRACTIONS)
+        return args, {name: value for name, value in kwargs.items() if name != FRACTIONS}
+
+    def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if given[0] is None:
+            return None
+        hidden, positions, *rest = args
+        # Both are exact in float32, and so is their sum: it is where they come from.
+        return hidden, positions.float() + given[0].movedim(-1, 0).float() / FRACTION_PARTS, *rest
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "rotary_emb":
+            module.register_forward_pre_hook(add)

@@ -1,0 +1,65 @@
+"""Which attention a model runs with, where the choice was left to the library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from veomni.logging import create_logger
+from veomni.models.transformers_api import hf
+from veomni.ops.attention.varlen import VARLEN, register_attention
+
+logger = create_logger(__name__)
+
+_AUTO = "_veomni_attention_is_auto"
+_PADDED = frozenset({"qwen2_audio_encoder"})
+"""Encoders whose items are padded to one length, which they mask."""
+
+
+def leave_attention_open(model: nn.Module) -> None:
+    """Remember that the attention of ``model`` was asked for as "auto"."""
+    setattr(model, _AUTO, True)
+
+
+def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
+    """Give a model whose attention was left open the fastest one that is exact for packed rows.
+
+    Args:
+        model: A model from ``build_model``; other modules are left alone.
+        varlen: Whether the device runs variable-length attention in the precision of the run.
+    """
+    if not getattr(model, _AUTO, False) or not varlen:
+        _let_padded_encoders_mask(model)
+        return
+    reason = _why_not_varlen(model)
+    if reason:
+        logger.warning_rank0("attention varlen is not used: %s; %s builds a mask", reason, hf.attention_of(model))
+        return
+    register_attention()
+    model.set_attn_implementation(VARLEN)  # type: ignore[operator]
+    _let_padded_encoders_mask(model)
+    logger.info_rank0("attention: varlen")
+
+
+def _let_padded_encoders_mask(model: nn.Module) -> None:
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "model_type", None) in _PADDED and config._attn_implementation == VARLEN:
+            config._attn_implementation = "sdpa"
+
+
+def _why_not_varlen(model: nn.Module) -> str | None:
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    if not hf.supports_flash_attention(model):
+        return "the model does not support flash attention"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "the model caps its attention scores"
+    if any("sinks" in module._parameters for module in model.modules()):
+        return "the model has attention sinks"
+    if getattr(config, "attention_dropout", 0.0):
+        return "the model has attention dropout"
+    if getattr(config, "v_head_dim", None) not in (None, getattr(config, "head_dim", None)):
+        return "heads of values and keys differ in size"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return None if head_dim <= 256 and head_dim % 8 == 0 else f"heads have {head_dim} channels"

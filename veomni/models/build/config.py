@@ -1,0 +1,155 @@
+"""Model configurations from a name, a file or a directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veomni.errors import ModelError
+from veomni.logging import create_logger
+from veomni.models.transformers_api import hf
+from veomni.models.loader import config_class
+from veomni.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+logger = create_logger(__name__)
+
+_NOT_DATA = (
+    "trust_remote_code", "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
+)  # fmt: skip
+
+
+_THINKERS = {"qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
+"""Models that also speak, whose classes have no forward to train: what is trained is the part that thinks."""
+
+
+def build_config(
+    source: str | Path, overrides: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Return a model configuration for training (without a key-value cache).
+
+    Args:
+        source: A directory with a ``config.json``, a JSON file, the hub name of a model in the local cache, or a model
+            type: registered, or one of transformers' (then its defaults).
+        overrides: Values that replace those of the source; nested for nested configurations.
+        trust_remote_code: Run the Python files that a model directory brings along.
+
+    Raises:
+        ModelError: the source does not exist, is no configuration, names code that it wants run, has an unknown type,
+            or an override is no key of it.
+    """
+    directory = find_directory(source)
+    path = directory / "config.json" if directory is not None else Path(source)
+    overrides = dict(overrides or {})
+    if directory is not None or path.suffix == ".json":
+        values = _thinker_of(_read(path), path)
+        config = _from_values(values, overrides, path, trust_remote_code)
+    elif len(path.parts) > 1 or str(source).startswith((".", "~")):
+        raise ModelError(f"{source} is no model directory", "give a directory with a config.json; download it first")
+    else:
+        config = _construct(config_class(_THINKERS.get(str(source), str(source))), {}, overrides, str(source))
+    hf.set_config_flag(config, "use_cache", False)
+    return config
+
+
+def find_directory(source: str | Path) -> Path | None:
+    """Return the directory that ``source`` names, itself or a snapshot in the local Hugging Face cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(source, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"there is no {path}", "give a model directory, a config file or a model type")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}", "correct the file") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise ModelError(f"{path} names no model_type", "give a model's config.json")
+    return values
+
+
+def _thinker_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    if values["model_type"] not in _THINKERS:
+        return values
+    logger.info_rank0("%s: the thinker is built, without talker and speech decoder", path)
+    return {**values.get("thinker_config", {}), "model_type": _THINKERS[values["model_type"]]}
+
+
+def _from_values(
+    values: dict[str, Any], overrides: dict[str, Any], path: Path, trust_remote_code: bool
+) -> PreTrainedConfig:
+    _refuse_orders(values, path)
+    if trust_remote_code and "auto_map" in values:
+        from transformers import AutoConfig
+
+        remote: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, trust_remote_code=True, **overrides)
+        return remote
+    kind = _remote_free_type(values, path)
+    config = _construct(config_class(kind), values, overrides, str(path))
+    config.name_or_path = str(path.parent)
+    return config
+
+
+def _refuse_orders(values: Any, path: Path) -> None:
+    """Refuse keys that choose code instead of describing a model; only the caller may choose code."""
+    for key, value in values.items():
+        if key in _NOT_DATA and value is not None:
+            raise ModelError(f"{path} sets {key}, which is the caller's to choose", f"remove {key} from the file")
+        if isinstance(value, dict):
+            _refuse_orders(value, path)
+
+
+def _remote_free_type(values: dict[str, Any], path: Path) -> str:
+    kind: str = values["model_type"]
+    if values.pop("auto_map", None) is None:
+        return kind
+    try:
+        config_class(kind)
+    except ModelError as error:
+        raise ModelError(
+            f"{path} brings its own code (auto_map) and {error.problem}",
+            "read that code, then pass trust_remote_code=True",
+        ) from error
+    logger.info_rank0("%s: auto_map is ignored, transformers' own %s is used", path, kind)
+    return kind
+
+
+def _construct(cls: type[Any], values: dict[str, Any], overrides: dict[str, Any], source: str) -> PreTrainedConfig:
+    try:
+        merged = _merge(values, overrides, cls(), source) if overrides else values
+        config: PreTrainedConfig = cls.from_dict(merged) if values else cls(**merged)
+    except ModelError:
+        raise
+    except Exception as error:  # configuration classes validate themselves, with exceptions of many kinds
+        raise ModelError(f"{source}: {error}", "correct the values, or the overrides of them") from error
+    return config
+
+
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any], defaults: Any, source: str) -> dict[str, Any]:
+    """Return ``values`` with ``overrides`` on top, refusing keys that neither the file nor the class has."""
+    known = {*values, *defaults.to_dict(), *defaults.attribute_map} - {"model_type", "transformers_version"}
+    merged = dict(values)
+    for key, value in overrides.items():
+        if key not in known:
+            raise ModelError(f"{source} has no key {key!r}", did_you_mean(key, sorted(known)))
+        part = getattr(defaults, key, None)
+        if isinstance(value, Mapping) and hasattr(part, "attribute_map"):
+            value = _merge(values.get(key) or {}, value, part, f"{source}: {key}")
+        merged[defaults.attribute_map.get(key, key) if key not in values else key] = value
+    return merged

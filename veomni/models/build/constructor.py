@@ -1,0 +1,66 @@
+"""Constructors of modules: keep what they register off the device, or get back the values that they alone set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from veomni.models.transformers_api import hf
+
+
+def _nothing(module: nn.Module, key: str) -> bool:
+    return False
+
+
+@contextmanager
+def registered_on_meta(keep: Callable[[nn.Module, str], bool] = _nothing) -> Iterator[None]:
+    """Move each parameter and buffer to the meta device as soon as a module registers it.
+
+    ``torch.device("meta")`` does not reach all that constructors call: ``torch.normal``, or tensors from numpy.
+
+    Args:
+        keep: Whether a module's parameter or buffer of that name stays where it is.
+    """
+
+    def move(module: nn.Module, key: str, value: Tensor | None) -> Tensor | None:
+        if value is None or value.is_meta or keep(module, key):
+            return value
+        meta = value.detach().to("meta")
+        return nn.Parameter(meta, value.requires_grad) if isinstance(value, nn.Parameter) else meta
+
+    # PyTorch's annotations leave out that a hook may return another value.
+    hooks = [
+        register_module_parameter_registration_hook(move),  # type: ignore[arg-type]
+        register_module_buffer_registration_hook(move),  # type: ignore[arg-type]
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def constructor_values(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Return values of a transformers model that nothing but its constructor sets, as it sets them on the CPU.
+
+    The model is constructed once more, with nothing in memory but what is asked for and the tensor in hand.
+
+    Args:
+        model: A transformers model, on any device.
+        names: Names of parameters and buffers.
+
+    Returns:
+        Their values by name; those that the class does not construct are missing.
+    """
+    wanted = {(type(model.get_submodule(path)), key) for path, _, key in (name.rpartition(".") for name in names)}
+    with torch.device("cpu"), torch.no_grad(), registered_on_meta(lambda module, key: (type(module), key) in wanted):
+        again = hf.construct_again(model)
+    made = {**dict(again.named_parameters()), **dict(again.named_buffers())}
+    return {name: made[name].detach() for name in names if name in made and not made[name].is_meta}

@@ -1,0 +1,72 @@
+"""Which implementation a model's experts run with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from veomni.logging import create_logger
+from veomni.models.transformers_api import hf
+from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
+from veomni.ops.experts.backends import choose_backend
+from veomni.ops.experts.forward import experts_forward
+from veomni.ops.experts.layout import find_activation, holds_experts
+from veomni.ops.experts.rows import expert_rows
+
+if TYPE_CHECKING:
+    from veomni.strategies.transforms.precision import Precision
+
+logger = create_logger(__name__)
+
+_WANTED = "_veomni_experts"
+
+
+def want_experts(model: nn.Module, backend: str) -> None:
+    """Remember which backend the experts of ``model`` were asked to run with; "auto" leaves it open."""
+    setattr(model, _WANTED, backend)
+
+
+def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[str]) -> None:
+    """Run mixture-of-experts layers with the fastest backend that computes in the precision of the run.
+
+    Args:
+        model: Any model; those without experts are left alone.
+        precision: The precision of the run.
+        available: The backends of the device, fastest first.
+
+    Raises:
+        ModelError: the backend that was asked for cannot run the model here.
+    """
+    if not hf.has_experts(model):
+        return
+    modules = [module for module in model.modules() if holds_experts(module)]
+    for module in modules:
+        find_activation(module)  # now: it cannot be tried out in a compiled forward
+    backend = choose_backend(modules, getattr(model, _WANTED, "auto"), available, precision.compute)
+    name = f"veomni_{backend}"
+    hf.register_experts(name, partial(run_experts, backend=backend))
+    hf.use_experts(model, name)
+    logger.info_rank0("experts: %s", backend)
+
+
+def run_experts(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
+) -> Tensor:
+    """Return each token's weighted sum over its experts, ``[tokens, hidden]``, wherever those are.
+
+    Args:
+        module: A transformers experts module.
+        hidden_states: ``[tokens, hidden]``.
+        top_k_index: int64 ``[tokens, k]``.
+        top_k_weights: ``[tokens, k]``.
+        backend: Who multiplies.
+    """
+    exchange = getattr(module, EXCHANGE, None)
+    if exchange is None:
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights, backend=backend)
+    run, num_experts = partial(expert_rows, module, backend=backend), int(module.num_experts)  # type: ignore[arg-type]
+    return exchange_experts(hidden_states, top_k_index, top_k_weights, num_experts, run, exchange)

@@ -1,0 +1,1 @@
+"""What one examination of a model finds; strategies name what they require."""

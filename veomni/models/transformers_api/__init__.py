@@ -1,0 +1,1 @@
+"""Everything transformers does not export, by subject."""

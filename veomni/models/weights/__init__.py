@@ -1,0 +1,1 @@
+"""Weights: initialized, streamed in, materialized per shard, gathered and exported."""

@@ -1,0 +1,157 @@
+"""Storage and values for a model on the meta device, in the layout that a strategy gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from veomni.errors import ModelError
+from veomni.logging import create_logger
+from veomni.models.weights.gather import plain_name
+from veomni.models.weights.initialize import Initializer
+from veomni.models.weights.part_streams import PartStreams
+from veomni.models.weights.safetensors_files import SafetensorsFiles
+from veomni.models.weights.shards import allocate_like, copy_into, local_box
+from veomni.models.weights.source import WeightSource, weight_source
+from veomni.models.weights.stream import WeightStream, broadcast_from_zero
+
+logger = create_logger(__name__)
+
+
+@dataclass
+class _Slot:
+    """Where a module keeps a meta tensor."""
+
+    name: str
+    table: dict[str, Any]
+    key: str
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor: Tensor = self.table[self.key]
+        return tensor
+
+
+class Materializer:
+    """Gives meta parameters and buffers their storage and their values.
+
+    Values come from the model's safetensors, each rank reading only the part it holds, or from a random stream that
+    depends on the seed and the module's name alone. Dtypes are those of the meta tensors; random values are computed
+    in float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay tied.
+
+    Args:
+        model: The whole model, before any strategy has wrapped or sharded it.
+        device: Where storage is allocated.
+        seed: The seed of the run; the same on every rank.
+        group: When given, rank 0 reads each tensor once and broadcasts it over this group, instead of every rank
+            reading its part.
+
+    Raises:
+        ModelError: the weights do not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None) -> None:
+        self.device = device
+        skeleton = _skeleton(model)
+        source = weight_source(model)
+        self._initializer = Initializer(skeleton, device, seed) if any(_meta_slots(model, "")) else None
+        self._stream = _stream(skeleton, source)
+        if self._stream is not None:
+            self._stream.copy_conversions(model)
+        self._send = None if group is None else broadcast_from_zero(group)
+        self._shared = _shared_names(skeleton)
+        self._made: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    def __call__(self, module: nn.Module, prefix: str = "") -> None:
+        """Materialise everything under ``module``.
+
+        Args:
+            module: The model or a part of it, as the strategy left it.
+            prefix: Its name in the model.
+
+        Raises:
+            ModelError: something stays without values; it is named.
+        """
+        fresh: dict[str, Tensor] = {}
+        for slot in list(_meta_slots(module, prefix)):
+            slot.table[slot.key] = self._storage(slot, fresh)
+        streamed = {name: tensor for name, tensor in fresh.items() if self._stream and self._stream.provides(name)}
+        if self._stream is not None:
+            self._stream.fill(streamed, self._send)
+        self._initialize({name: tensor for name, tensor in fresh.items() if name not in streamed})
+        _refuse_left_over(module, prefix)
+
+    def _storage(self, slot: _Slot, fresh: dict[str, Tensor]) -> Tensor:
+        """Return the storage of a slot, the same for tied slots; new ones are entered into ``fresh``."""
+        name = self._shared.get(slot.name, slot.name)
+        tensor = self._made.get(name)
+        if tensor is None:
+            tensor = fresh[name] = allocate_like(slot.tensor, self.device)
+            if slot.name in self._shared:
+                self._made[name] = tensor
+        return tensor
+
+    def _initialize(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        assert self._initializer is not None
+        if self._stream is not None and (lacking := [n for n, t in tensors.items() if isinstance(t, nn.Parameter)]):
+            logger.info_rank0("not in the checkpoint, and initialised: %s", ", ".join(lacking))
+        for values in self._initializer.values(tensors):
+            for name, value in values.items():
+                copy_into(tensors[name], value[local_box(tensors[name])])
+
+
+def _stream(skeleton: nn.Module, source: WeightSource) -> WeightStream | PartStreams | None:
+    if source.parts:
+        return PartStreams(skeleton, source.parts)
+    return None if source.directory is None else WeightStream(skeleton, SafetensorsFiles(source.directory))
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """Copy a model without its values: every tensor of the copy is on the meta device, ties included."""
+    from torch.distributed.tensor import DTensor
+
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if isinstance(tensor, DTensor):
+            raise ModelError("the model is already sharded", "create the Materializer before the strategy shards it")
+        meta = tensor.detach().to("meta")
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if parameter else meta
+    return deepcopy(model, memo)
+
+
+def _meta_slots(module: nn.Module, prefix: str) -> Iterator[_Slot]:
+    for path, part in module.named_modules(prefix=prefix):
+        for table in (part._parameters, part._buffers):
+            for key, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    yield _Slot(plain_name(f"{path}.{key}" if path else key), table, key)
+
+
+def _shared_names(model: nn.Module) -> dict[str, str]:
+    """Map every name of a tied parameter to the first of its names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    return {name: group[0] for group in names.values() if len(group) > 1 for name in group}
+
+
+def _refuse_left_over(module: nn.Module, prefix: str) -> None:
+    left = [slot.name for slot in _meta_slots(module, prefix)]
+    for path, part in module.named_modules(prefix=prefix):
+        tensors = (key for key, value in vars(part).items() if isinstance(value, Tensor) and value.is_meta)
+        left += [plain_name(f"{path}.{key}") for key in tensors]
+    if left:
+        raise ModelError(
+            f"no values for {', '.join(left[:10])}",
+            "register them as buffers that _init_weights or reset_parameters fills",
+        )

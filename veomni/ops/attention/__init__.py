@@ -1,0 +1,1 @@
+"""Attention functions in transformers' signature."""

@@ -1,0 +1,374 @@
+"""Attention over a sequence that is split over ranks: keys and values travel round a ring of them.
+
+Each rank keeps its queries. The keys and values of one rank after the other come by, and what the queries see of them
+is added up (Liu et al., 2023, arXiv:2310.01889). Nothing but attention sees that rows are split, heads need not divide,
+and no rank ever holds a whole row.
+
+A row is cut into ``2 * C`` chunks for the ``C`` ranks of the ring, and rank ``c`` holds chunks ``c`` and
+``2 * C - 1 - c``: under a causal rule early positions see little and late ones much, and so every rank computes alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from veomni.batch.split import zigzag_chunks
+from veomni.errors import LayoutError, ModelError
+from veomni.ops.attention.block import accumulation_dtype, attend, attend_backward, merge_into
+from veomni.ops.attention.varlen import in_autocast_dtype
+
+RING = "ring"
+MASK_RULE = "mask_rule"
+_FIX = "use train.ulysses_parallel_size instead of train.context_parallel_size"
+_SPLIT_ELSEWHERE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def _chunk(number: int, width: int, device: torch.device) -> Tensor:
+    return torch.arange(number * width, (number + 1) * width, device=device)
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Which positions of a row see which, for any part of the row.
+
+    Attributes:
+        mask_function: transformers' convention: takes indices of batch, head, query and key that broadcast, positions
+            of the whole row among them, and returns True where a query sees a key.
+        batch: Rows.
+        plain_causal: Whether it is exactly that a query sees the keys up to itself.
+        causal: Whether no query sees a key after itself, whatever else is hidden.
+    """
+
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    batch: int
+    plain_causal: bool
+    causal: bool
+
+    def visible(self, q_positions: Tensor, kv_positions: Tensor) -> Tensor:
+        """Return where positions ``[q]`` see positions ``[kv]``, bool ``[batch, 1, q, kv]``."""
+        rows = torch.arange(self.batch, device=q_positions.device)
+        seen = self.mask_function(
+            rows[:, None, None, None],
+            rows.new_zeros(1, 1, 1, 1),
+            q_positions[None, None, :, None],
+            kv_positions[None, None, None, :],
+        )
+        return seen.expand(self.batch, 1, len(q_positions), len(kv_positions))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, *, group: ProcessGroup, scale: float
+) -> Tensor:
+    """Attend over whole rows, of which each rank of the ring holds two chunks (``zigzag_chunks``).
+
+    Args:
+        query: ``[batch, heads, seq / C, head_dim]``.
+        key: ``[batch, kv_heads, seq / C, head_dim]``; ``kv_heads`` divides ``heads``.
+        value: ``[batch, kv_heads, seq / C, value_head_dim]``.
+        rule: What sees what.
+        group: The ranks of the ring.
+        scale: Factor on the scores.
+
+    Returns:
+        ``[batch, heads, seq / C, value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros.
+
+    Raises:
+        LayoutError: a rank's positions are not two chunks of the same length.
+    """
+    if query.shape[2] % 2 or key.shape[2] != query.shape[2]:
+        raise LayoutError(
+            f"a rank of the ring holds {query.shape[2]} queries and {key.shape[2]} keys of each row",
+            "give every rank two chunks of each row, and its queries and keys the same ones",
+        )
+    result: Tensor = _RingAttention.apply(query, key, value, _Ring(rule, group, scale))
+    return result
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A half of this rank's queries, and a half of the keys in hand that it sees at least partly."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None
+    causal: bool
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """What forward and backward have in common."""
+
+    rule: MaskRule
+    group: ProcessGroup
+    scale: float
+
+    def sources(self) -> Iterator[int]:
+        """Whose keys and values are in hand, step by step: this rank's own, then those of the ranks before it."""
+        for step in range(self.group.size()):
+            yield (self.group.rank() - step) % self.group.size()
+
+    def pairs(self, source: int, local: int, device: torch.device) -> Iterator[_Pair]:
+        """Return what to compute when the keys of rank ``source`` are in hand; ``local`` positions are on each rank."""
+        size, width = self.group.size(), local // 2
+        for q_half, q_chunk in enumerate(zigzag_chunks(size, self.group.rank())):
+            for kv_half, kv_chunk in enumerate(zigzag_chunks(size, source)):
+                if self.rule.causal and kv_chunk > q_chunk:
+                    continue
+                mask = None
+                if not self.rule.plain_causal:
+                    mask = self.rule.visible(_chunk(q_chunk, width, device), _chunk(kv_chunk, width, device))
+                yield _Pair(
+                    slice(q_half * width, (q_half + 1) * width),
+                    slice(kv_half * width, (kv_half + 1) * width),
+                    mask,
+                    causal=self.rule.plain_causal and kv_chunk == q_chunk,
+                )
+
+    def send(self, *tensors: Tensor) -> _Journey:
+        return _Journey(tensors, self.group)
+
+
+class _Journey:
+    """Tensors on their way to the next rank, while those of the rank before are on their way here.
+
+    An all-to-all in which only neighbours have something for each other: unlike sends and receives it works on every
+    backend and device that Ulysses works on, and needs no order to keep two ranks from waiting for each other.
+
+    Args:
+        tensors: Of the same shapes and format on all ranks.
+        group: The ring.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], group: ProcessGroup) -> None:
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._sent = torch.cat([tensor.reshape(-1) for tensor in tensors])  # kept until it has left
+        self._received = torch.empty_like(self._sent)
+        size, rank = group.size(), group.rank()
+        sent, received = [0] * size, [0] * size
+        sent[(rank + 1) % size] = received[(rank - 1) % size] = len(self._sent)
+        self._work: Any = dist.all_to_all_single(self._received, self._sent, received, sent, group=group, async_op=True)
+
+    def arrive(self) -> list[Tensor]:
+        """Wait for the tensors of the rank before."""
+        self._work.wait()
+        parts = self._received.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: _Ring) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            output, lse = _forward(ring, query, key, value)
+        output = output.to(query.dtype)
+        ctx.ring = ring
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return *_backward(ctx.ring, grads[0], *ctx.saved_tensors), None
+
+
+def _forward(ring: _Ring, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return output ``[batch, heads, local, value_head_dim]`` and lse ``[batch, heads, local]``."""
+    dtype = accumulation_dtype(query.dtype)
+    output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=dtype)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    last = (ring.group.rank() + 1) % ring.group.size()
+    for source in ring.sources():
+        coming = None if source == last else ring.send(key, value)
+        for pair in ring.pairs(source, query.shape[2], query.device):
+            queries, keys = pair.queries, pair.keys
+            part, part_lse = attend(
+                query[:, :, queries], key[:, :, keys], value[:, :, keys], pair.mask,
+                causal=pair.causal, scale=ring.scale,
+            )  # fmt: skip
+            merge_into(output[:, :, queries], lse[:, :, queries], part, part_lse)
+        if coming is not None:
+            key, value = coming.arrive()
+    return output, lse
+
+
+def _backward(
+    ring: _Ring, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of this rank's queries, keys and values.
+
+    The gradients of keys and values travel one step behind them, so that they too are on their way while the next
+    block is computed, and one step further: from the last rank that adds to them home.
+    """
+    key_dtype, value_dtype = key.dtype, value.dtype
+    grad_query = torch.zeros_like(query, dtype=accumulation_dtype(query.dtype))
+    last = (ring.group.rank() + 1) % ring.group.size()
+    behind: _Journey | None = None
+    for source in ring.sources():
+        coming = None if source == last else ring.send(key, value)
+        grad_key, grad_value = (torch.zeros_like(part, dtype=grad_query.dtype) for part in (key, value))
+        for pair in ring.pairs(source, query.shape[2], query.device):
+            queries, keys = pair.queries, pair.keys
+            parts = attend_backward(
+                grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys], output[:, :, queries],
+                lse[:, :, queries], pair.mask, causal=pair.causal, scale=ring.scale,
+            )  # fmt: skip
+            grad_query[:, :, queries] += parts[0]
+            grad_key[:, :, keys] += parts[1]
+            grad_value[:, :, keys] += parts[2]
+        if behind is not None:
+            for so_far, total in zip(behind.arrive(), (grad_key, grad_value), strict=True):
+                total += so_far
+        behind = ring.send(grad_key, grad_value)
+        if coming is not None:
+            key, value = coming.arrive()
+    assert behind is not None
+    grad_key, grad_value = behind.arrive()
+    return grad_query.to(query.dtype), grad_key.to(key_dtype), grad_value.to(value_dtype)
+
+
+class RingAttention:
+    """What transformers calls in place of an attention implementation.
+
+    Args:
+        group: The ranks of the ring.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: MaskRule | Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend over the whole sequence.
+
+        Args:
+            module: The attention module.
+            query: ``[batch, heads, seq / C, head_dim]``.
+            key: ``[batch, kv_heads, seq / C, head_dim]``.
+            value: Like ``key``; its head_dim may differ.
+            attention_mask: The rule that the maker registered beside this made.
+            scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
+            dropout: Must be 0 in training.
+            kwargs: What other backends take; windows and document borders are in the rule already.
+
+        Returns:
+            ``[batch, seq / C, heads, value_head_dim]`` and None in place of weights.
+
+        Raises:
+            ModelError: the model asks for something that this attention does not do.
+        """
+        if not isinstance(attention_mask, MaskRule):
+            given = "no mask rule" if attention_mask is None else "a mask that the model built by itself"
+            raise ModelError(f"{type(module).__name__} gives ring attention {given}", _FIX)
+        if dropout and module.training:
+            raise ModelError(f"ring attention has no dropout (the model asks for {dropout})", _FIX)
+        _refuse_options(kwargs)
+        query, key, value = in_autocast_dtype(query, key, value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = ring_attention(query, key, value, attention_mask, group=self.group, scale=scale)
+        return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        unknown = isinstance(value, Tensor) and name not in _SPLIT_ELSEWHERE
+        if unknown or (name in ("s_aux", "sinks", "softcap") and value is not None):
+            raise ModelError(f"ring attention does not support {name}, which this model uses", _FIX)
+
+
+def register_ring(group: ProcessGroup) -> str:
+    """Make ring attention known to transformers, mask makers included, and return its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    register_mask_rule()
+    AttentionInterface.register(RING, RingAttention(group))
+    AttentionMaskInterface.register(RING, _whole_row_rules(group))
+    return RING
+
+
+def register_mask_rule() -> None:
+    """Make the maker of rules for whole rows known to transformers, unless it is, perhaps with something around it."""
+    from transformers import AttentionMaskInterface
+
+    if MASK_RULE not in AttentionMaskInterface():
+        AttentionMaskInterface.register(MASK_RULE, make_mask_rule)
+
+
+def make_mask_rule(
+    *, batch_size: int, mask_function: Callable[..., Tensor], causal: bool = False, **options: Any
+) -> MaskRule:
+    """Make the rule of whole rows, as one of transformers' mask makers.
+
+    Args:
+        batch_size: Rows.
+        mask_function: transformers' rule.
+        causal: Whether the caller knows that no query sees a key after itself.
+        options: What other makers take.
+    """
+    plain = _is_plain_causal(mask_function)
+    return MaskRule(mask_function, batch_size, plain_causal=plain, causal=plain or causal)
+
+
+def _is_plain_causal(mask_function: Callable[..., Tensor]) -> bool:
+    # Known by its name: transformers does not export it.
+    name = getattr(mask_function, "__module__", None), getattr(mask_function, "__name__", None)
+    return name == ("transformers.masking_utils", "causal_mask_function")
+
+
+def _whole_row_rules(group: ProcessGroup) -> Callable[..., MaskRule]:
+    """Return a mask maker that is asked for this rank's positions and makes the rule of whole rows."""
+
+    def make(
+        *,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable[..., Tensor],
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        attention_mask: Tensor | None = None,
+        use_vmap: bool = False,
+        allow_is_causal_skip: bool = False,
+        **options: Any,
+    ) -> MaskRule:
+        from transformers import AttentionMaskInterface
+
+        if attention_mask is not None:
+            raise ModelError(
+                "ring attention was given a padding mask", "pack the documents and leave attention_mask out"
+            )
+        if q_length != kv_length or q_offset or kv_offset:
+            raise ModelError("ring attention was asked for other keys than those of the row in hand", _FIX)
+        if use_vmap:
+            raise ModelError("the model adds a rule of its own to its mask, which knows this rank's part only", _FIX)
+        # SDPA may put is_causal in place of the mask when this is set, so transformers sets it for causal rules only;
+        # a window or chunk is told to it in another way.
+        causal = allow_is_causal_skip or _is_plain_causal(mask_function)
+        whole = q_length * group.size()
+        maker: Callable[..., MaskRule] = AttentionMaskInterface()[MASK_RULE]
+        return maker(q_length=whole, kv_length=whole, mask_function=mask_function, causal=causal, **options)
+
+    return make
+
+
+__all__ = [
+    "MASK_RULE", "RING", "MaskRule", "RingAttention", "make_mask_rule", "register_mask_rule", "register_ring",
+    "ring_attention",
+]  # fmt: skip

@@ -1,0 +1,223 @@
+"""Attention over a sequence that is split over ranks, in transformers' attention signature.
+
+Each rank gives its part of the positions of all heads, receives all positions of its part of the heads, runs any
+attention transformers knows on them as if nothing were split, and exchanges the result back.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from veomni.errors import ModelError
+from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
+
+PREFIX = "ulysses_"
+_PER_HEAD = ("s_aux", "sinks")
+_NOT_FOR_ATTENTION = ("position_ids", "labels", "shift_labels")  # of this rank's part only
+_PER_SEQUENCE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+_exchanged: ContextVar[bool] = ContextVar("veomni_exchanged", default=False)
+
+
+@contextmanager
+def on_exchanged_heads() -> Iterator[None]:
+    """Run attention on queries, keys and values that have been exchanged already, and leave its output so."""
+    token = _exchanged.set(True)
+    try:
+        yield
+    finally:
+        _exchanged.reset(token)
+
+
+def attention_in_use(module: nn.Module) -> Any:
+    """Return what transformers calls for an attention module now, or None where that is the module's own eager one."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface().get(module.config._attn_implementation)  # type: ignore[union-attr]
+
+
+class UlyssesAttention:
+    """What transformers calls in place of an attention implementation.
+
+    Args:
+        backend: The implementation that runs between the exchanges, by transformers' name of it.
+        group: The ranks that share the sequence.
+    """
+
+    def __init__(self, backend: str, group: ProcessGroup) -> None:
+        self.backend, self.group = backend, group
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend over the whole sequence.
+
+        Args:
+            module: The attention module.
+            query: ``[batch, heads, seq / P, head_dim]``.
+            key: ``[batch, kv_heads, seq / P, head_dim]``; repeated where ``kv_heads`` is no multiple of P.
+            value: Like ``key``; its head_dim may differ.
+            attention_mask: For the whole sequence, ``[batch or 1, heads or 1, seq, seq]``, or None.
+            kwargs: What the backend takes. Sinks are cut to this rank's heads; cu_seqlens are those of the whole rows.
+
+        Returns:
+            ``[batch, seq / P, heads, head_dim]`` and None in place of weights.
+
+        Raises:
+            ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
+        """
+        if not _exchanged.get():
+            query, key, value = self._exchange(query, key, value)
+        local = _LocalHeads(module, self.backend, query.shape[1], key.shape[1], self.group.rank())
+        mask = _local_mask(attention_mask, query, query.shape[1] * self.group.size(), local)
+        options = local_options(kwargs, local.heads)
+        output, _ = self._backend(module)(local, query, key, value, mask, **options)
+        return (output if _exchanged.get() else gather_heads_scatter_seq(output, self.group)), None
+
+    def _exchange(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+        size = self.group.size()
+        heads, kv_heads = query.shape[1], key.shape[1]
+        refuse_heads(heads, size)
+        repeats = math.lcm(kv_heads, size) // kv_heads
+        parts = [
+            query,
+            *(tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value)),
+        ]
+        whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], self.group)
+        return (part.transpose(1, 2) for part in whole)
+
+    def _backend(self, module: nn.Module) -> Callable[..., Any]:
+        from transformers import AttentionInterface
+
+        if self.backend != "eager":
+            function: Callable[..., Any] = AttentionInterface()[self.backend]
+            return function
+        # Eager attention is not in the registry: each modeling file brings its own.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is None:
+            raise ModelError(f"{type(module).__name__} has no eager attention", "set model.attention to sdpa")
+        found: Callable[..., Any] = eager
+        return found
+
+
+class _LocalHeads:
+    """An attention module as the backend may see it: with this rank's share of the heads, and as if it were alone."""
+
+    def __init__(self, module: nn.Module, backend: str, heads: int, kv_heads: int, rank: int) -> None:
+        self._module = module
+        self.config = _ConfigOf(module, backend)
+        self.heads = slice(rank * heads, (rank + 1) * heads)
+        self.num_key_value_groups = heads // kv_heads
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value[self.heads] if name in _PER_HEAD else value
+
+
+class _ConfigOf:
+    """An attention module's configuration that names the backend: transformers' flash attention looks it up there."""
+
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        self._module = module
+        self._attn_implementation = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module.config, name)
+
+
+def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
+    """Return what a model passes to its attention beside queries, keys, values and a mask, cut to some heads.
+
+    Raises:
+        ModelError: there is a tensor that nobody can split with certainty.
+    """
+    options = dict(kwargs)
+    for name in _NOT_FOR_ATTENTION:
+        options.pop(name, None)
+    for name, value in list(options.items()):
+        if not isinstance(value, Tensor) or name in _PER_SEQUENCE or not value.dim():
+            continue
+        if name not in _PER_HEAD:
+            raise ModelError(
+                f"the model passes {name} to its attention, which Ulysses does not know how to split",
+                "set train.ulysses_parallel_size to 1",
+            )
+        options[name] = value[heads]
+    return options
+
+
+def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any:
+    if not isinstance(mask, Tensor):
+        return mask
+    if mask.shape[-2:] != (query.shape[2], query.shape[2]):
+        raise ModelError(
+            f"the model's attention mask is {list(mask.shape)}, not of the whole row of {query.shape[2]} positions",
+            "set train.ulysses_parallel_size to 1: this model builds masks of its own",
+        )
+    return mask[:, local.heads] if mask.shape[1] == heads > 1 else mask
+
+
+def refuse_heads(heads: int, size: int) -> None:
+    """Refuse a number of attention heads that ranks cannot share.
+
+    Raises:
+        ModelError: ``size`` does not divide ``heads``.
+    """
+    if heads % size:
+        divisors = [str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0]
+        raise ModelError(
+            f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
+            f"use one of {', '.join(divisors)}, or train.context_parallel_size",
+        )
+
+
+def register_ulysses(backend: str, group: ProcessGroup) -> str:
+    """Make Ulysses around ``backend`` known to transformers, mask maker included, and return its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    # transformers looks names with "flash" in them up on the hub.
+    name = PREFIX + backend.replace("flash_attention_", "fa")
+    AttentionInterface.register(name, UlyssesAttention(backend, group))
+    AttentionMaskInterface.register(name, _whole_row_masks(backend, group))
+    return name
+
+
+def _whole_row_masks(backend: str, group: ProcessGroup) -> Callable[..., Any]:
+    """Return a mask maker that is asked for this rank's positions and makes the mask of all of them."""
+
+    def make(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        from transformers import AttentionMaskInterface
+
+        if attention_mask is not None:
+            raise ModelError("Ulysses was given a padding mask", "pack the documents and leave attention_mask out")
+        size = group.size()
+        maker = AttentionMaskInterface()[backend]
+        return maker(q_length=q_length * size, kv_length=kv_length * size, attention_mask=None, **options)
+
+    return make
+
+
+__all__ = [
+    "PREFIX",
+    "UlyssesAttention",
+    "attention_in_use",
+    "local_options",
+    "on_exchanged_heads",
+    "refuse_heads",
+    "register_ulysses",
+]

@@ -1,0 +1,213 @@
+"""Ulysses with its exchanges under the projections: q travels while k is projected, k while v is, and so backwards.
+
+An attention module of the standard form keeps its own forward. Around it, queries, keys and values are projected from
+this rank's positions and sent as each is ready; the module's forward then runs as if it held the whole row and a part
+of the heads: its projections hand out what arrived, so its own norms, rotary embedding and attention call work on that.
+The hidden states it is given have the right shape and no values (meta device): what would compute with them fails,
+and so the trial run of a strategy's set-up finds it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from veomni.errors import ModelError
+from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, on_exchanged_heads, refuse_heads
+from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")
+_FIX = "set train.ulysses_async to false"
+
+
+def overlap_projections(model: nn.Module, group: ProcessGroup) -> None:
+    """Make every attention module of a text model exchange heads asynchronously.
+
+    Args:
+        model: The text model, or the text part of a larger one.
+        group: The ranks that exchange sequence for heads.
+
+    Raises:
+        ModelError: an attention module is not of the standard form; names it and says why.
+    """
+    tables = _RotaryTables(group)
+    for name, module in attention_modules(model):
+        reason = why_not_overlapped(module)
+        if reason:
+            raise ModelError(f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", _FIX)
+        _Overlapped(module, group, tables)
+
+
+def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the attention modules of a model: those with an output projection, or named attention and with parts."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "o_proj") or (type(module).__name__.endswith("Attention") and list(module.children()))
+    ]
+
+
+def why_not_overlapped(module: nn.Module) -> str | None:
+    """Say why an attention module is not of the standard q/k/v/o form, or None if it is."""
+    missing = [name for name in _PROJECTIONS if type(getattr(module, name, None)) is not nn.Linear]
+    if missing:
+        return f"it has no plain Linear called {', '.join(missing)}"
+    others = [name for name, _ in module.named_children() if name not in (*_PROJECTIONS, *_NORMS)]
+    others += [name for name in module._parameters if name != "sinks"]
+    if others:
+        return f"it has parts of its own: {', '.join(others)}"
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int):
+        return "it has no head_dim"
+    for name in _NORMS:
+        weights = [weight.numel() for weight in getattr(module, name, nn.Identity()).parameters()]
+        if any(weight != head_dim for weight in weights):
+            return f"its {name} normalises over all heads together"
+    queries: nn.Linear = module.q_proj  # type: ignore[assignment]
+    output: nn.Linear = module.o_proj  # type: ignore[assignment]
+    if queries.out_features != output.in_features or queries.out_features % head_dim:
+        return "its queries are not heads x head_dim (they are gated)"
+    if "position_embeddings" not in inspect.signature(module.forward).parameters:
+        return "its forward takes no position_embeddings"
+    return None
+
+
+class _Overlapped:
+    """One attention module that exchanges asynchronously."""
+
+    def __init__(self, module: nn.Module, group: ProcessGroup, tables: _RotaryTables) -> None:
+        self.module, self.group, self.tables = module, group, tables
+        self.inner: Callable[..., Any] = module.forward
+        self.signature = inspect.signature(self.inner)
+        self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
+        self.arriving: dict[str, _Flight] = {}
+        for name in _PROJECTIONS[:3]:
+            getattr(module, name).forward = self._hand_out(name)
+        module.o_proj.forward = self._send_back  # type: ignore[union-attr]
+        module.forward = self.forward
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend as the module does; where another attention is in use (a probe), do nothing else."""
+        if not isinstance(attention_in_use(self.module), UlyssesAttention):
+            return self.inner(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
+        hidden = bound.arguments["hidden_states"]
+        for name in _PROJECTIONS[:3]:
+            self.arriving[name] = self._launch(name, self.project[name](hidden))
+        shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
+        bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
+        bound.arguments["position_embeddings"] = self.tables.whole(bound.arguments["position_embeddings"])
+        with on_exchanged_heads():
+            return self.inner(*bound.args, **bound.kwargs)
+
+    def _launch(self, name: str, projected: Tensor) -> _Flight:
+        heads = projected.unflatten(-1, (-1, self.module.head_dim))
+        if name == "q_proj":
+            refuse_heads(heads.shape[2], self.group.size())
+        repeats = math.lcm(heads.shape[2], self.group.size()) // heads.shape[2]
+        return _Flight(heads.repeat_interleave(repeats, dim=2) if repeats > 1 else heads, self.group)
+
+    def _hand_out(self, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(hidden: Tensor) -> Tensor:
+            flight = self.arriving.pop(name, None)
+            return self.project[name](hidden) if flight is None else flight.land().flatten(2)
+
+        return forward
+
+    def _send_back(self, attended: Tensor) -> Tensor:
+        if not isinstance(attention_in_use(self.module), UlyssesAttention):
+            return self.project["o_proj"](attended)
+        heads = attended.unflatten(-1, (-1, self.module.head_dim))
+        return self.project["o_proj"](gather_heads_scatter_seq(heads, self.group).flatten(2))
+
+
+class _RotaryTables:
+    """Cosines and sines of whole rows; gathered once for all layers that are given the same ones."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.known: list[tuple[Tensor, Tensor]] = []
+
+    def whole(self, tables: Any) -> tuple[Tensor, ...]:
+        if not (isinstance(tables, tuple) and all(isinstance(table, Tensor) for table in tables)):
+            raise ModelError("the model's rotary embedding is not a pair of cosines and sines", _FIX)
+        return tuple(self._gathered(table) for table in tables)
+
+    def _gathered(self, table: Tensor) -> Tensor:
+        for part, whole in self.known:
+            if part is table:
+                return whole
+        whole = gather_sequence(table, self.group, dim=-2)
+        self.known = [*self.known[-7:], (table, whole)]  # cosine and sine, of up to four kinds of layers
+        return whole
+
+
+class _Flight:
+    """Positions on their way to become heads.
+
+    Args:
+        heads: ``[batch, seq / P, heads, head_dim]``, heads a multiple of P.
+        group: The ranks that share the sequence.
+    """
+
+    def __init__(self, heads: Tensor, group: ProcessGroup) -> None:
+        self.group = group
+        self.work: dist.Work | None = None
+        self.sent: Tensor | None = None  # must live as long as it travels
+        self.buffer: Tensor = _Launch.apply(self, heads)
+
+    def land(self) -> Tensor:
+        """Wait, and return ``[batch, seq, heads / P, head_dim]``."""
+        landed: Tensor = _Land.apply(self, self.buffer)
+        return landed
+
+    def start(self, buffer: Tensor) -> Tensor:
+        received = torch.empty_like(buffer)
+        self.work, self.sent = dist.all_to_all_single(received, buffer, group=self.group, async_op=True), buffer
+        return received
+
+    def wait(self) -> None:
+        assert self.work is not None
+        self.work.wait()
+        self.work = self.sent = None
+
+
+class _Launch(torch.autograd.Function):
+    """``[batch, seq / P, heads, head_dim]`` to the buffer ``[P, batch, seq / P, heads / P, head_dim]`` being filled."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, heads: Tensor) -> Tensor:
+        ctx.flight = flight
+        return flight.start(heads.unflatten(2, (flight.group.size(), -1)).permute(2, 0, 1, 3, 4).contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        ctx.flight.wait()
+        return None, grads[0].permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+class _Land(torch.autograd.Function):
+    """The buffer, once it is filled, to ``[batch, seq, heads / P, head_dim]``; its backward starts the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, buffer: Tensor) -> Tensor:
+        ctx.flight = flight
+        flight.wait()
+        return buffer.transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        parts = grads[0].unflatten(1, (ctx.flight.group.size(), -1)).transpose(0, 1).contiguous()
+        return None, ctx.flight.start(parts)
+
+
+__all__ = ["attention_modules", "overlap_projections", "why_not_overlapped"]

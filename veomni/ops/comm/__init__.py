@@ -1,0 +1,1 @@
+"""Collectives with gradients: all-to-all and ring."""

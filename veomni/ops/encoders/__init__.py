@@ -1,0 +1,1 @@
+"""Encoders of images, videos and audio: dummies, sharing and balance over ranks."""

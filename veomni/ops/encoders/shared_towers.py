@@ -1,0 +1,124 @@
+"""Towers of a model whose rows are split: each rank encodes a share of the images, clips and sounds.
+
+Every rank of a sequence group is given all items of its rows. Rank ``r`` of ``P`` encodes every ``P``-th of them; the
+features are gathered, and those whose placeholder tokens this rank holds go on into its part of the rows. Gradients
+go back the same way, so that each tower parameter's gradient is that of all items, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from veomni.batch.micro_batch import SEQUENCE_SIZE
+from veomni.batch.split import SequencePart
+from veomni.errors import DataError
+from veomni.ops.comm.sequence_exchange import gather_sequence
+from veomni.ops.encoders.towers import Encode, Items, TowerKind, towers_of
+
+
+def share_towers(model: nn.Module, part: SequencePart, group: ProcessGroup) -> None:
+    """Let the towers of a model work on split rows; a model without towers is left alone.
+
+    Args:
+        model: A transformers model whose towers were prepared (``veomni/models/adapter/passes/media.py``).
+        part: Which positions of every row this rank holds.
+        group: The ranks that share rows.
+    """
+    towers = towers_of(model)
+    if not towers:
+        return
+    row = _Placeholders(part, group)
+    model.register_forward_pre_hook(row.remember, with_kwargs=True, prepend=True)
+    for call in towers.values():
+        call.exchange = _Shared(call.kind, getattr(model.config, call.kind.token), row, group)
+
+
+class _Placeholders:
+    """Where the tokens of items stand in whole rows."""
+
+    def __init__(self, part: SequencePart, group: ProcessGroup) -> None:
+        self.part, self.group = part, group
+        self.split = False
+        self.tokens: Tensor | None = None
+        self.types: Tensor | None = None
+
+    def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Keep what tells placeholders; give whole rows of ``token_type_ids``, which models build masks from."""
+        self.split = SEQUENCE_SIZE in kwargs
+        self.tokens, self.types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
+        types = kwargs.get("token_type_ids")
+        return args, {**kwargs, "token_type_ids": self._whole(types)} if self.split and types is not None else kwargs
+
+    def numbers(self, kind: TowerKind, token: int) -> Tensor:
+        """Return which features, counted over whole rows, belong to this rank's placeholders, in their order."""
+        whole = self._whole(self._marks(kind, token))
+        count = (whole.flatten().cumsum(0) - 1).view_as(whole)
+        mine = self.part.indices(whole.shape[1]).to(whole.device)
+        return count[:, mine][whole[:, mine] == 1]
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """Return whole rows ``[batch, seq]`` of what this rank has a part of."""
+        parts = [torch.empty_like(own) for _ in range(self.group.size())]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        length = own.shape[1] * len(parts)
+        whole = own.new_empty(own.shape[0], length)
+        for place, part in enumerate(parts):
+            ulysses, cp = divmod(place, self.part.cp)
+            indices = SequencePart(self.part.ulysses, ulysses, self.part.cp, cp).indices(length)
+            whole[:, indices.to(whole.device)] = part
+        return whole
+
+    def _marks(self, kind: TowerKind, token: int) -> Tensor:
+        """Return 1 where this rank's tokens are placeholders of one modality, int64 ``[batch, seq / P]``."""
+        assert self.tokens is not None
+        marked = self.tokens == token
+        if kind.token_type is not None:
+            if self.types is None:
+                raise DataError(
+                    "the placeholders of images and videos are one token in this model, and the batch does not say "
+                    "which are which",
+                    "give mm_token_type_ids (the processor returns them)",
+                )
+            marked = marked & (self.types == kind.token_type)
+        return marked.long()
+
+
+class _Shared:
+    """The exchange within a group of ranks that were all given the same items."""
+
+    def __init__(self, kind: TowerKind, token: int, row: _Placeholders, group: ProcessGroup) -> None:
+        self.kind, self.token, self.row, self.group = kind, token, row, group
+
+    def __call__(self, items: Items, encode: Encode) -> list[Tensor]:
+        if not self.row.split or not len(items):  # the others have no item either
+            return [torch.cat(stream) for stream in encode(items)]
+        size, rank = self.group.size(), self.group.rank()
+        streams = encode(items[list(range(rank, len(items), size))])
+        numbers = self.row.numbers(self.kind, self.token)
+        counts = self._counts(streams[0], len(items), rank)
+        return [self._placed(stream, counts, numbers) for stream in streams]
+
+    def _counts(self, features: list[Tensor], items: int, rank: int) -> list[int]:
+        """Return how many features each item has, in order; those of other ranks are asked for."""
+        own = torch.zeros(items, dtype=torch.int64, device=features[0].device)
+        for index, piece in zip(range(rank, items, self.group.size()), features, strict=False):
+            own[index] = len(piece)
+        dist.all_reduce(own, group=self.group)
+        return [int(count) for count in own.tolist()]
+
+    def _placed(self, features: list[Tensor], counts: list[int], numbers: Tensor) -> Tensor:
+        size = self.group.size()
+        room = max(sum(counts[place::size]) for place in range(size))
+        own = torch.cat(features)
+        padded = nn.functional.pad(own, (0, 0, 0, room - len(own)))
+        shares = gather_sequence(padded, self.group, dim=0).split(room)
+        pieces: list[Tensor] = [shares[0]] * len(counts)
+        for place, share in enumerate(shares):
+            theirs = counts[place::size]
+            pieces[place::size] = list(share[: sum(theirs)].split(theirs))
+        return torch.cat(pieces)[numbers]

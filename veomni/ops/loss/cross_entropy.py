@@ -1,0 +1,169 @@
+"""Cross-entropy fused with the projection to the vocabulary: the logits of all tokens never exist at once.
+
+Gradients of the hidden states and of the weight are computed during the forward, chunk by chunk, as in Liger Kernel's
+fused linear cross-entropy (Hsu et al., 2024, arXiv:2410.10989); the backward only scales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veomni.batch.micro_batch import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 1 << 29
+"""Logits held at once: 2^29 elements are 1 GiB in bf16, which fills a matrix unit and is small beside activations."""
+
+
+def cross_entropy_sum(
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    predictions: Tensor | None = None,
+) -> Tensor:
+    """Return the summed cross-entropy of materialised logits, in float32 or better.
+
+    Args:
+        logits: ``[tokens, vocab]``, any floating dtype.
+        labels: ``[tokens]``, int64; ``IGNORE_INDEX`` takes no part.
+        losses: ``[tokens]``: where the loss of each token is written, zero where there is no label; None writes none.
+        token_weights: ``[tokens]``, of the result's dtype: what each token's loss is multiplied by in the sum, not in
+            ``losses``; None is one.
+        predictions: ``[tokens]``, int64: where the likeliest token is written; None writes none.
+    """
+    if predictions is not None:
+        torch.argmax(logits.detach(), dim=-1, out=predictions)
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    if losses is not None:
+        losses.copy_(F.cross_entropy(wide.detach(), labels, ignore_index=IGNORE_INDEX, reduction="none"))
+    if token_weights is not None:
+        return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none").mul(token_weights).sum()
+    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    losses: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    predictions: Tensor | None = None,
+) -> Tensor:
+    """Return the summed cross-entropy of ``hidden @ weight.T + bias`` without keeping the logits.
+
+    Args:
+        hidden: ``[tokens, hidden]``.
+        weight: ``[vocab, hidden]``.
+        labels: ``[tokens]``, int64; ``IGNORE_INDEX`` takes no part.
+        bias: ``[vocab]`` or None.
+        losses: ``[tokens]``: where the loss of each token is written, zero where there is no label; None writes none.
+        token_weights: ``[tokens]``, of the result's dtype: what each token's loss is multiplied by in the sum, not in
+            ``losses``; None is one.
+        predictions: ``[tokens]``, int64: where the likeliest token is written; None writes none.
+
+    Returns:
+        A 0-d tensor, float64 for float64 inputs and float32 otherwise.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, bias, losses, token_weights, predictions)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        losses: Tensor | None,
+        token_weights: Tensor | None,
+        predictions: Tensor | None,
+    ) -> Tensor:
+        wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            chunk = slice(start, start + rows)
+            logits = F.linear(hidden[chunk], weight, bias)
+            if predictions is not None:
+                torch.argmax(logits, dim=-1, out=predictions[chunk])
+            scale = None if token_weights is None else token_weights[chunk]
+            each = _losses_and_gradient_(logits, labels[chunk], scale, with_gradient=any(ctx.needs_input_grad))
+            loss += (each if scale is None else each * scale).sum()
+            if losses is not None:
+                losses[chunk] = each
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_product_(grad_weight, logits.t(), hidden[chunk])
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=wide)
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss scales its gradients in place: call backward on it once")
+        grad_hidden, grad_weight, grad_bias = ctx.gradients
+        ctx.gradients = None
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(grad_loss),
+            None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),
+            None,
+            None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None, *, with_gradient: bool) -> Tensor:
+    """Return each token's loss, zero where there is no label; overwrite ``logits`` with its gradient when asked.
+
+    The gradient, not the loss, is multiplied by the token's ``scale``, ``[tokens]``.
+    """
+    if logits.is_cuda and logits.dtype is not torch.float64:  # the kernel adds up in float32
+        from veomni.ops.loss.cross_entropy_triton import losses_and_gradient_
+
+        return losses_and_gradient_(logits, labels, scale, with_gradient=with_gradient)
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    kept = labels != IGNORE_INDEX
+    target = labels.where(kept, 0).unsqueeze(1)
+    log_sum = wide.logsumexp(1, keepdim=True)
+    losses = (log_sum - wide.gather(1, target)).squeeze(1)
+    if with_gradient:
+        gradient = (wide - log_sum).exp_()
+        gradient.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+        if scale is not None:
+            gradient.mul_(scale.unsqueeze(1))
+        logits.copy_(gradient.mul_(kept.unsqueeze(1)))
+    return losses.mul(kept)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``total``, which may be wider than the factors."""
+    if total.dtype is left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(left, right)

@@ -1,0 +1,1 @@
+"""The mesh of ranks and the plan of a model: the only place where layouts are computed."""

@@ -1,0 +1,211 @@
+"""One device mesh for the world, with named views.
+
+The order of the axes is fixed, slowest first: ``pp, dp_replicate, dp_shard, ulysses, cp, tp``. Views flattened from it:
+
+- ``data``: ranks that read different rows (``dp_replicate x dp_shard``);
+- ``sequence``: ranks that share a row (``ulysses x cp``);
+- ``fsdp``: ranks that parameters are sharded over (``dp_shard x ulysses x cp``);
+- ``loss``: ranks that losses and gradients are reduced over (``dp_replicate x fsdp``).
+
+The ranks of ``fsdp`` have a second view for experts, ``ep_fsdp x ep``: ``ep`` ranks share the experts of a layer, and
+each expert is sharded over ``ep_fsdp`` ranks. The design follows torchtitan's ``ParallelDims``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from veomni.batch.split import SequencePart
+from veomni.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+AXES = ("pp", "dp_replicate", "dp_shard", "ulysses", "cp", "tp")
+VIEWS = {
+    "data": ("dp_replicate", "dp_shard"),
+    "sequence": ("ulysses", "cp"),
+    "fsdp": ("dp_shard", "ulysses", "cp"),
+    "loss": ("dp_replicate", "dp_shard", "ulysses", "cp"),
+}
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of the mesh axes; at most one of ``dp_replicate`` and ``dp_shard`` may be -1, "the rest of the world".
+
+    ``ep`` is no axis of its own: it divides the ranks of ``fsdp``. Neighbouring ranks share experts, or with
+    ``ep_outside`` those that are ``fsdp / ep`` apart: then each expert is gathered inside a node, and tokens travel
+    between nodes.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    ulysses: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    ep_outside: bool = False
+
+    def resolve(self, world_size: int) -> ParallelDims:
+        """Return the same sizes with -1 filled in.
+
+        Raises:
+            LayoutError: a size is not positive, the product is not ``world_size``, or ``ep`` does not divide ``fsdp``.
+        """
+        for axis in (*AXES, "ep"):
+            size = getattr(self, axis)
+            if size < 1 and not (size == -1 and axis in ("dp_replicate", "dp_shard")):
+                raise LayoutError(f"mesh axis {axis} has size {size}", "give a positive size")
+        dims = self._fill(world_size)
+        product = math.prod(getattr(dims, axis) for axis in AXES)
+        if product != world_size:
+            shown = " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES if getattr(dims, axis) > 1) or "1"
+            raise LayoutError(
+                f"the mesh axes multiply to {product} ({shown}) but there are {world_size} ranks",
+                f"start {product} ranks (train.devices) or change the sizes",
+            )
+        if dims.fsdp % dims.ep:
+            raise LayoutError(
+                f"expert_parallel_size {dims.ep} does not divide the {dims.fsdp} ranks that share parameters",
+                f"use a divisor of {dims.fsdp}",
+            )
+        return dims
+
+    def _fill(self, world_size: int) -> ParallelDims:
+        unknown = [axis for axis in ("dp_replicate", "dp_shard") if getattr(self, axis) == -1]
+        if not unknown:
+            return self
+        if len(unknown) == 2:
+            raise LayoutError("dp_replicate and dp_shard are both -1", "give one of them a size")
+        known = math.prod(getattr(self, axis) for axis in AXES if axis != unknown[0])
+        return replace(self, **{unknown[0]: max(1, world_size // known)})
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that parameters are sharded over."""
+        return self.dp_shard * self.ulysses * self.cp
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share each row."""
+        return self.ulysses * self.cp
+
+
+class ParallelState:
+    """The live mesh: size, rank and group of every axis and view.
+
+    Args:
+        dims: Resolved sizes.
+        device_type: Device type of the mesh, as ``torch.device.type``.
+        timeout: How long a collective of any axis waits; None leaves PyTorch's default, whatever the world's is.
+    """
+
+    def __init__(self, dims: ParallelDims, device_type: str, *, timeout: timedelta | None = None) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.dims = dims
+        sizes = tuple(getattr(dims, axis) for axis in AXES)
+        self._world = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+        # Meshes compare by identity, so each view is made once.
+        self._meshes: dict[str, DeviceMesh] = {axis: self._world[axis] for axis in AXES}
+        for name, axes in VIEWS.items():
+            self._meshes[name] = self._world[axes]._flatten(name)
+        self._parameters = self._meshes["fsdp"]
+        if dims.dp_replicate > 1:
+            # A flattened axis cannot be sliced together with another one, so the dense view is a mesh of its own.
+            dense = (dims.pp, dims.dp_replicate, dims.fsdp, dims.tp)
+            mesh = init_device_mesh(device_type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+            self._parameters = mesh["dp_replicate", "fsdp"]
+        self._experts = self._parameters
+        if dims.ep > 1:
+            self._experts = self._expert_views(device_type)
+        if timeout is not None:
+            self._limit(timeout)
+
+    def _expert_views(self, device_type: str) -> DeviceMesh:
+        """Lay the same ranks out for experts, and return the mesh that shards each of them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        dims = self.dims
+        sizes = {"ep_fsdp": dims.fsdp // dims.ep, "ep": dims.ep}
+        inner = ("ep", "ep_fsdp") if dims.ep_outside else ("ep_fsdp", "ep")
+        shape = (dims.pp, dims.dp_replicate, sizes[inner[0]], sizes[inner[1]], dims.tp)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp_replicate", *inner, "tp"))
+        self._meshes |= {"ep": mesh["ep"], "ep_fsdp": mesh["ep_fsdp"]}
+        return mesh["dp_replicate", "ep_fsdp"] if dims.dp_replicate > 1 else self._meshes["ep_fsdp"]
+
+    def _limit(self, timeout: timedelta) -> None:
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        # A mesh makes its groups with the backend's default timeout, not with that of the world.
+        for mesh in (*self._meshes.values(), self._parameters, self._experts):
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(timeout, group)
+
+    def mesh(self, axis: str) -> DeviceMesh:
+        """Return the one-dimensional mesh of an axis or view.
+
+        Raises:
+            LayoutError: no axis or view has that name.
+        """
+        if axis not in self._meshes:
+            raise LayoutError(f"the mesh has no axis {axis!r}", f"use one of: {', '.join(self._meshes)}")
+        return self._meshes[axis]
+
+    @property
+    def parameter_mesh(self) -> DeviceMesh:
+        """What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated (HSDP)."""
+        return self._parameters
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """What each expert is sharded over: ``[ep_fsdp]``, or ``[dp_replicate, ep_fsdp]``; all ranks without ``ep``."""
+        return self._experts
+
+    def size(self, axis: str) -> int:
+        """Return how many ranks an axis or view has."""
+        return int(self.mesh(axis).size())
+
+    def rank(self, axis: str) -> int:
+        """Return this process's position on an axis or view."""
+        return int(self.mesh(axis).get_local_rank())
+
+    @property
+    def sequence_part(self) -> SequencePart:
+        """Which positions of every row this rank holds."""
+        return SequencePart(self.size("ulysses"), self.rank("ulysses"), self.size("cp"), self.rank("cp"))
+
+    def group(self, axis: str) -> ProcessGroup:
+        """Return the process group of an axis or view."""
+        return self.mesh(axis).get_group()
+
+
+_state: ParallelState | None = None
+
+
+def set_parallel_state(state: ParallelState | None) -> None:
+    """Make ``state`` what :func:`get_parallel_state` returns; the launcher does this once."""
+    global _state
+    _state = state
+
+
+def get_parallel_state() -> ParallelState:
+    """Return the live mesh.
+
+    Raises:
+        LayoutError: no launcher has built it yet.
+    """
+    if _state is None:
+        raise LayoutError("there is no device mesh yet", "call launcher.launch() first")
+    return _state
