@@ -169,7 +169,7 @@ def configuration(folder: Path, workers: int, cache_gib: float) -> Config:
 def ours(folder: Path, workers: int, cache_gib: float = 0) -> Read:
     config = configuration(folder, workers, cache_gib)
     dataset, _ = load_datasets(config)
-    layout = SimpleNamespace(data_parallel=(0, 1), sequence_part=WHOLE_ROWS)
+    layout = SimpleNamespace(data_parallel=(0, 1), sequence_shard=WHOLE_ROWS)
     for step in load_batches(config, dataset, load_tokenizer(config, dataset), layout, train=True):
         for micro in step:
             yield len(micro.get("image_grid_thw", ())), sum(micro.document_lengths), micro["input_ids"].numel()

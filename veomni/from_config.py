@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from veomni.accelerators import select_accelerator
-from veomni.batch.split import SequencePart
+from veomni.batch.split import SequenceShard
 from veomni.config import Config, TrainConfig, check_layout, save_args
 from veomni.config.layout import local_processes
 from veomni.errors import ConfigError, LayoutError
@@ -83,20 +83,20 @@ def _check_shared_rows(config: Config) -> None:
     from veomni.ops.attention.ulysses import refuse_heads
 
     section, train = config.model, config.train
-    part = SequencePart(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
+    shard = SequenceShard(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
     source = section.config_path or section.model_path
-    if part.size == 1 or source is None:
+    if shard.size == 1 or source is None:
         return
-    if config.data.max_seq_len < part.multiple:
+    if config.data.max_seq_len < shard.multiple:
         raise LayoutError(
-            f"data.max_seq_len {config.data.max_seq_len} is too short for {part.size} ranks per row "
-            f"(train.ulysses_parallel_size {part.ulysses} x train.context_parallel_size {part.cp})",
-            f"set data.max_seq_len to at least {part.multiple}",
+            f"data.max_seq_len {config.data.max_seq_len} is too short for {shard.size} ranks per row "
+            f"(train.ulysses_parallel_size {shard.ulysses} x train.context_parallel_size {shard.cp})",
+            f"set data.max_seq_len to at least {shard.multiple}",
         )
     architecture: Any = build_config(source, section.config_overrides, trust_remote_code=section.trust_remote_code)
     heads = architecture.get_text_config().to_dict().get("num_attention_heads")
     if heads is not None:  # in some models they differ from layer to layer: setup_model checks each
-        refuse_heads(heads, part.ulysses)
+        refuse_heads(heads, shard.ulysses)
 
 
 def _check_experts(config: Config) -> None:
@@ -243,7 +243,7 @@ def load_media_transform(config: Config, tokenizer: Any) -> MultimodalTransform:
     return MultimodalTransform(family, tokenizer, template, reader, MESSAGES, cache)
 
 
-def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any, part: SequencePart) -> SampleMaker:
+def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any, shard: SequenceShard) -> SampleMaker:
     """Return what makes samples and micro-batches of a dataset of conversations with media."""
     from veomni.data import Mixture
     from veomni.data.loading.build_dataloader import text_samples
@@ -255,11 +255,11 @@ def load_samples(config: Config, dataset: TextDataset | Mixture, tokenizer: Any,
     transform = load_media_transform(config, tokenizer)
     architecture = transform.family.parts.config
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collator = MultimodalCollator(architecture, max_seq_len=data.max_seq_len, pad_token_id=int(pad or 0), part=part)
+    collator = MultimodalCollator(architecture, max_seq_len=data.max_seq_len, pad_token_id=int(pad or 0), shard=shard)
     layouts = [source.layout for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset.layout]
     kinds, texts = [layout.data_type for layout in layouts], None
     if set(kinds) != {"multimodal"}:
-        texts = text_samples(layouts, tokenizer, data.max_seq_len, data.overlong, part, data.chat_template)
+        texts = text_samples(layouts, tokenizer, data.max_seq_len, data.overlong, shard, data.chat_template)
     return MediaSamples(
         transform,
         collator,
@@ -348,13 +348,13 @@ def load_batches(
     from veomni.data import build_dataloader
 
     data, section = config.data, config.train
-    part = launcher.sequence_part
+    shard = launcher.sequence_shard
     endless = section.max_steps is not None and (data.stopping == "repeat" or not (data.streaming or data.sources))
     return build_dataloader(
         dataset,
         tokenizer,
         parallel=launcher.data_parallel,
-        part=part,
+        shard=shard,
         micro_batch_size=section.micro_batch_size,
         global_batch_size=section.global_batch_size,
         max_seq_len=data.max_seq_len,
@@ -373,7 +373,7 @@ def load_batches(
         stream_shards=data.stream_shards,
         lookahead=data.lookahead,
         max_media_tokens=data.max_media_tokens,
-        samples=load_samples(config, dataset, tokenizer, part) if dataset.data_type == "multimodal" else None,
+        samples=load_samples(config, dataset, tokenizer, shard) if dataset.data_type == "multimodal" else None,
     )
 
 

@@ -40,7 +40,7 @@ from veomni.batch.micro_batch import (
     document_lengths,
     loss_weight,
 )
-from veomni.batch.split import SequencePart
+from veomni.batch.split import SequenceShard
 from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
@@ -204,9 +204,9 @@ class Launcher:
         return DataParallel(self.state.rank("data"), self.state.size("data"))
 
     @property
-    def sequence_part(self) -> SequencePart:
+    def sequence_shard(self) -> SequenceShard:
         """Which positions of every row this process holds; a loader that knows cuts rows in its workers."""
-        return self.state.sequence_part
+        return self.state.sequence_shard
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -515,7 +515,7 @@ class Launcher:
         Raises:
             ModelError: answers are asked for, and the model takes its loss by itself.
         """
-        total = Evaluation(self.state, self.sequence_part, self.device, answers=answers)
+        total = Evaluation(self.state, self.sequence_shard, self.device, answers=answers)
         training = model.training
         self.reporter.mark("optimizer")
         model.eval()

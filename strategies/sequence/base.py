@@ -44,7 +44,7 @@ class SequenceStrategy(Strategy):
         state = get_parallel_state()
         if state.size("sequence") == 1:
             return inputs
-        part = inputs if SEQUENCE_SIZE in inputs else split_rows(inputs, state.sequence_part)
+        part = inputs if SEQUENCE_SIZE in inputs else split_rows(inputs, state.sequence_shard)
         if self.check_rows:
             assert isinstance(part, PackedInputs)
             _refuse_different_rows(part.row_digest, state)
@@ -69,7 +69,7 @@ class SequenceStrategy(Strategy):
             )
         if not hasattr(model, UNSPLIT_ATTENTION):
             setattr(model, UNSPLIT_ATTENTION, backend)
-            share_towers(model, state.sequence_part, state.group("sequence"))
+            share_towers(model, state.sequence_shard, state.group("sequence"))
         use_attention(model, self.install(model, backend, state))
 
     def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:

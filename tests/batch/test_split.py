@@ -7,17 +7,17 @@ import torch
 
 from tests.parity.documents import IGNORE, global_rows, pack
 from veomni.batch.micro_batch import SEQUENCE_SIZE, PackedInputs, document_lengths, supervised_tokens
-from veomni.batch.split import WHOLE_ROWS, SequencePart, split_rows, token_mask
+from veomni.batch.split import WHOLE_ROWS, SequenceShard, split_rows, token_mask
 from veomni.errors import DataError
 
 PARTS = {"ulysses2": (2, 1), "ulysses4": (4, 1), "ring2": (1, 2), "ring2 x ulysses2": (2, 2), "ulysses3": (3, 1)}
 
 
-def all_parts(ulysses: int, cp: int) -> list[SequencePart]:
-    return [SequencePart(ulysses, u, cp, c) for u in range(ulysses) for c in range(cp)]
+def all_parts(ulysses: int, cp: int) -> list[SequenceShard]:
+    return [SequenceShard(ulysses, u, cp, c) for u in range(ulysses) for c in range(cp)]
 
 
-def together(batch: dict[str, object], name: str, parts: list[SequencePart]) -> torch.Tensor:
+def together(batch: dict[str, object], name: str, parts: list[SequenceShard]) -> torch.Tensor:
     """The whole rows that the parts make up, the padded tail included."""
     cut = [split_rows(batch, part)[name] for part in parts]
     length = cut[0].shape[-1] * len(parts)
@@ -52,9 +52,9 @@ def test_labels_are_shifted_on_the_whole_row(name):
 def test_document_borders_are_those_of_whole_rows_and_a_tail_is_one_more():
     rows = global_rows(128)[:2]
     batch = pack(rows)
-    assert torch.equal(split_rows(batch, SequencePart(2, 0))["cu_seq_lens_q"], batch["cu_seq_lens_q"])
+    assert torch.equal(split_rows(batch, SequenceShard(2, 0))["cu_seq_lens_q"], batch["cu_seq_lens_q"])
     lengths = [len(document.tokens) for documents in rows for document in documents]
-    found = split_rows(batch, SequencePart(3, 1))["cu_seq_lens_k"].tolist()
+    found = split_rows(batch, SequenceShard(3, 1))["cu_seq_lens_k"].tolist()
     first = [7, 20, 37, 40, 42]  # what is left of row 0 is a segment already, the padded tail the next one
     assert found == [0, *first, *(42 + end for end in (5, 36, 40, 42))]
     assert lengths == [7, 13, 17, 5, 31]
@@ -62,14 +62,14 @@ def test_document_borders_are_those_of_whole_rows_and_a_tail_is_one_more():
 
 def test_borders_are_found_in_position_ids_where_the_loader_gave_none():
     batch = {key: value for key, value in pack(global_rows(128)[:2]).items() if not key.startswith(("cu_", "max_"))}
-    part = split_rows(batch, SequencePart(2, 1))
+    part = split_rows(batch, SequenceShard(2, 1))
     assert part["cu_seq_lens_q"].tolist() == [0, 7, 20, 37, 40, 45, 76, 80]
     assert part["max_length_q"] == 31
 
 
 def test_a_row_that_is_one_document_needs_no_borders():
     ids = torch.arange(16)[None]
-    part = split_rows({"input_ids": ids, "labels": ids}, SequencePart(4, 2))
+    part = split_rows({"input_ids": ids, "labels": ids}, SequenceShard(4, 2))
     assert "cu_seq_lens_q" not in part
     assert part["position_ids"].tolist() == [[8, 9, 10, 11]]
     assert part["shift_labels"].tolist() == [[9, 10, 11, 12]]
@@ -79,14 +79,14 @@ def test_a_row_that_is_one_document_needs_no_borders():
 def test_positions_with_axes_are_cut_along_the_row():
     ids, axes = torch.arange(8)[None], torch.arange(24).view(3, 1, 8)
     part = split_rows(
-        {"input_ids": ids, "position_ids": axes, "cu_seq_lens_q": torch.tensor([0, 8])}, SequencePart(2, 1)
+        {"input_ids": ids, "position_ids": axes, "cu_seq_lens_q": torch.tensor([0, 8])}, SequenceShard(2, 1)
     )
     assert torch.equal(part["position_ids"], axes[..., 4:])
 
 
 def test_embedded_rows_are_cut_and_padded():
     embedded = torch.randn(2, 5, 3)
-    part = split_rows({"inputs_embeds": embedded}, SequencePart(2, 1))
+    part = split_rows({"inputs_embeds": embedded}, SequenceShard(2, 1))
     assert torch.equal(part["inputs_embeds"][:, :2], embedded[:, 3:])
     assert not part["inputs_embeds"][:, 2:].any()
 
@@ -94,14 +94,14 @@ def test_embedded_rows_are_cut_and_padded():
 def test_what_throughput_is_counted_from_stays():
     batch = PackedInputs(pack(global_rows(128)[:1]))
     batch.document_lengths = (7, 13, 17)
-    assert split_rows(batch, SequencePart(2, 1)).document_lengths == (7, 13, 17)
+    assert split_rows(batch, SequenceShard(2, 1)).document_lengths == (7, 13, 17)
 
 
 def test_the_digest_tells_rows_apart_and_is_the_same_for_all_parts():
     one, other = pack(global_rows(128)[:1]), pack(global_rows(128)[1:2])
     digests = {split_rows(one, part).row_digest for part in all_parts(4, 1)}
     assert len(digests) == 1
-    assert split_rows(other, SequencePart(4, 0)).row_digest not in digests
+    assert split_rows(other, SequenceShard(4, 0)).row_digest not in digests
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_digest_tells_rows_apart_and_is_the_same_for_all_parts():
 )
 def test_what_cannot_be_cut_is_refused(inputs, part, named):
     with pytest.raises(DataError, match=named) as caught:
-        split_rows(inputs, SequencePart(*part))
+        split_rows(inputs, SequenceShard(*part))
     assert caught.value.fix
 
 
@@ -125,10 +125,10 @@ def test_which_positions_hold_a_token():
     batch.document_lengths, batch.row_lengths = (4, 3, 9), (7, 9)
     whole = torch.arange(9) < torch.tensor([[7], [9]])
     assert torch.equal(token_mask(batch, WHOLE_ROWS), whole)
-    for part in (SequencePart(2, rank) for rank in range(2)):  # the split pads rows to 10
+    for part in (SequenceShard(2, rank) for rank in range(2)):  # the split pads rows to 10
         padded = torch.nn.functional.pad(whole, (0, 1))
         assert torch.equal(token_mask(split_rows(batch, part), part), padded[:, part.indices(10)])
-    ring = SequencePart(1, 0, 2, 1)
+    ring = SequenceShard(1, 0, 2, 1)
     padded = torch.nn.functional.pad(whole, (0, 3))
     assert torch.equal(token_mask(split_rows(batch, ring), ring), padded[:, ring.indices(12)])
 

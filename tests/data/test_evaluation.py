@@ -15,7 +15,7 @@ from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.oracle import initial_model
 from veomni.batch.micro_batch import IGNORE_INDEX
-from veomni.batch.split import SequencePart, document_numbers
+from veomni.batch.split import SequenceShard, document_numbers
 from veomni.data import DataSource, build_dataloader, build_dataset
 from veomni.errors import DataError
 from veomni.launcher import Launcher
@@ -64,7 +64,7 @@ def evaluated(folder, tokenizer, strategies, micro_batch_size, fused):
     launcher = Launcher(strategies, accelerator="cpu", precision="fp64", fused_loss=fused)
     launcher.launch()
     loader = build_dataloader(
-        held_out(folder), tokenizer, parallel=launcher.data_parallel, part=launcher.sequence_part, train=False,
+        held_out(folder), tokenizer, parallel=launcher.data_parallel, shard=launcher.sequence_shard, train=False,
         micro_batch_size=micro_batch_size, global_batch_size=8, max_seq_len=ROW, cache_dir=folder / "cache",
         pin_memory=False, lookahead=4,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def test_numbers_of_documents_without_packing():
     """Padded on either side, every row is a document; of rows that nobody described, nothing is guessed."""
     ids = torch.ones(2, 4, dtype=torch.int64)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    whole = SequencePart()
+    whole = SequenceShard()
     assert document_numbers({"input_ids": ids}, whole).tolist() == [[0] * 4, [1] * 4]
     assert document_numbers({"input_ids": ids, "attention_mask": mask}, whole).tolist() == [[0] * 4, [1] * 4]
     from veomni.batch.micro_batch import PackedInputs

@@ -12,7 +12,7 @@ import torch
 
 from tests.data.stream_files import jsonl
 from veomni.batch.micro_batch import IGNORE_INDEX, loss_weight
-from veomni.batch.split import SequencePart, split_rows
+from veomni.batch.split import SequenceShard, split_rows
 from veomni.data import CHAT_TEMPLATES, build_dataloader, build_dataset
 from veomni.data.sources.records import Document, conversation_of
 from veomni.data.text.conversation import tokenize_conversations
@@ -187,7 +187,7 @@ def test_a_resumed_run_goes_on_with_its_weights(streaming, tokenizer, tmp_path):
 def test_weights_are_shifted_with_the_labels(ulysses, cp, tokenizer, tmp_path):
     rows = [row for row in records() if "loss_weights" in row]
     micro = next(micro for step in loader_of(tmp_path, tokenizer, rows) for micro in step)
-    parts = [SequencePart(ulysses, u, cp, c) for u in range(ulysses) for c in range(cp)]
+    parts = [SequenceShard(ulysses, u, cp, c) for u in range(ulysses) for c in range(cp)]
     cut = [split_rows(micro, part) for part in parts]
     length = cut[0]["labels"].shape[1] * len(parts)
     labels, weights = torch.full((2, length), -7), torch.full((2, length), -7.0)

@@ -134,7 +134,7 @@ def one_step(strategies, balance):
     )
     launcher.launch()
     model = launcher.setup_model(build_model(weights())).train()
-    collate = MultimodalCollator(build_config(TINY), max_seq_len=ROW, part=launcher.sequence_part)
+    collate = MultimodalCollator(build_config(TINY), max_seq_len=ROW, shard=launcher.sequence_shard)
     micro_batches = [collate([row]) for row in documents()[launcher.data_parallel.rank]]
     for batch in launcher.track([micro_batches]):
         for micro in launcher.accumulate(model, batch):

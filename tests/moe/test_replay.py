@@ -82,7 +82,7 @@ def replayed_step(model_name, layout, *, recompute="none", accumulation=1, optio
     count = len(mine) // accumulation
     loader = [[packed(mine[start : start + count]) for start in range(0, len(mine), count)]]
     log = share_of(strange_log(model_name), place.rank, place.size, accumulation)
-    log = log.part(launcher.sequence_part, [count] * accumulation)
+    log = log.shard(launcher.sequence_shard, [count] * accumulation)
     with replay_routing(model, log), record_routing(model) as again:
         for batch in launcher.track(loader):
             for micro in launcher.accumulate(model, batch):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.harness import run_ranks
-from veomni.batch.split import SequencePart
+from veomni.batch.split import SequenceShard
 from veomni.errors import LayoutError, ModelError
 from veomni.ops.attention.block import attend, merge_into, select_kernel
 from veomni.ops.attention.ring import MaskRule, RingAttention, ring_attention
@@ -64,7 +64,7 @@ def in_one_process(rule: MaskRule, sizes):
 
 def on_a_ring(rule: MaskRule, sizes, dtype):
     group = dist.group.WORLD
-    part = SequencePart(cp=group.size(), cp_rank=group.rank()).indices(SEQ)
+    part = SequenceShard(cp=group.size(), cp_rank=group.rank()).indices(SEQ)
     tensors, upstream = inputs(*sizes, dtype)
     mine = [tensor[:, :, part].contiguous().requires_grad_() for tensor in tensors]
     output = ring_attention(*mine, rule, group=group, scale=0.3)
@@ -74,7 +74,7 @@ def on_a_ring(rule: MaskRule, sizes, dtype):
 def compare(ranks, rule, sizes, dtype, bound):
     expected, gradients = in_one_process(rule, sizes)
     for rank, (output, found) in enumerate(run_ranks(on_a_ring, ranks, rule, sizes, dtype)):
-        part = SequencePart(cp=ranks, cp_rank=rank).indices(SEQ)
+        part = SequenceShard(cp=ranks, cp_rank=rank).indices(SEQ)
         for got, whole in zip((output, *found), (expected, *gradients), strict=True):
             want = whole[:, :, part].detach()
             assert got.dtype is dtype

@@ -43,7 +43,7 @@ def one_step(name, layout, step, frozen, balance):
             module.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
     sampler = Sampler(name)
     documents = [[[sampler(parts) for parts in row] for row in rank] for rank in step]
-    collate = MultimodalCollator(family_config(name), max_seq_len=ROW, part=launcher.sequence_part)
+    collate = MultimodalCollator(family_config(name), max_seq_len=ROW, shard=launcher.sequence_shard)
     micro_batches = [collate([row]) for row in documents[launcher.data_parallel.rank]]
     for batch in launcher.track([micro_batches]):
         for micro in launcher.accumulate(model, batch):

@@ -92,7 +92,7 @@ def loader(tmp_path, tokenizer):
         return build_dataloader(
             dataset, tokenizer, global_batch_size=ROWS, micro_batch_size=micro, max_seq_len=ROW, stream_shards=2,
             cache_dir=tmp_path / "cache", pin_memory=False, epochs=1, parallel=launcher.data_parallel,
-            part=launcher.sequence_part, packing="best_fit" if streaming else "none", train=train,
+            shard=launcher.sequence_shard, packing="best_fit" if streaming else "none", train=train,
         )  # fmt: skip
 
     return make

@@ -109,7 +109,7 @@ def one_step(name, layout, step, frozen=(), recompute="none", weighed=False):
     freeze(model, frozen)
     model = launcher.setup_model(model).train()
     rank = launcher.data_parallel.rank
-    collate = MultimodalCollator(family_config(name), max_seq_len=ROW, part=launcher.sequence_part)
+    collate = MultimodalCollator(family_config(name), max_seq_len=ROW, shard=launcher.sequence_shard)
     micro_batches = [collate([row]) for row in documents(name, step, weighed)[rank]]
     for batch in launcher.track([micro_batches]):
         for micro in launcher.accumulate(model, batch):

@@ -14,7 +14,7 @@ from veomni.registry import Registry
 
 
 @dataclass(frozen=True)
-class KeyRule:
+class Field:
     """How the values of one key are packed.
 
     Attributes:
@@ -36,8 +36,8 @@ class KeyRule:
     counts: str | None = None
 
 
-KEY_RULES: Registry[KeyRule] = Registry("batch key")
-"""Key of a micro-batch to its rule; ``KEY_RULES.register("your_key")(KeyRule("item"))`` adds one of your model's."""
+FIELDS: Registry[Field] = Registry("batch key")
+"""Key of a micro-batch to its rule; ``FIELDS.register("your_key")(Field("item"))`` adds one of your model's."""
 
 _TOKENS: dict[str, float] = {
     "input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0,
@@ -49,20 +49,20 @@ _ITEMS = (
 )  # fmt: skip
 
 for _name, _value in _TOKENS.items():
-    KEY_RULES.register(_name)(KeyRule("token", _value))
+    FIELDS.register(_name)(Field("token", _value))
 for _name in _ITEMS:
-    KEY_RULES.register(_name)(KeyRule("item"))
-KEY_RULES.register("inputs_embeds")(KeyRule("token", dim=-2))
-KEY_RULES.register("position_ids")(KeyRule("token", dim=-1))
-KEY_RULES.register("input_features")(KeyRule("item", ragged=True))
-KEY_RULES.register("feature_attention_mask")(KeyRule("item", ragged=True))
+    FIELDS.register(_name)(Field("item"))
+FIELDS.register("inputs_embeds")(Field("token", dim=-2))
+FIELDS.register("position_ids")(Field("token", dim=-1))
+FIELDS.register("input_features")(Field("item", ragged=True))
+FIELDS.register("feature_attention_mask")(Field("item", ragged=True))
 
 
 def part_tokens(inputs: Mapping[str, Any]) -> dict[str, int]:
     """Count the tokens that each part's loss is a mean over, for all parts that are known; text is apart."""
     found = {}
-    for key in KEY_RULES:
-        part = KEY_RULES.get(key).counts
+    for key in FIELDS:
+        part = FIELDS.get(key).counts
         if part is not None:
             found[part] = int((inputs[key] >= 0).sum()) if key in inputs else 0
     return dict(sorted(found.items()))

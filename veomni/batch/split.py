@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch.fields import KEY_RULES
+from veomni.batch.fields import FIELDS
 from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS, SEQUENCE_SIZE, PackedInputs, document_lengths
 from veomni.errors import DataError
 
 
 @dataclass(frozen=True)
-class SequencePart:
+class SequenceShard:
     """Which positions of every row this rank holds.
 
     Attributes:
@@ -60,15 +60,15 @@ def zigzag_chunks(size: int, rank: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-WHOLE_ROWS = SequencePart()
+WHOLE_ROWS = SequenceShard()
 
 
-def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
+def split_rows(inputs: Mapping[str, Any], shard: SequenceShard) -> PackedInputs:
     """Return this rank's part of a micro-batch.
 
     Args:
         inputs: Whole rows (``veomni/batch/micro_batch.py``); position ids may be ``[axes, batch, seq]``.
-        part: Which positions this rank holds.
+        shard: Which positions this rank holds.
 
     Returns:
         Tensors of one entry per token are cut; ``shift_labels`` holds the labels shifted on the whole row, and so does
@@ -79,9 +79,9 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
         DataError: there is a padding mask, a row is shorter than the number of ranks, or an unknown tensor has an entry
             per token.
     """
-    whole = _whole_rows(inputs, part)
+    whole = _whole_rows(inputs, shard)
     rows = _row_shape(whole)
-    indices = part.indices(rows[1])
+    indices = shard.indices(rows[1])
     result = PackedInputs(whole)
     if isinstance(inputs, PackedInputs):
         result.like(inputs)
@@ -94,16 +94,16 @@ def split_rows(inputs: Mapping[str, Any], part: SequencePart) -> PackedInputs:
     result["position_ids"] = whole["position_ids"][..., indices]
     if "shift_labels" in result:
         result["labels"] = result["shift_labels"]
-    result[SEQUENCE_SIZE] = part.size
+    result[SEQUENCE_SIZE] = shard.size
     return result
 
 
-def token_mask(inputs: Mapping[str, Any], part: SequencePart) -> Tensor | None:
+def token_mask(inputs: Mapping[str, Any], shard: SequenceShard) -> Tensor | None:
     """Return which of this rank's positions hold a token, bool ``[batch, seq]``; None where all of them do.
 
     Args:
         inputs: A micro-batch, whole or this rank's part of it.
-        part: Which positions of every row this rank holds.
+        shard: Which positions of every row this rank holds.
 
     Raises:
         DataError: rows are padded, and nobody said where.
@@ -116,27 +116,27 @@ def token_mask(inputs: Mapping[str, Any], part: SequencePart) -> Tensor | None:
     if lengths is None and not documents:
         return None
     batch, held = _row_shape(inputs)
-    positions = held * part.size
+    positions = held * shard.size
     if lengths is None:
         raise _unknown_padding(documents, batch * positions)
     filled = torch.tensor(lengths)
     if bool((filled == positions).all()):
         return None
-    return part.indices(positions).expand(batch, -1) < filled[:, None]
+    return shard.indices(positions).expand(batch, -1) < filled[:, None]
 
 
-def document_numbers(inputs: Mapping[str, Any], part: SequencePart) -> Tensor:
+def document_numbers(inputs: Mapping[str, Any], shard: SequenceShard) -> Tensor:
     """Return which of the batch's documents each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding.
 
     Args:
         inputs: A micro-batch, whole or this rank's part of it.
-        part: Which positions of every row this rank holds.
+        shard: Which positions of every row this rank holds.
 
     Raises:
         DataError: rows are padded, and nobody said where.
     """
     batch, held = _row_shape(inputs)
-    length, lengths, filled = held * part.size, document_lengths(inputs), _row_lengths(inputs)
+    length, lengths, filled = held * shard.size, document_lengths(inputs), _row_lengths(inputs)
     if filled is None and len(lengths) == batch:  # padded on a side that nobody said
         return torch.arange(batch)[:, None].expand(batch, held)
     if filled is None and lengths:
@@ -145,7 +145,7 @@ def document_numbers(inputs: Mapping[str, Any], part: SequencePart) -> Tensor:
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
     for row, tokens in enumerate(documents.split(filled) if filled else ()):
         numbers[row, : len(tokens)] = tokens
-    return numbers[:, part.indices(length)]
+    return numbers[:, shard.indices(length)]
 
 
 def _unknown_padding(documents: Sequence[int], positions: int) -> DataError:
@@ -167,21 +167,21 @@ def _row_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
     return (length,) * batch if sum(documents) == batch * length else None
 
 
-def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]:
+def _whole_rows(inputs: Mapping[str, Any], shard: SequenceShard) -> dict[str, Any]:
     """Check the rows, shift their labels, find their documents and pad them."""
     batch, length = _row_shape(inputs)
-    _refuse(inputs, batch, length, part)
+    _refuse(inputs, batch, length, shard)
     whole = dict(inputs)
     whole.pop("attention_mask", None)  # it is None
     if whole.get("labels") is not None and "shift_labels" not in whole:
         whole["shift_labels"] = F.pad(whole["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
         if LOSS_WEIGHTS in whole:
-            whole[LOSS_WEIGHTS] = F.pad(whole[LOSS_WEIGHTS], (0, 1), value=KEY_RULES.get(LOSS_WEIGHTS).pad)[..., 1:]
+            whole[LOSS_WEIGHTS] = F.pad(whole[LOSS_WEIGHTS], (0, 1), value=FIELDS.get(LOSS_WEIGHTS).pad)[..., 1:]
     if whole.get("position_ids") is None:
         whole["position_ids"] = torch.arange(length).expand(batch, length)
     borders = whole.get("cu_seq_lens_q")
     borders = _borders_of(whole["position_ids"]) if borders is None else borders
-    tail = -length % part.multiple
+    tail = -length % shard.multiple
     if tail:
         borders = _padded_borders(borders, batch, length, tail)
         whole.update(_padded(whole, tail))
@@ -193,7 +193,7 @@ def _whole_rows(inputs: Mapping[str, Any], part: SequencePart) -> dict[str, Any]
 
 def _is_cut(name: str) -> bool:
     """Whether a key has one entry per token ``[batch, seq, ...]``; position ids, which may have axes, are apart."""
-    return name in KEY_RULES and KEY_RULES.get(name).per == "token" and name != "position_ids"
+    return name in FIELDS and FIELDS.get(name).per == "token" and name != "position_ids"
 
 
 def _row_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -206,20 +206,20 @@ def _row_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
     )
 
 
-def _refuse(inputs: Mapping[str, Any], batch: int, length: int, part: SequencePart) -> None:
+def _refuse(inputs: Mapping[str, Any], batch: int, length: int, shard: SequenceShard) -> None:
     if inputs.get("attention_mask") is not None:
         raise DataError(
             "the batch has an attention_mask, and rows that several ranks share must not be padded",
             "pack the documents (build_dataloader does) and leave attention_mask out",
         )
-    if length < part.multiple:
+    if length < shard.multiple:
         raise DataError(
-            f"a row of {length} tokens is too short for {part.size} ranks: each needs a part of it",
-            f"use rows of at least {part.multiple} tokens (data.max_seq_len), or fewer ranks per row",
+            f"a row of {length} tokens is too short for {shard.size} ranks: each needs a part of it",
+            f"use rows of at least {shard.multiple} tokens (data.max_seq_len), or fewer ranks per row",
         )
     for name, value in inputs.items():
         per_token = isinstance(value, Tensor) and tuple(value.shape[:2]) == (batch, length)
-        if per_token and name not in KEY_RULES:
+        if per_token and name not in FIELDS:
             raise DataError(
                 f"the batch holds {name} {list(value.shape)}, which nobody said how to split over ranks",
                 "leave it out, or set train.ulysses_parallel_size and train.context_parallel_size to 1",
@@ -248,7 +248,7 @@ def _padded(whole: Mapping[str, Any], tail: int) -> dict[str, Tensor]:
     padded = {}
     for name, tensor in whole.items():
         if _is_cut(name) and tensor is not None:
-            padded[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, tail], value=KEY_RULES.get(name).pad)
+            padded[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, tail], value=FIELDS.get(name).pad)
     positions = whole["position_ids"]
     padded["position_ids"] = torch.cat([positions, torch.arange(tail).expand(*positions.shape[:-1], tail)], dim=-1)
     return padded

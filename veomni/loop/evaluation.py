@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veomni.batch.fields import part_tokens
 from veomni.batch.micro_batch import IGNORE_INDEX, document_lengths, loss_weight, sources_of
-from veomni.batch.split import SequencePart, document_numbers
+from veomni.batch.split import SequenceShard, document_numbers
 from veomni.errors import ModelError
 from veomni.parallel.mesh import ParallelState
 
@@ -25,15 +25,15 @@ class Evaluation:
 
     Args:
         state: Says which ranks share rows, and which have rows of their own.
-        part: Which positions of its rows this rank holds.
+        shard: Which positions of its rows this rank holds.
         device: Where losses are.
         answers: Whether answers are counted.
     """
 
-    def __init__(self, state: ParallelState, part: SequencePart, device: torch.device, *, answers: bool) -> None:
+    def __init__(self, state: ParallelState, shard: SequenceShard, device: torch.device, *, answers: bool) -> None:
         from veomni.metrics import TokenPerplexity
 
-        self._state, self._part, self._device, self.answers = state, part, device, answers
+        self._state, self._shard, self._device, self.answers = state, shard, device, answers
         self._loss = TokenPerplexity(process_group=state.group("loss")).to(device)
         self._parts = {name: TokenPerplexity(process_group=state.group("loss")).to(device) for name in part_tokens({})}
         self._sources: tuple[str, ...] = ()
@@ -81,12 +81,12 @@ class Evaluation:
 
     def _count(self, inputs: Mapping[str, Any], tokens: Tensor, targets: Tensor) -> None:
         assert self._accuracy is not None
-        numbers = document_numbers(inputs, self._part).flatten().to(self._device)
+        numbers = document_numbers(inputs, self._shard).flatten().to(self._device)
         learned = targets != IGNORE_INDEX
         wrong_and_learned = torch.zeros(2, len(document_lengths(inputs)), dtype=torch.int64, device=self._device)
         amounts = torch.stack([learned & (tokens != targets), learned]).long()
         wrong_and_learned = wrong_and_learned.index_add(1, numbers[learned], amounts[:, learned])
-        if self._part.size > 1:  # an answer may lie on several of the ranks that share a row: each of them counts it
+        if self._shard.size > 1:  # an answer may lie on several of the ranks that share a row: each of them counts it
             dist.all_reduce(wrong_and_learned, group=self._state.group("sequence"))
         sources = getattr(inputs, "document_sources", ()) if self._sources else ()
         group = torch.tensor(sources, dtype=torch.int64, device=self._device) if sources else None

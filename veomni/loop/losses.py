@@ -31,7 +31,7 @@ def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
     if name not in batch.part_tokens:
         raise ModelError(
             f"a loss called {name!r} is the mean over nobody knows how many tokens",
-            "register a key with KeyRule(counts=...) that tells them (veomni/batch/fields.py)",
+            "register a key with Field(counts=...) that tells them (veomni/batch/fields.py)",
         )
     return micro.part_tokens[name] / max(1, batch.part_tokens[name])
 

@@ -198,7 +198,7 @@ class RouterController(Listener):
 
     def _real_tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
         try:
-            return token_mask(inputs, self._state.sequence_part)
+            return token_mask(inputs, self._state.sequence_shard)
         except DataError as error:
             if self._balances:
                 raise

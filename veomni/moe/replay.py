@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from veomni.batch.split import SequencePart
+from veomni.batch.split import SequenceShard
 from veomni.errors import DataError, ModelError
 from veomni.models import unwrap
 from veomni.moe.recomputation import recomputing
@@ -67,24 +67,24 @@ class RoutingLog:
             raise DataError(problem, "give a file that RoutingLog.save wrote") from error
         return cls([forwards[number] for number in sorted(forwards)])
 
-    def part(self, part: SequencePart, batch_sizes: Sequence[int]) -> RoutingLog:
+    def shard(self, shard: SequenceShard, batch_sizes: Sequence[int]) -> RoutingLog:
         """Return what one of the ranks that share rows has to replay of a log of whole rows.
 
         Args:
-            part: Which positions of every row it holds (``launcher.sequence_part``).
+            shard: Which positions of every row it holds (``launcher.sequence_shard``).
             batch_sizes: The rows of every forward; the layout must divide their length.
         """
         return RoutingLog(
             [
-                {name: _cut(indices, part, rows) for name, indices in forward.items()}
+                {name: _cut(indices, shard, rows) for name, indices in forward.items()}
                 for forward, rows in zip(self.forwards, batch_sizes, strict=True)
             ]
         )
 
 
-def _cut(indices: Tensor, part: SequencePart, rows: int) -> Tensor:
+def _cut(indices: Tensor, shard: SequenceShard, rows: int) -> Tensor:
     whole = indices.unflatten(0, (rows, -1))
-    return whole[:, part.indices(whole.shape[1]).to(indices.device)].flatten(0, 1)
+    return whole[:, shard.indices(whole.shape[1]).to(indices.device)].flatten(0, 1)
 
 
 @contextmanager
@@ -178,7 +178,7 @@ class _Replay(Listener):
             raise DataError(
                 f"the recorded choice of {router.name} is {list(indices.shape)} and the forward makes one of "
                 f"{list(routing.indices.shape)} [tokens, top_k] (forward {self.number} of the log)",
-                "replay the micro-batches that were recorded, in their order (RoutingLog.part cuts shared rows)",
+                "replay the micro-batches that were recorded, in their order (RoutingLog.shard cuts shared rows)",
             )
         return indices.to(routing.indices.device, routing.indices.dtype)
 

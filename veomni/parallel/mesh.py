@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from veomni.batch.split import SequencePart
+from veomni.batch.split import SequenceShard
 from veomni.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ class ParallelState:
         return int(self.mesh(axis).get_local_rank())
 
     @property
-    def sequence_part(self) -> SequencePart:
+    def sequence_shard(self) -> SequenceShard:
         """Which positions of every row this rank holds."""
-        return SequencePart(self.size("ulysses"), self.rank("ulysses"), self.size("cp"), self.rank("cp"))
+        return SequenceShard(self.size("ulysses"), self.rank("ulysses"), self.size("cp"), self.rank("cp"))
 
     def group(self, axis: str) -> ProcessGroup:
         """Return the process group of an axis or view."""

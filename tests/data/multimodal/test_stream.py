@@ -17,7 +17,7 @@ from tests.config.samples import config as config_of
 from tests.data.multimodal.files import image_bytes, pixels
 from tests.data.multimodal.small_model import save_media, save_model
 from tests.data.stream_files import add, jsonl
-from veomni.batch.split import WHOLE_ROWS, SequencePart
+from veomni.batch.split import WHOLE_ROWS, SequenceShard
 from veomni.data import StreamLoader
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.images import load_image
@@ -72,9 +72,9 @@ def setup(folder):
     return build
 
 
-def loader_of(setup, rank=0, size=1, part=WHOLE_ROWS, train=True, **changes):
+def loader_of(setup, rank=0, size=1, shard=WHOLE_ROWS, train=True, **changes):
     config, dataset, _ = setup(**changes)
-    launcher = SimpleNamespace(data_parallel=(rank, size), sequence_part=part)
+    launcher = SimpleNamespace(data_parallel=(rank, size), sequence_shard=shard)
     return load_batches(config, dataset, load_tokenizer(config, dataset), launcher, train=train)
 
 
@@ -342,7 +342,7 @@ def test_a_row_has_no_more_media_than_allowed(setup):
 
 def test_ranks_that_share_rows_get_their_parts(setup):
     whole = next(iter(loader_of(setup)))
-    parts = [next(iter(loader_of(setup, part=SequencePart(2, rank)))) for rank in range(2)]
+    parts = [next(iter(loader_of(setup, shard=SequenceShard(2, rank)))) for rank in range(2)]
     for micro, left, right in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([left["input_ids"], right["input_ids"]], 1), micro["input_ids"])
         assert left.document_ids == micro.document_ids

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from veomni.batch.split import WHOLE_ROWS, SequencePart
+from veomni.batch.split import WHOLE_ROWS, SequenceShard
 from veomni.data.loading.blocks import Units
 from veomni.data.loading.loader import LoaderSettings, PackedDataLoader
 from veomni.data.loading.shard_reader import StreamPlan, StreamSource
@@ -42,7 +42,7 @@ def build_dataloader(
     tokenizer: PreTrainedTokenizerBase,
     *,
     parallel: tuple[int, int] = (0, 1),
-    part: SequencePart = WHOLE_ROWS,
+    shard: SequenceShard = WHOLE_ROWS,
     micro_batch_size: int = 1,
     global_batch_size: int = 1,
     max_seq_len: int = 2048,
@@ -74,7 +74,7 @@ def build_dataloader(
         dataset: From :func:`veomni.data.sources.build_dataset`.
         tokenizer: With an end-of-sequence token; its padding token, if any, fills rows.
         parallel: Rank and number of ranks that read different rows.
-        part: Which positions of its rows this rank holds, where several share each (``launcher.sequence_part``).
+        shard: Which positions of its rows this rank holds, where several share each (``launcher.sequence_shard``).
         micro_batch_size: Rows of a micro-batch.
         global_batch_size: Rows of an optimizer step, over all ranks and micro-batches.
         max_seq_len: Tokens of a row.
@@ -110,7 +110,7 @@ def build_dataloader(
         prefetch_factor, _pinned(pin_memory), epochs if train else 1, train, worker_timeout, balance,
     )  # fmt: skip
     if isinstance(dataset, TextDataset) and dataset.data_type not in _ON_THE_WAY:
-        return _packed(dataset, tokenizer, settings, max_seq_len, part, cache_dir, chat_template)
+        return _packed(dataset, tokenizer, settings, max_seq_len, shard, cache_dir, chat_template)
     mixture = dataset
     if isinstance(mixture, TextDataset):
         mixture = Mixture([opened_dataset(mixture, "data")])
@@ -118,7 +118,7 @@ def build_dataloader(
         if mixture.data_type == "multimodal":
             raise ConfigError("conversations with media need a model's processor", "give samples=MediaSamples(...)")
         samples = text_samples(
-            [source.layout for source in mixture.sources], tokenizer, max_seq_len, overlong, part, chat_template
+            [source.layout for source in mixture.sources], tokenizer, max_seq_len, overlong, shard, chat_template
         )
     stopping, passes = _ending(mixture, settings)
     shards = stream_shards if train else 1
@@ -144,7 +144,7 @@ def _packed(
     tokenizer: PreTrainedTokenizerBase,
     settings: LoaderSettings,
     max_seq_len: int,
-    part: SequencePart,
+    shard: SequenceShard,
     cache_dir: str | Path | None,
     chat_template: str | None,
 ) -> PackedDataLoader:
@@ -156,7 +156,7 @@ def _packed(
         lambda document: dataset[int(documents.source[document])].where,
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = MicroBatches(documents, samples, max_seq_len, int(pad or 0), part)
+    batches = MicroBatches(documents, samples, max_seq_len, int(pad or 0), shard)
     return PackedDataLoader(batches, settings, digests)
 
 
@@ -165,7 +165,7 @@ def text_samples(
     tokenizer: PreTrainedTokenizerBase,
     max_seq_len: int,
     overlong: str,
-    part: SequencePart,
+    shard: SequenceShard,
     chat_template: str | None,
 ) -> TextSamples:
     """Return what makes samples of sources without media; see :func:`build_dataloader`."""
@@ -177,7 +177,7 @@ def text_samples(
         "layouts": digest([layout.facts() for layout in layouts]),
     }
     transforms = [(layout.data_type, TransformSettings(layout.text_key, MESSAGES, template)) for layout in layouts]
-    return TextSamples(tokenizer, transforms, max_seq_len, overlong, part, digests)
+    return TextSamples(tokenizer, transforms, max_seq_len, overlong, shard, digests)
 
 
 def _ending(mixture: Mixture, settings: LoaderSettings) -> tuple[str, int]:

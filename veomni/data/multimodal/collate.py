@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch.fields import KEY_RULES, KeyRule
+from veomni.batch.fields import FIELDS, Field
 from veomni.batch.micro_batch import IGNORE_INDEX, PackedInputs
-from veomni.batch.split import WHOLE_ROWS, SequencePart, split_rows
+from veomni.batch.split import WHOLE_ROWS, SequenceShard, split_rows
 from veomni.data.multimodal.pixels import PixelList, as_tensor
 from veomni.data.packing.rows import segment_offsets
 from veomni.errors import DataError
@@ -43,13 +43,13 @@ class MultimodalCollator:
         config: The model's configuration.
         max_seq_len: Tokens of a row.
         pad_token_id: Fills the tail of a row.
-        part: Which positions of the rows are given out.
+        shard: Which positions of the rows are given out.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, *, max_seq_len: int, pad_token_id: int = 0, part: SequencePart = WHOLE_ROWS
+        self, config: PreTrainedConfig, *, max_seq_len: int, pad_token_id: int = 0, shard: SequenceShard = WHOLE_ROWS
     ) -> None:
-        self.config, self.max_seq_len, self.pad_token_id, self.part = config, max_seq_len, pad_token_id, part
+        self.config, self.max_seq_len, self.pad_token_id, self.shard = config, max_seq_len, pad_token_id, shard
         self.positions = DocumentPositions(config)
         self._decoders = [DECODERS.get(name) for name in getattr(config, "decoders", {})]
         self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
@@ -79,10 +79,10 @@ class MultimodalCollator:
                 batch[key] = join_items(values, rule)
         batch.document_lengths = tuple(length for row in lengths for length in row)
         batch.row_lengths = tuple(sum(row) for row in lengths)
-        if self.part.size == 1:  # ranks that share rows share their images too, and each encodes others
+        if self.shard.size == 1:  # ranks that share rows share their images too, and each encodes others
             batch.update(vision_inputs(self.config, batch))
         batch = self._with_borders(batch, lengths)
-        return split_rows(batch, self.part) if self.part.size > 1 else batch
+        return split_rows(batch, self.shard) if self.shard.size > 1 else batch
 
     def _prepared(self, sample: Sample) -> dict[str, Any]:
         if sample.get("input_ids") is None:
@@ -105,7 +105,7 @@ class MultimodalCollator:
                 "pack fewer documents into it, or raise data.max_seq_len",
             )
 
-    def _pack_tokens(self, key: str, rule: KeyRule, rows: Sequence[Sequence[Sample]]) -> Tensor:
+    def _pack_tokens(self, key: str, rule: Field, rows: Sequence[Sequence[Sample]]) -> Tensor:
         fill = self.pad_token_id if key == "input_ids" else rule.pad
         given = (sample[key] for row in rows for sample in row if key in sample)
         like = next(given, torch.zeros(0, dtype=torch.int64))
@@ -137,12 +137,12 @@ class MultimodalCollator:
         return batch
 
 
-def join_items(values: Sequence[Tensor | PixelList], rule: KeyRule) -> Tensor:
+def join_items(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor:
     """Return images, sizes or sounds of several documents one after another."""
     return as_tensor(join_compactly(values, rule))
 
 
-def join_compactly(values: Sequence[Tensor | PixelList], rule: KeyRule) -> Tensor | PixelList:
+def join_compactly(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor | PixelList:
     """Return the same, but 8-bit pixels as they are."""
     if all(isinstance(value, PixelList) for value in values):
         return PixelList(pixels for value in values for pixels in value)
@@ -153,10 +153,10 @@ def join_compactly(values: Sequence[Tensor | PixelList], rule: KeyRule) -> Tenso
     return torch.cat(tensors, dim=rule.dim)
 
 
-def _rule(key: str) -> KeyRule:
-    if key not in KEY_RULES:
+def _rule(key: str) -> Field:
+    if key not in FIELDS:
         raise DataError(
             f"a document has {key!r}, and nobody said how it is packed",
-            f"register a rule in KEY_RULES, or leave it out; {did_you_mean(key, list(KEY_RULES))}",
+            f"register a rule in FIELDS, or leave it out; {did_you_mean(key, list(FIELDS))}",
         )
-    return KEY_RULES.get(key)
+    return FIELDS.get(key)

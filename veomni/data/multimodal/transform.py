@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veomni.batch.fields import KEY_RULES
+from veomni.batch.fields import FIELDS
 from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS
 from veomni.data.multimodal.collate import join_compactly
 from veomni.data.multimodal.family import Family, MediaFeatures
@@ -186,10 +186,10 @@ class MultimodalTransform:
         for media, made in zip(planned.media, features, strict=True):
             for key, value in made.tensors.items():
                 values.setdefault(key, []).append(value)
-                if KEY_RULES.get(key).per == "token":
+                if FIELDS.get(key).per == "token":
                     places[key] = ids == self.family.id_of(self.family.placeholders[media.item.kind])
-        joined = {key: join_compactly(found, KEY_RULES.get(key)) for key, found in values.items()}
-        joined |= {key: _spread(joined[key], there, KEY_RULES.get(key).pad) for key, there in places.items()}
+        joined = {key: join_compactly(found, FIELDS.get(key)) for key, found in values.items()}
+        joined |= {key: _spread(joined[key], there, FIELDS.get(key).pad) for key, there in places.items()}
         if bool((planned.weights[labels != IGNORE_INDEX] != 1).any()):
             joined[LOSS_WEIGHTS] = planned.weights
         return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS, PackedInputs
-from veomni.batch.split import SequencePart, split_rows
+from veomni.batch.split import SequenceShard, split_rows
 from veomni.data.text.on_overflow import Samples
 from veomni.data.text.token_cache import TokenizedDocuments
 from veomni.data.text.token_weights import TokenWeights
@@ -33,21 +33,21 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         samples: The pieces of documents that the indices count.
         capacity: Tokens of a row.
         pad_token_id: Fills the tail of a row.
-        part: Which positions of the rows are given out.
+        shard: Which positions of the rows are given out.
     """
 
     def __init__(
-        self, documents: TokenizedDocuments, samples: Samples, capacity: int, pad_token_id: int, part: SequencePart
+        self, documents: TokenizedDocuments, samples: Samples, capacity: int, pad_token_id: int, shard: SequenceShard
     ) -> None:
         self.documents, self.samples = documents, samples
         self.capacity, self.pad_token_id = capacity, pad_token_id
-        self.part = part
+        self.shard = shard
 
     def __getitem__(self, rows: Rows) -> MicroBatchInputs:
         """Return ``[batch, seq]`` tensors for ``rows``, each the indices of its samples; a row may be empty."""
         documents = [[self._document(int(sample)) for sample in samples] for samples in rows]
         batch = pack_rows(documents, self.capacity, self.pad_token_id)
-        return split_rows(batch, self.part) if self.part.size > 1 else batch
+        return split_rows(batch, self.shard) if self.shard.size > 1 else batch
 
     def _document(self, sample: int) -> DocumentTokens:
         taken = (column[sample] for column in (self.samples.document, self.samples.start, self.samples.length))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veomni.batch.micro_batch import SOURCE_IDS, PackedInputs
-from veomni.batch.split import SequencePart, split_rows
+from veomni.batch.split import SequenceShard, split_rows
 from veomni.data.packing.rows import DocumentTokens, pack_rows
 from veomni.data.sources.records import Document
 from veomni.data.text.on_overflow import refuse_overlong
@@ -127,7 +127,7 @@ class TextSamples:
         transforms: Name of the transform and its settings, for each source.
         capacity: Tokens of a row.
         overlong: What happens to documents longer than a row.
-        part: Which positions of the rows are given out.
+        shard: Which positions of the rows are given out.
         digests: What tokens depend on beside the data.
     """
 
@@ -139,10 +139,10 @@ class TextSamples:
         transforms: Sequence[tuple[str, TransformSettings]],
         capacity: int,
         overlong: str,
-        part: SequencePart,
+        shard: SequenceShard,
         digests: Mapping[str, str],
     ) -> None:
-        self._tokenizer, self._capacity, self._overlong, self._part = tokenizer, capacity, overlong, part
+        self._tokenizer, self._capacity, self._overlong, self._shard = tokenizer, capacity, overlong, shard
         self._transforms, self.digests = transforms, digests
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = int(pad or 0)
@@ -190,7 +190,7 @@ class TextSamples:
         batch = name_documents(pack_rows(documents, self._capacity, self._pad), rows)
         if len(self._transforms) > 1:
             batch[SOURCE_IDS] = self._sources_of(rows)
-        return split_rows(batch, self._part) if self._part.size > 1 else batch
+        return split_rows(batch, self._shard) if self._shard.size > 1 else batch
 
     def _sources_of(self, rows: Sequence[Row]) -> Tensor:
         ids = np.full((len(rows), self._capacity), -1, np.int64)

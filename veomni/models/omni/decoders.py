@@ -1,7 +1,7 @@
 """Decoders of a composed model: what it generates besides text, token by token after the foundation.
 
 A decoder places its inputs at their tokens, and learns from the foundation's hidden states what comes next. Its loss is
-a mean over its own tokens: a document says where they are by a key that is negative elsewhere (``KeyRule.counts``).
+a mean over its own tokens: a document says where they are by a key that is negative elsewhere (``Field.counts``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veomni.batch.fields import KEY_RULES, KeyRule
+from veomni.batch.fields import FIELDS, Field
 from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.registry import Registry
 
@@ -243,9 +243,9 @@ def _waves(moment: Tensor, width: int) -> Tensor:
     return F.pad(waves, (0, width - waves.shape[-1]))
 
 
-KEY_RULES.register("codes")(KeyRule("token", IGNORE_INDEX))
-KEY_RULES.register("codes_next")(KeyRule("token", IGNORE_INDEX, counts="codes"))
+FIELDS.register("codes")(Field("token", IGNORE_INDEX))
+FIELDS.register("codes_next")(Field("token", IGNORE_INDEX, counts="codes"))
 for _name in ("latents", "latents_next", "latents_noise"):
-    KEY_RULES.register(_name)(KeyRule("token"))
-KEY_RULES.register("latents_place")(KeyRule("token", -1.0))
-KEY_RULES.register("latents_time")(KeyRule("token", -1.0, counts="latents"))
+    FIELDS.register(_name)(Field("token"))
+FIELDS.register("latents_place")(Field("token", -1.0))
+FIELDS.register("latents_time")(Field("token", -1.0, counts="latents"))

@@ -15,24 +15,24 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.batch.micro_batch import SEQUENCE_SIZE
-from veomni.batch.split import SequencePart
+from veomni.batch.split import SequenceShard
 from veomni.errors import DataError
 from veomni.ops.comm.sequence_exchange import gather_sequence
 from veomni.ops.encoders.towers import Encode, Items, TowerKind, towers_of
 
 
-def share_towers(model: nn.Module, part: SequencePart, group: ProcessGroup) -> None:
+def share_towers(model: nn.Module, shard: SequenceShard, group: ProcessGroup) -> None:
     """Let the towers of a model work on split rows; a model without towers is left alone.
 
     Args:
         model: A transformers model whose towers were prepared (``veomni/models/adapter/passes/media.py``).
-        part: Which positions of every row this rank holds.
+        shard: Which positions of every row this rank holds.
         group: The ranks that share rows.
     """
     towers = towers_of(model)
     if not towers:
         return
-    row = _Placeholders(part, group)
+    row = _Placeholders(shard, group)
     model.register_forward_pre_hook(row.remember, with_kwargs=True, prepend=True)
     for call in towers.values():
         call.exchange = _Shared(call.kind, getattr(model.config, call.kind.token), row, group)
@@ -41,8 +41,8 @@ def share_towers(model: nn.Module, part: SequencePart, group: ProcessGroup) -> N
 class _Placeholders:
     """Where the tokens of items stand in whole rows."""
 
-    def __init__(self, part: SequencePart, group: ProcessGroup) -> None:
-        self.part, self.group = part, group
+    def __init__(self, shard: SequenceShard, group: ProcessGroup) -> None:
+        self.shard, self.group = shard, group
         self.split = False
         self.tokens: Tensor | None = None
         self.types: Tensor | None = None
@@ -58,7 +58,7 @@ class _Placeholders:
         """Return which features, counted over whole rows, belong to this rank's placeholders, in their order."""
         whole = self._whole(self._marks(kind, token))
         count = (whole.flatten().cumsum(0) - 1).view_as(whole)
-        mine = self.part.indices(whole.shape[1]).to(whole.device)
+        mine = self.shard.indices(whole.shape[1]).to(whole.device)
         return count[:, mine][whole[:, mine] == 1]
 
     def _whole(self, own: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class _Placeholders:
         length = own.shape[1] * len(parts)
         whole = own.new_empty(own.shape[0], length)
         for place, part in enumerate(parts):
-            ulysses, cp = divmod(place, self.part.cp)
-            indices = SequencePart(self.part.ulysses, ulysses, self.part.cp, cp).indices(length)
+            ulysses, cp = divmod(place, self.shard.cp)
+            indices = SequenceShard(self.shard.ulysses, ulysses, self.shard.cp, cp).indices(length)
             whole[:, indices.to(whole.device)] = part
         return whole
 
