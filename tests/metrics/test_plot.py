@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from veomni.accelerators import select_accelerator
+from veomni.batch.micro_batch import StepBatch, StepWork
 from veomni.loop.reporter import Reporter
 from veomni.metrics import plot_loss
+from veomni.strategies.transforms.precision import select_precision
 
 
 def rows(steps: int, eval_every: int = 0) -> list[dict]:
@@ -65,6 +70,17 @@ def test_a_run_of_no_steps_gives_an_empty_picture(tmp_path) -> None:
     assert sum(colors(tmp_path / "loss.png").values()) == 0
 
 
+def test_metrics_of_the_loop_get_a_panel(tmp_path) -> None:
+    timing = {"tokens": 0, "data_seconds": 1.0, "source_loss/web": 2.0}
+    lines = [{**row, **timing, "accuracy": row["step"] / 120} for row in rows(120)]
+    plot_loss(write(tmp_path, lines), tmp_path / "own.png")
+    plot_loss(write(tmp_path, [{**row, **timing} for row in rows(120)]), tmp_path / "plain.png")
+    own, plain = (Image.open(tmp_path / name) for name in ("own.png", "plain.png"))
+    assert own.size[1] > plain.size[1]
+    pixels = np.asarray(own.convert("RGB")).astype(int)
+    assert int((np.abs(pixels - (0x94, 0x67, 0xBD)).max(axis=2) < 12).sum()) > 150
+
+
 def test_no_backend_of_pyplot_is_chosen(tmp_path) -> None:
     import subprocess
     import sys
@@ -84,3 +100,22 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_a_loop_that_never_logs_has_no_picture(tmp_path: Path) -> None:
     Reporter(tmp_path, plot=True).close("finished")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_the_summary_says_what_was_reached_and_where_it_is(tmp_path: Path, capsys, monkeypatch) -> None:
+    import logging
+
+    stream = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("veomni").handlers[0], "stream", stream)
+    reporter = Reporter(tmp_path, progress_bar=True, plot=True, log_every=2)
+    reporter.describe_model(torch.nn.Linear(3, 4), select_accelerator("cpu"), select_precision("fp32"), 1)
+    reporter.start(0, 3)
+    for step, metrics in enumerate(({"loss": 3.0}, {"loss": 2.0}, {"loss": 1.5, "eval_loss": 1.75}), start=1):
+        reporter.begin_step()
+        reporter.report(metrics, StepBatch([], 1.0, StepWork(), step))
+    reporter.close("finished")
+    text = stream.getvalue()
+    assert f"Linear, 16 parameters; steps 1 to 3; output in {tmp_path}" in text
+    assert "finished step 3 in 0 min 0 s: loss 1.5000, evaluation loss 1.7500" in text
+    assert f"in {tmp_path}: metrics.jsonl, loss.png" in text
+    assert "step 3, evaluation: loss 1.7500" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from veomni.logging import create_logger
 from veomni.metrics import Progress
 
-METRICS = {"loss": 2.34567, "tokens_per_second": 12345.6, "mfu_causal": None, "lr": 0.1}
+METRICS = {"loss": 2.34567, "tokens": 24691.2, "step_seconds": 2.0, "mfu_causal": None, "lr": 0.1}
 
 
 def on_a_terminal(run, columns: int = 100) -> str:
@@ -71,7 +71,7 @@ def test_a_bar_on_a_terminal() -> None:
     shown = screen(on_a_terminal(run))
     assert len(shown[0]) <= 100
     assert re.fullmatch(
-        r"100%\|█+\| step 20/20, 00:\d\d elapsed, 00:00 left, loss 2\.3457, 12,346 tokens/s, mfu n/a", shown[0]
+        r"100%\|█+\| step 20/20, 00:\d\d elapsed, 00:00 left, loss 2\.3457, 12,346 tokens/s", shown[0]
     ), shown
     assert shown[1:] == [""]
 
@@ -115,10 +115,42 @@ def test_lines_where_there_is_no_terminal() -> None:
     lines = lines_of(250, 30, 250)
     steps = [int(re.match(r"step (\d+)/250 \(", line).group(1)) for line in lines]
     assert steps == [31, 50, 75, 100, 125, 150, 175, 200, 225, 250]
-    assert re.fullmatch(r"step 50/250 \(20%\), loss 2\.3457, 12,346 tokens/s, mfu n/a, \d\d:\d\d left", lines[1]), (
-        lines[1]
-    )
-    assert lines[-1] == "step 250/250 (100%), loss 2.3457, 12,346 tokens/s, mfu n/a"
+    assert re.fullmatch(r"step 50/250 \(20%\), loss 2\.3457, 12,346 tokens/s, \d\d:\d\d left", lines[1]), lines[1]
+    assert lines[-1] == "step 250/250 (100%), loss 2.3457, 12,346 tokens/s"
+
+
+def test_the_speed_is_that_of_the_steps_since_the_last_line() -> None:
+    stream = io.StringIO()
+    progress = Progress(30, stream=stream)
+    for step in range(1, 31):
+        progress.update(step, {"loss": 1.0, "tokens": 100 * step, "step_seconds": 2.0, "mfu_causal": 0.5})
+    speeds = [re.search(r"([\d.,]+) tokens/s, mfu 50\.0%", line).group(1) for line in stream.getvalue().splitlines()]
+    latest = [(step - 2, step - 1, step) for step in range(3, 31, 3)]  # a line every three steps, and the first
+    assert speeds == ["50", *(f"{sum(steps) * 100 / 6:,.0f}" for steps in latest)]
+
+
+def test_evaluations_and_metrics_of_the_loop_are_shown() -> None:
+    stream = io.StringIO()
+    progress = Progress(20, stream=stream)
+    for step in range(1, 6):
+        measured = {"eval_loss": 1.25, "perplexity": 3.49, "eval_accuracy": 0.75} if step == 3 else {}
+        progress.update(step, {"loss": 2.0, "accuracy": 0.5, "samples": 8, "step_seconds": 2.0, **measured})
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("step 1/20 (5%), loss 2.0000, accuracy 0.5000, 4 samples/s")
+    assert lines[2] == "step 3, evaluation: loss 1.2500, accuracy 0.7500"
+
+
+def test_an_evaluation_goes_above_the_bar_and_the_last_step_closes_it() -> None:
+    def run(stream) -> None:
+        progress = Progress(4, stream=stream)
+        progress.update(2, {**METRICS, "eval_loss": 1.25})
+        progress.update(4, METRICS)
+        stream.write("a sample\n")
+
+    lines = screen(on_a_terminal(run))
+    assert lines[0] == "step 2, evaluation: loss 1.2500"
+    assert "step 4/4" in lines[1]
+    assert lines[2] == "a sample"
 
 
 def test_lines_of_a_run_without_known_end() -> None:

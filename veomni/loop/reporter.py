@@ -1,7 +1,8 @@
-"""What a run tells people: progress bar, ``metrics.jsonl`` and other loggers, times and FLOPs, a plot at the end."""
+"""Reports of a run: header, progress, ``metrics.jsonl`` and other loggers, times and FLOPs, plot and summary."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import StepBatch, StepWork, document_lengths
-from veomni.logging import current_rank
+from veomni.logging import create_logger, current_rank
 
 if TYPE_CHECKING:
     from veomni.loggers import JsonLines, Logger, LoggerGroup
@@ -18,15 +19,19 @@ if TYPE_CHECKING:
     from veomni.moe import ExpertLoad
     from veomni.strategies.transforms.precision import Precision
 
+logger = create_logger(__name__)
+
+_OUTPUTS = ("metrics.jsonl", "loss.png", "expert_load.png", "checkpoints", "hf")
+
 
 class Reporter:
-    """Collect the numbers of a step and send them where they belong; files and bars on rank 0 only.
+    """Report the numbers of a step; files, bars and messages on rank 0 only.
 
     Args:
         output_dir: Where ``metrics.jsonl`` and ``loss.png`` go; None writes neither.
         loggers: Further loggers (wandb, TensorBoard).
-        progress_bar: Show a bar on a terminal, plain lines elsewhere.
-        log_every: Report every so many steps.
+        progress_bar: Show a bar on a terminal, plain lines elsewhere; a header before, a summary after.
+        log_every: Report every so many steps, and every evaluation.
         plot: Draw ``loss.png``, and ``expert_load.png`` of a mixture of experts, when the run ends.
         config: The run's configuration, for the loggers that keep one; secrets are redacted there.
     """
@@ -50,17 +55,21 @@ class Reporter:
         self._flops: FlopsCounter | None = None
         self._throughput: Throughput | None = None
         self._progress: Progress | None = None
+        self._model = ""
+        self._started = 0.0
+        self._latest: dict[str, float | int | None] = {}
 
     @property
     def _active(self) -> bool:
         return self.output_dir is not None or bool(self._extra_loggers) or self._progress_bar
 
     def describe_model(self, model: nn.Module, accelerator: Accelerator, precision: Precision, world_size: int) -> None:
-        """Count the model's FLOPs while it is whole, and look up what the device can do."""
+        """Count the parameters and FLOPs of the unsharded model, and look up the device's peak."""
         if not self._active:
             return
         from veomni.metrics import FlopsCounter, Throughput
 
+        self._model = _description(model)
         self._flops = FlopsCounter.from_model(model)
         self._throughput = Throughput(
             peak_flops=accelerator.peak_flops(precision.compute),
@@ -84,12 +93,16 @@ class Reporter:
             self._expert_load_lines().truncate_after(step)
 
     def start(self, step: int, total: int | None) -> None:
-        """Begin to show progress from ``step`` towards ``total``."""
+        """Write the header and show progress from ``step`` towards ``total``."""
+        self._started = time.perf_counter()
         if self._config is not None:
             self._logger_group().log_config(self._config)
         if self._progress_bar:
             from veomni.metrics import Progress
 
+            place = "" if self.output_dir is None else f"; output in {self.output_dir}"
+            end = "the end of the data" if total is None else total
+            logger.info_rank0("%s; steps %s to %s%s", self._model, step + 1, end, place)
             self._progress = Progress(total, step)
 
     def begin_step(self) -> None:
@@ -104,16 +117,18 @@ class Reporter:
 
     def report(self, metrics: Mapping[str, float | int | Tensor | None], batch: StepBatch) -> None:
         """Send the numbers of a step to the progress bar and the loggers."""
-        if not self._active or batch.index % self.log_every:
+        evaluated = any(name.startswith("eval_") for name in metrics)
+        if not self._active or (batch.index % self.log_every and not evaluated):
             return
         numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         numbers |= self._timing(batch.work)
         if self._progress is not None:
             self._progress.update(batch.index, numbers)
+        self._latest |= {"step": batch.index, **numbers}
         self._logger_group().log(numbers, batch.index)
 
     def report_expert_load(self, load: ExpertLoad, batch: StepBatch) -> None:
-        """Write how many tokens every expert was sent in a step, a line of ``expert_load.jsonl``."""
+        """Write the number of tokens dispatched to every expert in a step, a line of ``expert_load.jsonl``."""
         if self._writes:
             counts = {name: sent.tolist() for name, sent in zip(load.names, load.assignments, strict=True)}
             self._expert_load_lines().append({"step": batch.index, "tokens_per_expert": counts})
@@ -139,16 +154,28 @@ class Reporter:
         return self._throughput.end_step(int(work.tokens), flops)
 
     def close(self, status: str) -> None:
-        """End the bar and the loggers; draw the plot when the run is over."""
+        """Close the bar and the loggers; when the run is finished, draw the plot and write the summary."""
         if self._progress is not None:
             self._progress.close()
-            self._progress = None
         self._logger_group().finalize(status)
         self._group = None
         if self._expert_load is not None:
             self._expert_load.close()
         if self.plot and self._writes and status == "finished":
             self._draw()
+        if self._progress is not None and status == "finished":
+            self._summarize()
+        self._progress = None
+
+    def _summarize(self) -> None:
+        found = [("loss", "loss"), ("eval_loss", "evaluation loss")]
+        losses = [f"{text} {self._latest[name]:.4f}" for name, text in found if self._latest.get(name) is not None]
+        minutes, seconds = divmod(round(time.perf_counter() - self._started), 60)
+        logger.info_rank0("finished step %s in %s min %s s: %s", self._latest.get("step"), minutes, seconds,
+                          ", ".join(losses))  # fmt: skip
+        if self.output_dir is not None:
+            written = [name for name in _OUTPUTS if (self.output_dir / name).exists()]
+            logger.info_rank0("in %s: %s", self.output_dir, ", ".join(written))
 
     def _draw(self) -> None:
         from veomni.metrics import plot_expert_load, plot_loss
@@ -168,3 +195,14 @@ class Reporter:
             own = [] if self.output_dir is None else [JsonlLogger(self.output_dir)]
             self._group = LoggerGroup([*own, *self._extra_loggers])
         return self._group
+
+
+def _description(model: nn.Module) -> str:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = f", {_millions(trained)} trained" if trained < total else ""
+    return f"{type(model).__name__}, {_millions(total)} parameters{frozen}"
+
+
+def _millions(count: int) -> str:
+    return f"{count:,}" if count < 1e5 else f"{count / 1e6:,.1f} M"

@@ -12,6 +12,8 @@ from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
+_SILENT_SECONDS = 30.0
+
 
 def build_once(directory: Path, build: Callable[[Path], None], problem: Callable[[Path], str | None]) -> None:
     """Make sure ``directory`` holds a good copy; the first process to get the lock builds it, the others find it.
@@ -31,7 +33,7 @@ def build_once(directory: Path, build: Callable[[Path], None], problem: Callable
         return
     lock = FileLock(directory.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_SILENT_SECONDS)
     except Timeout:
         logger.info("waiting for another process to build %s", directory)
         lock.acquire()
