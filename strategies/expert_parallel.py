@@ -105,7 +105,7 @@ class ExpertParallel:
                     fully_shard(child, mesh=state.parameter_mesh, **options)
             fully_shard(module, mesh=state.expert_mesh, shard_placement_fn=place, **options)
             assert isinstance(module, FSDPModule)
-            _average_over(module, state.size("loss"))
+            average_over(module, state.size("loss"))
             if state.size("ep_fsdp") == 1:
                 reduce_in_place(module)
             units.append(module)
@@ -144,7 +144,7 @@ def _split_experts(module: nn.Module, state: ParallelState) -> None:
         module.register_parameter(key, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def _average_over(module: FSDPModule, ranks: int) -> None:
+def average_over(module: FSDPModule, ranks: int) -> None:
     """Sum the gradients over the ranks that hold them, and divide by ``ranks``."""
 
     def divide(summed: Tensor) -> None:

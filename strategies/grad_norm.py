@@ -38,7 +38,7 @@ def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) 
         if not parameter.requires_grad:
             continue
         wide = _wide(parameter.dtype)
-        members = groups[_sharding(parameter)]
+        members = groups[sharding_of(parameter)]
         if parameter.grad is not None:
             grad = parameter.grad
             members.append(grad.to_local() if isinstance(grad, DTensor) else grad)
@@ -52,7 +52,8 @@ def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) 
     return total.sqrt()
 
 
-def _sharding(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, ...]]:
+def sharding_of(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, ...]]:
+    """Return the mesh of a parameter and the axes it is sharded over; replicated axes are left out."""
     if not isinstance(parameter, DTensor):
         return None, ()
     axes = tuple(axis for axis, placement in enumerate(parameter.placements) if isinstance(placement, Shard))

@@ -92,12 +92,11 @@ def one_step(
     max_norm: float = 1e9,
     accelerator: str = "cpu",
     backend: str = "gloo",
-    mutate: Callable[[Launcher], None] | None = None,
     weights: str = "random",
     attention: str = "auto",
     changes: dict[str, Any] | None = None,
 ) -> Outcome:
-    """What every rank runs; ``changes`` are the configuration's, ``mutate`` breaks something on purpose."""
+    """What every rank runs; ``changes`` are the configuration's."""
     launcher = Launcher(
         (LAYOUTS | EXPERT_LAYOUTS)[layout][1](),
         accelerator=accelerator,
@@ -107,8 +106,6 @@ def one_step(
         timeout_seconds=60,
     )
     launcher.launch()
-    if mutate is not None:
-        mutate(launcher)
     model = launcher.setup_model(
         build_model(tiny_config(model_name, **changes or {}), weights=weights, attention=attention)
     )

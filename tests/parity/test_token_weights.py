@@ -25,6 +25,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing import seams
 
 ROW, ROWS = 24, 8
 
@@ -98,11 +99,9 @@ def loader(tmp_path, tokenizer):
     return make
 
 
-def one_step(make, strategies, micro, streaming=False, fused=True, scale=1.0, precision="fp64", mutate=None):
+def one_step(make, strategies, micro, streaming=False, fused=True, scale=1.0, precision="fp64"):
     launcher = Launcher(strategies, accelerator="cpu", precision=precision, fused_loss=fused)
     launcher.launch()
-    if mutate is not None:
-        mutate()
     model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager")).train()
     loader = make(scale, streaming, micro, launcher)
     seen = set()
@@ -163,23 +162,19 @@ def test_lower_precisions(layout, precision, loader):
         check(outcome, truth(), BOUNDS[precision])
 
 
-def count_tokens():
-    import veomni.launcher as module
-
-    module.loss_weight = supervised_tokens
+def count_tokens(weight, inputs):
+    return supervised_tokens(inputs)
 
 
-def weigh_unshifted():
+def weigh_unshifted(shift, values, fill):
     """The weight of a token scales the loss of the next one."""
-    import veomni.models.adapter.passes.loss_context as module
-
-    pad = F.pad
-    module.F = type("Module", (), {"pad": staticmethod(lambda w, sides, value: pad(w, (1, 0), value=value))})
+    return values if values.is_floating_point() else shift(values, fill)
 
 
-@pytest.mark.parametrize("mutate", [count_tokens, weigh_unshifted])
-def test_seeded_bugs_are_seen(mutate, loader):
-    ((outcome, _, _),) = run_ranks(one_step, 1, loader, Single(), 2, mutate=mutate, init=False)
+@pytest.mark.parametrize("bug", [(seams.LOSS_WEIGHT, count_tokens), (seams.LABEL_SHIFT, weigh_unshifted)])
+def test_seeded_bugs_are_seen(bug, loader):
+    with seams.replaced(*bug):
+        ((outcome, _, _),) = run_ranks(one_step, 1, loader, Single(), 2, init=False)
     with pytest.raises(AssertionError, match="gradients off"):
         check(outcome, truth(), BOUNDS["fp64"])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veomni.batch.fields import FIELDS
 from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS, SEQUENCE_SIZE, PackedInputs, document_lengths
+from veomni.batch.shift import shift_left
 from veomni.errors import DataError
 
 
@@ -174,9 +175,9 @@ def _whole_rows(inputs: Mapping[str, Any], shard: SequenceShard) -> dict[str, An
     whole = dict(inputs)
     whole.pop("attention_mask", None)  # it is None
     if whole.get("labels") is not None and "shift_labels" not in whole:
-        whole["shift_labels"] = F.pad(whole["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]
+        whole["shift_labels"] = shift_left(whole["labels"], IGNORE_INDEX)
         if LOSS_WEIGHTS in whole:
-            whole[LOSS_WEIGHTS] = F.pad(whole[LOSS_WEIGHTS], (0, 1), value=FIELDS.get(LOSS_WEIGHTS).pad)[..., 1:]
+            whole[LOSS_WEIGHTS] = shift_left(whole[LOSS_WEIGHTS], FIELDS.get(LOSS_WEIGHTS).pad)
     if whole.get("position_ids") is None:
         whole["position_ids"] = torch.arange(length).expand(batch, length)
     borders = whole.get("cu_seq_lens_q")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veomni.batch.micro_batch import LOSS_WEIGHTS, SOURCE_IDS, PackedInputs
+from veomni.batch.shift import shift_left
 from veomni.models.adapter.passes.source_losses import SourceLosses
 
 
@@ -55,7 +55,7 @@ class LossContext:
         context = cls()
         weights = inputs.get(LOSS_WEIGHTS)
         if weights is not None:
-            shifted = weights if "shift_labels" in inputs else F.pad(weights, (0, 1), value=1.0)[..., 1:]
+            shifted = weights if "shift_labels" in inputs else shift_left(weights, 1.0)
             context.token_weights = shifted.to(device, non_blocking=True)
         if SOURCE_IDS in inputs:
             assert isinstance(inputs, PackedInputs)

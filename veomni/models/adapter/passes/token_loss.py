@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.shift import shift_left
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models.adapter.passes.loss_context import LossContext, Predictions
@@ -57,7 +57,7 @@ class TokenMeanLoss:
         """
         if shift_labels is None:
             shift_labels, self.targets = self.targets, None
-        targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
+        targets = shift_left(labels, IGNORE_INDEX) if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)
         rows, context = logits.flatten(0, -2), self.context
         wide = torch.float64 if rows.dtype is torch.float64 else torch.float32

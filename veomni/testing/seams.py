@@ -1,0 +1,110 @@
+"""Declared places where a test replaces what the library does: for seeded bugs, faults and fakes.
+
+A seam is a public function, method or property that every step passes. The library calls it as any other; replacing it
+costs nothing where no test does, and a test names the seam instead of a module, so code can move under it::
+
+    def counted_on_one_rank_only(sync, **mine):
+        return sync(**{**mine, "loss_weight": mine["loss_weight"] if dist.get_rank() == 0 else 0})
+
+    with replaced(seams.STEP_SYNC, counted_on_one_rank_only):
+        ...
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from veomni.batch.micro_batch import loss_weight
+from veomni.batch.shift import shift_left
+from veomni.batch.split import split_rows, token_mask
+from veomni.launcher import Launcher
+from veomni.loop.losses import shared_loss
+from veomni.loop.sync import agree
+from veomni.models.adapter.passes.documents import row_of
+from veomni.models.weights.initialize import Initializer
+from veomni.moe.controller import RouterController
+from veomni.moe.load import LoadCounter
+from veomni.ops.experts.permute import combine_rows, permute_tokens
+from veomni.parallel.mesh import ParallelState
+from veomni.strategies import DDP, FSDP1
+from veomni.strategies.expert_parallel import average_over
+from veomni.strategies.grad_norm import sharded_grad_norm, sharding_of
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place; ``target`` is the function, the method (``Class.method``) or the property itself."""
+
+    target: Any
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What runs there."""
+        found: Any = self.target.fget if isinstance(self.target, property) else self.target
+        return cast("Callable[..., Any]", found)
+
+    def holders(self, value: Any) -> list[tuple[Any, str]]:
+        """Return every module of the library, or class, that holds ``value`` where this seam is, and its name there."""
+        *classes, name = self.function.__qualname__.split(".")
+        if classes:
+            owner = functools.reduce(getattr, classes, sys.modules[self.function.__module__])
+            return [(owner, name)] if vars(owner)[name] is value else []
+        modules = [module for key, module in sys.modules.items() if key.partition(".")[0] == "veomni"]
+        return [(module, key) for module in modules for key, held in list(vars(module).items()) if held is value]
+
+
+@contextmanager
+def replaced(seam: Seam, around: Callable[..., Any]) -> Iterator[None]:
+    """Inside the context, run ``around(original, *args, **kwargs)`` wherever the library passes ``seam``."""
+
+    @functools.wraps(seam.function)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(seam.function, *args, **kwargs)
+
+    other = property(replacement) if isinstance(seam.target, property) else replacement
+    places = seam.holders(seam.target)
+    assert places, f"{seam.function.__qualname__} is not found where it is declared: is it replaced already?"
+    for owner, name in places:
+        setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        for owner, name in seam.holders(other):
+            setattr(owner, name, seam.target)
+
+
+# A step
+STEP_SYNC = Seam(agree)
+MICRO_BATCHES = Seam(Launcher.accumulate)
+LOSS_WEIGHT = Seam(loss_weight)
+LOSS_SHARE = Seam(shared_loss)
+STEP_LOSS = Seam(Launcher.global_loss)
+
+# Rows
+DATA_PARALLEL = Seam(Launcher.data_parallel)
+LABEL_SHIFT = Seam(shift_left)
+DOCUMENTS = Seam(row_of)
+ROW_SPLIT = Seam(split_rows)
+TOKEN_MASK = Seam(token_mask)
+
+# Parameters and gradients
+INITIAL_VALUES = Seam(Initializer.__init__)
+GROUP_SIZE = Seam(ParallelState.size)
+GRADIENT_SYNC = Seam(DDP.grad_sync)
+GRADIENT_NORM = Seam(sharded_grad_norm)
+GRADIENT_NORM_OF_FSDP1 = Seam(FSDP1.grad_norm)
+GRADIENT_SHARDING = Seam(sharding_of)
+EXPERT_AVERAGE = Seam(average_over)
+
+# Experts and their routers
+EXPERT_DISPATCH = Seam(permute_tokens)
+EXPERT_COMBINE = Seam(combine_rows)
+EXPERT_LOAD = Seam(LoadCounter.reduce)
+ROUTER_GRADIENT = Seam(RouterController.gradient)
+ROUTER_DECISIONS = Seam(RouterController.see)
+ROUTERS_COUNT_FIRST = Seam(RouterController.counts_first)
