@@ -14,6 +14,7 @@ from veomni.batch.split import split_rows
 from veomni.errors import DataError, ModelError
 from veomni.models.traits.sequence_layers import layer_outside_attention
 from veomni.models.traits.splits_rows import refuse_unsplittable
+from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 from veomni.ops.encoders.shared_towers import share_towers
 from veomni.parallel.mesh import ParallelState, get_parallel_state
@@ -60,8 +61,7 @@ class SequenceStrategy(Strategy):
         layer = layer_outside_attention(model)
         if layer is not None:
             raise ModelError(f"{name} has a layer that sees the sequence outside attention: {layer}", _FIX)
-        config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-        backend = str(config._attn_implementation)
+        backend = text_attention_of(model)
         if not backend.endswith(_PACKING_BACKENDS):
             raise ModelError(
                 f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",

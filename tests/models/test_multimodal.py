@@ -13,7 +13,7 @@ from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, IMAGES, MROPE, Sampler, alone, documents_of, family_config, family_model
 from veomni.families.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
 from veomni.models import build_model, derive_plan, export_hf, prepare_towers
-from veomni.models.transformers_api.vision_inputs import vision_inputs
+from veomni.models.transformers_api.encoders import vision_inputs
 from veomni.ops.encoders.towers import towers_of
 
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")

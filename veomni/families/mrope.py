@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veomni.errors import DataError
 from veomni.models.loader import model_class
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.encoders import rope_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,7 +36,7 @@ class DocumentPositions:
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        self._rule: Any = hf.rope_rule(model_class(config), config)
+        self._rule: Any = rope_rule(model_class(config), config)
         self._config = config
         parameters = () if self._rule is None else inspect.signature(self._rule.get_rope_index).parameters
         self._takes = {name: _RENAMED.get(name, name) for name in parameters}

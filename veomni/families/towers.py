@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from veomni.errors import DataError
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.encoders import audio_lengths, padded_audio_lengths
+from veomni.models.transformers_api.masks import bidirectional_mask
 
 _FAMILY_OF_ONE_TOKEN = ("glm4v", "glm4v_moe")
 _UNREAD = (
@@ -36,16 +35,9 @@ def takes_padded_audio(owner: Any) -> bool:
 
 
 def audio_counts(owner: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return the function from frames ``[sounds]`` to the features of each sound; None where it is unknown."""
-    tower = owner.audio_tower
-    method = getattr(tower, "_get_feat_extract_output_lengths", None)
-    if method is not None:
-        return lambda frames: method(frames)[1]
-    function = getattr(sys.modules[type(owner).__module__], "_get_feat_extract_output_lengths", None)
-    if function is None:
-        return None
-    options = {"n_window": tower.n_window} if "n_window" in inspect.signature(function).parameters else {}
-    return lambda frames: function(frames, **options)
+    """Return the function from frames ``[clips]`` to the features of each clip; None where it is unknown."""
+    lengths = audio_lengths(owner.audio_tower)
+    return None if lengths is None else lambda frames: lengths(frames)[1]
 
 
 def unread_parameters(owner: Any) -> list[nn.Parameter]:
@@ -118,9 +110,9 @@ class _EncodeSounds:
 
     def __call__(self, input_features: Tensor, feature_attention_mask: Tensor) -> Any:
         tower = self.owner.audio_tower
-        frames, features = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))
+        frames, features = padded_audio_lengths(tower, feature_attention_mask)
         places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=input_features.device)
-        mask = hf.bidirectional_mask(tower.config, places < frames[:, None], tower.dtype)
+        mask = bidirectional_mask(tower.config, places < frames[:, None], tower.dtype)
         output = tower(input_features, attention_mask=mask)
         hidden = self.owner.multi_modal_projector(output.last_hidden_state)
         output.last_hidden_state = hidden[places[: hidden.shape[1]] < features[:, None]]

@@ -19,7 +19,7 @@ from typing_extensions import override
 from veomni.batch.split import token_mask
 from veomni.errors import DataError, ModelError, NonFiniteError
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.experts import drop_own_balance_loss, own_balance_loss
 from veomni.moe.balance import balance_gradient, z_gradient
 from veomni.moe.bias import check_bias, check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
@@ -50,10 +50,10 @@ def install_controller(
     """
     found = watch_routers(model)
     _check_found(model, found, options)
-    own, aux = hf.own_balance_loss(model), options.aux_loss_coef
+    own, aux = own_balance_loss(model), options.aux_loss_coef
     if own is not None and found.readable and not found.unreadable:
         aux = own if aux is None else aux
-        hf.drop_own_balance_loss(model)
+        drop_own_balance_loss(model)
         logger.info_rank0("the model's own load-balancing loss, taken on each rank's tokens alone, is off; the one "
                           "taken on the global batch has weight %s", aux)  # fmt: skip
     elif own:

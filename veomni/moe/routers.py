@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.experts import balances_on_softmax, router_logits
 from veomni.moe.scoring import ScoreFunction, Scoring, find_scoring
 
 _TOKENS = 512
@@ -97,7 +97,7 @@ class Routers:
 def find_routers(model: nn.Module) -> Routers:
     """Return the routers of a transformers model; its parameters may be on the meta device, and are not sharded yet."""
     readable, unreadable = [], []
-    for name, module, logits_at in list(hf.router_logits(model)) or _beside_experts(model):
+    for name, module, logits_at in list(router_logits(model)) or _beside_experts(model):
         router = _inspect(model, name, module, logits_at)
         if router is None:
             unreadable.append(name)
@@ -128,7 +128,7 @@ def _inspect(model: nn.Module, name: str, module: nn.Module, logits_at: int) -> 
     if scoring is None and bool((weights == 0).any()):
         return None  # a choice that is taken back after it was made: nobody outside can tell where the token went
     function: ScoreFunction | None = None if scoring is None else scoring.function
-    if function is None and hf.balances_on_softmax(model):
+    if function is None and balances_on_softmax(model):
         function = "softmax"
     bias = _find_bias(model, name, module, trial, positions)
     return Router(name, module, logits.shape[-1], indices.shape[-1], positions, scoring, function, bias)

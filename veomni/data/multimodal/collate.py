@@ -19,7 +19,7 @@ from veomni.errors import DataError
 from veomni.families.mrope import DocumentPositions
 from veomni.models.loader import model_class
 from veomni.models.omni.decoders import DECODERS
-from veomni.models.transformers_api.vision_inputs import vision_inputs
+from veomni.models.transformers_api.encoders import vision_inputs
 from veomni.registry import did_you_mean
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from veomni.data.text.conversation import tokenize_rendered
 from veomni.data.text.rendering import render_conversation
 from veomni.errors import DataError, MediaError
 from veomni.models.omni import DECODERS
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.chat import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -306,7 +306,7 @@ class MultimodalTransform:
 
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
         try:
-            text, _ = hf.render_chat(self.tokenizer, turns, self.chat_template)
+            text, _ = render_chat(self.tokenizer, turns, self.chat_template)
         except (TemplateError, TypeError):
             return False
         return text.count(probe) == 2 and "'type'" not in text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from veomni.data.sources.records import Conversation, Message
 from veomni.errors import DataError
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.chat import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class _Renderer:
     blocks: bool
 
     def __call__(self, messages: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
-        text, blocks = hf.render_chat(
+        text, blocks = render_chat(
             self.tokenizer, messages, self.template, self.tools, prompt=prompt, blocks=self.blocks
         )
         return text, [Span(*block) for block in blocks]

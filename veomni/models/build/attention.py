@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.attention import attention_of, set_attention
+from veomni.models.transformers_api.capabilities import supports_flash_attention
 from veomni.ops.attention.varlen import VARLEN, register_attention
 
 logger = create_logger(__name__)
@@ -34,7 +35,7 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
         return
     reason = _why_not_varlen(model)
     if reason:
-        logger.warning_rank0("attention varlen is not used: %s; %s builds a mask", reason, hf.attention_of(model))
+        logger.warning_rank0("attention varlen is not used: %s; %s builds a mask", reason, attention_of(model))
         return
     register_attention()
     model.set_attn_implementation(VARLEN)  # type: ignore[operator]
@@ -45,17 +46,17 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
 def _let_padded_encoders_mask(model: nn.Module) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if getattr(config, "model_type", None) in _PADDED and config._attn_implementation == VARLEN:
-            config._attn_implementation = "sdpa"
+        if getattr(config, "model_type", None) in _PADDED and attention_of(module) == VARLEN:
+            set_attention(config, "sdpa")
 
 
 def _why_not_varlen(model: nn.Module) -> str | None:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    if not hf.supports_flash_attention(model):
+    if not supports_flash_attention(model):
         return "the model does not support flash attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "the model caps its attention scores"
-    if any("sinks" in module._parameters for module in model.modules()):
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "the model has attention sinks"
     if getattr(config, "attention_dropout", 0.0):
         return "the model has attention dropout"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.models.loader import config_class
 from veomni.registry import did_you_mean
 
@@ -53,7 +53,7 @@ def build_config(
         raise ModelError(f"{source} is no model directory", "give a directory with a config.json; download it first")
     else:
         config = _construct(config_class(_THINKERS.get(str(source), str(source))), {}, overrides, str(source))
-    hf.set_config_flag(config, "use_cache", False)
+    set_config_flag(config, "use_cache", False)
     return config
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.construction import construct_again
 
 
 def _nothing(module: nn.Module, key: str) -> bool:
@@ -61,6 +61,6 @@ def constructor_values(model: nn.Module, names: Collection[str]) -> dict[str, Te
     """
     wanted = {(type(model.get_submodule(path)), key) for path, _, key in (name.rpartition(".") for name in names)}
     with torch.device("cpu"), torch.no_grad(), registered_on_meta(lambda module, key: (type(module), key) in wanted):
-        again = hf.construct_again(model)
+        again = construct_again(model)
     made = {**dict(again.named_parameters()), **dict(again.named_buffers())}
     return {name: made[name].detach() for name in names if name in made and not made[name].is_meta}

@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.experts import has_experts, register_experts, use_experts
 from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
 from veomni.ops.experts.backends import choose_backend
 from veomni.ops.experts.forward import experts_forward
@@ -41,15 +41,15 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
     Raises:
         ModelError: the backend that was asked for cannot run the model here.
     """
-    if not hf.has_experts(model):
+    if not has_experts(model):
         return
     modules = [module for module in model.modules() if holds_experts(module)]
     for module in modules:
         find_activation(module)  # now: it cannot be tried out in a compiled forward
     backend = choose_backend(modules, getattr(model, _WANTED, "auto"), available, precision.compute)
     name = f"veomni_{backend}"
-    hf.register_experts(name, partial(run_experts, backend=backend))
-    hf.use_experts(model, name)
+    register_experts(name, partial(run_experts, backend=backend))
+    use_experts(model, name)
     logger.info_rank0("experts: %s", backend)
 
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.attention import attention_names
+from veomni.models.transformers_api.capabilities import caps_scores, is_pretrained, set_config_flag, supports_sdpa
+from veomni.models.transformers_api.construction import construct
 from veomni.models.build.attention import leave_attention_open
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.constructor import registered_on_meta
@@ -58,7 +60,7 @@ def build_model(
         directory = find_directory(source)
     else:
         config, directory = source, None
-        hf.set_config_flag(config, "use_cache", False)
+        set_config_flag(config, "use_cache", False)
     composed = hasattr(config, "decoders") and config.model_type == "omni"
     parts = weight_parts(weights, directory) if composed else {}
     origin = None if composed else _weight_directory(weights, directory)
@@ -126,18 +128,18 @@ def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool
 
 def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
     if attention == "auto":
-        attention = "sdpa" if hf.supports_sdpa(cls) and not hf.caps_scores(config) else "eager"
+        attention = "sdpa" if supports_sdpa(cls) and not caps_scores(config) else "eager"
         if attention == "eager":
             logger.info_rank0("%s does not support sdpa attention: eager is used", cls.__name__)
     register_attention()
-    if attention not in hf.attention_names():
-        raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, hf.attention_names()))
-    if attention == "sdpa" and hf.caps_scores(config):
+    if attention not in attention_names():
+        raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, attention_names()))
+    if attention == "sdpa" and caps_scores(config):
         raise ModelError(f"{cls.__name__} caps its attention scores, which sdpa cannot", "set model.attention to auto")
     config.architectures = [cls.__name__]  # an export, and whatever rebuilds the model from its config, needs the class
     try:
         with registered_on_meta():
-            return hf.construct(cls, config, attention)
+            return construct(cls, config, attention)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         said = str(error).partition("\n")[0]  # AutoModel goes on with the name of every configuration there is
         raise ModelError(f"{cls.__name__} cannot be built: {said}", "correct its configuration") from error
@@ -147,5 +149,5 @@ def _take_generation_config(model: nn.Module, directory: Path) -> None:
     """Keep the generation defaults that a checkpoint brings, so that an export has them too."""
     from transformers import GenerationConfig
 
-    if hf.is_pretrained(model) and (directory / "generation_config.json").is_file():
+    if is_pretrained(model) and (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]

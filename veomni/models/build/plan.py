@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.capabilities import is_pretrained, keeps_fp32, layer_classes
 from veomni.ops.experts.layout import holds_experts
 from veomni.parallel.plan import ParallelPlan
 
@@ -33,10 +33,10 @@ def _experts(model: nn.Module) -> tuple[str, ...]:
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
-    if hf.is_pretrained(model):
+    if is_pretrained(model):
         from transformers import GradientCheckpointingLayer
 
-        classes = hf.layer_classes(model)
+        classes = layer_classes(model)
         for is_block in (
             lambda module: isinstance(module, GradientCheckpointingLayer),
             lambda module: type(module).__name__ in classes,
@@ -70,6 +70,6 @@ def _keep_fp32(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        if name and not inside and any(hf.keeps_fp32(model, parameter) for parameter in own):
+        if name and not inside and any(keeps_fp32(model, parameter) for parameter in own):
             names.append(name)
     return tuple(names)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.encoders import padded_audio_lengths
+from veomni.models.transformers_api.masks import bidirectional_mask
 from veomni.registry import Registry
 
 Encode = Callable[[Any, Tensor, Tensor | None], list[Tensor]]
@@ -54,9 +55,9 @@ def encode_patches(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> 
 def encode_sounds(encoder: Any, input_features: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Encode mel features ``[sounds, mels, frames]`` that are padded to the encoder's span."""
     assert mask is not None
-    frames, counts = encoder._get_feat_extract_output_lengths(mask.sum(-1))
+    frames, counts = padded_audio_lengths(encoder, mask)
     places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=mask.device)
-    seen = hf.bidirectional_mask(encoder.config, places < frames[:, None], _dtype(encoder))
+    seen = bidirectional_mask(encoder.config, places < frames[:, None], _dtype(encoder))
     hidden = encoder(input_features.to(_dtype(encoder)), attention_mask=seen).last_hidden_state
     return [sound[:count] for sound, count in zip(hidden, counts.tolist(), strict=True)]
 

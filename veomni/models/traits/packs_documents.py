@@ -17,7 +17,8 @@ from veomni.models.traits.trial import (
     tokens_of,
     values_of,
 )
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.attention import text_attention_of
+from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 
 
@@ -31,7 +32,7 @@ def try_packing(model: nn.Module, body: nn.Module, device: torch.device) -> None
         body: The transformers model inside; other modules are left alone.
         device: Where the model computes.
     """
-    if hf.is_pretrained(body) and hasattr(body.config, "vocab_size"):
+    if is_pretrained(body) and hasattr(body.config, "vocab_size"):
         remember_leak(body, _why_not(model, body, device))
 
 
@@ -39,7 +40,7 @@ def _why_not(model: nn.Module, body: Any, device: torch.device) -> str | None:
     name = type(body).__name__
     if not takes_positions(body):
         return f"{name} takes no position_ids, so it cannot tell documents apart"
-    installed = body.config.get_text_config()._attn_implementation
+    installed = text_attention_of(body)
     training = model.training
     use_attention(body, getattr(body, UNSPLIT_ATTENTION, installed))
     try:

@@ -25,7 +25,7 @@ def layer_outside_attention(model: nn.Module) -> str | None:
 def _mixes(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d):
         return module.kernel_size != (1,)
-    return bool(_STATE_PARAMETERS & module._parameters.keys())
+    return any(name in _STATE_PARAMETERS for name, _ in module.named_parameters(recurse=False))
 
 
 def text_part(model: nn.Module) -> nn.Module:

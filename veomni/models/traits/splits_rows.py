@@ -25,6 +25,7 @@ from veomni.models.traits.trial import (
     tokens_of,
     values_of,
 )
+from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import use_attention
 from veomni.ops.attention.ulysses import local_options
 
@@ -47,7 +48,7 @@ def refuse_unsplittable(model: nn.Module, body: Any, size: int, device: torch.de
     if not takes_positions(body):
         raise ModelError(f"{type(body).__name__} takes no position_ids", _FIX)
     probe = _Probe(size, device)
-    installed = body.config.get_text_config()._attn_implementation
+    installed = text_attention_of(body)
     probe.register()
     training = model.training
     use_attention(body, _NAME)
@@ -134,7 +135,7 @@ def _try(model: nn.Module, body: Any, probe: _Probe) -> None:
 def _run_installed(model: nn.Module, body: Any, probe: _Probe) -> None:
     # What the attention itself refuses is refused now, and not in the first step.
     positions = torch.arange(LENGTH, device=probe.device)
-    name = f"{type(body).__name__} with attention {body.config.get_text_config()._attn_implementation}"
+    name = f"{type(body).__name__} with attention {text_attention_of(body)}"
     tokens, _ = tokens_of(body.config, probe.device)
     _output(model, tokens, positions, probe.size, name)
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from veomni.errors import ModelError, VeOmniError
 from veomni.logging import create_logger
 from veomni.models.loader import model_class
-from veomni.models.transformers_api import hf
-from veomni.models.transformers_api.hf import Conversion
+from veomni.models.transformers_api.capabilities import is_pretrained, keeps_fp32, set_config_flag
+from veomni.models.transformers_api.construction import construct, tied_parameters
+from veomni.models.transformers_api.conversions import Conversion, copy_conversions, saving_conversions
 from veomni.models.weights.gather import full_tensors, unwrap
 from veomni.models.weights.safetensors_writer import SafetensorsWriter
 
@@ -101,12 +102,14 @@ def export_tensors_hf(
 
 def _skeleton(config: PreTrainedConfig, like: nn.Module | None = None) -> nn.Module:
     """Build the model on the meta device: what knows names, ties and conversions, unwrapped."""
+    from transformers import PreTrainedModel
+
     config = deepcopy(config)
     cls: Any = model_class(config)
     with torch.device("meta"):
-        skeleton = hf.construct(cls, config, "eager") if hasattr(cls, "_from_config") else cls(config)
+        skeleton = construct(cls, config, "eager") if issubclass(cls, PreTrainedModel) else cls(config)
     if like is not None:
-        hf.copy_conversions(like, skeleton)
+        copy_conversions(like, skeleton)
         if getattr(like, "generation_config", None) is not None:
             skeleton.generation_config = like.generation_config
     return skeleton
@@ -155,7 +158,7 @@ def _export_parts(
         if skeleton is not None and error is None:
             try:
                 part_skeleton = skeleton.get_submodule(part)
-                hf.copy_conversions(inner.get_submodule(part), part_skeleton)
+                copy_conversions(inner.get_submodule(part), part_skeleton)
                 _write_part(part_skeleton, part, tensors, partial, dtype, max_shard_size)
             except Exception as raised:  # the others wait in a collective: take part to the end, then tell them
                 error = raised
@@ -207,7 +210,7 @@ def _finish_parts(skeleton: Any, partial: Path, output_dir: Path, tokenizer: Any
 def _expected(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Pass on what a checkpoint holds, each tied tensor once, and refuse what does not belong to the model."""
     state = skeleton.state_dict()
-    tied = hf.tied_parameters(skeleton)
+    tied = tied_parameters(skeleton)
     transient = {name for name, _ in skeleton.named_buffers()} - state.keys()
     waiting = {tied.get(name, name) for name in state}
     for name, tensor in tensors:
@@ -228,7 +231,7 @@ def _cast(
     skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        keep = dtype is None or not tensor.is_floating_point() or hf.keeps_fp32(skeleton, name)
+        keep = dtype is None or not tensor.is_floating_point() or keeps_fp32(skeleton, name)
         yield name, tensor if keep else tensor.to(dtype)
 
 
@@ -245,18 +248,18 @@ def _hub_tensors(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> 
 
 
 def _conversions(skeleton: nn.Module) -> dict[str, Conversion]:
-    tied = hf.tied_parameters(skeleton)
+    tied = tied_parameters(skeleton)
     names = [name for name in skeleton.state_dict() if name not in tied]
-    if not hf.is_pretrained(skeleton):
+    if not is_pretrained(skeleton):
         return {name: Conversion(name, {name: [name]}) for name in names}
-    return {name: group for group in hf.saving_conversions(skeleton, names) for name in group.names}
+    return {name: group for group in saving_conversions(skeleton, names) for name in group.names}
 
 
 def _save_configs(skeleton: nn.Module, directory: Path, dtype: torch.dtype, tokenizer: Any) -> None:
     config: Any = skeleton.config
     config.dtype = dtype
     config.architectures = [type(skeleton).__name__]
-    hf.set_config_flag(config, "use_cache", True)  # training turned it off; what is exported is to generate
+    set_config_flag(config, "use_cache", True)  # training turned it off; what is exported is to generate
     config.save_pretrained(directory)
     generation: Any = getattr(skeleton, "generation_config", None)
     if generation is not None:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veomni.errors import ModelError
 from veomni.models.build.constructor import constructor_values
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.capabilities import is_pretrained
+from veomni.models.transformers_api.construction import init_weights, initialisers
 
 
 @dataclass
@@ -28,7 +29,7 @@ class _Initialiser:
 
     def run(self) -> None:
         if self.owner is not None:
-            hf.init_weights(self.owner, self.module)
+            init_weights(self.owner, self.module)
         else:
             _reset(self.module)
 
@@ -50,7 +51,7 @@ class Initializer:
         self.device, self.seed, self._skeleton = device, seed, skeleton
         self._slots = dict(_slots(skeleton))
         self._aliases = _canonical_names(self._slots)
-        self._initialisers = [_Initialiser(*entry) for entry in hf.initialisers(skeleton)]
+        self._initialisers = [_Initialiser(*entry) for entry in initialisers(skeleton)]
         self._trace()
 
     def values(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
@@ -85,7 +86,7 @@ class Initializer:
         written = set().union(*(initialiser.writes for initialiser in self._initialisers))
         left = [name for name in names if name not in written]
         made: dict[str, Tensor] = {}
-        if hf.is_pretrained(self._skeleton):
+        if is_pretrained(self._skeleton):
             with _seeded(self.seed, "", torch.device("cpu")):
                 made = constructor_values(self._skeleton, left)
         lacking = [name for name in left if name not in made]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.conversions import copy_conversions
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.models.weights.stream import WeightStream
 
@@ -48,7 +48,7 @@ class PartStreams:
     def copy_conversions(self, model: nn.Module) -> None:
         """Let the parts of ``model`` be saved as they were read."""
         for part in self._streams:
-            hf.copy_conversions(self._skeleton.get_submodule(part), model.get_submodule(part))
+            copy_conversions(self._skeleton.get_submodule(part), model.get_submodule(part))
 
     def _part_of(self, name: str) -> str | None:
         return next((part for part in self._streams if name.startswith(f"{part}.")), None)

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models.transformers_api import hf
-from veomni.models.transformers_api.hf import Conversion
+from veomni.models.transformers_api.capabilities import is_pretrained
+from veomni.models.transformers_api.construction import tied_parameters
+from veomni.models.transformers_api.conversions import (
+    Conversion,
+    copy_conversions,
+    ignored_missing,
+    ignored_unexpected,
+    loading_conversions,
+)
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.models.weights.shards import Box, copy_into, is_empty, local_box
 
@@ -69,7 +76,7 @@ class WeightStream:
 
     def copy_conversions(self, model: nn.Module) -> None:
         """Let ``model`` be saved as the checkpoint was read."""
-        hf.copy_conversions(self._skeleton, model)
+        copy_conversions(self._skeleton, model)
 
     def _source(self, name: str) -> str | None:
         return next((alias for alias in self._aliases.get(name, [name]) if alias in self._targets), None)
@@ -114,9 +121,9 @@ class WeightStream:
         state = self._skeleton.state_dict()
         buffers = dict(self._skeleton.named_buffers(remove_duplicate=False))
         missing = [name for name in state if name not in buffers and not self.provides(name)]
-        missing = _without(missing, hf.ignored_missing(self._skeleton))
+        missing = _without(missing, ignored_missing(self._skeleton))
         unused = [name for name in self._targets if name not in state]
-        unexpected = _without(unused, hf.ignored_unexpected(self._skeleton))
+        unexpected = _without(unused, ignored_unexpected(self._skeleton))
         wrong = [
             f"{name} (file {list(target.shape)}, model {list(state[name].shape)})"
             for name, target in self._targets.items()
@@ -134,8 +141,8 @@ class WeightStream:
 
 
 def _conversions(skeleton: nn.Module, names: Sequence[str]) -> list[Conversion]:
-    if hf.is_pretrained(skeleton):
-        return hf.loading_conversions(skeleton, names)
+    if is_pretrained(skeleton):
+        return loading_conversions(skeleton, names)
     return [Conversion(name, {name: [name]}) for name in names]
 
 
@@ -144,7 +151,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     groups: dict[int, list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(tensor), []).append(name)
-    tied = hf.tied_parameters(model)
+    tied = tied_parameters(model)
     return {
         name: sorted(names, key=lambda alias: alias in tied)
         for names in groups.values()

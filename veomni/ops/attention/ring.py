@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from veomni.batch.split import zigzag_chunks
 from veomni.errors import LayoutError, ModelError
+from veomni.models.transformers_api.masks import is_plain_causal
 from veomni.ops.attention.block import accumulation_dtype, attend, attend_backward, merge_into
 from veomni.ops.attention.varlen import in_autocast_dtype
 
@@ -323,14 +324,8 @@ def make_mask_rule(
         causal: Whether the caller knows that no query sees a key after itself.
         options: What other makers take.
     """
-    plain = _is_plain_causal(mask_function)
+    plain = is_plain_causal(mask_function)
     return MaskRule(mask_function, batch_size, plain_causal=plain, causal=plain or causal)
-
-
-def _is_plain_causal(mask_function: Callable[..., Tensor]) -> bool:
-    # Known by its name: transformers does not export it.
-    name = getattr(mask_function, "__module__", None), getattr(mask_function, "__name__", None)
-    return name == ("transformers.masking_utils", "causal_mask_function")
 
 
 def _whole_row_rules(group: ProcessGroup) -> Callable[..., MaskRule]:
@@ -360,7 +355,7 @@ def _whole_row_rules(group: ProcessGroup) -> Callable[..., MaskRule]:
             raise ModelError("the model adds a rule of its own to its mask, which knows this rank's part only", _FIX)
         # SDPA may put is_causal in place of the mask when this is set, so transformers sets it for causal rules only;
         # a window or chunk is told to it in another way.
-        causal = allow_is_causal_skip or _is_plain_causal(mask_function)
+        causal = allow_is_causal_skip or is_plain_causal(mask_function)
         whole = q_length * group.size()
         maker: Callable[..., MaskRule] = AttentionMaskInterface()[MASK_RULE]
         return maker(q_length=whole, kv_length=whole, mask_function=mask_function, causal=causal, **options)

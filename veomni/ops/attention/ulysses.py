@@ -7,7 +7,6 @@ attention transformers knows on them as if nothing were split, and exchanges the
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
+from veomni.models.transformers_api.attention import ConfigWithAttention, attention_of, eager_attention
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
 
 PREFIX = "ulysses_"
@@ -42,7 +42,7 @@ def attention_in_use(module: nn.Module) -> Any:
     """Return what transformers calls for an attention module now, or None where that is the module's own eager one."""
     from transformers import AttentionInterface
 
-    return AttentionInterface().get(module.config._attn_implementation)  # type: ignore[union-attr]
+    return AttentionInterface().get(attention_of(module))
 
 
 class UlyssesAttention:
@@ -108,11 +108,10 @@ class UlyssesAttention:
             function: Callable[..., Any] = AttentionInterface()[self.backend]
             return function
         # Eager attention is not in the registry: each modeling file brings its own.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager = eager_attention(module)
         if eager is None:
             raise ModelError(f"{type(module).__name__} has no eager attention", "set model.attention to sdpa")
-        found: Callable[..., Any] = eager
-        return found
+        return eager
 
 
 class _LocalHeads:
@@ -120,24 +119,13 @@ class _LocalHeads:
 
     def __init__(self, module: nn.Module, backend: str, heads: int, kv_heads: int, rank: int) -> None:
         self._module = module
-        self.config = _ConfigOf(module, backend)
+        self.config = ConfigWithAttention(module.config, backend)
         self.heads = slice(rank * heads, (rank + 1) * heads)
         self.num_key_value_groups = heads // kv_heads
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         return value[self.heads] if name in _PER_HEAD else value
-
-
-class _ConfigOf:
-    """An attention module's configuration that names the backend: transformers' flash attention looks it up there."""
-
-    def __init__(self, module: nn.Module, backend: str) -> None:
-        self._module = module
-        self._attn_implementation = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module.config, name)
 
 
 def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def why_not_overlapped(module: nn.Module) -> str | None:
     if missing:
         return f"it has no plain Linear called {', '.join(missing)}"
     others = [name for name, _ in module.named_children() if name not in (*_PROJECTIONS, *_NORMS)]
-    others += [name for name in module._parameters if name != "sinks"]
+    others += [name for name, _ in module.named_parameters(recurse=False) if name != "sinks"]
     if others:
         return f"it has parts of its own: {', '.join(others)}"
     head_dim = getattr(module, "head_dim", None)

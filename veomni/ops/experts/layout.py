@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from veomni.models.transformers_api.experts import apply_gate
 from veomni.ops.experts.activation import SwiGLU, swiglu
 
 _ACTIVATION = "_veomni_expert_activation"
@@ -89,7 +90,7 @@ def _which_swiglu(module: nn.Module) -> SwiGLU | None:
     alphas = [1.0, *_numbers(module, "alpha", "swiglu_alpha")]
     probe = _probe([limit for limit in limits if math.isfinite(limit)])
     with torch.no_grad():
-        expected = experts._apply_gate(probe).double()
+        expected = apply_gate(module, probe).double()
         for form in (
             SwiGLU(alpha, limit, shift, not experts.is_concatenated)
             for limit in limits

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veomni.models.transformers_api.experts import apply_gate
 from veomni.ops.experts.fused import Rows, expert_down, expert_up
 from veomni.ops.experts.layout import ExpertLayout, expert_layout, local_parameter
 from veomni.ops.experts.matmul import add_bias, expert_linear
@@ -44,7 +45,7 @@ def called_rows(module: nn.Module, layout: ExpertLayout, rows: Tensor, offsets: 
     weights = [weight(module, layout, name, rows.dtype) for name in (layout.first, "down_proj")]
     biases = [bias(module, layout, name, rows.dtype) for name in (layout.first, "down_proj")]
     hidden = add_bias(expert_linear(rows, weights[0], offsets, backend), biases[0], offsets, backend)
-    hidden = experts._apply_gate(hidden) if layout.has_gate else experts.act_fn(hidden)
+    hidden = apply_gate(module, hidden) if layout.has_gate else experts.act_fn(hidden)
     hidden = add_bias(expert_linear(hidden.to(rows.dtype), weights[1], offsets, backend), biases[1], offsets, backend)
     return experts.post_expert_norm(hidden) if layout.has_post_expert_norm else hidden
 

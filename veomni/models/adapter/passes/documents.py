@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from veomni.batch.micro_batch import SEQUENCE_SIZE
 from veomni.errors import ModelError
 from veomni.models.traits.sequence_layers import layer_outside_attention
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.capabilities import is_pretrained
+from veomni.models.transformers_api.masks import counted_from, leave_packing_to, mask_makers, within_documents
 from veomni.ops.attention.ring import MASK_RULE, register_mask_rule
 
 _ISOLATES = "_veomni_isolates_documents"
@@ -57,11 +58,11 @@ def isolate_documents(model: nn.Module) -> None:
     Args:
         model: A transformers model, whose call must name its arguments; other modules are left alone.
     """
-    if not hf.is_pretrained(model) or getattr(model, _ISOLATES, False):
+    if not is_pretrained(model) or getattr(model, _ISOLATES, False):
         return
     setattr(model, _ISOLATES, True)
     _wrap_mask_makers()
-    hf.leave_packing_to(lambda: _row.get() is not None)
+    leave_packing_to(lambda: _row.get() is not None)
     layer = layer_outside_attention(model)
     towers = _tower_configs(model)
     carries = f"{layer} carries state from one document of a packed row into the next" if layer else None
@@ -124,7 +125,7 @@ def _wrap_mask_makers() -> None:
     from transformers import AttentionMaskInterface
 
     register_mask_rule()
-    for name, make in hf.mask_makers((*_MAKERS, MASK_RULE)).items():
+    for name, make in mask_makers((*_MAKERS, MASK_RULE)).items():
         if not hasattr(make, "_veomni_packed"):
             AttentionMaskInterface.register(name, _packed(make))
 
@@ -140,8 +141,8 @@ def _packed(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(*args, **options)
         rule = options["mask_function"]
         if getattr(options.get("config"), "attention_chunk_size", None) is not None:
-            rule = hf.counted_from(rule, row.positions)  # chunks are counted from the start of a document
-        options["mask_function"] = hf.within_documents(rule, documents)
+            rule = counted_from(rule, row.positions)  # chunks are counted from the start of a document
+        options["mask_function"] = within_documents(rule, documents)
         options["allow_is_causal_skip"] = False
         return make(*args, **options)
 

@@ -27,7 +27,7 @@ from veomni.families.towers import (
 )
 from veomni.logging import create_logger
 from veomni.models.adapter.passes.positions import add_fractions
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.ops.encoders.towers import TOWERS, Items, TowerCall, TowerKind
 
 logger = create_logger(__name__)
@@ -48,7 +48,7 @@ def prepare_towers(model: nn.Module) -> None:
     Args:
         model: A transformers model, before it is sharded.
     """
-    if not hf.is_pretrained(model) or hasattr(model, TOWERS):
+    if not is_pretrained(model) or hasattr(model, TOWERS):
         return
     owner = _owner(model)
     if owner is None:

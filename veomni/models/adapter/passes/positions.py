@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veomni.families.mrope import FRACTION_PARTS, FRACTIONS
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.encoders import rope_rule
 
 
 def add_fractions(model: nn.Module) -> None:
@@ -19,7 +19,7 @@ def add_fractions(model: nn.Module) -> None:
     Args:
         model: A transformers model, before it is sharded.
     """
-    if hf.rope_rule(type(model), model.config) is None:  # type: ignore[arg-type]
+    if rope_rule(type(model), model.config) is None:  # type: ignore[arg-type]
         return
     given: list[Tensor | None] = [None]
 

@@ -17,7 +17,7 @@ from veomni.batch.shift import shift_left
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models.adapter.passes.loss_context import LossContext, Predictions
-from veomni.models.transformers_api import hf
+from veomni.models.transformers_api.loss import LOSS_FUNCTION, computes_loss_itself
 from veomni.ops.loss.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 logger = create_logger(__name__)
@@ -98,7 +98,7 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
         return None
-    if hf.computes_loss_itself(model):
+    if computes_loss_itself(model):
         logger.info_rank0(
             "%s computes its loss in its forward: it is taken on its logits instead", type(model).__name__
         )
@@ -162,7 +162,7 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
     finally:
         hook.remove()
         del body.forward
-        del model._loss_function
+        delattr(model, LOSS_FUNCTION)
     return not (len(returned) == len(received) == 1 and returned[0] is received[0])
 
 

@@ -1,0 +1,51 @@
+"""Padded items, positions of media, and the loss that a model computes in its forward."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import transformers
+
+from tests.models.tiny import tiny_config
+from veomni.models.transformers_api.attention import set_attention
+from veomni.models.transformers_api.encoders import rope_rule
+from veomni.models.transformers_api.loss import LOSS_FUNCTION, computes_loss_itself
+from veomni.models.transformers_api.masks import bidirectional_mask, is_plain_causal
+
+
+def test_a_padded_place_is_not_seen():
+    config = tiny_config("llava").vision_config
+    set_attention(config, "sdpa")
+    seen = torch.tensor([[True, True, False]])
+    mask = bidirectional_mask(config, seen, torch.float32)
+    assert mask.shape == (1, 1, 3, 3)
+    assert torch.equal(mask[0, 0, 0], seen[0])
+
+
+def test_a_rule_of_positions_has_no_weights():
+    config = tiny_config("qwen3_vl")
+    rule = rope_rule(transformers.Qwen3VLForConditionalGeneration, config)
+    assert not list(rule.parameters())
+    assert rope_rule(transformers.LlamaForCausalLM, tiny_config("llama")) is None
+
+
+def test_a_model_that_computes_its_loss_in_its_forward() -> None:
+    model = transformers.Qwen2AudioForConditionalGeneration
+    assert computes_loss_itself(model.__new__(model))
+    assert "loss_function" not in inspect.getsource(model.forward)  # once it is, computes_loss_itself may go
+
+
+def test_an_instance_keeps_the_loss_function_it_is_given() -> None:
+    model = transformers.LlamaForCausalLM(tiny_config("llama"))
+    model.loss_function = print
+    assert vars(model)[LOSS_FUNCTION] is print
+    delattr(model, LOSS_FUNCTION)
+    assert model.loss_function is not print
+
+
+def test_the_plain_causal_rule_is_known() -> None:
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    assert is_plain_causal(causal_mask_function)
+    assert not is_plain_causal(sliding_window_causal_mask_function(4))

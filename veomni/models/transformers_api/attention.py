@@ -1,0 +1,57 @@
+"""The attention that a transformers model runs with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from veomni.compat.private_name import PrivateName
+
+PRIVATE = (
+    PrivateName("transformers.configuration_utils:PreTrainedConfig._attn_implementation", "names the attention",
+                "AttributeError"),
+    PrivateName("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys", "the registered ones", "ImportError"),
+    PrivateName("transformers.models.llama.modeling_llama:eager_attention_forward",
+                "eager attention, which each modeling file defines for itself", "error: choose sdpa"),
+)  # fmt: skip
+
+
+def attention_names() -> list[str]:
+    """Return the attention implementations transformers knows, registered ones included."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+
+
+def attention_of(module: Any) -> str:
+    """Return the name of the attention that a model, or a module with a configuration, runs with."""
+    return str(module.config._attn_implementation)
+
+
+def text_attention_of(model: Any) -> str:
+    """Return the name of the attention that the text part of a model runs with."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Change the attention of one configuration, and not of those inside it."""
+    config._attn_implementation = name
+
+
+class ConfigWithAttention:
+    """A configuration that names another attention: transformers' flash attention looks it up there."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        self._config = config
+        self._attn_implementation = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the eager attention of an attention module's own modeling file: the registry has none."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

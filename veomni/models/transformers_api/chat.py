@@ -1,0 +1,43 @@
+"""Chat templates, rendered as transformers' tokenizers render them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veomni.compat.private_name import PrivateName
+
+PRIVATE = (
+    PrivateName(
+        "transformers.utils.chat_template_utils:render_jinja_template",
+        "apply_chat_template does not return where generation blocks are", "ImportError",
+        ("conversations", "tools", "chat_template", "return_assistant_tokens_mask", "add_generation_prompt"),
+    ),
+)  # fmt: skip
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], template: str, tools: Sequence[Any] | None = None,
+    *, prompt: bool = False, blocks: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:  # fmt: skip
+    """Render a conversation as ``apply_chat_template`` does, and say where the ``{% generation %}`` blocks are.
+
+    Args:
+        tokenizer: Its special tokens are the template's variables.
+        messages: The conversation, without values that are None.
+        template: Jinja source.
+        tools: Descriptions of functions.
+        prompt: End with the head of the assistant's next message.
+        blocks: Find the blocks.
+
+    Returns:
+        The text, and first and last plus one character of every block, in order.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(
+        [list(messages)], tools=list(tools) if tools else None, chat_template=template,
+        return_assistant_tokens_mask=blocks, add_generation_prompt=prompt, **tokenizer.special_tokens_map,
+    )  # fmt: skip
+    texts, found = rendered
+    return texts[0], [(start, end) for start, end in found[0]] if blocks else []

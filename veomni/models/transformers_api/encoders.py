@@ -1,0 +1,114 @@
+"""Encoders of images, videos and audio, and the positions of what they encode."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from veomni.compat.private_name import PrivateName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_VISION = "transformers.vision_utils"
+PRIVATE = (
+    PrivateName(f"{_VISION}:get_vision_cu_seqlens", "boundaries of frames", "AttributeError", ("grid_thw",)),
+    PrivateName(f"{_VISION}:get_vision_position_ids", "positions of patches", "AttributeError",
+                ("grid_thw", "spatial_merge_size")),
+    PrivateName(f"{_VISION}:get_vision_window_index", "windows of attention", "AttributeError",
+                ("grid_thw", "spatial_merge_size", "window_size", "patch_size")),
+    PrivateName("transformers.models.qwen2_audio.modeling_qwen2_audio:"
+                "Qwen2AudioEncoder._get_feat_extract_output_lengths",
+                "features of an audio clip, a method or a function of an encoder's module",
+                "every rank must have audio in every micro-batch", ("input_lengths",)),
+)  # fmt: skip
+
+_GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+
+
+def rope_rule(model_class: type[Any], config: PreTrainedConfig) -> Any:
+    """Return an object with a model family's ``get_rope_index`` and nothing else of the model, or None without one.
+
+    Args:
+        model_class: The class that is trained; the method may belong to the body inside it.
+        config: Its configuration.
+    """
+    from transformers import MODEL_MAPPING
+
+    body: Any = MODEL_MAPPING.get(type(config), None)
+    owner: Any = next((cls for cls in (model_class, body) if hasattr(cls, "get_rope_index")), None)
+    if owner is None:
+        return None
+    rule = owner.__new__(owner)
+    nn.Module.__init__(rule)
+    rule.config, rule.rope_deltas = config, None
+    rule.spatial_merge_size = config.vision_config.spatial_merge_size
+    return rule
+
+
+def vision_inputs(config: PreTrainedConfig, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what encoders of images and videos derive from sizes alone, by the names that models take it under.
+
+    It is computed where sizes are still on the CPU: an encoder would read them back from the accelerator, and wait.
+
+    Args:
+        config: The model's configuration.
+        batch: A micro-batch; without ``image_grid_thw`` and ``video_grid_thw`` there is nothing to compute.
+
+    Returns:
+        ``image_cu_seqlens`` int32 ``[frames + 1]``, ``image_position_ids`` ``[patches, 2]``, and where attention has
+        windows ``image_window_index`` and ``image_cu_window_seqlens``; the same for videos.
+    """
+    vision = getattr(config, "vision_config", None)
+    found: dict[str, Tensor] = {}
+    for modality, key in _GRIDS.items():
+        grid = batch.get(key)
+        if grid is not None and hasattr(vision, "spatial_merge_size"):
+            found |= {f"{modality}_{name}": value for name, value in _geometry(vision, grid).items()}
+    return found
+
+
+def _geometry(vision: Any, grid: Tensor) -> dict[str, Tensor]:
+    from transformers import vision_utils
+
+    made = {
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
+        "position_ids": vision_utils.get_vision_position_ids(grid, vision.spatial_merge_size),
+    }
+    if hasattr(vision, "fullatt_block_indexes"):
+        index, boundaries = vision_utils.get_vision_window_index(
+            grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        made |= {"window_index": index, "cu_window_seqlens": boundaries}
+    return made
+
+
+def audio_lengths(encoder: Any) -> Callable[[Tensor], tuple[Tensor | None, Tensor]] | None:
+    """Return the function from frames ``[clips]`` to those after the convolutions and to the features of each clip.
+
+    The first are None where the encoder's module has a function of the second alone; the result is None where it has
+    neither.
+    """
+    method = getattr(encoder, "_get_feat_extract_output_lengths", None)
+    if method is not None:
+        return method
+    function = getattr(sys.modules[type(encoder).__module__], "_get_feat_extract_output_lengths", None)
+    if function is None:
+        return None
+    options = {"n_window": encoder.n_window} if "n_window" in inspect.signature(function).parameters else {}
+    return lambda frames: (None, function(frames, **options))
+
+
+def padded_audio_lengths(encoder: Any, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the frames after the convolutions and the features of each clip, for an encoder of Whisper's family.
+
+    Args:
+        encoder: The encoder.
+        mask: Which mel frames hold audio, ``[clips, frames]``.
+    """
+    lengths: tuple[Tensor, Tensor] = encoder._get_feat_extract_output_lengths(mask.sum(-1))
+    return lengths

@@ -1,0 +1,95 @@
+"""Mixture-of-experts layers: their implementations, routers and load-balancing loss."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from veomni.compat.private_name import PrivateName
+from veomni.models.transformers_api.capabilities import is_pretrained
+
+_MODEL = "transformers.modeling_utils:PreTrainedModel"
+_MOE = "transformers.integrations.moe"
+PRIVATE = (
+    PrivateName(f"{_MOE}:ALL_EXPERTS_FUNCTIONS.register", "makes a backend known", "ImportError", ("key", "value")),
+    PrivateName(f"{_MODEL}._can_set_experts_implementation", "whether experts go through the interface",
+                "AttributeError"),
+    PrivateName(f"{_MODEL}.set_experts_implementation", "chooses the backend", "AttributeError",
+                ("experts_implementation",)),
+    PrivateName(f"{_MODEL}._can_record_outputs", "which modules are routers; subclasses set it",
+                "routers are found beside modules called experts"),
+    PrivateName(f"{_MOE}:_default_apply_gate", "the gating of experts; a class may define its own _apply_gate",
+                "AttributeError", ("self", "gate_up_out")),
+)  # fmt: skip
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model's experts go through transformers' experts interface."""
+    return is_pretrained(model) and bool(model._can_set_experts_implementation())  # type: ignore[operator]
+
+
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Make an experts implementation known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def use_experts(model: nn.Module, name: str) -> None:
+    """Make a model's experts run with the implementation called ``name``."""
+    model.set_experts_implementation(name)  # type: ignore[operator]
+
+
+def apply_gate(module: nn.Module, rows: Tensor) -> Tensor:
+    """Return what an experts module makes of gate and up projections ``[rows, 2 * intermediate]``."""
+    gated: Tensor = module._apply_gate(rows)  # type: ignore[operator]
+    return gated
+
+
+def router_logits(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield (name, router, where in its output its logits are) of what a model records as ``router_logits``."""
+    seen: set[int] = set()
+    for prefix, owner in model.named_modules():
+        if not is_pretrained(owner):
+            continue
+        for recorder in _recorders(owner, "router_logits"):
+            for name, module in owner.named_modules(prefix=prefix):
+                named = recorder.layer_name is None or recorder.layer_name in name
+                if isinstance(module, recorder.target_class) and named and id(module) not in seen:
+                    seen.add(id(module))
+                    yield name, module, int(recorder.index)
+
+
+def _recorders(model: nn.Module, output: str) -> list[Any]:
+    found = (getattr(model, "_can_record_outputs", None) or {}).get(output, ())
+    recorders = found if isinstance(found, list | tuple) else [found]
+    return [recorder for recorder in recorders if getattr(recorder, "target_class", None) is not None]
+
+
+def own_balance_loss(model: nn.Module) -> float | None:
+    """Return the weight of the load-balancing loss that a transformers model would add to its own loss; None without.
+
+    It is that of the configuration's ``router_aux_loss_coef`` while ``output_router_logits`` is set.
+    """
+    config: Any = getattr(model, "config", None)
+    for part in (config, config.get_text_config()) if is_pretrained(model) else ():
+        if getattr(part, "output_router_logits", False):
+            return float(getattr(part, "router_aux_loss_coef", 0.0))
+    return None
+
+
+def balances_on_softmax(model: nn.Module) -> bool:
+    """Whether transformers defines a load-balancing loss for a model; it is always one of the softmax of the logits."""
+    return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+
+
+def drop_own_balance_loss(model: nn.Module) -> None:
+    """Keep a transformers model from adding a load-balancing loss of its own; its configuration stays as it is."""
+
+    def never(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": False}
+
+    model.register_forward_pre_hook(never, with_kwargs=True)

@@ -1,0 +1,89 @@
+"""Attention masks: transformers' makers of them and the rules they are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veomni.compat.private_name import PrivateName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_MASKS = "transformers.masking_utils"
+PRIVATE = (
+    PrivateName(f"{_MASKS}:ALL_MASK_ATTENTION_FUNCTIONS", "the registered makers", "ImportError"),
+    PrivateName(f"{_MASKS}:and_masks", "joins two rules", "ImportError", ("mask_functions",)),
+    PrivateName(f"{_MASKS}:packed_sequence_mask_function", "the rule of packed documents", "ImportError",
+                ("packed_sequence_mask",)),
+    PrivateName(f"{_MASKS}:causal_mask_function", "the plain causal rule", "ring attention evaluates every rule"),
+    PrivateName(f"{_MASKS}:find_packed_sequence_indices", "transformers' own search for documents, which is replaced",
+                "AttributeError", ("position_ids",)),
+    PrivateName(f"{_MASKS}:create_bidirectional_mask", "masks of padded items", "ImportError",
+                ("config", "inputs_embeds", "attention_mask")),
+)  # fmt: skip
+
+
+def mask_makers(names: Sequence[str]) -> dict[str, Any]:
+    """Return the functions that make attention masks for the attentions called ``names``."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in names}
+
+
+def within_documents(mask_function: Any, documents: Tensor) -> Any:
+    """Return a mask rule that also asks query and key to be of the same document of ``[batch, seq]`` indices."""
+    from transformers.masking_utils import and_masks, packed_sequence_mask_function
+
+    return and_masks(mask_function, packed_sequence_mask_function(documents))
+
+
+def counted_from(mask_function: Any, positions: Tensor) -> Any:
+    """Return a mask rule that counts the places of query and key as ``positions``, ``[batch, seq]``, says."""
+
+    def counted(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return mask_function(batch, head, positions[batch, query], positions[batch, key])
+
+    return counted
+
+
+def leave_packing_to(known: Callable[[], bool]) -> None:
+    """Keep transformers from looking for packed documents in position ids while ``known()`` says that they are known.
+
+    Its own search sees a part of a row only, where several ranks share one, and what it finds there is wrong.
+    """
+    from transformers import masking_utils
+
+    search = masking_utils.find_packed_sequence_indices
+    if hasattr(search, "_veomni_left"):
+        return
+
+    def search_unless_known(position_ids: Tensor) -> Tensor | None:
+        return None if known() else search(position_ids)
+
+    search_unless_known._veomni_left = True  # type: ignore[attr-defined]
+    masking_utils.find_packed_sequence_indices = search_unless_known
+
+
+def bidirectional_mask(config: PreTrainedConfig, seen: Tensor, dtype: torch.dtype) -> Any:
+    """Return the mask that a tower's attention takes for padded items.
+
+    Args:
+        config: The tower's configuration.
+        seen: Which places hold something, bool ``[items, places]``.
+        dtype: In which the tower computes.
+    """
+    from transformers.masking_utils import create_bidirectional_mask
+
+    stand_in = torch.zeros(*seen.shape, 1, dtype=dtype, device=seen.device)
+    return create_bidirectional_mask(config=config, inputs_embeds=stand_in, attention_mask=seen.long())
+
+
+def is_plain_causal(mask_function: Any) -> bool:
+    """Whether a rule is exactly that a query sees the keys up to itself."""
+    from transformers import masking_utils
+
+    return mask_function is getattr(masking_utils, "causal_mask_function", None)
