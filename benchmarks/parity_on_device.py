@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.harness import run_ranks
 from tests.parity.layouts import BOUNDS, EXPERT_LAYOUTS, LAYOUTS, check, one_step
 from tests.parity.oracle import oracle
+from veomni.testing.ranks import run_ranks
 
 CASES = [
     *((layout, "fp64") for layout in ("single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2")),

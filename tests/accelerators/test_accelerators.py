@@ -6,10 +6,10 @@ import textwrap
 import pytest
 import torch
 
-from tests.harness import RankFailed, run_ranks
 from veomni.accelerators import CPU, CUDA, NPU, Accelerator, select_accelerator
 from veomni.accelerators.peak_flops import peak_flops_by_name
 from veomni.errors import ConfigError, DeviceError, MissingExtraError
+from veomni.testing.ranks import RankFailed, run_ranks
 
 STUB = """
 import types

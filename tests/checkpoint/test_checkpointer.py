@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.documents import global_rows, share
 from tests.parity.layouts import LAYOUTS
@@ -26,6 +25,7 @@ from veomni.errors import CheckpointError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.weights.gather import full_tensors
+from veomni.testing.ranks import run_ranks
 
 
 def train(directory, layout, *, load, steps, save_at=None, async_save=False):

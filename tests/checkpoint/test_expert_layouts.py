@@ -11,7 +11,6 @@ import torch
 import torch._dynamo  # every rank would import it in its first optimizer step
 from torch import Tensor
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.layouts import materialized
 from tests.models.tiny import tiny_config
 from tests.optim.layouts import whole
@@ -25,6 +24,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.optim import build_optimizer, build_scheduler
 from veomni.strategies import FSDP2
+from veomni.testing.ranks import RankFailed, run_ranks
 
 ALL = {**LAYOUTS, **EXPERT_LAYOUTS}
 OPTIONS: dict[str, Any] = {

@@ -22,9 +22,9 @@ from tests.checkpoint.two_ranks import (
     state_at,
     whole_step,
 )
-from tests.harness import run_ranks
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.checkpointer import SaveFailedError
+from veomni.testing.ranks import run_ranks
 
 COLLECTIVE_TIMEOUT = 30.0
 

@@ -18,8 +18,8 @@ from tests.checkpoint.two_ranks import (
     state_at,
     whole_step,
 )
-from tests.harness import RankFailed, run_ranks
 from veomni.checkpoint import Checkpointer
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 def save_third(directory: Path, async_save: bool, victim: int, fatal: int | None) -> list[str]:

@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from tests.harness import run_ranks
 from tests.optim.layouts import LAYOUTS, fsdp1_with_experts, give_gradients, laid_out, new_model, values, whole
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.sharded_state import sharded_state
 from veomni.optim import MultiOptimizer, build_optimizer, build_scheduler
+from veomni.testing.ranks import run_ranks
 
 FSDP1 = {"fsdp1_1": 1, "fsdp1_2": 2, "fsdp1_4": 4}
 RANKS = {**LAYOUTS, **FSDP1}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.harness import run_ranks
 from veomni.launcher import Launcher
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.strategies import FSDP2, Single
+from veomni.testing.ranks import run_ranks
 
 
 class Noisy(nn.Module):

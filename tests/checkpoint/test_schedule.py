@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.harness import RankFailed, run_ranks
 from veomni.errors import EXIT_PREEMPTED, CheckpointError
 from veomni.launcher import Launcher
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.strategies import FSDP2, Single
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 def on_disk(directory: Path) -> list[int]:

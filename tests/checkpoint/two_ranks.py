@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.harness import run_ranks
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.objects import read_objects
+from veomni.testing.ranks import run_ranks
 
 
 class Own:

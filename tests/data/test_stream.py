@@ -12,9 +12,9 @@ import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
 from tests.data.stream_files import KINDS, jsonl, records, write_jsonl, write_parquet, write_tar
-from tests.harness import RankFailed, run_ranks
 from veomni.data import DataSource, StreamLoader, build_dataloader, build_dataset
 from veomni.errors import CheckpointError, DataError
+from veomni.testing.ranks import RankFailed, run_ranks
 
 ROW, STEP, SHARDS = 48, 8, 8
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
-from tests.harness import run_ranks
 from veomni.data import build_dataset
 from veomni.data.sources import build_once
 from veomni.data.text.token_cache import tokenize
+from veomni.testing.ranks import run_ranks
 
 
 def entries(cache):

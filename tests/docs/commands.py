@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.harness import RankFailed, run_ranks
 from veomni.cli import main as veomni
 from veomni.config import Config, check_layout
 from veomni.config.layout import local_processes
 from veomni.config.overrides import parse_argv
 from veomni.logging import create_logger
+from veomni.testing.ranks import RankFailed, run_ranks
 
 _SCRIPTS = ("examples/train_text.py", "examples/train_moe.py")
 

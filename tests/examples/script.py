@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from tests.harness import run_ranks
+from veomni.testing.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

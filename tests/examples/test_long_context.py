@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.examples.script import ROOT, SHORT, agree, arguments, rows
-from tests.harness import run_ranks
+from veomni.testing.ranks import run_ranks
 
 CONFIG = ROOT / "configs/text/long_context.yaml"
 SIZES = {

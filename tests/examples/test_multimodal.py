@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.examples.script import ROOT, agree, rows
-from tests.harness import run_ranks
+from veomni.testing.ranks import run_ranks
 
 EIGHT_STEPS = {
     "train.precision": "fp64", "train.max_steps": 8, "data.max_seq_len": 128, "train.eval.every_steps": 4,

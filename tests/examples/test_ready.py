@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from tests.examples.ready import CONFIGS, ROOT, arguments, prepare, small
 from tests.examples.script import rows
-from tests.harness import run_ranks
 from veomni import load_config
 from veomni.models import Materializer, build_config, build_model
+from veomni.testing.ranks import run_ranks
 
 IMAGES, VIDEOS = {"pixel_values", "image_grid_thw"}, {"pixel_values_videos", "video_grid_thw"}
 SOUNDS = {"input_features", "feature_attention_mask"}

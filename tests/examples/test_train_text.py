@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.examples.script import SMALL, agree, train
-from tests.harness import RankFailed
+from veomni.testing.ranks import RankFailed
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import RankFailed, run_ranks
 from tests.launch.conftest import wait_until
 from veomni.errors import LaunchError
 from veomni.launch import collective_timeout
 from veomni.launcher import Launcher
 from veomni.parallel.mesh import AXES, VIEWS
 from veomni.strategies import DDP, FSDP2
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 def timeouts() -> set[timedelta]:

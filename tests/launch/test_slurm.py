@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import free_port
 from tests.launch.conftest import clean_environment
 from veomni.errors import LaunchError
 from veomni.launch import Environment, detect_environment
 from veomni.launch.slurm import expand_node_list
+from veomni.testing.ranks import free_port
 
 STEP = {
     "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6",

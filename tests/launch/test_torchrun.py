@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import free_port
 from tests.launch.conftest import Program, is_running, wait_until
 from veomni.errors import LaunchError
 from veomni.launch.torchrun import processes_per_node, torchrun_arguments
+from veomni.testing.ranks import free_port
 
 Start = Callable[..., Program]
 TRAIN = ["bash", str(Path(__file__).parents[2] / "train.sh")]

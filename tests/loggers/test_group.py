@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tests.harness import run_ranks
 from tests.loggers.disk import files_at_most
 from veomni.loggers import JsonlLogger, Logger, LoggerGroup, TensorBoardLogger
+from veomni.testing.ranks import run_ranks
 
 
 class Recorder(Logger):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import run_ranks
 from veomni.metrics import AnswerAccuracy
+from veomni.testing.ranks import run_ranks
 
 WRONG = [0, 1, 0, 3, 0, 0, 2]
 LEARNED = [2, 4, 0, 3, 1, 5, 2]

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import run_ranks
 from veomni.metrics import TokenPerplexity
+from veomni.testing.ranks import run_ranks
 
 COUNTS = [7, 0, 100_003, 1, 12, 5, 900]  # batches of very different sizes; rank 0 gets the even ones
 

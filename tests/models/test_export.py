@@ -10,11 +10,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.layouts import fsdp1, fsdp2, logits, materialized, same_files
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
 from veomni.models import build_model, export_hf, export_tensors_hf
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 def loaded(directory: Path, like: torch.nn.Module) -> torch.nn.Module:

@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import nn
 
-from tests.harness import run_ranks
 from tests.models.any_tiny import any_tiny_config
 from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
@@ -18,6 +17,7 @@ from veomni.errors import ModelError
 from veomni.models import Materializer, build_model
 from veomni.models.build.constructor import constructor_values
 from veomni.models.weights.gather import full_tensors
+from veomni.testing.ranks import run_ranks
 
 
 def normally(config: transformers.PreTrainedConfig, like: nn.Module) -> nn.Module:

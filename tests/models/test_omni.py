@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.harness import run_ranks
 from tests.models.layouts import materialized, same_files
 from tests.models.multimodal import gradients, worst
 from tests.strategies.test_absent_media import whole_gradients
@@ -29,6 +28,7 @@ from veomni.models import (
 )
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.ranks import run_ranks
 
 TINY = Path(__file__).parent / "tiny_omni.json"
 IMAGE, SOUND, CODE, LATENT, ROW = 120, 121, 122, 123, 48

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.any_tiny import VOCAB, any_tiny_config
 from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, micro_batches
@@ -18,6 +17,7 @@ from veomni.launcher import Launcher
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.models import build_model, unwrap
 from veomni.moe import MoEOptions
+from veomni.testing.ranks import RankFailed, run_ranks
 
 RATE = 0.05
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.moe.steps import balanced_step, micro_batches
 from tests.parity.documents import global_rows
@@ -23,6 +22,7 @@ from veomni.models import build_model
 from veomni.moe import ExpertLoad, MoEOptions
 from veomni.moe.routers import Listener
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 @functools.cache

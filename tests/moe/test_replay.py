@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 
-from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, packed
 from tests.parity.documents import ROW, global_rows
@@ -18,6 +17,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import MoEOptions, RoutingLog, find_routers, record_routing, replay_routing
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.ranks import run_ranks
 
 MODELS = ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"]
 

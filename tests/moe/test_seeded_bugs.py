@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import run_ranks
 from tests.moe.steps import AUX, Z, balanced_step
 from tests.moe.test_balance import OPTIONS, agrees, truth
 from tests.moe.test_bias import RATE, moved, steps
@@ -14,6 +13,7 @@ from tests.moe.test_load import truth as load_truth
 from tests.parity.layouts import LAYOUTS
 from veomni.moe.bias import move_bias
 from veomni.testing import seams
+from veomni.testing.ranks import run_ranks
 from veomni.testing.seams import replaced
 
 

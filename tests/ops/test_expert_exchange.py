@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.harness import run_ranks
 from veomni.ops.experts.exchange import Departed, ExpertExchange, exchange_experts
 from veomni.ops.experts.shared import shared_experts_beside
+from veomni.testing.ranks import run_ranks
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 13, 6, 8, 3
 OPTIONS = [

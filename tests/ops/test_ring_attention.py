@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.harness import run_ranks
 from veomni.batch.split import SequenceShard
 from veomni.errors import LayoutError, ModelError
 from veomni.ops.attention.block import attend, merge_into, select_kernel
 from veomni.ops.attention.ring import MaskRule, RingAttention, ring_attention
+from veomni.testing.ranks import run_ranks
 
 SEQ, HEAD_DIM = 48, 8
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 20 + [2] * 1 + [3] * 20, [0] * 33 + [1] * 15])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import run_ranks
 from veomni.ops.comm.sequence_exchange import (
     gather_heads_scatter_seq,
     gather_seq_scatter_heads,
@@ -14,6 +13,7 @@ from veomni.ops.comm.sequence_exchange import (
     pad_to_multiple,
     slice_sequence,
 )
+from veomni.testing.ranks import run_ranks
 
 
 def whole(batch, seq, heads, width, seed):

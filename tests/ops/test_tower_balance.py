@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 
-from tests.harness import run_ranks
 from tests.models.multimodal import FAMILIES, Sampler, family_config, worst
 from tests.strategies import test_absent_media as absent
 from tests.strategies.test_absent_media import ROW, STEPS, step_of, truth, weights_of, whole_gradients
@@ -17,6 +16,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model, freeze
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
 from veomni.strategies.transforms.encoder_balance import assign
+from veomni.testing.ranks import run_ranks
 
 HEAVY = [("image", (1, 8, 8)), ("text", 3), ("image", (1, 8, 8)), ("image", (1, 4, 4)), ("text", 2)]
 STEPS = {**STEPS, "one rank has all": [[[HEAVY], [HEAVY]], [[absent.TEXT], [absent.TEXT]]]}

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.ops.attention.ulysses_async import attention_modules, why_not_overlapped
 from veomni.strategies import DDP, Ulysses
+from veomni.testing.ranks import RankFailed, run_ranks
 
 WIDE = {
     "hidden_size": 256,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, Ulysses
+from veomni.testing.ranks import run_ranks
 
 SEQ, HIDDEN, LAYERS, HEADS = 512, 64, 2, 4
 EQUAL_HEADS = {

@@ -12,11 +12,11 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
 from veomni.config.train_parts import OptimizerConfig
 from veomni.errors import ConfigError, ModelError
 from veomni.optim import build_optimizer_groups
+from veomni.testing.ranks import run_ranks
 
 
 class Block(nn.Module):

@@ -7,11 +7,11 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from tests.harness import run_ranks
 from tests.optim.test_groups import Block, Model
 from veomni.config.train_parts import OptimizerConfig
 from veomni.errors import ConfigError
 from veomni.optim import build_optimizer, build_scheduler
+from veomni.testing.ranks import run_ranks
 
 RATES = {"layers.0": 0.5, "*.experts": 0.1, "norm": 0.25}
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR
 
-from tests.harness import run_ranks
 from tests.optim.layouts import LAYOUTS, give_gradients, laid_out, new_model, values
 from veomni.errors import CheckpointError, ModelError
 from veomni.launcher import Launcher
 from veomni.optim import MultiLRScheduler, MultiOptimizer, build_optimizer, build_scheduler
+from veomni.testing.ranks import run_ranks
 
 
 def halves(model: nn.Module) -> list[list[nn.Parameter]]:

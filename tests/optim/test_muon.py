@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.optim.layouts import (
     LAYOUTS,
@@ -29,6 +28,7 @@ from veomni.errors import ConfigError, ModelError
 from veomni.optim import MultiOptimizer, Muon, build_optimizer, hidden_matrices, matrix_owners
 from veomni.optim.matrix_owners import Matrix
 from veomni.optim.newton_schulz import orthogonalize
+from veomni.testing.ranks import RankFailed, run_ranks
 
 OPTIONS = {
     "name": "muon", "lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.9, "no_decay": (),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from tests.harness import run_ranks
 from veomni.config.train_parts import OptimizerConfig
 from veomni.errors import ConfigError
 from veomni.optim import build_optimizer
+from veomni.testing.ranks import run_ranks
 
 OPTIONS = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3, "momentum": 0.7, "no_decay": ()}
 

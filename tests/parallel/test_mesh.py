@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness import run_ranks
 from veomni.errors import LayoutError
 from veomni.parallel.mesh import ParallelDims, ParallelState, get_parallel_state
+from veomni.testing.ranks import run_ranks
 
 
 @pytest.mark.parametrize(

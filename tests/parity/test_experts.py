@@ -11,13 +11,13 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.documents import global_rows, share
 from tests.parity.layouts import BOUNDS, EXPERT_LAYOUTS, check, one_step
 from tests.parity.oracle import Truth, backward_of, initial_model, oracle, vocabulary
 from veomni.launcher import Launcher
 from veomni.models import Materializer, build_model
+from veomni.testing.ranks import run_ranks
 
 ARCHITECTURES = ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "olmoe", "minimax"]
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness import run_ranks
 from tests.parity.bugs import BUGS
 from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, check, one_step
 from tests.parity.test_strategies import truth
+from veomni.testing.ranks import run_ranks
 
 
 def outcomes(layout: str, model: str):

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 
-from tests.harness import run_ranks
 from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
 from tests.parity.oracle import Truth, oracle
+from veomni.testing.ranks import run_ranks
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss"]
 MULTI_RANK = ["ddp2", "fsdp1_full", "fsdp2_2"]

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.data.stream_files import jsonl
-from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.layouts import BOUNDS, Outcome, check, full_gradients
 from tests.parity.oracle import Truth, initial_model
@@ -26,6 +25,7 @@ from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing import seams
+from veomni.testing.ranks import RankFailed, run_ranks
 
 ROW, ROWS = 24, 8
 

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
-from tests.harness import run_ranks
 from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
 from tests.parity.oracle import oracle
 from veomni.launcher import Launcher
+from veomni.testing.ranks import run_ranks
 
 
 def compiled_step(model_name, layout, precision, **options):

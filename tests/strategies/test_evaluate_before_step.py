@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.harness import run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.documents import global_rows, pack
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
+from veomni.testing.ranks import run_ranks
 
 LAYOUTS = {
     "ddp": (2, "llama", lambda: DDP()),

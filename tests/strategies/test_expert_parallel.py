@@ -9,7 +9,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.layouts import materialized, same_files
 from tests.models.tiny import tiny_config
 from veomni.errors import LayoutError, ModelError
@@ -18,6 +17,7 @@ from veomni.models import build_model
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.strategies import FSDP1, FSDP2
 from veomni.strategies.fsdp2 import set_prefetch
+from veomni.testing.ranks import RankFailed, run_ranks
 
 STRATEGIES = {
     "fsdp2": lambda: FSDP2(expert_parallel_size=2),

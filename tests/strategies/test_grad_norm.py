@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import RankFailed, run_ranks
 from tests.optim.layouts import EXPERTS, INNER, LAYOUTS, give_gradients, gradients, laid_out, whole
 from veomni.errors import NonFiniteError
 from veomni.strategies.grad_norm import clip_gradients, sharded_grad_norm
+from veomni.testing.ranks import RankFailed, run_ranks
 
 NAME = "layers.1.experts.up_proj"
 

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-from tests.harness import run_ranks
 from veomni.compat import fsdp_copy_in as gradient_copy
 from veomni.compat.fsdp_copy_in import copy_gradients, copy_one_by_one
+from veomni.testing.ranks import run_ranks
 
 SHAPES = [(8, 3), (4,), (12, 2, 5), (4, 1)]
 

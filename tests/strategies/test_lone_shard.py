@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tests.harness import run_ranks
 from veomni.compat.inplace_reduce_scatter import _OneBuffer, reduce_in_place
+from veomni.testing.ranks import run_ranks
 
 
 class Recording(_OneBuffer):

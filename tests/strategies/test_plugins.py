@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import run_ranks
 from tests.parity.layouts import LAYOUTS, check, one_step
 from tests.parity.oracle import oracle
 from veomni.errors import ConfigError, LayoutError
 from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single, Strategy
 from veomni.strategies.select import parameter_strategy, select_strategies
+from veomni.testing.ranks import run_ranks
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
 

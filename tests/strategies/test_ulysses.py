@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.harness import RankFailed, run_ranks
 from tests.models.tiny import tiny_config
 from tests.parity.documents import global_rows, pack
 from veomni.errors import DataError, LayoutError, ModelError
@@ -15,6 +14,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.ops.attention.ulysses import UlyssesAttention
 from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 def launched(strategies, **options) -> Launcher:

@@ -1,0 +1,214 @@
+"""Run functions on several gloo ranks, forked from the warm test process: about a second for the first, less for more.
+
+Every rank leaves by ``os._exit`` after a barrier and ``destroy_process_group``: gloo aborts at exit otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+_GRACE = 3.0  # seconds that the peers of a dead rank have to write their own error
+
+
+class RankFailed(AssertionError):  # noqa: N818  (a test fails by it)
+    """A rank raised or died.
+
+    Attributes:
+        exceptions: What was raised, by rank; the message holds the tracebacks.
+    """
+
+    def __init__(self, message: str, exceptions: dict[int, BaseException]) -> None:
+        super().__init__(message)
+        self.exceptions = exceptions
+
+
+def free_port() -> int:
+    """Return a TCP port of this host that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, init: bool = True, timeout: float = 90.0, **kwargs: Any
+) -> list[Any]:
+    """Return ``[function(*args, **kwargs) on rank 0, ... on rank world_size - 1]``.
+
+    Results travel by pickle through a private directory. Inside, ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and
+    ``MASTER_*`` are set, as torchrun sets them, so that a ``Launcher`` joins.
+
+    Args:
+        function: What every rank runs; anything that a fork inherits, closures too.
+        world_size: Number of ranks.
+        args: Arguments of the function.
+        init: Make the gloo group first; False leaves it to the function, as for one that launches a ``Launcher``.
+        timeout: Seconds after which a rank that has not finished is killed.
+        kwargs: Keyword arguments of the function.
+
+    Raises:
+        RankFailed: a rank raised, died or was killed.
+    """
+    (found,) = run_cases([partial(function, *args, **kwargs)], world_size, init=init, timeout=timeout)
+    if isinstance(found, RankFailed):
+        raise found
+    return found
+
+
+def run_cases(
+    cases: Sequence[Callable[[], Any]], world_size: int, *, init: bool = True, timeout: float = 90.0
+) -> list[list[Any] | RankFailed]:
+    """Run many cases one after the other on the same forked ranks; each has a process group of its own.
+
+    A case that fails ends its ranks, and those behind it run on new ones.
+
+    Args:
+        cases: What every rank runs.
+        world_size: Number of ranks.
+        init: As in :func:`run_ranks`.
+        timeout: Seconds a case may take.
+
+    Returns:
+        Of every case what each rank returned, or how it failed.
+    """
+    found: list[list[Any] | RankFailed] = []
+    while len(found) < len(cases):
+        with tempfile.TemporaryDirectory() as scratch:
+            found += _Ranks(cases[len(found) :], world_size, Path(scratch), init, timeout).run()
+    return found
+
+
+class _Ranks:
+    """One fork of all ranks: it runs cases until one fails."""
+
+    def __init__(
+        self, cases: Sequence[Callable[[], Any]], world_size: int, scratch: Path, init: bool, timeout: float
+    ) -> None:
+        self.cases, self.world_size, self.scratch, self.init, self.timeout = cases, world_size, scratch, init, timeout
+        self.ports = [free_port() for _ in cases]
+
+    def run(self) -> list[list[Any] | RankFailed]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        statuses = self._wait([self._fork(rank) for rank in range(self.world_size)])
+        found: list[list[Any] | RankFailed] = []
+        for number in range(len(self.cases)):
+            results = [self._file(number, rank) for rank in range(self.world_size)]
+            if not all(path.exists() for path in results):
+                return [*found, self._failure(number, statuses)]
+            found.append([pickle.loads(path.read_bytes()) for path in results])
+        return found
+
+    def _file(self, number: int, rank: int, kind: str = "result") -> Path:
+        return self.scratch / f"{number}.{rank}.{kind}"
+
+    # ---------------------------------------------------------------- in a rank
+
+    def _fork(self, rank: int) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        os.setpgid(0, 0)
+        gc.freeze()  # what a rank inherits is not searched for garbage, so its pages stay shared
+        code = 1
+        try:
+            for number in range(len(self.cases)):
+                if not self._run_case(number, rank):
+                    break
+            else:
+                code = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _run_case(self, number: int, rank: int) -> bool:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world_size),
+            LOCAL_WORLD_SIZE=str(self.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.ports[number]),
+            GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        try:
+            _write(self._file(number, rank), pickle.dumps(self._result_of(self.cases[number])))
+        except BaseException as error:
+            _write(self._file(number, rank, "error"), _pickled(error))
+            return False
+        return True
+
+    def _result_of(self, case: Callable[[], Any]) -> Any:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        if self.init:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout))
+        result = case()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        gc.collect()
+        return result
+
+    # ---------------------------------------------------------------- in the test process
+
+    def _wait(self, pids: list[int]) -> list[int | None]:
+        statuses: list[int | None] = [None] * len(pids)
+        deadline, finished = time.monotonic() + self.timeout, 0
+        failed = False
+        while None in statuses:
+            for rank, pid in enumerate(pids):
+                if statuses[rank] is None and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    statuses[rank] = ended[1]
+            if not failed and any(status not in (None, 0) for status in statuses):
+                failed, deadline = True, min(deadline, time.monotonic() + _GRACE)
+            if time.monotonic() > deadline:
+                if not failed and (now := len(os.listdir(self.scratch))) > finished:
+                    deadline, finished = time.monotonic() + self.timeout, now
+                    continue
+                for rank, pid in enumerate(pids):
+                    if statuses[rank] is None:
+                        os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)
+                        statuses[rank] = -signal.SIGKILL
+            time.sleep(0.005)
+        return statuses
+
+    def _failure(self, number: int, statuses: list[int | None]) -> RankFailed:
+        texts, exceptions = [], {}
+        for rank, status in enumerate(statuses):
+            error = self._file(number, rank, "error")
+            if error.exists():
+                text, exceptions[rank] = pickle.loads(error.read_bytes())
+                texts.append(f"--- rank {rank} ---\n{text}")
+            elif status != 0:
+                texts.append(f"--- rank {rank} --- ended with status {status}")
+        return RankFailed("\n".join(texts), exceptions)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that others see whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.rename(path)
+
+
+def _pickled(error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(error))
+    try:
+        payload = pickle.dumps((text, error))
+        pickle.loads(payload)
+    except Exception:
+        return pickle.dumps((text, RuntimeError(repr(error))))
+    return payload
