@@ -13,10 +13,16 @@ from veomni.compat.private_name import PrivateName
 PRIVATE = (
     PrivateName("transformers.configuration_utils:PreTrainedConfig._attn_implementation", "names the attention",
                 "AttributeError"),
+    PrivateName("transformers.configuration_utils:PreTrainedConfig._experts_implementation", "names the experts",
+                "AttributeError"),
     PrivateName("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys", "the registered ones", "ImportError"),
     PrivateName("transformers.models.llama.modeling_llama:eager_attention_forward",
                 "eager attention, which each modeling file defines for itself", "error: choose sdpa"),
 )  # fmt: skip
+
+
+_NAMES = ("_attn_implementation_internal", "_experts_implementation_internal")
+"""Where a configuration keeps them."""
 
 
 def attention_names() -> list[str]:
@@ -55,3 +61,23 @@ class ConfigWithAttention:
 def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """Return the eager attention of an attention module's own modeling file: the registry has none."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+class Implementations:
+    """The attention and experts that every configuration of a model names, to be restored.
+
+    Args:
+        model: Any module; only transformers models have such configurations.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = (vars(module).get("config") for module in model.modules())
+        configs = {id(config): config for config in found if hasattr(config, "sub_configs")}
+        self._values = [(config, {name: vars(config).get(name) for name in _NAMES}) for config in configs.values()]
+
+    def restore(self) -> None:
+        """Make the configurations name what they named."""
+        for config, values in self._values:
+            for name, value in values.items():
+                if name in vars(config):
+                    setattr(config, name, value)

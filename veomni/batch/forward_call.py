@@ -1,0 +1,137 @@
+"""The forward that a model is in: what attention, masks, encoders and losses read and a model does not pass on.
+
+The functions that are registered with transformers are constant and read :func:`current_call`. So models with other
+sequence groups, a teacher and a student say, live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from veomni.batch.split import SequenceShard
+from veomni.errors import ModelError
+
+
+@dataclass(frozen=True)
+class SequenceGroups:
+    """The ranks that share the rows of a model.
+
+    Attributes:
+        shard: Which positions of every row this rank holds.
+        ranks: All ranks that share a row.
+        ulysses: Those of them that exchange sequence for heads; None without Ulysses.
+        ring: Those of them that send keys and values round; None without context parallelism.
+    """
+
+    shard: SequenceShard
+    ranks: ProcessGroup
+    ulysses: ProcessGroup | None = None
+    ring: ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of the rows that a model is called with, whole rows even where this rank computes on a shard.
+
+    Attributes:
+        numbers: The number of each token's document, int64 ``[batch, seq]``; None where each row is one document.
+        encoders: Configuration classes of encoders, whose masks are not of these rows.
+    """
+
+    numbers: Tensor | None
+    encoders: frozenset[type] = frozenset()
+
+    @property
+    def positions(self) -> Tensor:
+        """Each token's place in its document, int64 ``[batch, seq]``; defined for packed rows."""
+        numbers = self.numbers
+        assert numbers is not None
+        place = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+        starts = torch.diff(numbers, prepend=numbers[:, :1] - 1, dim=-1) != 0
+        return place - torch.where(starts, place, 0).cummax(-1).values
+
+
+@dataclass
+class ForwardCall:
+    """One forward of an adapted module, from its pre-hook to its post-hook.
+
+    Attributes:
+        owner: The adapter of the model.
+        args: Positional arguments; passes may replace them.
+        kwargs: Keyword arguments; passes may change them.
+        sequence: The ranks that share the model's rows; None where rows are whole.
+        documents: The documents of the rows; None where they are not known: rows are padded, say.
+        shift_labels: Labels that are shifted already, int64 ``[batch, seq]``; None where the loss shifts them.
+        fused: Whether the head passes hidden states on to the loss.
+        entered: The passes that are in this call, in order.
+    """
+
+    owner: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    sequence: SequenceGroups | None = None
+    documents: Documents | None = None
+    shift_labels: Tensor | None = None
+    fused: bool = False
+    entered: list[Any] = field(default_factory=list)
+
+
+_current: ContextVar[ForwardCall | None] = ContextVar("veomni_forward_call", default=None)
+
+
+def current_call() -> ForwardCall | None:
+    """Return the innermost forward of an adapted module in this thread; None outside of all."""
+    return _current.get()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def current_groups() -> SequenceGroups:
+    """Return the ranks that share rows in the forward around.
+
+    Raises:
+        ModelError: there is none, as in the recomputation that ``gradient_checkpointing_enable`` starts.
+    """
+    call = _current.get()
+    if call is None or call.sequence is None:
+        raise ModelError(
+            "attention over shared rows runs outside of a forward of its model",
+            "call the model that setup_model returned, and checkpoint activations with ActivationCheckpointing",
+        )
+    return call.sequence
+
+
+def enter_call(call: ForwardCall) -> Callable[[], None]:
+    """Make ``call`` the current one, and return what makes the one before it current again."""
+    token = _current.set(call)
+    return lambda: _current.reset(token)
+
+
+@contextmanager
+def forward_call(call: ForwardCall | None) -> Iterator[None]:
+    """Run the body in ``call``."""
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def bind_call(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward`` bound to the call it is in now, for a recomputation that runs outside of it."""
+    call = _current.get()
+    if call is None:
+        return forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with forward_call(call):
+            return forward(*args, **kwargs)
+
+    return run

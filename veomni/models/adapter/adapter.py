@@ -1,0 +1,201 @@
+"""The only writer on a model: passes around its forward and replaced attributes, all of which can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, auto
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import nn
+
+from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, enter_call
+from veomni.models.transformers_api.attention import Implementations
+
+if TYPE_CHECKING:
+    from veomni.models.adapter.passes.token_loss import TokenMeanLoss
+    from veomni.ops.encoders.towers import TowerCall
+
+_ATTRIBUTE = "_veomni_adapter"
+
+
+class Stage(IntEnum):
+    """The order in which passes see a call; they leave it in reverse."""
+
+    PRECISION = auto()
+    SEQUENCE = auto()
+    DOCUMENTS = auto()
+    LABELS = auto()
+    MEDIA = auto()
+    POSITIONS = auto()
+    LOSS = auto()
+
+
+class InputPass:
+    """What happens around every forward of a module."""
+
+    stage: ClassVar[Stage]
+
+    def before(self, call: ForwardCall) -> None:
+        """Read the call, and change its arguments in place."""
+
+    def after(self, call: ForwardCall, output: Any) -> Any:
+        """Return what the module returns instead of ``output``; not called where the forward failed."""
+        return output
+
+    def close(self, call: ForwardCall) -> None:
+        """Undo what :meth:`before` changed outside of the call; always called."""
+
+
+class Patch:
+    """An attribute of a module, or of an object in a model, that is replaced.
+
+    Args:
+        owner: The object.
+        attribute: The attribute's name.
+        replacement: Its value.
+    """
+
+    def __init__(self, owner: Any, attribute: str, replacement: Any) -> None:
+        self.owner, self.attribute, self.replacement = owner, attribute, replacement
+        self._had, self._before = attribute in vars(owner), vars(owner).get(attribute)
+        setattr(owner, attribute, replacement)
+
+    def undo(self) -> None:
+        """Bring back what was there."""
+        if self._had:
+            setattr(self.owner, self.attribute, self._before)
+        else:
+            delattr(self.owner, self.attribute)
+
+
+@dataclass
+class _Site:
+    """One module with passes: the pair of hooks on it."""
+
+    adapter: ModelAdapter
+    module: nn.Module
+    passes: list[InputPass] = field(default_factory=list)
+    leaving: list[Callable[[], None]] = field(default_factory=list)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        outer = current_call()
+        if outer is not None and outer.owner is self.adapter and module is not self.adapter.model:
+            call = replace(outer, args=args, kwargs=dict(kwargs), entered=[])
+        else:
+            call = ForwardCall(self.adapter, args, dict(kwargs), self.adapter.sequence)
+        self.leaving.append(enter_call(call))
+        for each in self.passes:
+            call.entered.append(each)
+            each.before(call)
+        return call.args, call.kwargs
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.leaving:  # a hook before this one's failed
+            return output
+        call = current_call()
+        assert call is not None
+        try:
+            for each in reversed(call.entered) if output is not None else ():
+                output = each.after(call, output)
+        finally:
+            while call.entered:
+                call.entered.pop().close(call)
+            call.args, call.kwargs = (), {}  # a recomputation binds the call, and must not keep its inputs alive
+            self.leaving.pop()()
+        return output
+
+
+PassType = TypeVar("PassType", bound=InputPass)
+
+
+class ModelAdapter:
+    """Everything that was changed about one model.
+
+    Args:
+        model: The module inside of wrappers.
+
+    Attributes:
+        patches: Replaced attributes, in order.
+        sequence: The ranks that share the model's rows; None where rows are whole.
+        attention_open: Whether the choice of attention was left to the library.
+        experts: The backend that experts were requested to run with.
+        towers: How each modality is encoded, by its name.
+        traits: What the examination of the model found.
+        loss: The loss that the model computes; None where it is its own.
+        routers: What balances and reports the model's routers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.patches: list[Patch] = []
+        self.sequence: SequenceGroups | None = None
+        self.attention_open = False
+        self.experts = "auto"
+        self.towers: dict[str, TowerCall] = {}
+        self.traits: Any = None
+        self.loss: TokenMeanLoss | None = None
+        self.routers: Any = None
+        self._sites: dict[int, _Site] = {}
+        self._undo: list[Callable[[], None]] = [Implementations(model).restore]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelAdapter:
+        """Return the adapter of a model, wrapped or not; a model without one is given one that changes nothing."""
+        from veomni.models.weights.gather import unwrap
+
+        root = unwrap(model)
+        found: ModelAdapter | None = vars(root).get(_ATTRIBUTE)
+        if found is None:
+            found = cls(root)
+            setattr(root, _ATTRIBUTE, found)
+        return found
+
+    @property
+    def passes(self) -> list[InputPass]:
+        """All passes: those of the root, then those of modules inside it, each in the order of stages."""
+        sites = sorted(self._sites.values(), key=lambda site: site.module is not self.model)
+        return [each for site in sites for each in site.passes]
+
+    def find(self, kind: type[PassType]) -> PassType | None:
+        """Return the first pass of a class."""
+        return next((each for each in self.passes if isinstance(each, kind)), None)
+
+    def add(self, each: InputPass, on: nn.Module | None = None) -> None:
+        """Add a pass.
+
+        Args:
+            each: The pass; of the same stage, the one that was added first comes first.
+            on: The module whose forward it is around; None is the model.
+        """
+        module = self.model if on is None else on
+        site = self._sites.get(id(module))
+        if site is None:
+            site = self._sites[id(module)] = _Site(self, module)
+            self._undo.append(module.register_forward_pre_hook(site.enter, with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(site.leave, always_call=True).remove)
+        site.passes = sorted([*site.passes, each], key=lambda one: one.stage)
+
+    def patch(self, owner: Any, attribute: str, replacement: Any) -> None:
+        """Replace an attribute until :meth:`remove`; ``owner`` is a module, its configuration or an object in it."""
+        self.patches.append(Patch(owner, attribute, replacement))
+        self._undo.append(self.patches[-1].undo)
+
+    def hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, **options: Any) -> None:
+        """Register a hook on a module inside the model, after its forward or before it; ``options`` are torch's."""
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        self._undo.append(register(hook, **options).remove)
+
+    def on_remove(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` in :meth:`remove`, before what was changed earlier is undone."""
+        self._undo.append(undo)
+
+    def remove(self) -> nn.Module:
+        """Undo all changes, the last one first, and return the plain model."""
+        while self._undo:
+            self._undo.pop()()
+        delattr(self.model, _ATTRIBUTE)
+        return self.model
+
+
+__all__ = ["InputPass", "ModelAdapter", "Patch", "Stage"]
