@@ -28,15 +28,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.models.any_tiny import VOCAB, any_tiny_config, causal_types, expert_types, plain_inputs
-from tests.parity.documents import Document, global_rows, share
-from tests.parity.layouts import full_gradients
-from tests.parity.oracle import Truth, truth_of
 from veomni.errors import InputError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.loader import model_class
 from veomni.strategies import DDP, FSDP2, Single, Ulysses
+from veomni.testing.documents import Document, global_rows, share
+from veomni.testing.oracle import Truth, truth_of
 from veomni.testing.ranks import RankFailed, run_ranks
+from veomni.testing.step import full_gradients
 
 EXACT, REFUSED, LIMIT, UNMEASURED, WRONG = "exact", "refused", "transformers' own limit", "not measured", "wrong"
 BOUND = 1e-9

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.parity.layouts import BOUNDS, EXPERT_LAYOUTS, LAYOUTS, check, one_step
-from tests.parity.oracle import oracle
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, one_step, oracle
+from veomni.testing.oracle import BOUNDS, check
 from veomni.testing.ranks import run_ranks
 
 CASES = [

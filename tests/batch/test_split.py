@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parity.documents import IGNORE, global_rows, pack
 from veomni.batch.micro_batch import SEQUENCE_SIZE, PackedInputs, document_lengths, supervised_tokens
 from veomni.batch.split import WHOLE_ROWS, SequenceShard, split_rows, token_mask
 from veomni.errors import DataError
+from veomni.testing.documents import IGNORE, global_rows, pack
 
 PARTS = {"ulysses2": (2, 1), "ulysses4": (4, 1), "ring2": (1, 2), "ring2 x ulysses2": (2, 2), "ulysses3": (3, 1)}
 

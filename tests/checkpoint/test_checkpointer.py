@@ -15,7 +15,6 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from tests.models.tiny import tiny_config
-from tests.parity.documents import global_rows, share
 from tests.parity.layouts import LAYOUTS
 from veomni.checkpoint import Checkpointer, read_model_tensors
 from veomni.checkpoint.checkpointer import SaveFailedError
@@ -25,6 +24,7 @@ from veomni.errors import CheckpointError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.weights.gather import full_tensors
+from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import run_ranks
 
 

@@ -14,9 +14,7 @@ from torch import Tensor
 from tests.models.layouts import materialized
 from tests.models.tiny import tiny_config
 from tests.optim.layouts import whole
-from tests.parity.documents import global_rows, share
-from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS
-from tests.parity.oracle import vocabulary
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.sharded_state import sharded_state
 from veomni.errors import CheckpointError, ModelError
@@ -24,6 +22,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.optim import build_optimizer, build_scheduler
 from veomni.strategies import FSDP2
+from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import RankFailed, run_ranks
 
 ALL = {**LAYOUTS, **EXPERT_LAYOUTS}

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from tests.data.stream_files import jsonl
 from tests.data.test_source_losses import LAYOUTS
 from tests.models.tiny import tiny_config
-from tests.parity.oracle import initial_model
 from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.batch.split import SequenceShard, document_numbers
 from veomni.data import DataSource, build_dataloader, build_dataset
@@ -21,6 +20,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import Single
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.oracle import initial_model
 from veomni.testing.ranks import RankFailed, run_ranks
 
 COUNTS = {"sums": 11, "long": 7, "rare": 2}

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from tests.data.stream_files import jsonl
 from tests.models.tiny import tiny_config
-from tests.parity.oracle import initial_model
 from veomni.batch.micro_batch import IGNORE_INDEX
 from veomni.data import DataSource, build_dataloader, build_dataset
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP2, ContextParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.oracle import initial_model
 from veomni.testing.ranks import run_ranks
 
 SOURCES, STEPS = ("code", "prose", "rare"), 4

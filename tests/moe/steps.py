@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import tiny_config
-from tests.parity.documents import IGNORE, Document, global_rows, pack, supervised
-from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, Outcome, full_gradients
-from tests.parity.oracle import Truth, initial_model, vocabulary
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
 from veomni.batch.micro_batch import PackedInputs
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import MoEOptions
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.documents import IGNORE, Document, global_rows, pack, supervised
+from veomni.testing.oracle import Truth, initial_model
+from veomni.testing.step import Outcome, full_gradients
 
 AUX, Z = 0.3, 0.02
 ALL_LAYOUTS = {**LAYOUTS, **EXPERT_LAYOUTS}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
-from tests.parity.layouts import BOUNDS, check
 from veomni.moe import MoEOptions
 from veomni.moe.routers import Listener
+from veomni.testing.oracle import BOUNDS, check
 from veomni.testing.ranks import run_ranks
 
 OPTIONS = MoEOptions(aux_loss_coef=AUX, z_loss_coef=Z)

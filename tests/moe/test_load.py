@@ -11,9 +11,7 @@ from PIL import Image
 
 from tests.models.tiny import tiny_config
 from tests.moe.steps import balanced_step, micro_batches
-from tests.parity.documents import global_rows
-from tests.parity.layouts import LAYOUTS
-from tests.parity.oracle import initial_model, vocabulary
+from tests.parity.layouts import LAYOUTS, vocabulary
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.errors import DataError, NonFiniteError
 from veomni.launcher import Launcher
@@ -22,6 +20,8 @@ from veomni.models import build_model
 from veomni.moe import ExpertLoad, MoEOptions
 from veomni.moe.routers import Listener
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.documents import global_rows
+from veomni.testing.oracle import initial_model
 from veomni.testing.ranks import RankFailed, run_ranks
 
 

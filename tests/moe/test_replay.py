@@ -9,15 +9,16 @@ import torch
 
 from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, packed
-from tests.parity.documents import ROW, global_rows
-from tests.parity.layouts import _relative, full_gradients
-from tests.parity.oracle import initial_model, vocabulary
+from tests.parity.layouts import vocabulary
 from veomni.errors import DataError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import MoEOptions, RoutingLog, find_routers, record_routing, replay_routing
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.documents import ROW, global_rows
+from veomni.testing.oracle import initial_model, relative_error
 from veomni.testing.ranks import run_ranks
+from veomni.testing.step import full_gradients
 
 MODELS = ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"]
 
@@ -98,7 +99,7 @@ def replayed_step(model_name, layout, *, recompute="none", accumulation=1, optio
 def agrees(loss, gradients, expected):
     assert loss == pytest.approx(expected[0], rel=1e-12)
     assert gradients.keys() == expected[1].keys()
-    wrong = {name: error for name in gradients if (error := _relative(gradients[name], expected[1][name])) > 1e-12}
+    wrong = {name: error for name in gradients if (error := relative_error(gradients[name], expected[1][name])) > 1e-12}
     assert not wrong
 
 
@@ -180,7 +181,7 @@ def test_balance_and_replay_together():
     )[0]
     assert both[0] == pytest.approx(plain[0], rel=1e-12)
     gate = "model.layers.0.mlp.gate.weight"
-    assert _relative(both[1][gate], plain[1][gate]) > 1e-3
+    assert relative_error(both[1][gate], plain[1][gate]) > 1e-3
 
 
 def shorter(log):

@@ -1,22 +1,14 @@
-"""Run one step of the launcher's loop on a layout and bring back every parameter's whole gradient."""
+"""The layouts that steps of tiny models are compared on, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-
 from tests.models.tiny import tiny_config
-from tests.parity.documents import global_rows, share
-from tests.parity.oracle import Truth, vocabulary
-from veomni.launcher import Launcher
-from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
+from veomni.testing.oracle import Truth, truth_of
+from veomni.testing.step import Outcome, train_step
 
 LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "single": (1, Single),
@@ -70,88 +62,16 @@ EXPERT_LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
         4, lambda: FSDP2(expert_parallel_size=2, reshard_after_forward=False, reshard_after_backward=False, prefetch=2)
     ),
 }  # fmt: skip
-BOUNDS = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
-"""Relative, per tensor: ARCHITECTURE section 4."""
 
 
-@dataclass
-class Outcome:
-    loss: float
-    grad_norm: float
-    gradients: dict[str, torch.Tensor]
-    clipped: dict[str, torch.Tensor]
+def vocabulary(name: str) -> int:
+    return int(tiny_config(name).vocab_size)
 
 
-def one_step(
-    model_name: str,
-    layout: str,
-    *,
-    precision: str = "fp64",
-    accumulation: int = 1,
-    recompute: str = "none",
-    max_norm: float = 1e9,
-    accelerator: str = "cpu",
-    backend: str = "gloo",
-    weights: str = "random",
-    attention: str = "auto",
-    changes: dict[str, Any] | None = None,
-) -> Outcome:
+def oracle(name: str, device: str = "cpu", weights: str = "random", **changes: Any) -> Truth:
+    return truth_of(tiny_config(name, **changes), device=device, weights=weights)
+
+
+def one_step(name: str, layout: str, *, changes: dict[str, Any] | None = None, **options: Any) -> Outcome:
     """What every rank runs; ``changes`` are the configuration's."""
-    launcher = Launcher(
-        (LAYOUTS | EXPERT_LAYOUTS)[layout][1](),
-        accelerator=accelerator,
-        backend=backend,
-        precision=precision,
-        recompute=recompute,
-        timeout_seconds=60,
-    )
-    launcher.launch()
-    model = launcher.setup_model(
-        build_model(tiny_config(model_name, **changes or {}), weights=weights, attention=attention)
-    )
-    model.train()
-    place = launcher.data_parallel
-    loader = [share(global_rows(vocabulary(model_name)), place.rank, place.size, accumulation)]
-    for batch in launcher.track(loader):
-        for micro in launcher.accumulate(model, batch):
-            launcher.backward(model(**micro.inputs).loss, micro)
-        loss = launcher.global_loss(batch).item()
-        gradients = full_gradients(model)
-        norm = launcher.clip_grad_norm(model, max_norm).item()
-    clipped = full_gradients(model)
-    launcher.close()
-    return Outcome(loss, norm, gradients, clipped)
-
-
-def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            return _named_gradients(model)
-    return _named_gradients(model)
-
-
-def _named_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        clean = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
-        found[clean] = grad.detach().cpu().clone()
-    return found
-
-
-def check(outcome: Outcome, truth: Truth, bound: float) -> None:
-    """Loss, norm and every parameter's gradient, relative and per tensor."""
-    assert outcome.gradients.keys() == truth.gradients.keys()
-    worst = {name: _relative(outcome.gradients[name], truth.gradients[name]) for name in truth.gradients}
-    wrong = {name: error for name, error in worst.items() if not error <= bound}
-    assert not wrong, f"gradients off by more than {bound}: {wrong}"
-    assert abs(outcome.loss - truth.loss) <= bound * abs(truth.loss)
-    assert abs(outcome.grad_norm - truth.grad_norm) <= bound * truth.grad_norm
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    scale = expected.double().norm()
-    difference = (found.double() - expected.double()).norm()
-    return float(difference / scale) if scale else float(difference)
+    return train_step(tiny_config(name, **changes or {}), (LAYOUTS | EXPERT_LAYOUTS)[layout][1], **options)

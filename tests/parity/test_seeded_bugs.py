@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.parity.bugs import BUGS
-from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, check, one_step
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, one_step
 from tests.parity.test_strategies import truth
+from veomni.testing.oracle import check
 from veomni.testing.ranks import run_ranks
 
 

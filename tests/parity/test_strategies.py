@@ -6,8 +6,8 @@ import functools
 
 import pytest
 
-from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
-from tests.parity.oracle import Truth, oracle
+from tests.parity.layouts import LAYOUTS, one_step, oracle
+from veomni.testing.oracle import BOUNDS, Truth, check
 from veomni.testing.ranks import run_ranks
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss"]

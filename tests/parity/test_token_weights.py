@@ -15,8 +15,6 @@ from torch import nn
 
 from tests.data.stream_files import jsonl
 from tests.models.tiny import tiny_config
-from tests.parity.layouts import BOUNDS, Outcome, check, full_gradients
-from tests.parity.oracle import Truth, initial_model
 from veomni.batch.micro_batch import IGNORE_INDEX, supervised_tokens
 from veomni.data import build_dataloader, build_dataset, train_byte_bpe
 from veomni.errors import ModelError
@@ -25,7 +23,9 @@ from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing import seams
+from veomni.testing.oracle import BOUNDS, Truth, check, initial_model
 from veomni.testing.ranks import RankFailed, run_ranks
+from veomni.testing.step import Outcome, full_gradients
 
 ROW, ROWS = 24, 8
 

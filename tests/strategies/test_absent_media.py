@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, Sampler, alone, family_config, family_model, worst
-from tests.parity.layouts import full_gradients
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model, export_hf, freeze
@@ -24,6 +23,7 @@ from veomni.models.weights.gather import plain_name
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing.ranks import RankFailed, run_ranks
+from veomni.testing.step import full_gradients
 
 ROW = 48
 TEXT = [("text", 9)]

@@ -6,9 +6,8 @@ import logging
 
 import pytest
 
-from tests.parity.layouts import BOUNDS, LAYOUTS, check, one_step
-from tests.parity.oracle import oracle
-from veomni.launcher import Launcher
+from tests.parity.layouts import LAYOUTS, one_step, oracle
+from veomni.testing.oracle import BOUNDS, check
 from veomni.testing.ranks import run_ranks
 
 
@@ -16,11 +15,7 @@ def compiled_step(model_name, layout, precision, **options):
     from torch._dynamo.utils import counters
 
     counters.clear()  # this process is forked from one that may have compiled in other tests
-
-    def compile_blocks(launcher: Launcher) -> None:
-        launcher.compile = True
-
-    outcome = one_step(model_name, layout, precision=precision, mutate=compile_blocks, **options)
+    outcome = one_step(model_name, layout, precision=precision, compile=True, **options)
     return outcome, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 

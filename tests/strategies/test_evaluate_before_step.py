@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_config
-from tests.parity.documents import global_rows, pack
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
+from veomni.testing.documents import global_rows, pack
 from veomni.testing.ranks import run_ranks
 
 LAYOUTS = {

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.layouts import LAYOUTS, check, one_step
-from tests.parity.oracle import oracle
+from tests.models.tiny import tiny_config
 from veomni.errors import ConfigError, LayoutError
 from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single, Strategy
 from veomni.strategies.select import parameter_strategy, select_strategies
-from veomni.testing.ranks import run_ranks
+from veomni.testing.step import prove
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
 
@@ -24,10 +23,8 @@ def installed_plugin(monkeypatch):
 
 @pytest.mark.usefixtures("installed_plugin")
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_third_party_strategy_is_found_by_name_and_is_exact(monkeypatch, accumulation):
-    monkeypatch.setitem(LAYOUTS, "plugin", (2, lambda: select_strategies("flat_allreduce")[0]))
-    for outcome in run_ranks(one_step, 2, "llama", "plugin", init=False, accumulation=accumulation):
-        check(outcome, oracle("llama"), 1e-12)
+def test_a_third_party_strategy_is_found_by_name_and_is_exact(accumulation):
+    prove(tiny_config("llama"), lambda: "flat_allreduce", 2, accumulation=accumulation)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("single", Single), ("ddp", DDP), ("fsdp1", FSDP1), ("fsdp2", FSDP2)])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.parity.layouts import full_gradients
 from veomni.launcher import Launcher
 from veomni.models import unwrap
 from veomni.strategies import DDP, FSDP1, FSDP2
 from veomni.testing.ranks import run_ranks
+from veomni.testing.step import full_gradients
 
 
 class Mixed(nn.Module):

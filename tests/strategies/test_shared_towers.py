@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_config
-from tests.parity.layouts import full_gradients
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP2, ContextParallel, Single, Ulysses
 from veomni.testing.ranks import run_ranks
+from veomni.testing.step import full_gradients
 
 IMAGE, LENGTH = 120, 48
 SPECIAL = {"image_token_id": IMAGE, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}

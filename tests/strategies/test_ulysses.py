@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.models.tiny import tiny_config
-from tests.parity.documents import global_rows, pack
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.ops.attention.ulysses import UlyssesAttention
 from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
+from veomni.testing.documents import global_rows, pack
 from veomni.testing.ranks import RankFailed, run_ranks
 
 
@@ -206,7 +206,7 @@ def test_evaluation_counts_every_token_once():
 
 def gradients_of(strategies, length: int, compile: bool = False):
     """One row of ``length`` tokens in two documents, and one that is a single document."""
-    from tests.parity.layouts import full_gradients
+    from veomni.testing.step import full_gradients
 
     launcher = launched(strategies, precision="fp32" if compile else "fp64", compile=compile)
     model = launcher.setup_model(build_model(tiny_config("qwen3"), weights="random"))

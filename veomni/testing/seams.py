@@ -30,6 +30,7 @@ from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
 from veomni.moe.load import LoadCounter
 from veomni.ops.experts.permute import combine_rows, permute_tokens
+from veomni.ops.experts.rows import expert_rows
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies import DDP, FSDP1
 from veomni.strategies.expert_parallel import average_over
@@ -103,6 +104,7 @@ EXPERT_AVERAGE = Seam(average_over)
 
 # Experts and their routers
 EXPERT_DISPATCH = Seam(permute_tokens)
+EXPERT_ROWS = Seam(expert_rows)
 EXPERT_COMBINE = Seam(combine_rows)
 EXPERT_LOAD = Seam(LoadCounter.reduce)
 ROUTER_GRADIENT = Seam(RouterController.gradient)

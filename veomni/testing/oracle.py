@@ -1,0 +1,120 @@
+"""The truth of a training step: one process, float64, every document alone, unsharded, PyTorch's own cross-entropy.
+
+Loss curves hide gradients of a wrong scale, so every parameter's gradient is compared. To prove a strategy::
+
+    from veomni.testing.step import prove
+
+    def test_my_strategy_is_exact():
+        prove(LlamaConfig(...), lambda: MyStrategy(), world_size=2, accumulation=3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veomni.models import Materializer, build_model
+from veomni.models.transformers_api.experts import has_experts, use_experts
+from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.testing.documents import IGNORE, Document, global_rows, supervised
+
+BOUNDS = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
+"""What a step may be off by in each precision: relative, for every tensor."""
+
+
+@dataclass
+class Truth:
+    """A step.
+
+    Attributes:
+        loss: The mean over all supervised tokens of the global batch.
+        grad_norm: The 2-norm of all gradients.
+        gradients: By name of the parameter, whole and on the CPU; those that have one.
+    """
+
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+
+
+def truth_of(
+    config: Any, rows: list[list[Document]] | None = None, *, device: str = "cpu", weights: str = "random"
+) -> Truth:
+    """Return the true step of a transformers causal model.
+
+    Args:
+        config: The model's configuration.
+        rows: The global batch; None is :func:`veomni.testing.documents.global_rows`.
+        device: Where it is computed.
+        weights: As ``build_model`` takes them.
+    """
+    rows = global_rows(config.get_text_config().vocab_size) if rows is None else rows
+    return backward_of(initial_model(config, device, weights=weights), rows, device)
+
+
+def initial_model(config: Any, device: str = "cpu", seed: int = 0, weights: str = "random") -> nn.Module:
+    """Return the model as every layout must start with it: drawn in float32 on ``device``, computed with in float64."""
+    model = build_model(config, attention="eager", weights=weights)
+    Materializer(model, device=torch.device(device), seed=seed)(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    if has_experts(model):
+        use_experts(model, "eager")
+    return model.train()
+
+
+def backward_of(model: nn.Module, rows: list[list[Document]], device: str = "cpu") -> Truth:
+    """Leave the gradients of a step in ``model`` and return them."""
+    total = sum(supervised(documents) for documents in rows)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with Float64Throughout():
+        for document in (document for documents in rows for document in documents):
+            logits = model(input_ids=document.tokens[None].to(device), use_cache=False).logits[0]
+            part = F.cross_entropy(
+                logits[:-1].double(), document.labels[1:].to(device), ignore_index=IGNORE, reduction="sum"
+            )
+            (part / total).backward()
+            loss += part.detach() / total
+    return Truth(loss.item(), *norm_and_gradients(model))
+
+
+def norm_and_gradients(model: nn.Module) -> tuple[float, dict[str, Tensor]]:
+    """Return the 2-norm of all gradients of an unsharded model, and the gradients by name, on the CPU."""
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(), gradients
+
+
+def check(found: Truth, truth: Truth, bound: float) -> None:
+    """Compare loss, norm and every parameter's gradient with the truth, relative and tensor by tensor.
+
+    Args:
+        found: A step on some layout.
+        truth: The true step.
+        bound: One of :data:`BOUNDS`.
+
+    Raises:
+        AssertionError: a gradient is missing, or something is off by more than ``bound``.
+    """
+    missing = found.gradients.keys() ^ truth.gradients.keys()
+    assert not missing, f"gradients on one side only: {sorted(missing)}"
+    wrong = {name: error for name, error in errors(found.gradients, truth.gradients).items() if not error <= bound}
+    assert not wrong, f"gradients off by more than {bound}: {wrong}"
+    assert abs(found.loss - truth.loss) <= bound * abs(truth.loss), f"loss {found.loss}, not {truth.loss}"
+    assert abs(found.grad_norm - truth.grad_norm) <= bound * truth.grad_norm, (found.grad_norm, truth.grad_norm)
+
+
+def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return of every expected tensor how far off what was found is, relative to its norm."""
+    return {name: relative_error(found[name], tensor) for name, tensor in expected.items()}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the expected tensor's unless that is zero."""
+    scale = expected.double().norm()
+    difference = (found.double() - expected.double()).norm()
+    return float(difference / scale) if scale else float(difference)

@@ -1,0 +1,109 @@
+"""One step of the launcher's loop on some layout, to be compared with the oracle's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from veomni.launcher import Launcher
+from veomni.models import build_model
+from veomni.models.weights.gather import plain_name, unwrap
+from veomni.testing.documents import Document, global_rows, share
+from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
+from veomni.testing.ranks import run_ranks
+
+
+@dataclass
+class Outcome(Truth):
+    """What a step on a layout came to, equal on all ranks.
+
+    Attributes:
+        clipped: The gradients after clipping.
+    """
+
+    clipped: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_step(
+    config: Any,
+    strategies: Callable[[], Any],
+    *,
+    rows: list[list[Document]] | None = None,
+    accumulation: int = 1,
+    max_norm: float = 1e9,
+    weights: str = "random",
+    attention: str = "auto",
+    **options: Any,
+) -> Outcome:
+    """Run one step; what every rank of :func:`veomni.testing.ranks.run_ranks` calls, with ``init=False``.
+
+    Args:
+        config: The configuration of a transformers causal model.
+        strategies: Makes the launcher's strategies.
+        rows: The global batch; None is :func:`veomni.testing.documents.global_rows`.
+        accumulation: Micro-batches of a rank.
+        max_norm: What gradients are clipped to.
+        weights: As ``build_model`` takes them.
+        attention: As ``build_model`` takes it.
+        options: Others of the launcher's; float64 on CPUs is the default.
+    """
+    launcher = Launcher(
+        strategies(), **{"accelerator": "cpu", "backend": "gloo", "precision": "fp64", "timeout_seconds": 60, **options}
+    )
+    launcher.launch()
+    model = launcher.setup_model(build_model(config, weights=weights, attention=attention)).train()
+    rows = global_rows(config.get_text_config().vocab_size) if rows is None else rows
+    place = launcher.data_parallel
+    for batch in launcher.track([share(rows, place.rank, place.size, accumulation)]):
+        for micro in launcher.accumulate(model, batch):
+            launcher.backward(model(**micro.inputs).loss, micro)
+        loss = launcher.global_loss(batch).item()
+        gradients = full_gradients(model)
+        norm = launcher.clip_grad_norm(model, max_norm).item()
+    clipped = full_gradients(model)
+    launcher.close()
+    return Outcome(loss, norm, gradients, clipped)
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter's whole gradient by its name in the user's module, on the CPU; collective."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return _gradients(model)
+    return _gradients(model)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            found[plain_name(name)] = grad.detach().cpu().clone()
+    return found
+
+
+def prove(
+    config: Any, strategies: Callable[[], Any], world_size: int, *, precision: str = "fp64", **options: Any
+) -> None:
+    """Check that a step on a layout is the oracle's: loss, gradient norm and every parameter's gradient.
+
+    Args:
+        config: The configuration of a small transformers causal model.
+        strategies: Makes the strategies on each rank.
+        world_size: Ranks; 12 rows are dealt to the data ranks among them.
+        precision: "fp64", "fp32" or "bf16".
+        options: As :func:`train_step` takes them.
+
+    Raises:
+        AssertionError: a rank failed, or a number is off by more than the precision's bound.
+    """
+    run = partial(train_step, config, strategies, precision=precision, **options)
+    truth = truth_of(config, options.get("rows"), weights=options.get("weights", "random"))
+    for outcome in run_ranks(run, world_size, init=False):
+        check(outcome, truth, BOUNDS[precision])
