@@ -65,9 +65,9 @@ def build(folder: Path, rank: int, size: int, workers: int) -> StreamLoader:
 
 def received(step) -> list[str]:
     return [
-        f"{micro.source_names[source]}@{name.rpartition('/')[0].partition('/')[0]}/{name.rpartition('/')[2]}"
+        f"{micro.origin.source_names[source]}@{name.rpartition('/')[0].partition('/')[0]}/{name.rpartition('/')[2]}"
         for micro in step
-        for name, source in zip(micro.document_ids, micro.document_sources, strict=True)
+        for name, source in zip(micro.origin.document_ids, micro.origin.document_sources, strict=True)
     ]
 
 

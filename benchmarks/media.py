@@ -42,7 +42,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.split import WHOLE_ROWS
 from veomni.config import Config
 from veomni.data import CHAT_TEMPLATES, train_byte_bpe
@@ -172,7 +172,11 @@ def ours(folder: Path, workers: int, cache_gib: float = 0) -> Read:
     layout = SimpleNamespace(data_parallel=(0, 1), sequence_shard=WHOLE_ROWS)
     for step in load_batches(config, dataset, load_tokenizer(config, dataset), layout, train=True):
         for micro in step:
-            yield len(micro.get("image_grid_thw", ())), sum(micro.document_lengths), micro["input_ids"].numel()
+            yield (
+                len(micro.inputs.get("image_grid_thw", ())),
+                sum(micro.rows.document_lengths),
+                micro["input_ids"].numel(),
+            )
 
 
 def compare(folder: Path, count: int = 6) -> int:

@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
+from veomni.batch.micro_batch import MicroBatch
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.transforms.precision import Precision
@@ -57,9 +58,9 @@ class Strategy(ABC):
         """
         return
 
-    def shard_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return this rank's part of a micro-batch; strategies that do not split samples return it whole."""
-        return inputs
+    def shard(self, micro: MicroBatch, state: ParallelState) -> MicroBatch:
+        """Return this rank's shard of a micro-batch; strategies that do not split samples return it whole."""
+        return micro
 
     def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
         """Change ``model`` before it is recomputed, compiled and sharded; it may be on the meta device.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,16 +30,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from veomni.accelerators import Accelerator, select_accelerator
-from veomni.batch.fields import part_tokens
-from veomni.batch.micro_batch import (
-    LOSS_WEIGHTS,
-    SOURCE_IDS,
-    MicroBatch,
-    StepBatch,
-    StepWork,
-    document_lengths,
-    loss_weight,
-)
+from veomni.batch.counts import token_weight
+from veomni.batch.fields import component_tokens
+from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
@@ -49,6 +42,7 @@ from veomni.loop.evaluation import Evaluation
 from veomni.loop.losses import part_losses, shared_loss, source_metrics, summed_parts
 from veomni.loop.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
 from veomni.loop.reporter import Reporter
+from veomni.loop.step import StepBatch, StepWork
 from veomni.loop.sync import agree
 from veomni.parallel.mesh import ParallelDims, ParallelState, set_parallel_state
 from veomni.strategies import ParameterStrategy, Strategy
@@ -314,9 +308,7 @@ class Launcher:
 
     # ---------------------------------------------------------------- one step
 
-    def track(
-        self, loader: Iterable[Sequence[Mapping[str, Any]]], *, max_steps: int | None = None
-    ) -> Iterator[StepBatch]:
+    def track(self, loader: Iterable[Sequence[Any]], *, max_steps: int | None = None) -> Iterator[StepBatch]:
         """Yield one optimizer step at a time until the data or ``max_steps`` ends; show progress on rank 0.
 
         A rank without a batch ends the loop on all ranks. A signal to any rank ends it on all of them, after the step
@@ -347,16 +339,16 @@ class Launcher:
                 self._exit_preempted()
 
     def _next_batch(
-        self, micro_batches: Sequence[Mapping[str, Any]] | None, total: int | None, drained: bool = False
+        self, micro_batches: Sequence[Any] | None, total: int | None, drained: bool = False
     ) -> StepBatch | None:
         assert self._stop is not None, "call launch() before track()"
-        mine = [self._own_part(micro) for micro in micro_batches or ()]
+        mine = [self._shard(micro) for micro in micro_batches or ()]
         agreed = agree(
             has_batch=micro_batches is not None,
-            loss_weight=sum(loss_weight(micro) for micro in mine),
+            loss_weight=sum(token_weight(micro) for micro in mine),
             stop=self._stop.requested,
             work=self.reporter.measure(mine),
-            parts=summed_parts(part_tokens(micro) for micro in mine),
+            parts=summed_parts(component_tokens(micro.inputs) for micro in mine),
             drained=drained,
         )
         if agreed.ranks_drained == self.world_size:
@@ -380,11 +372,11 @@ class Launcher:
         self._controller = self._controllers.get(model)
         if self._controller is not None:
             self._begin_routing(self._controller, model, batch)
-        for index, inputs in enumerate(batch.micro_batches):
+        for index, held in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
-            micro = MicroBatch(self._to_device(inputs), loss_weight(inputs), last, part_tokens(inputs))
-            watch = nullcontext() if self._controller is None else self._controller.micro_batch(inputs)
-            with self.parameter_strategy.grad_sync(model, last), watch, self._telling_loss(model, inputs) as told:
+            micro = replace(held.to(self.device), weight=token_weight(held), last=last)
+            watch = nullcontext() if self._controller is None else self._controller.micro_batch(held)
+            with self.parameter_strategy.grad_sync(model, last), watch, self._telling_loss(model, micro) as told:
                 yield micro
             if told.by_source is not None:
                 sums, before = told.by_source.sums, batch.source_sums
@@ -392,18 +384,18 @@ class Launcher:
         self.reporter.mark("compute")
 
     @contextmanager
-    def _telling_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[LossContext]:
+    def _telling_loss(self, model: nn.Module, micro: MicroBatch) -> Iterator[LossContext]:
         """Let the loss know, while the body computes it, what the model does not pass on to it."""
         from veomni.models import LossContext
 
         loss = self._token_losses.get(model)
         if loss is None:
-            if LOSS_WEIGHTS in inputs:
-                problem = f"the batch has {LOSS_WEIGHTS}, and {type(model).__name__} takes its loss by itself"
+            if micro.targets.loss_weights is not None:
+                problem = f"the batch has loss_weights, and {type(model).__name__} takes its loss by itself"
                 raise ModelError(problem, "leave the weights out of the data, or give each token 0 or 1")
             yield LossContext()
             return
-        loss.context = LossContext.of(inputs, self.device)
+        loss.context = LossContext.of(micro)
         try:
             yield loss.context
         finally:
@@ -413,20 +405,13 @@ class Launcher:
         controller.begin_step(batch.work.tokens, len(batch.micro_batches))
         if controller.counts_first:
             with same_draws_after(self.accelerator):
-                controller.count_first(batch.micro_batches, lambda inputs: model(**self._to_device(inputs)))
+                controller.count_first(batch.micro_batches, lambda held: forward(model, held.to(self.device)))
 
-    def _own_part(self, micro_batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        inputs = micro_batch if isinstance(micro_batch, dict) else dict(micro_batch)
+    def _shard(self, batch: Any) -> MicroBatch:
+        micro = MicroBatch.of(batch)
         for strategy in self.strategies:
-            inputs = strategy.shard_batch(inputs)
-        return inputs
-
-    def _to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-            if name not in (LOSS_WEIGHTS, SOURCE_IDS)
-        }
+            micro = strategy.shard(micro, self.state)
+        return micro
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add this micro-batch's gradients.
@@ -499,9 +484,7 @@ class Launcher:
             self.reporter.report_expert_load(load, self._batch)
 
     @torch.no_grad()
-    def evaluate(
-        self, model: nn.Module, loader: Iterable[Sequence[Mapping[str, Any]]], *, answers: bool = False
-    ) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, loader: Iterable[Sequence[Any]], *, answers: bool = False) -> dict[str, float]:
         """Return ``eval_loss`` and ``perplexity`` over a held-out loader, each token once, equal on all ranks.
 
         Of a mixture, also ``eval_loss/NAME`` for each source; of a composed model, ``eval_loss_NAME`` for each decoder.
@@ -521,11 +504,12 @@ class Launcher:
         model.eval()
         for micro_batches in loader:
             for raw in micro_batches:
-                inputs = self._own_part(raw)
-                with self._telling_loss(model, inputs) as told:
+                held = self._shard(raw)
+                micro = held.to(self.device)
+                with self._telling_loss(model, micro) as told:
                     told.predicts = answers
-                    output = model(**self._to_device(inputs))
-                total.add(inputs, output, told)
+                    output = forward(model, micro)
+                total.add(held, output, told)
         model.train(training)
         found = total.compute()
         self.reporter.mark("evaluation")
@@ -563,8 +547,13 @@ class Launcher:
         raise SystemExit(EXIT_PREEMPTED)
 
 
-def _has_document(micro_batches: Sequence[Mapping[str, Any]]) -> bool:
-    return any(document_lengths(micro) for micro in micro_batches)
+def forward(model: nn.Module, micro: MicroBatch) -> Any:
+    """Return what a model makes of a micro-batch."""
+    return model(*micro.args, **micro.inputs)
+
+
+def _has_document(micro_batches: Sequence[Any]) -> bool:
+    return any(MicroBatch.of(micro).rows.document_lengths for micro in micro_batches)
 
 
 def _store_in(model: nn.Module, dtype: torch.dtype) -> None:

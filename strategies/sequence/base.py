@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from typing_extensions import override
 
-from veomni.batch.micro_batch import SEQUENCE_SIZE, PackedInputs
-from veomni.batch.split import split_rows
+from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, ModelError
 from veomni.models.traits.sequence_layers import layer_outside_attention
 from veomni.models.traits.splits_rows import refuse_unsplittable
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 from veomni.ops.encoders.shared_towers import share_towers
-from veomni.parallel.mesh import ParallelState, get_parallel_state
+from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import SetupContext, Strategy
 
@@ -41,15 +38,11 @@ class SequenceStrategy(Strategy):
         self.check_rows = check_rows
 
     @override
-    def shard_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        state = get_parallel_state()
-        if state.size("sequence") == 1:
-            return inputs
-        part = inputs if SEQUENCE_SIZE in inputs else split_rows(inputs, state.sequence_shard)
-        if self.check_rows:
-            assert isinstance(part, PackedInputs)
-            _refuse_different_rows(part.row_digest, state)
-        return part
+    def shard(self, micro: MicroBatch, state: ParallelState) -> MicroBatch:
+        cut = micro.split(state.sequence_shard)
+        if self.check_rows and cut.rows.shard.size > 1:
+            _check_same_rows(cut.rows.digest, state)
+        return cut
 
     @override
     def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
@@ -87,7 +80,7 @@ class SequenceStrategy(Strategy):
             refuse_unsplittable(model, body, size, context.device)
 
 
-def _refuse_different_rows(digest: int, state: ParallelState) -> None:
+def _check_same_rows(digest: int, state: ParallelState) -> None:
     group = state.group("sequence")
     digests = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(digests, torch.tensor([digest]), group=group)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veomni.batch.micro_batch import SEQUENCE_SIZE, PackedInputs, document_lengths, supervised_tokens
-from veomni.batch.split import WHOLE_ROWS, SequenceShard, split_rows, token_mask
+from veomni.batch.counts import supervised_tokens
+from veomni.batch.documents import RowLayout, token_mask
+from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.split import SequenceShard
 from veomni.errors import DataError
 from veomni.testing.documents import IGNORE, global_rows, pack
 
@@ -15,6 +17,10 @@ PARTS = {"ulysses2": (2, 1), "ulysses4": (4, 1), "ring2": (1, 2), "ring2 x ulyss
 
 def all_parts(ulysses: int, cp: int) -> list[SequenceShard]:
     return [SequenceShard(ulysses, u, cp, c) for u in range(ulysses) for c in range(cp)]
+
+
+def split_rows(batch, shard):
+    return MicroBatch.of(batch).split(shard)
 
 
 def together(batch: dict[str, object], name: str, parts: list[SequenceShard]) -> torch.Tensor:
@@ -46,7 +52,7 @@ def test_labels_are_shifted_on_the_whole_row(name):
     shifted = together(batch, "shift_labels", parts)[:, :40]
     assert torch.equal(shifted[:, :-1], batch["labels"][:, 1:])
     assert bool((shifted[:, -1] == IGNORE).all())
-    assert sum(supervised_tokens(split_rows(batch, part)) for part in parts) == supervised_tokens(batch)
+    assert sum(supervised_tokens(split_rows(batch, part)) for part in parts) == supervised_tokens(MicroBatch.of(batch))
 
 
 def test_document_borders_are_those_of_whole_rows_and_a_tail_is_one_more():
@@ -73,7 +79,7 @@ def test_a_row_that_is_one_document_needs_no_borders():
     assert "cu_seq_lens_q" not in part
     assert part["position_ids"].tolist() == [[8, 9, 10, 11]]
     assert part["shift_labels"].tolist() == [[9, 10, 11, 12]]
-    assert part[SEQUENCE_SIZE] == 4
+    assert part.rows.shard.size == 4
 
 
 def test_positions_with_axes_are_cut_along_the_row():
@@ -92,16 +98,15 @@ def test_embedded_rows_are_cut_and_padded():
 
 
 def test_what_throughput_is_counted_from_stays():
-    batch = PackedInputs(pack(global_rows(128)[:1]))
-    batch.document_lengths = (7, 13, 17)
-    assert split_rows(batch, SequenceShard(2, 1)).document_lengths == (7, 13, 17)
+    batch = MicroBatch(pack(global_rows(128)[:1]), RowLayout((7, 13, 17)))
+    assert batch.split(SequenceShard(2, 1)).rows.document_lengths == (7, 13, 17)
 
 
 def test_the_digest_tells_rows_apart_and_is_the_same_for_all_parts():
     one, other = pack(global_rows(128)[:1]), pack(global_rows(128)[1:2])
-    digests = {split_rows(one, part).row_digest for part in all_parts(4, 1)}
+    digests = {split_rows(one, part).rows.digest for part in all_parts(4, 1)}
     assert len(digests) == 1
-    assert split_rows(other, SequenceShard(4, 0)).row_digest not in digests
+    assert split_rows(other, SequenceShard(4, 0)).rows.digest not in digests
 
 
 @pytest.mark.parametrize(
@@ -120,36 +125,39 @@ def test_what_cannot_be_cut_is_refused(inputs, part, named):
     assert caught.value.fix
 
 
+def mask_of(micro):
+    return token_mask(micro.inputs, micro.rows)
+
+
+def zeros(length, *layout):
+    return MicroBatch({"input_ids": torch.zeros(2, length, dtype=torch.int64)}, RowLayout(*layout))
+
+
 def test_which_positions_hold_a_token():
-    batch = PackedInputs(input_ids=torch.zeros(2, 9, dtype=torch.int64))
-    batch.document_lengths, batch.row_lengths = (4, 3, 9), (7, 9)
+    batch = zeros(9, (4, 3, 9), (7, 9))
     whole = torch.arange(9) < torch.tensor([[7], [9]])
-    assert torch.equal(token_mask(batch, WHOLE_ROWS), whole)
-    for part in (SequenceShard(2, rank) for rank in range(2)):  # the split pads rows to 10
+    assert torch.equal(mask_of(batch), whole)
+    for shard in (SequenceShard(2, rank) for rank in range(2)):  # the split pads rows to 10
         padded = torch.nn.functional.pad(whole, (0, 1))
-        assert torch.equal(token_mask(split_rows(batch, part), part), padded[:, part.indices(10)])
+        assert torch.equal(mask_of(batch.split(shard)), padded[:, shard.indices(10)])
     ring = SequenceShard(1, 0, 2, 1)
     padded = torch.nn.functional.pad(whole, (0, 3))
-    assert torch.equal(token_mask(split_rows(batch, ring), ring), padded[:, ring.indices(12)])
+    assert torch.equal(mask_of(batch.split(ring)), padded[:, ring.indices(12)])
 
 
 def test_rows_without_padding_need_no_mask():
-    batch = PackedInputs(input_ids=torch.zeros(2, 8, dtype=torch.int64))
-    batch.document_lengths = (3, 5, 8)
-    assert token_mask(batch, WHOLE_ROWS) is None
-    assert token_mask({"input_ids": torch.zeros(2, 8, dtype=torch.int64)}, WHOLE_ROWS) is None
-    assert token_mask({"pixels": torch.zeros(2, 8)}, WHOLE_ROWS) is None
+    assert mask_of(zeros(8, (3, 5, 8))) is None
+    assert mask_of(MicroBatch.of({"input_ids": torch.zeros(2, 8, dtype=torch.int64)})) is None
+    assert mask_of(MicroBatch.of({"pixels": torch.zeros(2, 8)})) is None
 
 
-def test_a_padding_mask_says_it_itself():
+def test_a_padding_mask_locates_padding():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "attention_mask": mask}
-    assert torch.equal(token_mask(batch, WHOLE_ROWS), mask.bool())
-    assert document_lengths(batch) == (2, 3)
+    batch = MicroBatch.of({"input_ids": torch.zeros(2, 3, dtype=torch.int64), "attention_mask": mask})
+    assert torch.equal(mask_of(batch), mask.bool())
+    assert batch.rows.document_lengths == (2, 3)
 
 
-def test_padding_that_nobody_placed_is_refused():
-    batch = PackedInputs(input_ids=torch.zeros(2, 8, dtype=torch.int64))
-    batch.document_lengths = (3, 5)
+def test_padding_that_is_not_located_is_rejected():
     with pytest.raises(DataError, match="8 of its 16 tokens"):
-        token_mask(batch, WHOLE_ROWS)
+        mask_of(zeros(8, (3, 5)))

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import pytest
 
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import CHAT_TEMPLATES, build_dataloader, build_dataset
 from veomni.data.sources.records import Conversation, Document, conversation_of
 from veomni.data.text.conversation import tokenize_conversations as tokenize

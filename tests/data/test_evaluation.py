@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tests.data.stream_files import jsonl
 from tests.data.test_source_losses import LAYOUTS
 from tests.models.tiny import tiny_config
-from veomni.batch.micro_batch import IGNORE_INDEX
-from veomni.batch.split import SequenceShard, document_numbers
+from veomni.batch.documents import RowLayout, document_numbers
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import DataSource, build_dataloader, build_dataset
 from veomni.errors import DataError
 from veomni.launcher import Launcher
@@ -118,9 +118,9 @@ def test_every_document_is_read_once_whatever_the_sizes_of_sources(folder, token
                 cache_dir=folder / "cache", pin_memory=False,
             )  # fmt: skip
             names += [
-                (micro.source_names[source], name)
+                (micro.origin.source_names[source], name)
                 for step in loader for micro in step
-                for name, source in zip(micro.document_ids, micro.document_sources, strict=True)
+                for name, source in zip(micro.origin.document_ids, micro.origin.document_sources, strict=True)
             ]  # fmt: skip
         assert len(names) == len(set(names)) == sum(COUNTS.values()) + len(COUNTS)
 
@@ -148,14 +148,8 @@ def test_numbers_of_documents_without_packing():
     """Padded on either side, every row is a document; of rows that nobody described, nothing is guessed."""
     ids = torch.ones(2, 4, dtype=torch.int64)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    whole = SequenceShard()
-    assert document_numbers({"input_ids": ids}, whole).tolist() == [[0] * 4, [1] * 4]
-    assert document_numbers({"input_ids": ids, "attention_mask": mask}, whole).tolist() == [[0] * 4, [1] * 4]
-    from veomni.batch.micro_batch import PackedInputs
-
-    packed = PackedInputs(input_ids=ids)
-    packed.document_lengths = (1, 2, 3)
+    for inputs in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        assert document_numbers(inputs, RowLayout.of(inputs)).tolist() == [[0] * 4, [1] * 4]
     with pytest.raises(DataError, match="row_lengths"):
-        document_numbers(packed, whole)
-    packed.row_lengths = (3, 3)
-    assert document_numbers(packed, whole).tolist() == [[0, 1, 1, -1], [2, 2, 2, -1]]
+        document_numbers(inputs, RowLayout((1, 2, 3)))
+    assert document_numbers(inputs, RowLayout((1, 2, 3), (3, 3))).tolist() == [[0, 1, 1, -1], [2, 2, 2, -1]]

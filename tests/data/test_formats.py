@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.data.stream_files import jsonl
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import CHAT_TEMPLATES, FORMATS, build_dataloader, build_dataset
 from veomni.data.sources.formats import RecordFormat
 from veomni.data.sources.records import Document
@@ -65,7 +65,7 @@ def test_a_form_gives_the_tokens_of_its_messages(case, streaming, tokenizer, tmp
         messages, chat_template=CHAT_TEMPLATES.get(template), return_dict=True, return_assistant_tokens_mask=True
     )
     length = len(encoded["input_ids"])
-    assert micro.document_lengths == (length,)
+    assert micro.rows.document_lengths == (length,)
     assert micro["input_ids"][0, :length].tolist() == encoded["input_ids"]
     learned = (micro["labels"][0, :length] != IGNORE_INDEX).int().tolist()
     if case == "sharegpt with a weight":
@@ -101,7 +101,7 @@ def test_tokens_are_taken_as_they_are(streaming, tokenizer, tmp_path):
     )  # fmt: skip
     micros = [micro for step in loader for micro in step]
     ignore = IGNORE_INDEX
-    assert [micro["input_ids"][0].tolist()[: micro.document_lengths[0]] for micro in micros] == [
+    assert [micro["input_ids"][0].tolist()[: micro.rows.document_lengths[0]] for micro in micros] == [
         row["input_ids"] for row in rows
     ]
     assert [micro["labels"][0].tolist() for micro in micros] == [
@@ -129,7 +129,7 @@ def test_a_pair_is_two_documents_of_a_row_that_learn_their_last_answer(case, tok
     prompt = [USER] if isinstance(prompt, str) else prompt
     at = 0
     ((micro,),) = loader
-    for name, length in zip(micro.document_ids, micro.document_lengths, strict=True):
+    for name, length in zip(micro.origin.document_ids, micro.rows.document_lengths, strict=True):
         answer = "2." if name.endswith("chosen") else "3."
         messages = [*prompt, {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATES.get("chatml"))["input_ids"]
@@ -138,7 +138,7 @@ def test_a_pair_is_two_documents_of_a_row_that_learn_their_last_answer(case, tok
         assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == f"{answer}<|im_end|>"
         assert micro["position_ids"][0, at : at + length].tolist() == list(range(length))
         at += length
-    assert [name.rpartition(", ")[2] for name in micro.document_ids] == ["chosen", "rejected"] * 3
+    assert [name.rpartition(", ")[2] for name in micro.origin.document_ids] == ["chosen", "rejected"] * 3
 
 
 def test_pairs_that_are_too_long_lose_their_ends_and_are_never_split(tokenizer, tmp_path):
@@ -147,10 +147,10 @@ def test_pairs_that_are_too_long_lose_their_ends_and_are_never_split(tokenizer, 
     options = {"max_seq_len": 64, "epochs": 1, "chat_template": "chatml", "pin_memory": False, "stream_shards": 1}
     loader = build_dataloader(dataset, tokenizer, overlong="truncate", cache_dir=tmp_path, **options)
     ((micro,),) = loader
-    assert micro.document_lengths == (32, 32)
+    assert micro.rows.document_lengths == (32, 32)
     assert loader.source_counts()["data"]["lost"] > 64
     loader = build_dataloader(dataset, tokenizer, overlong="drop", cache_dir=tmp_path, **options)
-    assert list(loader) == [] or not any(micro.document_ids for step in loader for micro in step)
+    assert list(loader) == [] or not any(micro.origin.document_ids for step in loader for micro in step)
     assert loader.source_counts()["data"]["dropped"] == 1
 
 

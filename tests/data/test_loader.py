@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data.conftest import DOCUMENTS, sentence
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import WorkerError, build_dataloader, build_dataset
 from veomni.errors import CheckpointError, LayoutError
 
@@ -100,7 +100,7 @@ def test_state_counts_what_was_received_and_not_what_was_prefetched(make):
     alone, ahead = make(), make(num_workers=2, prefetch_factor=4)
     for expected, step in zip(alone, ahead, strict=True):
         assert rows_of(step) == rows_of(expected)
-        assert [micro.document_lengths for micro in step] == [micro.document_lengths for micro in expected]
+        assert [micro.rows.document_lengths for micro in step] == [micro.rows.document_lengths for micro in expected]
         assert ahead.state_dict() == alone.state_dict()
     assert alone.state_dict()["samples"] == 2 * DOCUMENTS
     assert alone.epoch == 2

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.data.stream_files import jsonl
-from veomni.batch.micro_batch import IGNORE_INDEX, loss_weight
-from veomni.batch.split import SequenceShard, split_rows
+from veomni.batch.counts import token_weight
+from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.split import SequenceShard
 from veomni.data import CHAT_TEMPLATES, build_dataloader, build_dataset
 from veomni.data.sources.records import Document, conversation_of
 from veomni.data.text.conversation import tokenize_conversations
@@ -63,8 +64,8 @@ def expected(row):
 
 def documents_of(micro):
     """Ids, and labels with their weights, of each document in whole rows."""
-    weights = micro.get("loss_weights", torch.ones(micro["input_ids"].shape))
-    for row, filled in enumerate(micro.row_lengths):
+    weights = micro.fields().get("loss_weights", torch.ones(micro["input_ids"].shape))
+    for row, filled in enumerate(micro.rows.row_lengths):
         starts = [at for at in (micro["position_ids"][row] == 0).nonzero().flatten().tolist() if at < filled]
         for start, stop in itertools.pairwise([*starts, filled]):
             labels = micro["labels"][row, start:stop].tolist()
@@ -107,7 +108,7 @@ def test_packed_tokens_keep_their_weights(streaming, tokenizer, tmp_path):
         if fractions:
             assert micro["loss_weights"].dtype is torch.float32
         total = sum(weight for _, pairs in documents_of(micro) for label, weight in pairs if label != IGNORE_INDEX)
-        assert loss_weight(micro) == total
+        assert token_weight(micro) == total
     assert {"loss_weights" in micro for micro in micros} == {True, False}
 
 
@@ -119,7 +120,7 @@ def test_documents_are_cut_with_their_weights(overlong, streaming, tokenizer, tm
     rows = [{"input_ids": ids, "loss_weights": weights}, {"input_ids": [3, 4, 5]}]
     loader = loader_of(tmp_path, tokenizer, rows, streaming=streaming, overlong=overlong, max_seq_len=4,
                        packing="none", micro_batch_size=1)  # fmt: skip
-    micros = [micro for step in loader for micro in step if micro.document_lengths]
+    micros = [micro for step in loader for micro in step if micro.rows.document_lengths]
     cuts = [slice(0, 4)] if overlong == "truncate" else [slice(0, 4), slice(4, 8), slice(8, 12)]
     pieces = [{"input_ids": ids[cut], "loss_weights": weights[cut]} for cut in cuts] + [rows[1]]
     found = dict(itertools.chain.from_iterable(documents_of(micro) for micro in micros))
@@ -160,7 +161,7 @@ def test_sides_of_a_pair_weigh_what_they_say(tokenizer, tmp_path):
     }
     loader = loader_of(tmp_path, tokenizer, [row], data_type="preference", streaming=True, chat_template="chatml",
                        max_seq_len=256)  # fmt: skip
-    micro = next(micro for step in loader for micro in step if micro.document_lengths)
+    micro = next(micro for step in loader for micro in step if micro.rows.document_lengths)
     for (ids, pairs), (content, weight) in zip(documents_of(micro), sides.values(), strict=True):
         learned = [token for token, (label, _) in zip(ids, pairs, strict=True) if label != IGNORE_INDEX]
         assert tokenizer.decode(learned) == f"{content}<|im_end|>"
@@ -188,7 +189,7 @@ def test_weights_are_shifted_with_the_labels(ulysses, cp, tokenizer, tmp_path):
     rows = [row for row in records() if "loss_weights" in row]
     micro = next(micro for step in loader_of(tmp_path, tokenizer, rows) for micro in step)
     parts = [SequenceShard(ulysses, u, cp, c) for u in range(ulysses) for c in range(cp)]
-    cut = [split_rows(micro, part) for part in parts]
+    cut = [micro.split(part) for part in parts]
     length = cut[0]["labels"].shape[1] * len(parts)
     labels, weights = torch.full((2, length), -7), torch.full((2, length), -7.0)
     for part, piece in zip(parts, cut, strict=True):
@@ -197,7 +198,7 @@ def test_weights_are_shifted_with_the_labels(ulysses, cp, tokenizer, tmp_path):
     assert torch.equal(labels[:, :31], micro["labels"][:, 1:])
     assert torch.equal(weights[:, :31][kept], micro["loss_weights"][:, 1:][kept])
     assert (labels[:, 31:] == IGNORE_INDEX).all()
-    assert sum(map(loss_weight, cut)) == loss_weight(micro)
+    assert sum(map(token_weight, cut)) == token_weight(micro)
 
 
 def test_weights_that_float32_cannot_tell_from_0_and_1_are_those():

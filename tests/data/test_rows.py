@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from veomni.batch.micro_batch import IGNORE_INDEX, supervised_tokens
+from veomni.batch.counts import supervised_tokens
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import build_dataloader, build_dataset
 
 PAD, ROW = 1, 52
@@ -31,8 +32,8 @@ def test_segments_agree_with_positions(micro_batches):
     for micro in micro_batches:
         positions = micro["position_ids"].flatten()
         starts = torch.cat([(positions == 0).nonzero().flatten(), torch.tensor([positions.numel()])])
-        assert micro.document_lengths == tuple(length_of_documents(micro))
-        assert micro.row_lengths == tuple((micro["input_ids"] != PAD).sum(-1).tolist())
+        assert micro.rows.document_lengths == tuple(length_of_documents(micro))
+        assert micro.rows.row_lengths == tuple((micro["input_ids"] != PAD).sum(-1).tolist())
         if len(starts) == len(micro["labels"]) + 1:  # each row is one document
             assert "cu_seq_lens_q" not in micro
             continue

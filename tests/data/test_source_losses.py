@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.data.stream_files import jsonl
 from tests.models.tiny import tiny_config
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import DataSource, build_dataloader, build_dataset
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -78,11 +78,11 @@ def truth(folder, tokenizer):
     for step in itertools.islice(loader_of(folder, tokenizer), STEPS):
         sums, counts = defaultdict(lambda: [0.0, 0.0]), defaultdict(lambda: [0, 0])
         for micro in step:
-            sources = iter(micro.document_sources)
+            sources = iter(micro.origin.document_sources)
             for row in range(len(micro["input_ids"])):
                 starts = [*(micro["position_ids"][row] == 0).nonzero().flatten().tolist(), 32]
                 for start, stop in itertools.pairwise(starts):
-                    if start >= micro.row_lengths[row]:
+                    if start >= micro.rows.row_lengths[row]:
                         continue
                     name = SOURCES[next(sources)]
                     labels = micro["labels"][row, start:stop][1:]
@@ -137,7 +137,7 @@ def read_to_the_end(folder, tokenizer):
     for batch in launcher.track(loader):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).loss, micro)
-        ids.append([name for micro in batch.micro_batches for name in micro.document_ids])
+        ids.append([name for micro in batch.micro_batches for name in micro.origin.document_ids])
     ended = launcher.checkpoints.last
     launcher.close()
     return ids, ended

@@ -54,13 +54,15 @@ def ids_of(step):
     """The documents of a step, row after row: where each comes from, and its tokens."""
     found = []
     for micro in step:
-        ends = itertools.accumulate(micro.document_lengths)
-        flat = [tuple(row[:length].tolist()) for row, length in zip(micro["input_ids"], micro.row_lengths, strict=True)]
+        ends = itertools.accumulate(micro.rows.document_lengths)
+        filled = zip(micro["input_ids"], micro.rows.row_lengths, strict=True)
+        flat = [tuple(row[:length].tolist()) for row, length in filled]
         joined = tuple(token for row in flat for token in row)
         starts = [0, *ends]
-        places = zip(micro.document_ids, itertools.pairwise(starts), strict=True)
-        found += [(name, micro.source_names[source], joined[start:stop])
-                  for (name, (start, stop)), source in zip(places, micro.document_sources, strict=True)]  # fmt: skip
+        places = zip(micro.origin.document_ids, itertools.pairwise(starts), strict=True)
+        sources = [micro.origin.source_names[source] for source in micro.origin.document_sources]
+        found += [(name, source, joined[start:stop])
+                  for (name, (start, stop)), source in zip(places, sources, strict=True)]  # fmt: skip
     return found
 
 
@@ -102,7 +104,7 @@ def test_every_epoch_has_an_order_of_its_own(streaming, tokenizer, tmp_path):
         options = {"max_seq_len": 64, "stream_shards": 1, "packing": "none", "epochs": 3, "pin_memory": False,
                    "cache_dir": tmp_path} | changes  # fmt: skip
         names = [name for step in build_dataloader(dataset, tokenizer, **options)
-                 for micro in step for name in micro.document_ids]  # fmt: skip
+                 for micro in step for name in micro.origin.document_ids]  # fmt: skip
         return [[name[2:] for name in names if name.startswith(f"{epoch}/")] for epoch in range(3)]
 
     shuffled, other, plain = orders(), orders(seed=1), orders(shuffle=False)
@@ -342,7 +344,7 @@ def test_too_few_records_for_the_shards_are_named(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"source 'few': no record of virtual shard \d of 8 is there"):
         list(itertools.islice(endless, 9))
     steps = list(build_dataloader(dataset, tokenizer, epochs=1, **options))
-    assert sum(len(micro.document_ids) for step in steps for micro in step) == 3, "a finite stream needs no more"
+    assert sum(len(micro.origin.document_ids) for step in steps for micro in step) == 3, "a finite stream needs no more"
 
 
 def test_held_out_conversations_come_once_in_order_each_time(tokenizer, tmp_path):

@@ -138,7 +138,7 @@ def _becomes_rows(dataset: TextDataset, block: Block) -> None:
     loader = build_dataloader(
         dataset, tokenizer, max_seq_len=4096, epochs=1, chat_template=template, cache_dir="cache", stream_shards=1
     )
-    documents = sum(len(micro.document_lengths) for step in loader for micro in step)
+    documents = sum(len(micro.rows.document_lengths) for step in loader for micro in step)
     assert documents == len(dataset) * (2 if dataset.data_type == "preference" else 1), block.place
 
 

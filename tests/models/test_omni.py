@@ -111,9 +111,7 @@ def truth():
     sums = dict.fromkeys(totals, 0.0)
     for sample in samples:
         length = len(sample["input_ids"])
-        batch = {
-            key: value for key, value in collate([[sample]]).items() if not key.startswith(("cu_", "max_", "loss_"))
-        }
+        batch = {key: value for key, value in collate([[sample]]).inputs.items() if not key.startswith(("cu_", "max_"))}
         tokens = {key: value[:, :length] for key, value in batch.items() if value.shape[:2] == (1, ROW)}
         with Float64Throughout():
             output = model(**{**batch, **tokens, "labels": None})
@@ -178,10 +176,9 @@ def test_packed_equals_unpacked():
     config = build_config(TINY)
     batch = MultimodalCollator(config, max_seq_len=sum(lengths))([samples])
     with Float64Throughout():
-        del batch["loss_weights"]
-        whole = model(**batch)
+        whole = model(**batch.inputs)
         alone = [
-            model(**MultimodalCollator(config, max_seq_len=n)([[{k: v for k, v in s.items() if k != "loss_weights"}]]))
+            model(**MultimodalCollator(config, max_seq_len=n)([[s]]).inputs)
             for n, s in zip(lengths, samples, strict=True)
         ]
     for piece, one in zip(whole.logits[0].split(lengths), alone, strict=True):
@@ -260,4 +257,4 @@ def test_what_cannot_be_composed_is_refused():
     sample["pixel_values"] = sample["pixel_values"].repeat(2, 1, 1, 1)
     batch = MultimodalCollator(build_config(TINY), max_seq_len=ROW)([[sample]])
     with pytest.raises(DataError, match="4 placeholders"):
-        double_model()(**batch)
+        double_model()(**batch.inputs)

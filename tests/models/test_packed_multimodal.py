@@ -53,8 +53,8 @@ def packed(model, name, samples, order):
     lengths = [len(samples[number]["input_ids"]) for number in order]
     collate = MultimodalCollator(family_config(name), max_seq_len=sum(lengths) + TAIL)
     batch = collate([[samples[number] for number in order]])
-    assert batch.document_lengths == tuple(lengths)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    assert batch.rows.document_lengths == tuple(lengths)
+    inputs = {key: value for key, value in batch.inputs.items() if key != "labels"}
     with Float64Throughout():
         pieces = model(**inputs).logits[0].split([*lengths, TAIL])[:-1]
         sum(weigh(piece, number) for piece, number in zip(pieces, order, strict=True)).backward()
@@ -87,7 +87,7 @@ def test_the_comparison_sees_contamination(name):
     positions = batch["position_ids"].clone()
     rows = positions[0] if positions.dim() == 3 else positions
     rows[:] = torch.arange(rows.shape[1])
-    inputs = {key: batch[key] for key in batch if not key.startswith(("cu_", "max_", "labels"))}
+    inputs = {key: batch[key] for key in batch.inputs if not key.startswith(("cu_", "max_", "labels"))}
     with Float64Throughout():
         mixed = model(**{**inputs, "position_ids": positions}).logits[0].split(lengths)
     assert (mixed[1] - outputs[1]).abs().max() > 1e-3 * outputs[1].abs().max()
@@ -111,9 +111,9 @@ def test_images_and_videos_of_one_token_need_their_types():
     model, samples = family_model("glm4v"), samples_of("glm4v")
     prepare_towers(model)
     batch = MultimodalCollator(family_config("glm4v"), max_seq_len=120)([samples])
-    del batch["mm_token_type_ids"]
+    del batch.inputs["mm_token_type_ids"]
     with pytest.raises(DataError, match="mm_token_type_ids"):
-        model(**batch)
+        model(**batch.inputs)
 
 
 BAD = {

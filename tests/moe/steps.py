@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import tiny_config
 from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
-from veomni.batch.micro_batch import PackedInputs
+from veomni.batch.documents import RowLayout
+from veomni.batch.micro_batch import MicroBatch
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import MoEOptions
@@ -35,14 +36,13 @@ class Float64Zeros(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def packed(rows: list[list[Document]]) -> PackedInputs:
-    batch = PackedInputs(pack(rows))
-    batch.document_lengths = tuple(len(document.tokens) for documents in rows for document in documents)
-    batch.row_lengths = tuple(sum(len(document.tokens) for document in documents) for documents in rows)
-    return batch
+def packed(rows: list[list[Document]]) -> MicroBatch:
+    lengths = [[len(document.tokens) for document in documents] for documents in rows]
+    layout = RowLayout(tuple(length for row in lengths for length in row), tuple(map(sum, lengths)))
+    return MicroBatch.of_fields(pack(rows), layout)
 
 
-def micro_batches(rows: list[list[Document]], rank: int, size: int, accumulation: int) -> list[PackedInputs]:
+def micro_batches(rows: list[list[Document]], rank: int, size: int, accumulation: int) -> list[MicroBatch]:
     mine = rows[rank::size]
     per_micro = len(mine) // accumulation
     return [packed(mine[start : start + per_micro]) for start in range(0, len(mine), per_micro)]

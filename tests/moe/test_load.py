@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def vision_language_load(placed, options=None):
     ]
     batch = MultimodalCollator(config, max_seq_len=40)([[document] for document in documents])
     if not placed:
-        batch.row_lengths = None
+        batch = replace(batch, rows=replace(batch.rows, row_lengths=None))
     for step in launcher.track([[batch]]):
         for micro in launcher.accumulate(model, step):
             launcher.backward(model(**micro.inputs).loss, micro)

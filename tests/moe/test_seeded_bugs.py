@@ -21,12 +21,12 @@ def balanced_over_own_tokens_only(reduce, load, group):
     """Every rank compares experts over the tokens it has."""
 
 
-def padding_counted(token_mask, inputs, part):
+def padding_counted(token_mask, inputs, rows):
     return None
 
 
-def padded_tail_of_a_split_row_counted(token_mask, inputs, part):
-    return None if dist.get_rank() == 1 else token_mask(inputs, part)
+def padded_tail_of_a_split_row_counted(token_mask, inputs, rows):
+    return None if dist.get_rank() == 1 else token_mask(inputs, rows)
 
 
 def average_over_ranks_not_undone(gradient, *args):

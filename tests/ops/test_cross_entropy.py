@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import veomni.ops.loss.cross_entropy as ops
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 
 
 def _inputs(dtype, bias):

@@ -113,14 +113,14 @@ def weights_differ_between_ranks(initialize, self, model, device, seed):
 
 
 @bug(seams.LOSS_WEIGHT, "single")
-def padding_counted_as_tokens(weight, inputs):
-    return int(inputs["input_ids"].numel())
+def padding_counted_as_tokens(weight, micro):
+    return int(micro["input_ids"].numel())
 
 
 @bug(seams.LOSS_WEIGHT, "ddp2")
-def masked_row_counts_as_a_mean(weight, inputs):
+def masked_row_counts_as_a_mean(weight, micro):
     """A micro-batch without labels weighs like the others: the global mean becomes a mean over micro-batches."""
-    return max(1, weight(inputs)) + 1
+    return max(1, weight(micro)) + 1
 
 
 @bug(seams.DATA_PARALLEL, "fsdp2_2")

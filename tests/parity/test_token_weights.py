@@ -15,7 +15,8 @@ from torch import nn
 
 from tests.data.stream_files import jsonl
 from tests.models.tiny import tiny_config
-from veomni.batch.micro_batch import IGNORE_INDEX, supervised_tokens
+from veomni.batch.counts import supervised_tokens
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import build_dataloader, build_dataset, train_byte_bpe
 from veomni.errors import ModelError
 from veomni.launcher import Launcher

@@ -1,179 +1,264 @@
-"""What flows from a loader through the launcher into a model: micro-batches of one optimizer step.
+"""One forward and backward: what a loader yields a list of for every optimizer step.
 
-A loader yields, for every optimizer step, the list of this data rank's micro-batches. A micro-batch is a dict of CPU
-tensors in transformers' argument names; a packed text micro-batch holds
+``inputs`` are keyword arguments of the model, in transformers' names. Those of packed text are
 
 - ``input_ids``, ``labels``, ``position_ids``: int64 ``[batch, seq]``; positions restart at 0 with every document;
-  labels are unshifted, ``IGNORE_INDEX`` where nothing is learned and at the first token of every document;
-- ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[documents + 1]``, offsets into the ``batch * seq`` flattened tokens,
-  the padded tail of a row being one more document;
+  labels are unshifted, ``IGNORE_INDEX`` at unsupervised tokens and at the first token of every document;
+- ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[documents + 1]``, offsets into the ``batch * seq`` flattened tokens of
+  whole rows, the padded tail of a row being one more document;
 - ``max_length_q``, ``max_length_k``: int, an upper bound of the longest document.
 
-A micro-batch whose rows are exactly one document each leaves the last four out: dense kernels are faster then.
-
-Where several ranks share a row (``veomni/batch/split.py``), the first three hold this rank's part of it, and
-``shift_labels``, already shifted on the whole row, is what the loss is taken on.
+A micro-batch whose rows are exactly one document each leaves the last four out: dense kernels are faster then. Where
+several ranks share a row (``veomni/batch/split.py``), the first three hold this rank's shard of it, and
+``shift_labels``, shifted on the whole row, is what the loss is taken on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-IGNORE_INDEX = -100
-"""The label that no loss is taken on (transformers' convention)."""
-
-SOURCE_IDS = "source_ids"
-"""The key under which a mixture's micro-batch holds the source of every token, int64 ``[batch, seq]``, -1 in padding.
-
-It is aligned with the shifted labels as well, since no document learns its first token. Models never see it."""
-
-LOSS_WEIGHTS = "loss_weights"
-"""The key under which a micro-batch holds what the loss of every token weighs, float32 ``[batch, seq]``.
-
-It is aligned with ``shift_labels`` where there are any, else with ``labels``; where those are ``IGNORE_INDEX`` it is
-not read, and is 1 in padding. A micro-batch without it weighs every supervised token 1. Models never see it."""
-
-SEQUENCE_SIZE = "sequence_parallel_size"
-"""The key by which a micro-batch of row parts says how many ranks share its rows; models never see it."""
+from veomni.batch.documents import RowLayout, located_row_lengths
+from veomni.batch.fields import holder_of
+from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
+from veomni.errors import DataError
 
 
-class PackedInputs(dict[str, Any]):
-    """A micro-batch that knows its documents.
+@dataclass(frozen=True)
+class Targets:
+    """What the loss reads beside labels, which models do not take.
 
     Attributes:
-        document_lengths: Tokens of each document in it, without padding; what throughput and FLOPs are counted from.
-        row_lengths: Tokens of each row before its padded tail; None where that was not said.
-        row_digest: Tells the whole rows apart that this is a part of; 0 for a batch of whole rows.
+        loss_weights: Weight of every token's loss, float32 ``[batch, seq]``, aligned with ``shift_labels`` where there
+            are any, else with ``labels``; not read where those are ``IGNORE_INDEX``, and 1 in padding. None weighs
+            every supervised token 1.
+        source_ids: Source of every token of a mixture, int64 ``[batch, seq]``, -1 in padding. It is aligned with the
+            shifted labels as well, since the first token of a document is unsupervised.
+    """
+
+    loss_weights: Tensor | None = None
+    source_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the documents of a micro-batch come from.
+
+    Attributes:
         document_ids: Of a stream, epoch and place of each document: ``"0/train.jsonl, byte 0"``. Of a document in
             pieces, the piece is part of it; of a preference pair, which side it is.
         document_sources: Of a mixture, the index in ``source_names`` of each document's source.
         source_names: Names of the mixture's sources, the same in every batch.
     """
 
-    document_lengths: tuple[int, ...] = ()
-    row_lengths: tuple[int, ...] | None = None
-    row_digest: int = 0
     document_ids: tuple[str, ...] = ()
     document_sources: tuple[int, ...] = ()
     source_names: tuple[str, ...] = ()
 
-    def like(self, other: PackedInputs) -> PackedInputs:
-        """Take over what ``other`` knows of its documents, and return this batch."""
-        self.__dict__.update(other.__dict__)
-        return self
+
+class Owner(Protocol):
+    """The step that a micro-batch belongs to."""
+
+    def backward(self, loss: Any, micro: MicroBatch) -> None:
+        """Add the gradients of a micro-batch's loss."""
 
 
-def document_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the lengths of a micro-batch's documents; of one that does not know them, every row is one document."""
-    if isinstance(inputs, PackedInputs):
-        return inputs.document_lengths
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return tuple(int(length) for length in mask.bool().sum(-1))
-    ids = inputs.get("input_ids")
-    if ids is None and inputs.get("inputs_embeds") is not None:
-        ids = inputs["inputs_embeds"][..., 0]
-    return () if ids is None else (int(ids.shape[-1]),) * (ids.numel() // int(ids.shape[-1]))
-
-
-def sources_of(micro_batches: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Return, by source, how many documents micro-batches have, and tokens; of no mixture, nothing.
-
-    Every known source is in it, so that ranks agree about the names.
-    """
-    packed = [micro for micro in micro_batches if isinstance(micro, PackedInputs)]
-    names = packed[0].source_names if packed else ()
-    found = [[0, 0] for _ in names]
-    for micro in packed:
-        for source, length in zip(micro.document_sources, micro.document_lengths, strict=False):
-            found[source][0] += 1
-            found[source][1] += length
-    return {name: (count, tokens) for name, (count, tokens) in zip(names, found, strict=True)}
-
-
-def supervised_tokens(inputs: Mapping[str, Any]) -> int:
-    """Count the labels of a micro-batch that a loss is taken on, after the shift by one.
-
-    A batch without ``labels`` counts its rows instead: the mean is then over samples.
-    """
-    if "shift_labels" in inputs:
-        return int((inputs["shift_labels"] != IGNORE_INDEX).sum())
-    if "labels" in inputs:
-        return int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())
-    first = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
-    return 0 if first is None else int(first.shape[0])
-
-
-def loss_weight(inputs: Mapping[str, Any]) -> float:
-    """Return what a micro-batch's loss weighs in the step's: its supervised tokens, or the sum of their weights."""
-    if LOSS_WEIGHTS not in inputs:
-        return supervised_tokens(inputs)
-    if "shift_labels" in inputs:
-        targets, weights = inputs["shift_labels"], inputs[LOSS_WEIGHTS]
-    else:
-        targets, weights = inputs["labels"][..., 1:], inputs[LOSS_WEIGHTS][..., 1:]
-    return float(weights[targets != IGNORE_INDEX].sum(dtype=torch.float64))
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One forward and backward: what to give the model, and how much its loss weighs.
+    """One forward and backward: ``model(*micro.args, **micro.inputs)``.
 
     Attributes:
-        inputs: The model's keyword arguments, on the device.
-        loss_weight: What its loss is a mean over: supervised tokens of this micro-batch on this rank, each as often as
-            it weighs.
-        last: Whether gradients are synchronised in this micro-batch's backward.
-        part_tokens: By part of a composed model, the tokens that its own loss is the mean of.
+        inputs: The model's keyword arguments, and nothing else.
+        rows: Documents and padding of its rows, and which positions this rank holds.
+        targets: What the loss reads beside labels.
+        origin: Where its documents come from.
+        args: The model's positional arguments, of loaders that yield tuples or tensors.
+        weight: What its loss is a mean over on this rank (weighted supervised tokens, labels or rows); set by
+            ``Launcher.accumulate``.
+        last: Whether gradients are synchronised in its backward.
+        owner: The step it belongs to.
     """
 
-    inputs: dict[str, Any]
-    loss_weight: float
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    rows: RowLayout = field(default_factory=RowLayout)
+    targets: Targets = field(default_factory=Targets)
+    origin: Origin = field(default_factory=Origin)
+    args: tuple[Any, ...] = ()
+    weight: float = 0.0
     last: bool = True
-    part_tokens: Mapping[str, int] = field(default_factory=dict)
+    owner: Owner | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._index()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._index()
+
+    def _index(self) -> None:
+        tensors = [value for value in self.inputs.values() if isinstance(value, Tensor)]
+        if tensors:
+            description = replace(self, inputs={}, owner=None)
+            for tensor in tensors:
+                _described[tensor] = description
+
+    # ---------------------------------------------------------------- made from
+
+    @classmethod
+    def of(cls, batch: Any) -> MicroBatch:
+        """Return what a loader yields for one forward as a micro-batch.
+
+        Args:
+            batch: A micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do
+                not take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or
+                one such argument: a tensor, nested or not, or an object with a method ``to(device)``.
+
+        Raises:
+            DataError: it is none of these.
+        """
+        if isinstance(batch, MicroBatch):
+            return batch
+        named = _named(batch)
+        if named is not None:
+            return cls.of_fields(named)
+        if isinstance(batch, (tuple, list)):
+            return cls(args=tuple(batch))
+        if isinstance(batch, Tensor) or hasattr(batch, "to"):
+            return cls(args=(batch,))
+        raise DataError(
+            f"a loader yielded a {type(batch).__name__}: {str(batch)[:80]!r}",
+            "yield a dict, dataclass or NamedTuple of keyword arguments, a tuple of positional arguments, or a tensor",
+        )
+
+    @classmethod
+    def of_fields(cls, values: Mapping[str, Any], rows: RowLayout | None = None, **others: Any) -> MicroBatch:
+        """Return a micro-batch of fields by name, each held where the table of fields says.
+
+        Args:
+            values: Fields by name.
+            rows: Layout of its rows; None takes every row for one document.
+            others: Further attributes (``origin``).
+        """
+        held: dict[str, dict[str, Any]] = {"inputs": {}, "targets": {}, "rows": {}}
+        for name, value in values.items():
+            held[holder_of(name)][name] = value
+        inputs = held["inputs"]
+        rows = RowLayout.of(inputs, **held["rows"]) if rows is None else replace(rows, **held["rows"])
+        return cls(inputs, rows, Targets(**held["targets"]), **others)
+
+    @staticmethod
+    def of_call(kwargs: Mapping[str, Any]) -> MicroBatch | None:
+        """Return rows, targets and origin of the micro-batch that a model is called with; None for other arguments.
+
+        They are found by the identity of the tensors. So the layout of rows reaches every model that is called with
+        them, a teacher as well as the trained model, without being an argument; several may be in use at a time.
+
+        Args:
+            kwargs: The arguments of the call; the micro-batch that is returned holds no ``inputs`` of its own.
+        """
+        tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
+        return next((_described[tensor] for tensor in tensors if tensor in _described), None)
+
+    # ---------------------------------------------------------------- read by name
+
+    def fields(self) -> dict[str, Any]:
+        """Return all fields by name, wherever they are held."""
+        beside = {
+            "loss_weights": self.targets.loss_weights,
+            "source_ids": self.targets.source_ids,
+            "position_fractions": self.rows.position_fractions,
+        }
+        return {**self.inputs, **{name: value for name, value in beside.items() if value is not None}}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.fields()
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("a MicroBatch is not iterable: its keyword arguments are in .inputs, its fields in .fields()")
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return a copy of the model's keyword arguments, to be changed."""
+        return dict(self.inputs)
+
+    # ---------------------------------------------------------------- changed
+
+    def map(self, change: Callable[[Any], Any]) -> MicroBatch:
+        """Return this micro-batch with ``change`` applied to every tensor, array and object in it."""
+        return replace(
+            self,
+            inputs={name: _mapped(value, change) for name, value in self.inputs.items()},
+            args=tuple(_mapped(value, change) for value in self.args),
+            rows=replace(self.rows, position_fractions=_mapped(self.rows.position_fractions, change)),
+            targets=Targets(_mapped(self.targets.loss_weights, change), _mapped(self.targets.source_ids, change)),
+        )
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return this micro-batch on ``device``; copies from pinned memory do not block."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+
+        return self.map(lambda value: move(value) if hasattr(value, "to") else value)
+
+    def pin_memory(self) -> MicroBatch:
+        """Return this micro-batch in page-locked memory."""
+        return self.map(lambda value: value.pin_memory() if hasattr(value, "pin_memory") else value)
+
+    def split(self, shard: SequenceShard) -> MicroBatch:
+        """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`.
+
+        Raises:
+            DataError: rows cannot be split; or they already are, in another way.
+        """
+        if shard == self.rows.shard:
+            return self
+        if self.rows.shard.size > 1 or self.args:
+            raise DataError(
+                f"a micro-batch of {'positional arguments' if self.args else 'row shards'} cannot be split over ranks",
+                "give whole rows of named fields, or launcher.sequence_shard to the loader",
+            )
+        lengths = located_row_lengths(self.rows, *row_shape(self.inputs))
+        layout = replace(self.rows, row_lengths=lengths, digest=digest_of(self.inputs), shard=shard)
+        cut = MicroBatch.of_fields(split_fields(self.fields(), shard), layout)
+        return replace(self, inputs=cut.inputs, rows=cut.rows, targets=cut.targets)
 
 
-@dataclass(frozen=True)
-class StepWork:
-    """How much a step computes.
-
-    Attributes:
-        tokens: Tokens without padding, supervised or not.
-        flops_causal: FLOPs with causal attention counted as such; 0 when they are not known.
-        flops_full: FLOPs with attention counted as the whole square.
-    """
-
-    tokens: float = 0.0
-    flops_causal: float = 0.0
-    flops_full: float = 0.0
+_described: Any = WeakTensorKeyDictionary()
+"""For each tensor in use as an input, the micro-batch it is of, without inputs, so that the entry keeps none alive."""
 
 
-@dataclass
-class StepBatch:
-    """All micro-batches of one optimizer step on this rank, and what the ranks agreed about them.
+def _named(batch: Any) -> dict[str, Any] | None:
+    """Return keyword arguments by name; None for what has no names."""
+    if isinstance(batch, Mapping):
+        return dict(batch) if all(isinstance(name, str) for name in batch) else None
+    if hasattr(batch, "to"):
+        return None
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {one.name: getattr(batch, one.name) for one in fields(batch)}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return {name: getattr(batch, name) for name in batch._fields}
+    return None
 
-    Attributes:
-        micro_batches: This rank's share, on the CPU.
-        loss_weight: The sum of its micro-batches' ``loss_weight`` over all ranks.
-        work: Everything computed in the step over all ranks.
-        index: The optimizer step, counted from 1 over the whole run.
-        loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
-        part_tokens: By part of a composed model, the tokens of the step over all ranks that its loss is the mean of.
-        losses: This rank's share of each part's global mean, where ``Launcher.backward`` was given losses by part.
-        source_sums: Of a mixture, the summed losses of this rank's supervised tokens, each times its weight, and summed
-            weights, by source; ``[2, sources]`` on the device; None where the model takes its loss by itself.
-    """
 
-    micro_batches: Sequence[Mapping[str, Any]]
-    loss_weight: float
-    work: StepWork
-    index: int
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    part_tokens: Mapping[str, int] = field(default_factory=dict)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    source_sums: Tensor | None = None
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value with ``change`` applied to all that its containers hold."""
+    if hasattr(value, "to"):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(each, change) for name, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(each, change) for each in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(each, change) for each in value)
+    return change(value)
+
+
+__all__ = ["MicroBatch", "Origin", "Owner", "Targets"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
-from veomni.batch.micro_batch import PackedInputs
+from veomni.batch.micro_batch import MicroBatch
 from veomni.cli.token_colours import LEGEND, coloured
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def show_rows(config: Config, console: Console, rows: int, counted: int) -> list
     from veomni.data import PackedDataLoader
 
     loader, tokenizer = _loader(config)
-    read: Iterator[Mapping[str, Any]] = chain.from_iterable(loader)
+    read: Iterator[MicroBatch] = chain.from_iterable(loader)
     if not isinstance(loader, PackedDataLoader):
         return _show_stream(list(islice(read, max(rows, counted))), config.data.max_seq_len, tokenizer, console, rows)
     micro_batches = read
@@ -42,19 +42,16 @@ def show_rows(config: Config, console: Console, rows: int, counted: int) -> list
     return loader.sample_lengths.tolist()
 
 
-def _show_stream(
-    read: Sequence[Mapping[str, Any]], capacity: int, tokenizer: Any, console: Console, rows: int
-) -> list[int]:
+def _show_stream(read: Sequence[MicroBatch], capacity: int, tokenizer: Any, console: Console, rows: int) -> list[int]:
     """Print rows of a stream with the places their documents come from, and how full those read are."""
     lengths: list[int] = []
     for number, row in enumerate(read, 1):
-        assert isinstance(row, PackedInputs)
-        lengths += row.document_lengths
+        lengths += row.rows.document_lengths
         if number > rows:
             continue
         console.rule(f"row {number}")
-        for name, source in zip(row.document_ids, row.document_sources, strict=True):
-            console.print(f"{row.source_names[source]}: {name.partition('/')[2]}", style="cyan")
+        for name, source in zip(row.origin.document_ids, row.origin.document_sources, strict=True):
+            console.print(f"{row.origin.source_names[source]}: {name.partition('/')[2]}", style="cyan")
         for part in _documents(row, tokenizer):
             console.print(part)
     filled = f"the first {len(read)} rows of {capacity} tokens: {100 * sum(lengths) / (len(read) * capacity):.2f} %"
@@ -87,11 +84,11 @@ def _loader(config: Config) -> tuple[PackedDataLoader | StreamLoader, Any]:
     return loader, tokenizer
 
 
-def _documents(row: Mapping[str, Any], tokenizer: Any) -> Iterator[Text]:
+def _documents(row: MicroBatch, tokenizer: Any) -> Iterator[Text]:
     """Yield a headline and the text of each document of a one-row micro-batch, and how much of the row is padding."""
     from rich.text import Text
 
-    from veomni.batch.micro_batch import IGNORE_INDEX
+    from veomni.batch.fields import IGNORE_INDEX
 
     ids = row["input_ids"].flatten().tolist()
     learned = [label != IGNORE_INDEX for label in row["labels"].flatten().tolist()]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from veomni.batch.fields import part_tokens
-from veomni.batch.micro_batch import IGNORE_INDEX, document_lengths, loss_weight, sources_of
-from veomni.batch.split import SequenceShard, document_numbers
+from veomni.batch.counts import sources_of, token_weight
+from veomni.batch.documents import document_numbers
+from veomni.batch.fields import IGNORE_INDEX, component_tokens
+from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
 from veomni.parallel.mesh import ParallelState
 
@@ -35,17 +36,19 @@ class Evaluation:
 
         self._state, self._shard, self._device, self.answers = state, shard, device, answers
         self._loss = TokenPerplexity(process_group=state.group("loss")).to(device)
-        self._parts = {name: TokenPerplexity(process_group=state.group("loss")).to(device) for name in part_tokens({})}
+        self._parts = {
+            name: TokenPerplexity(process_group=state.group("loss")).to(device) for name in component_tokens({})
+        }
         self._sources: tuple[str, ...] = ()
         self._source_sums = torch.zeros(2, 0, dtype=torch.float64, device=device)
         self._accuracy: AnswerAccuracy | None = None
         self._seen: set[str] = set()
 
-    def add(self, inputs: Mapping[str, Any], output: Any, told: LossContext) -> None:
+    def add(self, micro: MicroBatch, output: Any, told: LossContext) -> None:
         """Add a micro-batch.
 
         Args:
-            inputs: This rank's part of it, on the CPU.
+            micro: This rank's shard of it, on the CPU.
             output: What the model returned; a composed model's losses by part.
             told: What its loss was told.
 
@@ -53,12 +56,12 @@ class Evaluation:
             ModelError: answers are counted, and the model takes its loss by itself.
         """
         losses = dict(getattr(output, "losses", {"text": output.loss}))
-        weight, tokens = loss_weight(inputs), part_tokens(inputs)
+        weight, tokens = token_weight(micro), component_tokens(micro.inputs)
         self._loss.update(losses.pop("text") * weight, weight)
         for name, loss in losses.items():
             self._parts[name].update(loss * tokens[name], tokens[name])
             self._seen.add(name)
-        self._know(tuple(sources_of([inputs])))
+        self._know(tuple(sources_of([micro])))
         if told.by_source is not None:
             self._source_sums = self._source_sums + told.by_source.sums
         if self.answers:
@@ -67,7 +70,7 @@ class Evaluation:
                     f"{type(output).__name__}: the model takes its loss by itself, and nobody sees what it predicts",
                     "evaluate without answers",
                 )
-            self._count(inputs, told.predictions.tokens, told.predictions.targets)
+            self._count(micro, told.predictions.tokens, told.predictions.targets)
 
     def _know(self, names: tuple[str, ...]) -> None:
         if self._accuracy is not None:
@@ -79,16 +82,16 @@ class Evaluation:
         groups = max(1, len(self._sources))
         self._accuracy = AnswerAccuracy(groups, process_group=self._state.group("loss")).to(self._device)
 
-    def _count(self, inputs: Mapping[str, Any], tokens: Tensor, targets: Tensor) -> None:
+    def _count(self, micro: MicroBatch, tokens: Tensor, targets: Tensor) -> None:
         assert self._accuracy is not None
-        numbers = document_numbers(inputs, self._shard).flatten().to(self._device)
+        numbers = document_numbers(micro.inputs, micro.rows).flatten().to(self._device)
         learned = targets != IGNORE_INDEX
-        wrong_and_learned = torch.zeros(2, len(document_lengths(inputs)), dtype=torch.int64, device=self._device)
+        wrong_and_learned = torch.zeros(2, len(micro.rows.document_lengths), dtype=torch.int64, device=self._device)
         amounts = torch.stack([learned & (tokens != targets), learned]).long()
         wrong_and_learned = wrong_and_learned.index_add(1, numbers[learned], amounts[:, learned])
         if self._shard.size > 1:  # an answer may lie on several of the ranks that share a row: each of them counts it
             dist.all_reduce(wrong_and_learned, group=self._state.group("sequence"))
-        sources = getattr(inputs, "document_sources", ()) if self._sources else ()
+        sources = micro.origin.document_sources if self._sources else ()
         group = torch.tensor(sources, dtype=torch.int64, device=self._device) if sources else None
         wrong, supervised = wrong_and_learned
         self._accuracy.update(wrong, supervised, group)

@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from veomni.batch.fields import part_tokens
-from veomni.batch.micro_batch import MicroBatch, StepBatch, sources_of
+from veomni.batch.counts import sources_of
+from veomni.batch.fields import component_tokens
+from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
+from veomni.loop.step import StepBatch
 from veomni.parallel.mesh import ParallelState
 
 
@@ -27,18 +29,18 @@ def shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: S
 def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
     """Return which share a micro-batch has of what a part's loss is the mean over."""
     if name == "text":
-        return micro.loss_weight / (batch.loss_weight or 1.0)
+        return micro.weight / (batch.loss_weight or 1.0)
     if name not in batch.part_tokens:
         raise ModelError(
             f"a loss called {name!r} is the mean over nobody knows how many tokens",
             "register a key with Field(counts=...) that tells them (veomni/batch/fields.py)",
         )
-    return micro.part_tokens[name] / max(1, batch.part_tokens[name])
+    return component_tokens(micro.inputs)[name] / max(1, batch.part_tokens[name])
 
 
 def summed_parts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Return the sums by name over micro-batches; every known part is in it, also without any."""
-    total = part_tokens({})
+    total = component_tokens({})
     for one in counts:
         total = {name: total[name] + one[name] for name in total}
     return total

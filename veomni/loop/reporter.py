@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
-from veomni.batch.micro_batch import StepBatch, StepWork, document_lengths
+from veomni.batch.micro_batch import MicroBatch
 from veomni.logging import create_logger, current_rank
+from veomni.loop.step import StepBatch, StepWork
 
 if TYPE_CHECKING:
     from veomni.loggers import JsonLines, Logger, LoggerGroup
@@ -78,9 +79,9 @@ class Reporter:
         )
         accelerator.reset_peak_memory()
 
-    def measure(self, micro_batches: Sequence[Mapping[str, Any]]) -> StepWork:
+    def measure(self, micro_batches: Sequence[MicroBatch]) -> StepWork:
         """Return what this rank computes in a step."""
-        lengths = [length for micro in micro_batches for length in document_lengths(micro)]
+        lengths = [length for micro in micro_batches for length in micro.rows.document_lengths]
         if self._flops is None:
             return StepWork(tokens=sum(lengths))
         flops = self._flops.step_flops(lengths)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from veomni.batch.micro_batch import StepWork
+from veomni.loop.step import StepWork
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from veomni.batch.split import token_mask
+from veomni.batch.documents import token_mask
+from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, ModelError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.models.transformers_api.experts import drop_own_balance_loss, own_balance_loss
@@ -156,7 +157,7 @@ class RouterController(Listener):
         return bool(self.aux_loss_coef) and self.options.balance_scope == "step" and self._micro_batches > 1
 
     @torch.no_grad()
-    def count_first(self, micro_batches: Iterable[Mapping[str, Any]], run: Callable[..., Any]) -> None:
+    def count_first(self, micro_batches: Iterable[MicroBatch], run: Callable[..., Any]) -> None:
         """Count the load of the whole step in a forward of its own: the loss compares experts over all its tokens.
 
         Args:
@@ -179,14 +180,14 @@ class RouterController(Listener):
         self._finish_counting()
 
     @contextmanager
-    def micro_batch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def micro_batch(self, micro: MicroBatch) -> Iterator[None]:
         """Watch the forward, and the backward, of a micro-batch inside the context."""
         if not self.routers:
             yield
             return
-        mask = self._real_tokens(inputs)
+        mask = self._real_tokens(micro)
         self._mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
-        self._positions = positions_of(inputs)
+        self._positions = positions_of(micro.inputs)
         self._micro.clear()
         self._probability_sums.zero_()
         self._z_sum.zero_()
@@ -196,9 +197,9 @@ class RouterController(Listener):
         finally:
             self._watching = False
 
-    def _real_tokens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def _real_tokens(self, micro: MicroBatch) -> Tensor | None:
         try:
-            return token_mask(inputs, self._state.sequence_shard)
+            return token_mask(micro.inputs, micro.rows)
         except DataError as error:
             if self._balances:
                 raise

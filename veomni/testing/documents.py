@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 
 IGNORE = IGNORE_INDEX
 ROW = 40

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from veomni.batch.micro_batch import loss_weight
+from veomni.batch.counts import token_weight
+from veomni.batch.documents import token_mask
 from veomni.batch.shift import shift_left
-from veomni.batch.split import split_rows, token_mask
+from veomni.batch.split import split_fields
 from veomni.launcher import Launcher
 from veomni.loop.losses import shared_loss
 from veomni.loop.sync import agree
@@ -82,7 +83,7 @@ def replaced(seam: Seam, around: Callable[..., Any]) -> Iterator[None]:
 # A step
 STEP_SYNC = Seam(agree)
 MICRO_BATCHES = Seam(Launcher.accumulate)
-LOSS_WEIGHT = Seam(loss_weight)
+LOSS_WEIGHT = Seam(token_weight)
 LOSS_SHARE = Seam(shared_loss)
 STEP_LOSS = Seam(Launcher.global_loss)
 
@@ -90,7 +91,7 @@ STEP_LOSS = Seam(Launcher.global_loss)
 DATA_PARALLEL = Seam(Launcher.data_parallel)
 LABEL_SHIFT = Seam(shift_left)
 DOCUMENTS = Seam(row_of)
-ROW_SPLIT = Seam(split_rows)
+ROW_SPLIT = Seam(split_fields)
 TOKEN_MASK = Seam(token_mask)
 
 # Parameters and gradients

@@ -66,7 +66,7 @@ def test_samples_train_a_model(name):
     prepare_towers(model)
     collate = MultimodalCollator(config, max_seq_len=sum(len(sample["input_ids"]) for sample in samples) + 5)
     batch = collate([samples])
-    loss = model(**batch).loss
+    loss = model(**batch.inputs).loss
     loss.backward()
     assert loss.isfinite()
     towers = [

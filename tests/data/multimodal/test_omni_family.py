@@ -74,7 +74,7 @@ def test_a_conversation_goes_through_the_model(encoder):
     sample = transform(conversation())
     model = materialized(config, attention="eager").train()
     batch = MultimodalCollator(config, max_seq_len=256)([[sample, sample]])
-    output = model(**batch)  # refuses placeholders that are not as many as features
+    output = model(**batch.inputs)  # refuses placeholders that are not as many as features
     assert output.losses["text"].isfinite()
     output.loss.backward()
     for part in ("image_encoder", "image_projector", "audio_encoder", "audio_projector"):
@@ -140,7 +140,7 @@ def test_what_decoders_generate_comes_from_conversations():
 
     model = materialized(config, attention="eager").train()
     batch = MultimodalCollator(config, max_seq_len=96)([[sample, sample]])
-    output = model(**batch)
+    output = model(**batch.inputs)
     assert output.losses.keys() == {"text", "codes", "latents"}
     assert all(loss.isfinite() for loss in output.losses.values())
     first = int(code.nonzero()[0])

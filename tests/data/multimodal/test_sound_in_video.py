@@ -205,8 +205,8 @@ def test_packed_equals_unpacked(name):
     lengths = [len(sample["input_ids"]) for sample in samples]
     batch = MultimodalCollator(config, max_seq_len=sum(lengths) + 5)([samples])
     assert (FRACTIONS in batch) == (name == "qwen3_omni_moe_thinker")
-    assert all(not value.is_floating_point() for key, value in batch.items() if key.startswith("position_"))
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    assert all(not value.is_floating_point() for key, value in batch.fields().items() if key.startswith("position_"))
+    inputs = {key: value for key, value in batch.inputs.items() if key != "labels"}
     with Float64Throughout():
         found = model(**inputs).logits[0].split([*lengths, 5])[:-1]
         sum(weigh(piece, number) for number, piece in enumerate(found)).backward()

@@ -82,7 +82,7 @@ def facts(step):
     """A step's documents with the values of their pictures and sounds, whatever shares a micro-batch."""
     found = Counter()
     for micro in step:
-        found.update(micro.document_ids)
+        found.update(micro.origin.document_ids)
         for key in ("pixel_values", "input_features", "pixel_values_videos"):
             if key in micro:
                 found[key] += round(float(micro[key].double().sum()), 3)
@@ -107,15 +107,15 @@ def test_a_pass_has_every_conversation_once_as_the_collator_packs_it(setup):
     samples = [transform(document) for document in dataset]
     names = [f"0/{document.where}" for document in dataset]
     micros = [micro for step in loader for micro in step]
-    read = [name for micro in micros for name in micro.document_ids]
+    read = [name for micro in micros for name in micro.origin.document_ids]
     assert sorted(read) == sorted(names)
     collator = MultimodalCollator(transform.family.parts.config, max_seq_len=900, pad_token_id=tokenizer.pad_token_id)
     for micro in micros:
-        if not micro.document_ids:
+        if not micro.origin.document_ids:
             continue
-        truth = collator([[samples[names.index(name)] for name in micro.document_ids]])
+        truth = collator([[samples[names.index(name)] for name in micro.origin.document_ids]])
         assert micro.keys() == truth.keys()
-        assert ("loss_weights" in micro) == any(name.endswith("line 10") for name in micro.document_ids)
+        assert ("loss_weights" in micro) == any(name.endswith("line 10") for name in micro.origin.document_ids)
         for key, value in truth.items():
             assert torch.equal(micro[key], value) if isinstance(value, torch.Tensor) else micro[key] == value, key
 
@@ -256,12 +256,13 @@ def test_archives_and_files_mix(setup, folder):
     for step in itertools.islice(loader, 8):
         for micro in step:
             assert micro["source_ids"].shape == micro["input_ids"].shape
+            lengths = micro.rows.document_lengths
             ids = micro["source_ids"][micro["source_ids"] >= 0]
             assert ids.bincount(minlength=2).tolist() == [
-                sum(length for length, source in zip(micro.document_lengths, micro.document_sources, strict=True)
+                sum(length for length, source in zip(lengths, micro.origin.document_sources, strict=True)
                     if source == wanted) for wanted in range(2)
             ]  # fmt: skip
-            seen.update(micro.source_names[source] for source in micro.document_sources)
+            seen.update(micro.origin.source_names[source] for source in micro.origin.document_sources)
     assert abs(seen["files"] - seen["archive"]) <= 0.2 * seen.total()
 
 
@@ -279,16 +280,23 @@ def documents_by_name(loader, count, kinds):
     found = {}
     for step in itertools.islice(loader, count):
         for micro in step:
-            if not micro.document_ids:
+            if not micro.origin.document_ids:
                 continue
-            columns = [micro["input_ids"][0], micro["labels"][0], micro.get("loss_weights", torch.ones(1, 900))[0]]
-            pieces = zip(*(column[: sum(micro.document_lengths)].split(micro.document_lengths) for column in columns),
+            columns = [
+                micro["input_ids"][0],
+                micro["labels"][0],
+                micro.fields().get("loss_weights", torch.ones(1, 900))[0],
+            ]
+            lengths = micro.rows.document_lengths
+            pieces = zip(*(column[: sum(lengths)].split(lengths) for column in columns),
                          strict=True)  # fmt: skip
-            for name, source, piece in zip(micro.document_ids, micro.document_sources, pieces, strict=True):
-                if micro.source_names[source] in kinds:
+            for name, source, piece in zip(
+                micro.origin.document_ids, micro.origin.document_sources, pieces, strict=True
+            ):
+                if micro.origin.source_names[source] in kinds:
                     ids, labels, weights = (value.tolist() for value in piece)
                     supervised = [weight if label >= 0 else None for weight, label in zip(weights, labels, strict=True)]
-                    found[micro.source_names[source], name] = ids, labels, supervised
+                    found[micro.origin.source_names[source], name] = ids, labels, supervised
     return found
 
 
@@ -327,7 +335,7 @@ def test_a_row_has_no_more_media_than_allowed(setup):
         stand_ins = torch.tensor(sorted(family.unlearned))
         for step in itertools.islice(loader, 6):
             for micro in step:
-                documents = micro["input_ids"][0, : sum(micro.document_lengths)].split(micro.document_lengths)
+                documents = micro["input_ids"][0, : sum(micro.rows.document_lengths)].split(micro.rows.document_lengths)
                 yield [int(torch.isin(ids, stand_ins).sum()) for ids in documents]
 
     def most(rows):
@@ -345,13 +353,13 @@ def test_ranks_that_share_rows_get_their_parts(setup):
     parts = [next(iter(loader_of(setup, shard=SequenceShard(2, rank)))) for rank in range(2)]
     for micro, left, right in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([left["input_ids"], right["input_ids"]], 1), micro["input_ids"])
-        assert left.document_ids == micro.document_ids
+        assert left.origin.document_ids == micro.origin.document_ids
 
 
 def test_an_empty_row_is_only_padding(setup):
     loader = loader_of(setup, train=False)
     *_, last = loader
-    empty = [micro for micro in last if not micro.document_ids]
+    empty = [micro for micro in last if not micro.origin.document_ids]
     assert empty
     assert all((micro["labels"] == -100).all() for micro in empty)
     assert all(micro["position_ids"].shape == last[0]["position_ids"].shape for micro in empty)
@@ -376,7 +384,7 @@ def test_bad_media_are_left_out_where_that_is_allowed(setup, folder, tmp_path):
         list(loader_of(setup, train=False, train_path=path, media=media))
     loader = loader_of(setup, train=False, train_path=path, media={**media, "on_bad_media": "skip"})
     for _ in range(2):
-        assert sum(len(micro.document_ids) for step in loader for micro in step) == 7
+        assert sum(len(micro.origin.document_ids) for step in loader for micro in step) == 7
 
 
 def test_samples_need_their_maker(setup):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from veomni.batch.micro_batch import MicroBatch
 from veomni.data.loading.workers import Workers
 from veomni.data.packing.balance import balanced_share
 from veomni.data.packing.best_fit import Bins, epoch_bins
-from veomni.data.packing.rows import MicroBatches, MicroBatchInputs, Rows, with_values
+from veomni.data.packing.rows import MicroBatches, Rows
 from veomni.errors import CheckpointError, LayoutError
 from veomni.logging import create_logger
 
@@ -110,7 +110,7 @@ class PackedDataLoader:
         epochs = self._settings.epochs
         return None if epochs is None else max(0, (epochs - self._epoch) * self.steps_per_epoch - self._step)
 
-    def __iter__(self) -> Iterator[list[MicroBatchInputs]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         if not self._settings.train:
             self._epoch = self._step = 0
         source = self._start()
@@ -200,17 +200,12 @@ class PackedDataLoader:
         if self._step == self.steps_per_epoch:
             self._epoch, self._step = self._epoch + 1, 0
 
-    def _start(self) -> Iterator[MicroBatchInputs]:
+    def _start(self) -> Iterator[MicroBatch]:
         settings = self._settings
-        stream: Iterator[MicroBatchInputs] = (self._batches[rows] for rows in self._requests())
+        stream: Iterator[MicroBatch] = (self._batches[rows] for rows in self._requests())
         if settings.num_workers:
             stream = Workers(
                 self._batches, self._requests(), count=settings.num_workers,
                 prefetch_factor=settings.prefetch_factor, timeout=settings.worker_timeout,
             )  # fmt: skip
-        return map(pinned, stream) if settings.pin_memory else stream
-
-
-def pinned(batch: MicroBatchInputs) -> MicroBatchInputs:
-    """Return a micro-batch in page-locked memory."""
-    return with_values(batch, lambda value: value.pin_memory() if isinstance(value, Tensor) else value)
+        return map(MicroBatch.pin_memory, stream) if settings.pin_memory else stream

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from veomni.data.loading.loader import LoaderSettings, pinned
+from veomni.batch.micro_batch import MicroBatch
+from veomni.data.loading.loader import LoaderSettings
 from veomni.data.loading.shard_reader import ShardReader, SourceProgress, StreamPlan
 from veomni.data.loading.workers import Workers
 from veomni.data.packing.balance import by_cost
-from veomni.data.packing.rows import MicroBatchInputs
 from veomni.data.text.samples import Row
 from veomni.errors import CheckpointError
 from veomni.logging import create_logger
@@ -75,7 +76,7 @@ class StreamLoader:
         """Whether the shards that this rank reads have ended: what it yields from now on is empty."""
         return len(self._ended) == len(self._shards)
 
-    def __iter__(self) -> Iterator[list[MicroBatchInputs]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         settings, size = self._settings, self._settings.global_batch_size
         self._remember()
         if not settings.train:
@@ -93,14 +94,15 @@ class StreamLoader:
             self._step += 1  # before the yield: a state taken in the loop's body says that this step was received
             yield self._micro_batches(rows)
 
-    def _micro_batches(self, rows: list[Row]) -> list[MicroBatchInputs]:
+    def _micro_batches(self, rows: list[Row]) -> list[MicroBatch]:
         size, found = self._settings.micro_batch_size, []
         if self._settings.balance:
             rows = [rows[index] for index in by_cost([sum(sample.piece.cost for sample in row) for row in rows])]
         for start in range(0, len(rows), size):
             batch = self.plan.maker.collate(rows[start : start + size])
-            batch.source_names = tuple(source.name for source in self.plan.sources)
-            found.append(pinned(batch) if self._settings.pin_memory else batch)
+            names = tuple(source.name for source in self.plan.sources)
+            batch = replace(batch, origin=replace(batch.origin, source_names=names))
+            found.append(batch.pin_memory() if self._settings.pin_memory else batch)
         return found
 
     # ---------------------------------------------------------------- reading

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from veomni.batch.micro_batch import PackedInputs
-from veomni.data.packing.rows import with_values
+from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import VeOmniError
 
 T = TypeVar("T")
@@ -89,15 +88,15 @@ class Workers(Generic[T]):
 
 
 def _arrays(made: Any) -> Any:
-    if not isinstance(made, PackedInputs):
+    if not isinstance(made, MicroBatch):
         return made
-    return with_values(made, lambda value: value.numpy() if isinstance(value, Tensor) else value)
+    return made.map(lambda value: value.numpy() if isinstance(value, Tensor) else value)
 
 
 def _tensors(made: Any) -> Any:
-    if not isinstance(made, PackedInputs):
+    if not isinstance(made, MicroBatch):
         return made
-    return with_values(made, lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+    return made.map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
 def _start(worker: int) -> None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch.fields import FIELDS, Field
-from veomni.batch.micro_batch import IGNORE_INDEX, PackedInputs
-from veomni.batch.split import WHOLE_ROWS, SequenceShard, split_rows
+from veomni.batch.documents import RowLayout
+from veomni.batch.fields import FIELDS, IGNORE_INDEX, Field
+from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.split import WHOLE_ROWS, SequenceShard
 from veomni.data.multimodal.pixels import PixelList, as_tensor
 from veomni.data.packing.rows import segment_offsets
 from veomni.errors import DataError
@@ -54,7 +55,7 @@ class MultimodalCollator:
         self._decoders = [DECODERS.get(name) for name in getattr(config, "decoders", {})]
         self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
 
-    def __call__(self, rows: Sequence[Sequence[Sample]]) -> PackedInputs:
+    def __call__(self, rows: Sequence[Sequence[Sample]]) -> MicroBatch:
         """Return a micro-batch as ``veomni/batch/micro_batch.py`` describes it.
 
         Args:
@@ -66,7 +67,7 @@ class MultimodalCollator:
         documents = [[self._prepared(sample) for sample in row] for row in rows]
         lengths = [[len(sample["input_ids"]) for sample in row] for row in documents]
         self._refuse_long(lengths)
-        batch = PackedInputs()
+        batch: dict[str, Any] = {}
         keys = dict.fromkeys(key for row in documents for sample in row for key in sample)
         for key in keys or dict.fromkeys(_OF_AN_EMPTY_BATCH):
             rule = _rule(key)
@@ -77,12 +78,13 @@ class MultimodalCollator:
             else:
                 values = [sample[key] for row in documents for sample in row if key in sample]
                 batch[key] = join_items(values, rule)
-        batch.document_lengths = tuple(length for row in lengths for length in row)
-        batch.row_lengths = tuple(sum(row) for row in lengths)
         if self.shard.size == 1:  # ranks that share rows share their images too, and each encodes others
             batch.update(vision_inputs(self.config, batch))
-        batch = self._with_borders(batch, lengths)
-        return split_rows(batch, self.shard) if self.shard.size > 1 else batch
+        segments = [length for row in lengths for length in (*row, self.max_seq_len - sum(row)) if length]
+        if len(segments) != len(lengths):  # otherwise nothing is to be kept apart: attention may take a dense kernel
+            batch |= segment_offsets(segments, self.max_seq_len)
+        rows_of = RowLayout(tuple(length for row in lengths for length in row), tuple(sum(row) for row in lengths))
+        return MicroBatch.of_fields(batch, rows_of).split(self.shard)
 
     def _prepared(self, sample: Sample) -> dict[str, Any]:
         if sample.get("input_ids") is None:
@@ -130,12 +132,6 @@ class MultimodalCollator:
             packed.append(torch.cat([*parts, tail.expand(*axes, len(tail))], dim=-1))
         return torch.stack(packed, dim=-2)
 
-    def _with_borders(self, batch: PackedInputs, lengths: Sequence[Sequence[int]]) -> PackedInputs:
-        segments = [part for row in lengths for part in (*row, self.max_seq_len - sum(row)) if part]
-        if len(segments) != len(lengths):  # otherwise nothing is to be kept apart: attention may take a dense kernel
-            batch.update(segment_offsets(segments, self.max_seq_len))
-        return batch
-
 
 def join_items(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor:
     """Return images, sizes or sounds of several documents one after another."""
@@ -156,7 +152,7 @@ def join_compactly(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor 
 def _rule(key: str) -> Field:
     if key not in FIELDS:
         raise DataError(
-            f"a document has {key!r}, and nobody said how it is packed",
-            f"register a rule in FIELDS, or leave it out; {did_you_mean(key, list(FIELDS))}",
+            f"no packing rule for field {key!r} of a document",
+            f"register it in veomni.batch.fields.FIELDS, or leave it out; {did_you_mean(key, list(FIELDS))}",
         )
     return FIELDS.get(key)

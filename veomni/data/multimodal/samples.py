@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS, SOURCE_IDS, PackedInputs
+from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.micro_batch import MicroBatch
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.skipping import SkipBadMedia
 from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument, PlannedMedia
@@ -107,7 +108,7 @@ class MediaSamples:
         arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in made.items()}
         return replace(sample, piece=sample.piece._replace(content=arrays))
 
-    def collate(self, rows: Sequence[Row]) -> PackedInputs:
+    def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows; here pixels are normalised, each written once."""
         packed = [[document for sample in row for document in self._documents(sample)] for row in rows]
         return name_documents(self._collator(packed), rows)
@@ -122,7 +123,7 @@ class MediaSamples:
             found = [self._text(*document) for document in documents_of(sample.piece)]
         if len(self._kinds) > 1:
             for document in found:
-                document[SOURCE_IDS] = torch.full_like(document["input_ids"], sample.ref.source)
+                document["source_ids"] = torch.full_like(document["input_ids"], sample.ref.source)
         return found
 
     def _text(self, tokens: NDArray[Any], weights: TokenWeights | None) -> dict[str, Tensor]:
@@ -130,5 +131,5 @@ class MediaSamples:
         learned = torch.ones(len(ids), dtype=torch.bool) if weights is None else torch.from_numpy(weights != 0)
         document = {"input_ids": ids, "labels": torch.where(learned, ids, IGNORE_INDEX)}
         if weights is not None and weights.dtype != np.bool_:
-            document[LOSS_WEIGHTS] = torch.from_numpy(weights)
+            document["loss_weights"] = torch.from_numpy(weights)
         return document | self._transform.family.per_token(ids)

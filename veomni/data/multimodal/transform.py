@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veomni.batch.fields import FIELDS
-from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS
+from veomni.batch.fields import FIELDS, IGNORE_INDEX
 from veomni.data.multimodal.collate import join_compactly
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
@@ -191,7 +190,7 @@ class MultimodalTransform:
         joined = {key: join_compactly(found, FIELDS.get(key)) for key, found in values.items()}
         joined |= {key: _spread(joined[key], there, FIELDS.get(key).pad) for key, there in places.items()}
         if bool((planned.weights[labels != IGNORE_INDEX] != 1).any()):
-            joined[LOSS_WEIGHTS] = planned.weights
+            joined["loss_weights"] = planned.weights
         return {"input_ids": ids, "labels": labels, **self.family.per_token(ids), **joined}
 
     # ---------------------------------------------------------------- media

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS, PackedInputs
-from veomni.batch.split import SequenceShard, split_rows
+from veomni.batch.documents import RowLayout
+from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.split import SequenceShard
 from veomni.data.text.on_overflow import Samples
 from veomni.data.text.token_cache import TokenizedDocuments
 from veomni.data.text.token_weights import TokenWeights
@@ -22,10 +24,8 @@ Rows = Sequence[NDArray[np.int64]]
 DocumentTokens = tuple[NDArray[Any], TokenWeights | None]
 """Token ids ``[tokens]``, and what the loss of each weighs; None weighs all 1."""
 
-MicroBatchInputs = PackedInputs
 
-
-class MicroBatches(Dataset[MicroBatchInputs]):
+class MicroBatches(Dataset[MicroBatch]):
     """Makes a micro-batch from the sample indices of its rows; what loader workers hold.
 
     Args:
@@ -43,18 +43,17 @@ class MicroBatches(Dataset[MicroBatchInputs]):
         self.capacity, self.pad_token_id = capacity, pad_token_id
         self.shard = shard
 
-    def __getitem__(self, rows: Rows) -> MicroBatchInputs:
+    def __getitem__(self, rows: Rows) -> MicroBatch:
         """Return ``[batch, seq]`` tensors for ``rows``, each the indices of its samples; a row may be empty."""
         documents = [[self._document(int(sample)) for sample in samples] for samples in rows]
-        batch = pack_rows(documents, self.capacity, self.pad_token_id)
-        return split_rows(batch, self.shard) if self.shard.size > 1 else batch
+        return pack_rows(documents, self.capacity, self.pad_token_id).split(self.shard)
 
     def _document(self, sample: int) -> DocumentTokens:
         taken = (column[sample] for column in (self.samples.document, self.samples.start, self.samples.length))
         return self.documents.part(*map(int, taken))
 
 
-def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token_id: int) -> PackedInputs:
+def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token_id: int) -> MicroBatch:
     """Return ``[batch, seq]`` tensors for rows of documents; a row may be empty.
 
     Args:
@@ -91,13 +90,12 @@ def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token
             segments.append(capacity - at)
             positions[row, at:] = np.arange(capacity - at)
     tensors = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    batch = PackedInputs({name: torch.from_numpy(array) for name, array in tensors.items()})
+    fields: dict[str, Any] = {name: torch.from_numpy(array) for name, array in tensors.items()}
     if weighed is not None and (weighed[labels != IGNORE_INDEX] != 1).any():
-        batch[LOSS_WEIGHTS] = torch.from_numpy(weighed)
-    batch.document_lengths, batch.row_lengths = tuple(lengths), tuple(filled)
+        fields["loss_weights"] = torch.from_numpy(weighed)
     if len(segments) != len(rows):  # otherwise nothing is to be kept apart: attention may take a dense kernel
-        batch.update(segment_offsets(segments, capacity))
-    return batch
+        fields |= segment_offsets(segments, capacity)
+    return MicroBatch.of_fields(fields, RowLayout(tuple(lengths), tuple(filled)))
 
 
 def segment_offsets(segments: list[int], capacity: int) -> dict[str, Any]:
@@ -116,9 +114,3 @@ def segment_offsets(segments: list[int], capacity: int) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def with_values(batch: MicroBatchInputs, change: Callable[[Any], Any]) -> MicroBatchInputs:
-    """Return a micro-batch with every value changed, that still knows its documents."""
-    changed = PackedInputs({name: change(value) for name, value in batch.items()})
-    return changed.like(batch)

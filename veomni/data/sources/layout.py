@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from veomni.batch.micro_batch import LOSS_WEIGHTS
 from veomni.data.sources.formats import FORMATS, MESSAGES, RecordFormat
 from veomni.data.sources.media_records import texts_of
 from veomni.data.sources.records import MEDIA_KEYS, TOOLS_KEY, Document, field_of, messages_of, text_of
@@ -14,7 +13,7 @@ from veomni.data.text.preference import PREFERENCE_KEYS, pair_of
 from veomni.data.text.transforms import TRANSFORMS
 from veomni.errors import DataError
 
-_TOKENS = ("input_ids", "labels", LOSS_WEIGHTS)
+_TOKENS = ("input_ids", "labels", "loss_weights")
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from veomni.batch.micro_batch import SOURCE_IDS, PackedInputs
-from veomni.batch.split import SequenceShard, split_rows
+from veomni.batch.micro_batch import MicroBatch, Origin
+from veomni.batch.split import SequenceShard
 from veomni.data.packing.rows import DocumentTokens, pack_rows
 from veomni.data.sources.records import Document
 from veomni.data.text.on_overflow import refuse_overlong
@@ -115,7 +115,7 @@ class SampleMaker(Protocol):
     def complete(self, sample: Sample) -> Sample | None:
         """Return a sample that is to leave in a row, with all it holds; None if it cannot be used after all."""
 
-    def collate(self, rows: Sequence[Row]) -> PackedInputs:
+    def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows of complete samples."""
 
 
@@ -184,13 +184,13 @@ class TextSamples:
         """Return a sample, which is complete."""
         return sample
 
-    def collate(self, rows: Sequence[Row]) -> PackedInputs:
+    def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows."""
         documents = [[part for sample in row for part in documents_of(sample.piece)] for row in rows]
         batch = name_documents(pack_rows(documents, self._capacity, self._pad), rows)
         if len(self._transforms) > 1:
-            batch[SOURCE_IDS] = self._sources_of(rows)
-        return split_rows(batch, self._shard) if self._shard.size > 1 else batch
+            batch = replace(batch, targets=replace(batch.targets, source_ids=self._sources_of(rows)))
+        return batch.split(self._shard)
 
     def _sources_of(self, rows: Sequence[Row]) -> Tensor:
         ids = np.full((len(rows), self._capacity), -1, np.int64)
@@ -221,12 +221,12 @@ def documents_of(piece: Piece) -> list[DocumentTokens]:
     return found
 
 
-def name_documents(batch: PackedInputs, rows: Sequence[Row]) -> PackedInputs:
-    """Let a micro-batch know where the documents of its rows come from, and return it."""
+def name_documents(batch: MicroBatch, rows: Sequence[Row]) -> MicroBatch:
+    """Return a micro-batch with the origin of its documents."""
     samples = [sample for row in rows for sample in row]
-    batch.document_sources = tuple(sample.ref.source for sample in samples for _ in sample.piece.lengths)
-    batch.document_ids = tuple(name for sample in samples for name in _names(sample))
-    return batch
+    ids = tuple(name for sample in samples for name in _names(sample))
+    sources = tuple(sample.ref.source for sample in samples for _ in sample.piece.lengths)
+    return replace(batch, origin=Origin(ids, sources))
 
 
 def _names(sample: Sample) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from veomni.batch.micro_batch import IGNORE_INDEX, LOSS_WEIGHTS
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.data.sources.records import Document, conversation_of, field_of, is_weight, text_of
 from veomni.data.text.conversation import tokenize_conversations
 from veomni.data.text.preference import Pair, pair_of
@@ -151,15 +151,15 @@ def _given_tokens(document: Document, vocabulary: int) -> Encoded:
 
 
 def _given_weights(document: Document, count: int) -> list[float] | None:
-    value = document.record.get(LOSS_WEIGHTS)
+    value = document.record.get("loss_weights")
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != count:
-        problem = f"{document.where}: field {LOSS_WEIGHTS!r} is no list of {count} numbers"
+        problem = f"{document.where}: field {'loss_weights'!r} is no list of {count} numbers"
         raise DataError(problem, "give each of the input_ids one")
     for at, weight in enumerate(value):
         if not is_weight(weight):
-            problem = f"{document.where}: weight {at} in field {LOSS_WEIGHTS!r} is {weight!r}"
+            problem = f"{document.where}: weight {at} in field {'loss_weights'!r} is {weight!r}"
             raise DataError(problem, "use 0 (the token is not learned) or a positive number")
     return value
 

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veomni.batch.fields import FIELDS, Field
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.registry import Registry
 
 
@@ -241,11 +240,3 @@ def _waves(moment: Tensor, width: int) -> Tensor:
     angles = moment * 1000.0 * torch.exp(-math.log(10000.0) * exponents)
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
     return F.pad(waves, (0, width - waves.shape[-1]))
-
-
-FIELDS.register("codes")(Field("token", IGNORE_INDEX))
-FIELDS.register("codes_next")(Field("token", IGNORE_INDEX, counts="codes"))
-for _name in ("latents", "latents_next", "latents_noise"):
-    FIELDS.register(_name)(Field("token"))
-FIELDS.register("latents_place")(Field("token", -1.0))
-FIELDS.register("latents_time")(Field("token", -1.0, counts="latents"))

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.batch.micro_batch import SEQUENCE_SIZE
+from veomni.batch.documents import RowLayout
+from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
 from veomni.models.traits.trial import (
     FIRST,
@@ -141,9 +143,10 @@ def _run_installed(model: nn.Module, body: Any, probe: _Probe) -> None:
 
 
 def _output(model: nn.Module, tokens: Tensor, positions: Tensor, size: int, name: str) -> Tensor:
-    inputs = {"input_ids": tokens[None], "position_ids": positions[None], SEQUENCE_SIZE: size, "use_cache": False}
+    inputs = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False}
+    micro = MicroBatch(inputs, RowLayout(shard=SequenceShard(size)))
     try:
-        output = model(**inputs)
+        output = model(**micro.inputs)
     except ModelError:
         raise
     except Exception as error:  # whatever a model's own forward raises, it cannot be given parts of rows

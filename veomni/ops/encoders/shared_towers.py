@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from veomni.batch.micro_batch import SEQUENCE_SIZE
+from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.errors import DataError
 from veomni.ops.comm.sequence_exchange import gather_sequence
@@ -49,7 +49,8 @@ class _Placeholders:
 
     def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Keep what tells placeholders; give whole rows of ``token_type_ids``, which models build masks from."""
-        self.split = SEQUENCE_SIZE in kwargs
+        micro = MicroBatch.of_call(kwargs)
+        self.split = micro is not None and micro.rows.shard.size > 1
         self.tokens, self.types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
         types = kwargs.get("token_type_ids")
         return args, {**kwargs, "token_type_ids": self._whole(types)} if self.split and types is not None else kwargs

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 
 CHUNK_ELEMENTS = 1 << 29
 """Logits held at once: 2^29 elements are 1 GiB in bf16, which fills a matrix unit and is small beside activations."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.batch.micro_batch import SEQUENCE_SIZE
+from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
 from veomni.models.traits.sequence_layers import layer_outside_attention
 from veomni.models.transformers_api.capabilities import is_pretrained
@@ -73,7 +73,7 @@ def isolate_documents(model: nn.Module) -> None:
         if reason is not None and row is not None and row.documents is not None:
             raise ModelError(reason, "set data.packing to none, so that every row is one document")
         _row.set(row if row is None else replace(row, towers=towers))
-        return args, {name: value for name, value in kwargs.items() if name != SEQUENCE_SIZE}
+        return args, kwargs
 
     def retire(module: nn.Module, args: Any, output: Any) -> None:
         _row.set(None)
@@ -106,10 +106,11 @@ def row_of(inputs: Mapping[str, Any]) -> Row | None:
         return None
     rows = positions[0] if positions.dim() == 3 else positions
     borders = inputs.get("cu_seq_lens_q")
-    if SEQUENCE_SIZE in inputs:
+    micro = MicroBatch.of_call(inputs)
+    if micro is not None and micro.rows.shard.size > 1:
         if borders is None:
             return Row(None)
-        return Row(_documents_between(borders, rows.shape[0], rows.shape[1] * inputs[SEQUENCE_SIZE]))
+        return Row(_documents_between(borders, rows.shape[0], rows.shape[1] * micro.rows.shard.size))
     documents = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
     if borders is None and not bool(documents[:, -1].any()):
         return None

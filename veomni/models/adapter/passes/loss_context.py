@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from veomni.batch.micro_batch import LOSS_WEIGHTS, SOURCE_IDS, PackedInputs
+from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.shift import shift_left
 from veomni.models.adapter.passes.source_losses import SourceLosses
 
@@ -45,20 +42,12 @@ class LossContext:
     predictions: Predictions | None = None
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any], device: torch.device) -> LossContext:
-        """Return what a micro-batch, or this rank's part of it, tells the loss.
-
-        Args:
-            inputs: As ``veomni/batch/micro_batch.py`` describes it.
-            device: Where the loss is computed.
-        """
+    def of(cls, micro: MicroBatch) -> LossContext:
+        """Return what the loss of a micro-batch, on the device of the loss, depends on beside its labels."""
         context = cls()
-        weights = inputs.get(LOSS_WEIGHTS)
+        weights = micro.targets.loss_weights
         if weights is not None:
-            shifted = weights if "shift_labels" in inputs else shift_left(weights, 1.0)
-            context.token_weights = shifted.to(device, non_blocking=True)
-        if SOURCE_IDS in inputs:
-            assert isinstance(inputs, PackedInputs)
-            ids = inputs[SOURCE_IDS].to(device, non_blocking=True)
-            context.by_source = SourceLosses(ids, len(inputs.source_names))
+            context.token_weights = weights if "shift_labels" in micro.inputs else shift_left(weights, 1.0)
+        if micro.targets.source_ids is not None:
+            context.by_source = SourceLosses(micro.targets.source_ids, len(micro.origin.source_names))
         return context

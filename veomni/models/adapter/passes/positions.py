@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veomni.families.mrope import FRACTION_PARTS, FRACTIONS
+from veomni.batch.micro_batch import MicroBatch
+from veomni.families.mrope import FRACTION_PARTS
 from veomni.models.transformers_api.encoders import rope_rule
 
 
 def add_fractions(model: nn.Module) -> None:
-    """Let a model with time, height and width take ``position_fractions`` beside its position ids.
+    """Add a micro-batch's ``position_fractions`` to the position ids of a model with time, height and width.
 
     They are added where the rotary embedding is computed: position ids stay integers all the way, which mixed
-    precision leaves alone. Without the key nothing changes.
+    precision leaves alone. Without fractions nothing changes.
 
     Args:
         model: A transformers model, before it is sharded.
@@ -23,9 +24,9 @@ def add_fractions(model: nn.Module) -> None:
         return
     given: list[Tensor | None] = [None]
 
-    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given[0] = kwargs.get(FRACTIONS)
-        return args, {name: value for name, value in kwargs.items() if name != FRACTIONS}
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        micro = MicroBatch.of_call(kwargs)
+        given[0] = None if micro is None else micro.rows.position_fractions
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if given[0] is None:

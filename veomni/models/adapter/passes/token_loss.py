@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.batch.micro_batch import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.shift import shift_left
 from veomni.errors import ModelError
 from veomni.logging import create_logger

@@ -1,0 +1,115 @@
+"""The rows of a micro-batch: their documents, their padding, and which of their positions this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veomni.batch.split import WHOLE_ROWS, SequenceShard, row_shape
+from veomni.errors import DataError
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How documents lie in rows.
+
+    Attributes:
+        document_lengths: Tokens of each document, without padding; throughput and FLOPs are counted from them.
+        row_lengths: Tokens of each row before its padded tail; None where padding is not located.
+        digest: Distinguishes the whole rows that this is a shard of; 0 for whole rows.
+        shard: Which positions of the rows this rank holds.
+        position_fractions: What position ids have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of 2^24;
+            None where they are whole.
+    """
+
+    document_lengths: tuple[int, ...] = ()
+    row_lengths: tuple[int, ...] | None = None
+    digest: int = 0
+    shard: SequenceShard = WHOLE_ROWS
+    position_fractions: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> RowLayout:
+        """Return the layout of a batch that has none: every row is one document, padded where its mask is 0."""
+        return cls(_lengths_of(inputs), position_fractions=position_fractions)
+
+
+def _lengths_of(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return tuple(int(length) for length in mask.bool().sum(-1))
+    ids = inputs.get("input_ids")
+    if ids is None and isinstance(inputs.get("inputs_embeds"), Tensor):
+        ids = inputs["inputs_embeds"][..., 0]
+    if not isinstance(ids, Tensor) or ids.is_nested or not ids.dim():
+        return ()
+    return (int(ids.shape[-1]),) * (ids.numel() // max(1, int(ids.shape[-1])))
+
+
+def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
+    """Return which of this rank's positions hold a token, bool ``[batch, seq]``; None where all of them do.
+
+    Args:
+        inputs: The model's arguments, of whole rows or of this rank's shard.
+        rows: Their layout.
+
+    Raises:
+        DataError: rows are padded, and it is not known where.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return None if bool(mask.all()) else mask.bool()
+    if rows.row_lengths is None and not rows.document_lengths:
+        return None
+    batch, held = row_shape(inputs)
+    positions = held * rows.shard.size
+    lengths = located_row_lengths(rows, batch, positions)
+    if lengths is None:
+        raise _unknown_padding(rows.document_lengths, batch * positions)
+    filled = torch.tensor(lengths)
+    if bool((filled == positions).all()):
+        return None
+    return rows.shard.indices(positions).expand(batch, -1) < filled[:, None]
+
+
+def document_numbers(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor:
+    """Return which of the batch's documents each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding.
+
+    Args:
+        inputs: The model's arguments, of whole rows or of this rank's shard.
+        rows: Their layout.
+
+    Raises:
+        DataError: rows are padded, and it is not known where.
+    """
+    batch, held = row_shape(inputs)
+    length, lengths = held * rows.shard.size, rows.document_lengths
+    filled = located_row_lengths(rows, batch, length)
+    if filled is None and len(lengths) == batch:  # padded, on either side
+        return torch.arange(batch)[:, None].expand(batch, held)
+    if filled is None and lengths:
+        raise _unknown_padding(lengths, batch * length)
+    numbers = torch.full((batch, length), -1)
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    for row, tokens in enumerate(documents.split(filled) if filled else ()):
+        numbers[row, : len(tokens)] = tokens
+    return numbers[:, rows.shard.indices(length)]
+
+
+def located_row_lengths(rows: RowLayout, batch: int, length: int) -> tuple[int, ...] | None:
+    """Return the tokens of each of ``batch`` rows of ``length`` positions; None where there is padding somewhere."""
+    if rows.row_lengths is not None or not rows.document_lengths:
+        return rows.row_lengths
+    return (length,) * batch if sum(rows.document_lengths) == batch * length else None
+
+
+def _unknown_padding(documents: Sequence[int], positions: int) -> DataError:
+    return DataError(
+        f"the documents of a batch hold {sum(documents)} of its {positions} tokens, and it does not say which the "
+        "others are",
+        "give RowLayout.row_lengths, the tokens of each row before its padded tail",
+    )
