@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
-from tests.parity.documents import global_rows, pack
 from veomni.batch.counts import label_count, row_count, supervised_tokens, token_weight
 from veomni.batch.documents import RowLayout
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
 from veomni.errors import DataError
+from veomni.testing.documents import global_rows, pack
 
 LENGTHS = (7, 13, 17)
 
