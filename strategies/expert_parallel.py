@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.errors import LayoutError, ModelError
-from veomni.ops.experts.exchange import EXCHANGE, Departed, ExpertExchange
+from veomni.ops.experts.exchange import EXCHANGE, Dispatch, ExpertExchange
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
@@ -75,7 +75,7 @@ class ExpertParallel:
     def _exchange_of(self, model: nn.Module, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")
         experts = int(model.get_submodule(name).num_experts)  # type: ignore[arg-type]
-        shared = shared_experts_beside(model, name, lambda hidden, index: Departed(hidden, index, experts, plain))
+        shared = shared_experts_beside(model, name, lambda hidden, index: Dispatch(hidden, index, experts, plain))
         return replace(plain, shared=shared)
 
     def shard(

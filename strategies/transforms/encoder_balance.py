@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from veomni.ops.comm.all_to_all import Splits, all_to_all
 from veomni.ops.encoders.towers import Encode, Items, towers_of
 
 _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -129,7 +129,7 @@ class _Balance:
         shape = chosen.shape[1:]
         send = [sum(plan.lengths[rank][number] for number in plan.sent(rank, target)) for target in ranks]
         come = [sum(plan.lengths[source][number] for number in plan.sent(source, rank)) for source in ranks]
-        values = _all_to_all(chosen.flatten(1), send, come, self.group)
+        values = all_to_all(chosen.flatten(1), Splits(send, come), self.group)
         parts = [plan.sizes[source][plan.sent(source, rank)] for source in ranks]
         sizes = None if items.sizes is None else torch.cat(parts)
         return Items(items.kind, values.reshape(len(values), *shape), sizes)
@@ -151,28 +151,8 @@ class _Balance:
         rank, ranks = self.group.rank(), range(self.group.size())
         send = [sum(counts[source][number] for number in plan.sent(source, rank)) for source in ranks]
         come = [sum(counts[rank][number] for number in plan.sent(rank, target)) for target in ranks]
-        received: Tensor = _Exchange.apply(features, send, come, self.group)
+        received = all_to_all(features, Splits(send, come), self.group)
         order = [number for target in ranks for number in plan.sent(rank, target)]
         pieces = received.split([counts[rank][number] for number in order]) if order else (received,)
         placed = dict(zip(order, pieces, strict=False))
         return [placed[number] for number in sorted(placed)] or [received]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _all_to_all(rows: Tensor, send: list[int], come: list[int], group: ProcessGroup) -> Tensor:
-    received = rows.new_empty(sum(come), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), come, send, group=group)
-    return received
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows to other ranks; the gradient of a row comes back from where it went."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], come: list[int], group: ProcessGroup) -> Tensor:
-        ctx.send, ctx.come, ctx.group = send, come, group
-        return _all_to_all(rows, send, come, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_to_all(grads[0], ctx.come, ctx.send, ctx.group), None, None, None

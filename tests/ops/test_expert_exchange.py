@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from veomni.ops.experts.exchange import Departed, ExpertExchange, exchange_experts
+from veomni.ops.experts.exchange import Dispatch, ExpertExchange, exchange_experts
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.testing.ranks import run_ranks
 
@@ -238,8 +238,8 @@ def block_with_shared(shared_first: bool, ahead: bool = True) -> tuple[Block, li
     block, plain, seen = Block(None, shared_first), ExpertExchange(dist.group.WORLD), []
     run = block.shared_experts.forward
     block.shared_experts.forward = lambda input: seen.append("shared") or run(input)
-    depart = lambda hidden, index: Departed(hidden, index, EXPERTS, plain)  # noqa: E731
-    block.exchange = replace(plain, shared=shared_experts_beside(block, "experts", depart) if ahead else None)
+    dispatch = lambda hidden, index: Dispatch(hidden, index, EXPERTS, plain)  # noqa: E731
+    block.exchange = replace(plain, shared=shared_experts_beside(block, "experts", dispatch) if ahead else None)
     return block, seen
 
 

@@ -116,9 +116,9 @@ class Projection:
 
     def __call__(self, hidden):
         store = dist.distributed_c10d._get_default_store()
-        if Projection.gated and dist.get_rank() == 0:
-            store.set(f"{self.name} begun", "")
         with record_function(f"project {self.name}"):
+            if Projection.gated and dist.get_rank() == 0:
+                store.set(f"{self.name} begun", "")
             projected = self.forward(hidden)
         if Projection.gated and dist.get_rank() == 1 and self.name in FOLLOWS:
             store.wait([f"{FOLLOWS[self.name]} begun"])

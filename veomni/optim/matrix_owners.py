@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from veomni.errors import ModelError
+from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits
 from veomni.optim.newton_schulz import newton_schulz_flops
 
 _ROUND_ELEMENTS = 2**26
@@ -173,28 +174,28 @@ class MatrixOwners:
             read: Returns this rank's shard of a matrix, on any device.
             work: What is done to whole matrices.
         """
-        trips = [_Trip(self, owned) for owned in self.rounds]
-        for trip in trips[:1]:
-            trip.depart(read)
-        for index, trip in enumerate(trips):
-            if index + 1 < len(trips):
-                trips[index + 1].depart(read)
-            trip.visit(work)
+        rounds = [_Round(self, owned) for owned in self.rounds]
+        for first in rounds[:1]:
+            first.dispatch(read)
+        for index, current in enumerate(rounds):
+            if index + 1 < len(rounds):
+                rounds[index + 1].dispatch(read)
+            current.work(work)
             if index:
-                yield from trips[index - 1].come_home()
-        for trip in trips[-1:]:
-            yield from trip.come_home()
+                yield from rounds[index - 1].combine()
+        for last in rounds[-1:]:
+            yield from last.combine()
 
 
 def _share_out(matrices: Sequence[Matrix], replicas: int, ranks: int) -> Iterator[Owned]:
     """Yield rounds of matrices by owner; the same on all ranks."""
     heap = [(0, replica, rank) for replica in range(replicas) for rank in range(ranks)]
     limit = _ROUND_ELEMENTS * len(heap)
-    owned, elements = _nobodys(replicas, ranks), 0
+    owned, elements = _no_matrices(replicas, ranks), 0
     for matrix in sorted(matrices, key=lambda matrix: -newton_schulz_flops(*matrix.shape)):
         if elements and elements + math.prod(matrix.shape) > limit:
             yield owned
-            owned, elements = _nobodys(replicas, ranks), 0
+            owned, elements = _no_matrices(replicas, ranks), 0
         cost, replica, rank = heap[0]
         heapq.heapreplace(heap, (cost + newton_schulz_flops(*matrix.shape), replica, rank))
         owned[replica][rank].append(matrix)
@@ -203,32 +204,32 @@ def _share_out(matrices: Sequence[Matrix], replicas: int, ranks: int) -> Iterato
         yield owned
 
 
-def _nobodys(replicas: int, ranks: int) -> Owned:
+def _no_matrices(replicas: int, ranks: int) -> Owned:
     return [[[] for _ in range(ranks)] for _ in range(replicas)]
 
 
-class _Trip:
-    """The matrices of a round: sent to their owners, worked on, and sent home."""
+class _Round:
+    """The matrices of a round: shards are sent to the owners, and shards of the results back."""
 
     def __init__(self, owners: MatrixOwners, owned: Owned) -> None:
         self.owners, self.owned = owners, owned
         ranks, rank, here = owners.ranks, owners.rank, owned[owners.replica]
         self.mine = here[rank]
-        self.departing = [_elements(matrices, ranks, rank) for matrices in here]
-        self.arriving = [_elements(self.mine, ranks, source) for source in range(ranks)]
-        self.flight: _Flight | None = None
+        sent = [_elements(matrices, ranks, rank) for matrices in here]
+        self.splits = Splits(sent, [_elements(self.mine, ranks, source) for source in range(ranks)])
+        self.exchange: AsyncAllToAll | None = None
 
-    def depart(self, read: Callable[[Matrix], Tensor]) -> None:
+    def dispatch(self, read: Callable[[Matrix], Tensor]) -> None:
         """Send this rank's shards to the owners among the ranks of its replica."""
         owners = self.owners
         shards = [read(matrix).reshape(-1) for matrices in self.owned[owners.replica] for matrix in matrices]
-        cargo = torch.cat(shards).to(owners.device, owners.dtype) if shards else owners.empty(0)
-        self.flight = _Flight(cargo, self.departing, self.arriving, owners.exchange_group)
+        rows = torch.cat(shards).to(owners.device, owners.dtype) if shards else owners.empty(0)
+        self.exchange = AsyncAllToAll.start(rows, self.splits, owners.exchange_group)
 
-    def visit(self, work: Work) -> None:
+    def work(self, work: Work) -> None:
         """Work on the matrices that this rank owns, and send every rank its shards of the results."""
         owners = self.owners
-        wholes = self._assemble(self._land())
+        wholes = self._assemble(self._wait())
         by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for index, whole in enumerate(wholes):
             by_shape[whole.shape].append(index)
@@ -241,21 +242,21 @@ class _Trip:
             for rank in range(owners.ranks)
             for matrix, whole in zip(self.mine, wholes, strict=True)
         ]
-        cargo = torch.cat(shards) if shards else owners.empty(0)
-        self.flight = _Flight(cargo, self.arriving, self.departing, owners.exchange_group)
+        rows = torch.cat(shards) if shards else owners.empty(0)
+        self.exchange = AsyncAllToAll.start(rows, self.splits.back(), owners.exchange_group)
 
     def _assemble(self, received: Tensor) -> list[Tensor]:
         ranks = self.owners.ranks
         parts: list[list[Tensor]] = [[] for _ in self.mine]
-        for source, block in enumerate(received.split(self.arriving)):
+        for source, block in enumerate(received.split(self.splits.received)):
             for part, shard in zip(parts, _unpack(block, self.mine, ranks, source), strict=True):
                 part.append(shard)
         return [torch.cat(part, dim=matrix.dim or 0) for part, matrix in zip(parts, self.mine, strict=True)]
 
-    def come_home(self) -> Iterator[tuple[Matrix, Tensor]]:
+    def combine(self) -> Iterator[tuple[Matrix, Tensor]]:
         """Yield this rank's shards of the results, those that other replicas worked on included."""
         owners = self.owners
-        for matrices, flat in zip(self.owned, self._from_all_replicas(self._land()), strict=True):
+        for matrices, flat in zip(self.owned, self._from_all_replicas(self._wait()), strict=True):
             here = [matrix for rank in matrices for matrix in rank]
             yield from zip(here, _unpack(flat, here, owners.ranks, owners.rank), strict=True)
 
@@ -274,27 +275,10 @@ class _Trip:
             work.wait()
         return results
 
-    def _land(self) -> Tensor:
-        assert self.flight is not None
-        flight, self.flight = self.flight, None
-        return flight.land()
-
-
-class _Flight:
-    """Numbers on their way from every rank to every other; without a group they stay here."""
-
-    def __init__(self, cargo: Tensor, sent: list[int], received: list[int], group: ProcessGroup | None) -> None:
-        self._cargo = self._arrived = cargo  # what is sent must live as long as it travels
-        self._work: dist.Work | None = None
-        if group is not None:
-            self._arrived = cargo.new_empty(sum(received))
-            self._work = dist.all_to_all_single(self._arrived, cargo, received, sent, group=group, async_op=True)
-
-    def land(self) -> Tensor:
-        """Wait, and return what arrived."""
-        if self._work is not None:
-            self._work.wait()
-        return self._arrived
+    def _wait(self) -> Tensor:
+        exchange, self.exchange = self.exchange, None
+        assert exchange is not None
+        return exchange.wait()
 
 
 def _unpack(flat: Tensor, matrices: Sequence[Matrix], ranks: int, rank: int) -> Iterator[Tensor]:

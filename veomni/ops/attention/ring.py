@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
@@ -25,6 +24,7 @@ from veomni.errors import LayoutError, ModelError
 from veomni.models.transformers_api.masks import is_plain_causal
 from veomni.ops.attention.block import accumulation_dtype, attend, attend_backward, merge_into
 from veomni.ops.attention.varlen import in_autocast_dtype
+from veomni.ops.comm.ring import RingStep
 
 RING = "ring"
 MASK_RULE = "mask_rule"
@@ -134,35 +134,8 @@ class _Ring:
                     causal=self.rule.plain_causal and kv_chunk == q_chunk,
                 )
 
-    def send(self, *tensors: Tensor) -> _Journey:
-        return _Journey(tensors, self.group)
-
-
-class _Journey:
-    """Tensors on their way to the next rank, while those of the rank before are on their way here.
-
-    An all-to-all in which only neighbours have something for each other: unlike sends and receives it works on every
-    backend and device that Ulysses works on, and needs no order to keep two ranks from waiting for each other.
-
-    Args:
-        tensors: Of the same shapes and format on all ranks.
-        group: The ring.
-    """
-
-    def __init__(self, tensors: tuple[Tensor, ...], group: ProcessGroup) -> None:
-        self._shapes = [tensor.shape for tensor in tensors]
-        self._sent = torch.cat([tensor.reshape(-1) for tensor in tensors])  # kept until it has left
-        self._received = torch.empty_like(self._sent)
-        size, rank = group.size(), group.rank()
-        sent, received = [0] * size, [0] * size
-        sent[(rank + 1) % size] = received[(rank - 1) % size] = len(self._sent)
-        self._work: Any = dist.all_to_all_single(self._received, self._sent, received, sent, group=group, async_op=True)
-
-    def arrive(self) -> list[Tensor]:
-        """Wait for the tensors of the rank before."""
-        self._work.wait()
-        parts = self._received.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+    def send(self, *tensors: Tensor) -> RingStep:
+        return RingStep(tensors, self.group)
 
 
 class _RingAttention(torch.autograd.Function):
@@ -198,7 +171,7 @@ def _forward(ring: _Ring, query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
             )  # fmt: skip
             merge_into(output[:, :, queries], lse[:, :, queries], part, part_lse)
         if coming is not None:
-            key, value = coming.arrive()
+            key, value = coming.wait()
     return output, lse
 
 
@@ -213,7 +186,7 @@ def _backward(
     key_dtype, value_dtype = key.dtype, value.dtype
     grad_query = torch.zeros_like(query, dtype=accumulation_dtype(query.dtype))
     last = (ring.group.rank() + 1) % ring.group.size()
-    behind: _Journey | None = None
+    behind: RingStep | None = None
     for source in ring.sources():
         coming = None if source == last else ring.send(key, value)
         grad_key, grad_value = (torch.zeros_like(part, dtype=grad_query.dtype) for part in (key, value))
@@ -227,13 +200,13 @@ def _backward(
             grad_key[:, :, keys] += parts[1]
             grad_value[:, :, keys] += parts[2]
         if behind is not None:
-            for so_far, total in zip(behind.arrive(), (grad_key, grad_value), strict=True):
+            for so_far, total in zip(behind.wait(), (grad_key, grad_value), strict=True):
                 total += so_far
         behind = ring.send(grad_key, grad_value)
         if coming is not None:
-            key, value = coming.arrive()
+            key, value = coming.wait()
     assert behind is not None
-    grad_key, grad_value = behind.arrive()
+    grad_key, grad_value = behind.wait()
     return grad_query.to(query.dtype), grad_key.to(key_dtype), grad_value.to(value_dtype)
 
 

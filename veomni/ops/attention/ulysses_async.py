@@ -1,4 +1,4 @@
-"""Ulysses with its exchanges under the projections: q travels while k is projected, k while v is, and so backwards.
+"""Ulysses with its exchanges under the projections: q is exchanged while k is projected, and k while v is.
 
 An attention module of the standard form keeps its own forward. Around it, queries, keys and values are projected from
 this rank's positions and sent as each is ready; the module's forward then runs as if it held the whole row and a part
@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, on_exchanged_heads, refuse_heads
+from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -88,7 +88,7 @@ class _Overlapped:
         self.inner: Callable[..., Any] = module.forward
         self.signature = inspect.signature(self.inner)
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
-        self.arriving: dict[str, _Flight] = {}
+        self.exchanges: dict[str, AsyncAllToAll] = {}
         for name in _PROJECTIONS[:3]:
             getattr(module, name).forward = self._hand_out(name)
         module.o_proj.forward = self._send_back  # type: ignore[union-attr]
@@ -102,24 +102,29 @@ class _Overlapped:
         bound = self.signature.bind(*args, **kwargs)
         hidden = bound.arguments["hidden_states"]
         for name in _PROJECTIONS[:3]:
-            self.arriving[name] = self._launch(name, self.project[name](hidden))
+            self.exchanges[name] = self._start(name, self.project[name](hidden))
         shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
         bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
         bound.arguments["position_embeddings"] = self.tables.whole(bound.arguments["position_embeddings"])
         with on_exchanged_heads():
             return self.inner(*bound.args, **bound.kwargs)
 
-    def _launch(self, name: str, projected: Tensor) -> _Flight:
+    def _start(self, name: str, projected: Tensor) -> AsyncAllToAll:
         heads = projected.unflatten(-1, (-1, self.module.head_dim))
+        size = self.group.size()
         if name == "q_proj":
-            refuse_heads(heads.shape[2], self.group.size())
-        repeats = math.lcm(heads.shape[2], self.group.size()) // heads.shape[2]
-        return _Flight(heads.repeat_interleave(repeats, dim=2) if repeats > 1 else heads, self.group)
+            refuse_heads(heads.shape[2], size)
+        repeats = math.lcm(heads.shape[2], size) // heads.shape[2]
+        if repeats > 1:
+            heads = heads.repeat_interleave(repeats, dim=2)
+        return AsyncAllToAll.start(heads.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4), None, self.group)
 
     def _hand_out(self, name: str) -> Callable[[Tensor], Tensor]:
         def forward(hidden: Tensor) -> Tensor:
-            flight = self.arriving.pop(name, None)
-            return self.project[name](hidden) if flight is None else flight.land().flatten(2)
+            exchange = self.exchanges.pop(name, None)
+            if exchange is None:
+                return self.project[name](hidden)
+            return exchange.wait().transpose(0, 1).flatten(1, 2).flatten(2)  # [batch, seq, heads / P * head_dim]
 
         return forward
 
@@ -149,65 +154,6 @@ class _RotaryTables:
         whole = gather_sequence(table, self.group, dim=-2)
         self.known = [*self.known[-7:], (table, whole)]  # cosine and sine, of up to four kinds of layers
         return whole
-
-
-class _Flight:
-    """Positions on their way to become heads.
-
-    Args:
-        heads: ``[batch, seq / P, heads, head_dim]``, heads a multiple of P.
-        group: The ranks that share the sequence.
-    """
-
-    def __init__(self, heads: Tensor, group: ProcessGroup) -> None:
-        self.group = group
-        self.work: dist.Work | None = None
-        self.sent: Tensor | None = None  # must live as long as it travels
-        self.buffer: Tensor = _Launch.apply(self, heads)
-
-    def land(self) -> Tensor:
-        """Wait, and return ``[batch, seq, heads / P, head_dim]``."""
-        landed: Tensor = _Land.apply(self, self.buffer)
-        return landed
-
-    def start(self, buffer: Tensor) -> Tensor:
-        received = torch.empty_like(buffer)
-        self.work, self.sent = dist.all_to_all_single(received, buffer, group=self.group, async_op=True), buffer
-        return received
-
-    def wait(self) -> None:
-        assert self.work is not None
-        self.work.wait()
-        self.work = self.sent = None
-
-
-class _Launch(torch.autograd.Function):
-    """``[batch, seq / P, heads, head_dim]`` to the buffer ``[P, batch, seq / P, heads / P, head_dim]`` being filled."""
-
-    @staticmethod
-    def forward(ctx: Any, flight: _Flight, heads: Tensor) -> Tensor:
-        ctx.flight = flight
-        return flight.start(heads.unflatten(2, (flight.group.size(), -1)).permute(2, 0, 1, 3, 4).contiguous())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        ctx.flight.wait()
-        return None, grads[0].permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-class _Land(torch.autograd.Function):
-    """The buffer, once it is filled, to ``[batch, seq, heads / P, head_dim]``; its backward starts the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, flight: _Flight, buffer: Tensor) -> Tensor:
-        ctx.flight = flight
-        flight.wait()
-        return buffer.transpose(0, 1).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        parts = grads[0].unflatten(1, (ctx.flight.group.size(), -1)).transpose(0, 1).contiguous()
-        return None, ctx.flight.start(parts)
 
 
 __all__ = ["attention_modules", "overlap_projections", "why_not_overlapped"]

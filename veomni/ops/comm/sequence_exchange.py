@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from veomni.ops.comm.all_to_all import all_to_all
+
 
 def gather_seq_scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """Give each rank all positions of its share of the heads, for several tensors in one exchange.
@@ -68,14 +70,6 @@ def gather_sequence(tensor: Tensor, group: ProcessGroup, *, dim: int) -> Tensor:
     return result
 
 
-# A graph that holds a process group cannot be compiled; around the exchange a compiled layer breaks in two.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _all_to_all(buffer: Tensor, group: ProcessGroup) -> Tensor:
-    received = torch.empty_like(buffer)
-    dist.all_to_all_single(received, buffer, group=group)
-    return received
-
-
 def _send_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """``[batch, seq / P, heads, head_dim]`` to ``[batch, seq, heads / P, head_dim]``."""
     size = group.size()
@@ -85,7 +79,7 @@ def _send_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     buffer = tensors[0].new_empty(size, batch, local, sum(widths))
     for part, room in zip(parts, buffer.split(widths, dim=-1), strict=True):
         room.unflatten(-1, part.shape[3:]).copy_(part)
-    rows = _all_to_all(buffer, group).transpose(0, 1).reshape(batch, size * local, -1)
+    rows = all_to_all(buffer, None, group).transpose(0, 1).reshape(batch, size * local, -1)
     return [room.unflatten(-1, part.shape[3:]) for part, room in zip(parts, rows.split(widths, dim=-1), strict=True)]
 
 
@@ -101,7 +95,7 @@ def _send_rows(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
         for tensor, room in zip(tensors, rows.split(widths, dim=-1), strict=True):
             room.unflatten(-1, tensor.shape[2:]).copy_(tensor)
     buffer = rows.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
-    received = _all_to_all(buffer, group).permute(1, 2, 0, 3)
+    received = all_to_all(buffer, None, group).permute(1, 2, 0, 3)
     return [
         room.unflatten(-1, tensor.shape[2:]).flatten(2, 3)
         for tensor, room in zip(tensors, received.split(widths, dim=-1), strict=True)

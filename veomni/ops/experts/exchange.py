@@ -1,4 +1,4 @@
-"""Experts that are spread over ranks: tokens travel to them and back.
+"""Experts that are spread over ranks: tokens are dispatched to them and their results combined.
 
 Every rank of the group holds ``num_experts / P`` experts of a layer, in order. Its tokens are sorted by expert, sent to
 the ranks that hold those (one all-to-all of counts, one of rows), sorted there by local expert, run, and sent back the
@@ -6,22 +6,21 @@ same way; each token's results are weighted and summed where it came from. No to
 choice. Gradients are the exact ones of the whole computation: those of an expert are the sum over all tokens that any
 rank of the group sent it.
 
-With several chunks, one chunk's tokens travel while the experts work on another's; the backward mirrors it. The idea is
-that of the VeOmni paper (arXiv:2508.02317) and of COMET (arXiv:2502.19811).
+With several chunks, one chunk's tokens are in flight while the experts run on another's; the backward mirrors it. The
+idea is that of the VeOmni paper (arXiv:2508.02317) and of COMET (arXiv:2502.19811).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits, all_to_all
 from veomni.ops.experts.permute import combine_rows, gather_rows, permute_tokens
 from veomni.ops.experts.routing import Routing, route
 from veomni.ops.experts.shared import SharedExperts
@@ -76,51 +75,49 @@ def exchange_experts(
         ``[tokens, hidden]``: the weighted sum over each token's experts.
     """
     shared = exchange.shared
-    departed = shared.take_departed(hidden, top_k_index) if shared is not None else None
-    if departed is None:
-        departed = Departed(hidden, top_k_index, num_experts, exchange)
+    dispatch = shared.take_dispatch(hidden, top_k_index) if shared is not None else None
+    if dispatch is None:
+        dispatch = Dispatch(hidden, top_k_index, num_experts, exchange)
         if shared is not None:
             shared.run_ahead(hidden)
-    return departed.travel(top_k_weights, run)
+    return dispatch.combine(top_k_weights, run)
 
 
-class Departed:
-    """Tokens on their way to their experts, chunk by chunk; the first chunk is under way."""
+class Dispatch:
+    """Tokens sent to their experts chunk by chunk; the first chunk is in flight."""
 
     def __init__(self, hidden: Tensor, top_k_index: Tensor, num_experts: int, exchange: ExpertExchange) -> None:
         parts = zip(hidden.chunk(exchange.chunks), top_k_index.chunk(exchange.chunks), strict=True)
-        self.trips = [_Trip(tokens, index, num_experts) for tokens, index in parts]
-        received = _exchange_counts([trip.routing for trip in self.trips], exchange.group)
+        self.chunks = [_Chunk(tokens, index, num_experts) for tokens, index in parts]
+        received = _exchange_counts([chunk.routing for chunk in self.chunks], exchange.group)
         layouts = _fixed_layouts if exchange.fixed_size else _exact_layouts
-        for trip, layout in zip(self.trips, layouts(self.trips, received, exchange.group), strict=True):
-            trip.layout = layout
-        self.trips[0].depart()
+        for chunk, layout in zip(self.chunks, layouts(self.chunks, received, exchange.group), strict=True):
+            chunk.layout = layout
+        self.chunks[0].dispatch()
 
-    def travel(self, weights: Tensor, run: RunExperts) -> Tensor:
+    def combine(self, weights: Tensor, run: RunExperts) -> Tensor:
         """Run the experts and return each token's weighted sum, ``[tokens, hidden]``."""
         results: list[Tensor] = []
-        shares = weights.chunk(len(self.trips))
-        for index, trip in enumerate(self.trips):
-            if index + 1 < len(self.trips):
-                self.trips[index + 1].depart()
-            trip.visit(run)
+        shares = weights.chunk(len(self.chunks))
+        for index, chunk in enumerate(self.chunks):
+            if index + 1 < len(self.chunks):
+                self.chunks[index + 1].dispatch()
+            chunk.run_experts(run)
             if index:
-                results.append(self.trips[index - 1].come_home(shares[index - 1]))
-        results.append(self.trips[-1].come_home(shares[-1]))
+                results.append(self.chunks[index - 1].combine(shares[index - 1]))
+        results.append(self.chunks[-1].combine(shares[-1]))
         return torch.cat(results) if len(results) > 1 else results[0]
 
     def cancel(self) -> None:
-        """Wait for what is under way, and forget it."""
-        self.trips[0].flight.wait()
+        """Wait for the chunk in flight and discard it."""
+        self.chunks[0].exchange.wait()
 
 
 def _exchange_counts(routings: Sequence[Routing], group: ProcessGroup) -> Tensor:
     """Return how many rows each rank sends to each expert of this rank, int64 ``[P, chunks, local_experts]``."""
     counts = torch.stack([routing.counts for routing in routings])
     sent = counts.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    return received
+    return all_to_all(sent, None, group)
 
 
 @dataclass(frozen=True)
@@ -131,10 +128,9 @@ class _Layout:
         group: The ranks.
         offsets: Where each local expert's rows end once they are sorted, int32 ``[local_experts]``.
         by_expert: Of every sorted row, its place among those that arrived; and the inverse.
-        sent: Rows sent to each rank, or None where all buffers have one size.
-        received: Rows received from each rank, or None.
-        rows: This rank's rows; the last of them travel nowhere where a token was sent to no expert.
-        slots: Places of this rank's rows in the buffer that travels (behind it: nowhere), or None where they fill it.
+        rows: This rank's rows; the last of them are not sent where a token was sent to no expert.
+        splits: Rows sent to each rank and received from each, or None where all buffers have one size.
+        slots: Places of this rank's rows in the buffer that is sent (behind it: not sent), or None where they fill it.
         room: Rows of that buffer.
     """
 
@@ -143,15 +139,14 @@ class _Layout:
     by_expert: Tensor
     inverse: Tensor
     rows: int
-    sent: list[int] | None = None
-    received: list[int] | None = None
+    splits: Splits | None = None
     slots: Tensor | None = None
     room: int = 0
 
     def pack(self, rows: Tensor) -> Tensor:
         """Put this rank's rows, sorted by expert, where they travel from."""
         if self.slots is None:
-            return rows.narrow(0, 0, sum(self.sent or ()))
+            return rows.narrow(0, 0, sum(self.splits.sent if self.splits else ()))
         return rows.new_zeros(self.room + 1, rows.shape[1]).index_copy(0, self.slots, rows)[:-1]
 
     def unpack(self, buffer: Tensor) -> Tensor:
@@ -161,35 +156,35 @@ class _Layout:
         return F.pad(buffer, (0, 0, 0, 1)).index_select(0, self.slots)
 
 
-def _exact_layouts(trips: Sequence[_Trip], received: Tensor, group: ProcessGroup) -> list[_Layout]:
+def _exact_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGroup) -> list[_Layout]:
     """Buffers of exactly the rows that travel. Their sizes are read by the host, for all chunks at once."""
-    ranks, chunks, local = received.shape
-    counts = torch.stack([trip.routing.counts for trip in trips]).unflatten(1, (ranks, local))
+    ranks, _, local = received.shape
+    counts = torch.stack([chunk.routing.counts for chunk in chunks]).unflatten(1, (ranks, local))
     sent_sizes, received_sizes = torch.stack([counts.sum(2), received.sum(2).t()]).tolist()
     layouts = []
-    for chunk, trip in zip(range(chunks), trips, strict=True):
-        arriving, total = received[:, chunk], sum(received_sizes[chunk])
+    for index, chunk in enumerate(chunks):
+        arriving, total = received[:, index], sum(received_sizes[index])
         local_ids = torch.arange(local, device=received.device).repeat(ranks)
         experts = local_ids.repeat_interleave(arriving.flatten(), output_size=total)
         by_expert = experts.argsort(stable=True)
-        sizes = {"sent": sent_sizes[chunk], "received": received_sizes[chunk]}
-        rows = len(trip.routing.order)
-        layouts.append(_Layout(group, _ends(arriving), by_expert, _inverse(by_expert), rows, **sizes))
+        splits = Splits(sent_sizes[index], received_sizes[index])
+        rows = len(chunk.routing.order)
+        layouts.append(_Layout(group, _ends(arriving), by_expert, _inverse(by_expert), rows, splits))
     return layouts
 
 
-def _fixed_layouts(trips: Sequence[_Trip], received: Tensor, group: ProcessGroup) -> list[_Layout]:
+def _fixed_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGroup) -> list[_Layout]:
     """Buffers with room for the most rows a rank could get; rows that are not there sort behind all experts."""
-    ranks, chunks, local = received.shape
+    ranks, _, local = received.shape
     layouts = []
-    for chunk, trip in zip(range(chunks), trips, strict=True):
-        rows = len(trip.routing.order)
-        room = rows // trip.top_k * min(trip.top_k, local)
+    for index, chunk in enumerate(chunks):
+        rows = len(chunk.routing.order)
+        room = rows // chunk.top_k * min(chunk.top_k, local)
         places = torch.arange(room, device=received.device)
-        arriving = received[:, chunk].contiguous()
+        arriving = received[:, index].contiguous()
         experts = torch.searchsorted(arriving.cumsum(1), places.expand(ranks, room).contiguous(), right=True)
         by_expert = experts.flatten().argsort(stable=True)
-        sent = trip.routing.counts.unflatten(0, (ranks, local)).sum(1)
+        sent = chunk.routing.counts.unflatten(0, (ranks, local)).sum(1)
         row, ends = torch.arange(rows, device=sent.device), sent.cumsum(0)
         rank_of_row = torch.searchsorted(ends, row, right=True)
         starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
@@ -210,8 +205,8 @@ def _inverse(order: Tensor) -> Tensor:
     return inverse
 
 
-class _Trip:
-    """One chunk of tokens: sent out, worked on, brought home.
+class _Chunk:
+    """A chunk of tokens: dispatched, run by their experts, combined.
 
     Args:
         tokens: ``[tokens, hidden]``.
@@ -220,80 +215,24 @@ class _Trip:
     """
 
     layout: _Layout
-    flight: _Flight
+    exchange: AsyncAllToAll
 
     def __init__(self, tokens: Tensor, index: Tensor, num_experts: int) -> None:
         self.tokens, self.top_k = tokens, index.shape[1]
         self.routing: Routing = route(index, num_experts)
 
-    def depart(self) -> None:
+    def dispatch(self) -> None:
         """Send the rows to the ranks of their experts."""
         rows, layout = permute_tokens(self.tokens, self.routing, self.top_k), self.layout
-        self.flight = _Flight(layout.pack(rows), layout.sent, layout.received, layout.group)
+        self.exchange = AsyncAllToAll.start(layout.pack(rows), layout.splits, layout.group)
 
-    def visit(self, run: RunExperts) -> None:
-        """Run this rank's experts on what arrived and send the results back."""
+    def run_experts(self, run: RunExperts) -> None:
+        """Run this rank's experts on the rows received and send the results back."""
         layout = self.layout
-        rows = gather_rows(self.flight.land(), layout.by_expert, layout.inverse)
+        rows = gather_rows(self.exchange.wait(), layout.by_expert, layout.inverse)
         results = gather_rows(run(rows, layout.offsets), layout.inverse, layout.by_expert)
-        self.flight = _Flight(results, layout.received, layout.sent, layout.group)
+        self.exchange = AsyncAllToAll.start(results, layout.splits and layout.splits.back(), layout.group)
 
-    def come_home(self, weights: Tensor) -> Tensor:
+    def combine(self, weights: Tensor) -> Tensor:
         """Return each token's sum, weighted by ``[tokens, k]``."""
-        return combine_rows(self.layout.unpack(self.flight.land()), self.routing, weights)
-
-
-class _Flight:
-    """Rows on their way to other ranks; their gradients take the way back, started and awaited as early and late."""
-
-    def __init__(self, rows: Tensor, sent: list[int] | None, received: list[int] | None, group: ProcessGroup) -> None:
-        self.sent, self.received, self.group = sent, received, group
-        self.work: dist.Work | None = None
-        self.cargo: tuple[Tensor, Tensor] | None = None  # must live as long as it travels
-        self.buffer: Tensor = _Launch.apply(self, rows)
-
-    def land(self) -> Tensor:
-        """Wait, and return what arrived."""
-        landed: Tensor = _Land.apply(self, self.buffer)
-        return landed
-
-    def start(self, rows: Tensor, sent: list[int] | None, received: list[int] | None) -> Tensor:
-        rows = rows.contiguous()
-        buffer = rows.new_empty(len(rows) if received is None else sum(received), rows.shape[1])
-        self.cargo = rows, buffer
-        self.work = dist.all_to_all_single(buffer, rows, received, sent, group=self.group, async_op=True)
-        return buffer
-
-    def wait(self) -> Tensor:
-        """Return the buffer of the exchange under way once it is filled."""
-        assert self.work is not None
-        assert self.cargo is not None
-        self.work.wait()
-        buffer = self.cargo[1]
-        self.work = self.cargo = None
-        return buffer
-
-
-class _Launch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, flight: _Flight, rows: Tensor) -> Tensor:
-        ctx.flight = flight
-        return flight.start(rows, flight.sent, flight.received)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.flight.wait()
-
-
-class _Land(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, flight: _Flight, buffer: Tensor) -> Tensor:
-        ctx.flight = flight
-        return flight.wait().view_as(buffer)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        flight = ctx.flight
-        flight.start(grads[0], flight.received, flight.sent)
-        # What travels has other rows than arrived, and autograd wants as many: they only say that it is on its way.
-        return None, grads[0]
+        return combine_rows(self.layout.unpack(self.exchange.wait()), self.routing, weights)

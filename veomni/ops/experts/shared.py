@@ -1,7 +1,7 @@
-"""Experts that every token goes to, run while tokens travel to the other experts.
+"""Experts that every token goes to, run while tokens are in flight to the other experts.
 
 Most blocks call them after their other experts: they are run ahead, and handed out when the block asks. Some blocks
-call them first: then the block's router is asked at once, and tokens depart before the shared experts run.
+call them first: then the block's router is asked at once, and tokens are dispatched before the shared experts run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class SharedExperts:
     Args:
         module: The shared experts; their forward takes hidden states and nothing else.
         router: What chooses experts in the same block, or None where it cannot be asked early.
-        depart: Sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns what is under way.
+        dispatch: Sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns the dispatch in flight.
     """
 
-    def __init__(self, module: nn.Module, router: nn.Module | None, depart: Callable[[Tensor, Tensor], Any]) -> None:
+    def __init__(self, module: nn.Module, router: nn.Module | None, dispatch: Callable[[Tensor, Tensor], Any]) -> None:
         self._module, self._run = module, module.forward
         self._ahead: tuple[Tensor, Tensor] | None = None
         self._called_first = False
         self._early = _EarlyRouter(router) if router is not None else None
-        self._depart = depart
+        self._dispatch = dispatch
         self._under_way: tuple[Tensor, Tensor, Any] | None = None
         setattr(module, "forward", self._hand_out)  # noqa: B010  (mypy takes no assignment to a method)
 
@@ -44,15 +44,15 @@ class SharedExperts:
         if not self._called_first and not isinstance(self._module, FSDPModule):
             self._ahead = hidden, self._run(hidden)
 
-    def take_departed(self, hidden: Tensor, index: Tensor) -> Any | None:
-        """Return what departed early with these tokens to these experts, or None."""
+    def take_dispatch(self, hidden: Tensor, index: Tensor) -> Any | None:
+        """Return the early dispatch of these tokens to these experts, or None."""
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return None
-        tokens, experts, departed = under_way
+        tokens, experts, dispatch = under_way
         if _same(tokens, hidden) and _same(experts, index):
-            return departed
-        departed.cancel()
+            return dispatch
+        dispatch.cancel()
         return None
 
     def _hand_out(self, hidden: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class SharedExperts:
         tokens = hidden.view(-1, hidden.shape[-1])
         index = self._early.choose(tokens)
         if index is not None:
-            self._under_way = tokens, index, self._depart(tokens, index)
+            self._under_way = tokens, index, self._dispatch(tokens, index)
 
 
 class _EarlyRouter:
@@ -96,7 +96,7 @@ class _EarlyRouter:
 
 
 def shared_experts_beside(
-    model: nn.Module, experts: str, depart: Callable[[Tensor, Tensor], Any]
+    model: nn.Module, experts: str, dispatch: Callable[[Tensor, Tensor], Any]
 ) -> SharedExperts | None:
     """Return the shared experts of the block that holds the experts of that name, or None."""
     block = model.get_submodule(experts.rpartition(".")[0])
@@ -104,7 +104,7 @@ def shared_experts_beside(
     if len(found) != 1:
         return None
     routers = _children(block, _ROUTERS)
-    return SharedExperts(found[0], routers[0] if len(routers) == 1 else None, depart)
+    return SharedExperts(found[0], routers[0] if len(routers) == 1 else None, dispatch)
 
 
 def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
