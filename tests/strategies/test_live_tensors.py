@@ -20,9 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.models.multimodal import Sampler, family_config
 from tests.models.tiny import tiny_config
-from tests.parity.documents import global_rows, share
-from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS
-from tests.parity.oracle import vocabulary
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
 from tests.strategies.test_absent_media import ROW
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
@@ -30,6 +28,7 @@ from veomni.models import build_model
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.optim import build_optimizer
 from veomni.strategies import DDP, FSDP2, Ulysses
+from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import run_ranks
 
 STEPS = 10
