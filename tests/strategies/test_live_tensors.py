@@ -74,7 +74,7 @@ def images(launcher: Launcher) -> list[dict[str, Any]]:
     """Rank 0 has all images, and other ranks encode some of them."""
     heavy = [("image", (1, 8, 8)), ("text", 3), ("image", (1, 8, 8)), ("text", 2)]
     document = Sampler("qwen3_vl")(heavy if launcher.data_parallel.rank == 0 else [("text", 9)])
-    collate = MultimodalCollator(family_config("qwen3_vl"), max_seq_len=ROW, part=launcher.sequence_part)
+    collate = MultimodalCollator(family_config("qwen3_vl"), max_seq_len=ROW, shard=launcher.sequence_shard)
     return [collate([[document]])] * 2
 
 
