@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
+from veomni.models.traits.verdict import Trait
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.transforms.precision import Precision
@@ -45,6 +46,8 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    requires: ClassVar[tuple[type[Trait], ...]] = ()
+    """Traits that a model must have where the strategy spreads work over more than one rank."""
 
     def mesh_axes(self) -> Mapping[str, int]:
         """Return the mesh axes this strategy needs and their sizes; -1 is "the rest of the world"."""

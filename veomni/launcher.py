@@ -234,9 +234,10 @@ class Launcher:
             prepare_towers,
             resolve_attention,
             resolve_experts,
-            try_packing,
             unwrap,
         )
+        from veomni.models.adapter.passes.documents import remember_leak
+        from veomni.models.traits import PassesDocuments, complete, examine_model
         from veomni.moe import MoEOptions, install_controller
 
         half = self.precision.compute is torch.bfloat16
@@ -245,6 +246,10 @@ class Launcher:
         resolve_experts(model, self.precision, self.accelerator.experts_backends)
         _store_in(model, self.precision.storage)
         self._share_values(model)
+        spread = [strategy for strategy in self.strategies if {*strategy.mesh_axes().values()} - {1}]
+        traits = examine_model(model, [PassesDocuments, *(trait for each in spread for trait in each.requires)])
+        for strategy in spread:
+            traits.require(*strategy.requires, by=type(strategy).__name__)
         plan = derive_plan(model)
         group = dist.group.WORLD if self.broadcast_weights else None
         materialize = Materializer(model, device=self._storage_device(), seed=self.seed, group=group)
@@ -262,7 +267,10 @@ class Launcher:
             compile_blocks(model, plan, self.precision)
         context = SetupContext(self.state, self.accelerator, self.device, self.precision, plan, materialize)
         ready = self.parameter_strategy.parallelize(model, context)
-        try_packing(ready, unwrap(ready), self.device)
+        traits = complete(traits, ready, unwrap(ready), self.device)
+        for strategy in spread:
+            traits.require(*strategy.requires, by=type(strategy).__name__)
+        remember_leak(unwrap(ready), traits[PassesDocuments].reason if not traits[PassesDocuments].ok else None)
         for strategy in self.strategies:
             strategy.verify(ready, unwrap(ready), context)
         controller.check(ready)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,8 +11,8 @@ from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, ModelError
-from veomni.models.traits.sequence_layers import layer_outside_attention
-from veomni.models.traits.splits_rows import refuse_unsplittable
+from veomni.models.traits import SplitsRows, Trait
+from veomni.models.traits.dry_run import dry_run
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 from veomni.ops.encoders.shared_towers import share_towers
@@ -18,7 +20,6 @@ from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import SetupContext, Strategy
 
-_FIX = "set train.ulysses_parallel_size and train.context_parallel_size to 1"
 _PACKING_BACKENDS = (
     "eager", "sdpa", "flex_attention", "varlen", "ring", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
@@ -34,6 +35,8 @@ class SequenceStrategy(Strategy):
             small collective, so it is for debugging a loader.
     """
 
+    requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows,)
+
     def __init__(self, *, check_rows: bool = False) -> None:
         self.check_rows = check_rows
 
@@ -48,12 +51,6 @@ class SequenceStrategy(Strategy):
     def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
         if state.size("sequence") == 1:
             return
-        name = type(model).__name__
-        if not hasattr(model, "set_attn_implementation"):
-            raise ModelError(f"{name} is not a transformers model: nobody can exchange its attention", _FIX)
-        layer = layer_outside_attention(model)
-        if layer is not None:
-            raise ModelError(f"{name} has a layer that sees the sequence outside attention: {layer}", _FIX)
         backend = text_attention_of(model)
         if not backend.endswith(_PACKING_BACKENDS):
             raise ModelError(
@@ -77,7 +74,7 @@ class SequenceStrategy(Strategy):
     def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
         size = context.state.size("sequence")
         if size > 1:
-            refuse_unsplittable(model, body, size, context.device)
+            dry_run(model, body, size, context.device)
 
 
 def _check_same_rows(digest: int, state: ParallelState) -> None:

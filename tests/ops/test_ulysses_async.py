@@ -95,7 +95,7 @@ def test_a_forward_that_reads_its_hidden_states_is_refused_at_setup():
         run_ranks(reading_its_hidden_states, 2, init=False)
     error = caught.value.exceptions[0]
     assert isinstance(error, ModelError)
-    assert "attention ulysses_sdpa does not run on parts of rows" in str(error)
+    assert "attention ulysses_sdpa does not run on shards of rows" in str(error)
 
 
 FOLLOWS = {"q_proj": "k_proj", "k_proj": "v_proj"}

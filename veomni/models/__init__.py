@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from veomni.models.build.tokenizer import build_processor, build_tokenizer
     from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
     from veomni.models.omni import build_omni_model
-    from veomni.models.traits.packs_documents import try_packing
     from veomni.models.weights.export import export_hf, export_tensors_hf
     from veomni.models.weights.gather import unwrap
     from veomni.models.weights.materialize import Materializer
@@ -48,7 +47,6 @@ _HOMES = {
     "prepare_towers": "veomni.models.adapter.passes.media",
     "resolve_attention": "veomni.models.build.attention",
     "resolve_experts": "veomni.models.build.experts",
-    "try_packing": "veomni.models.traits.packs_documents",
     "unwrap": "veomni.models.weights.gather",
 }
 
@@ -74,7 +72,6 @@ __all__ = [
     "prepare_towers",
     "resolve_attention",
     "resolve_experts",
-    "try_packing",
     "unwrap",
 ]
 

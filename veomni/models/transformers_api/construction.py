@@ -29,9 +29,9 @@ def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, atte
     return model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
-def construct_again(model: nn.Module) -> PreTrainedModel:
-    """Construct another transformers model of the same class and configuration, as :func:`construct` does."""
-    return construct(type(model), deepcopy(model.config), attention_of(model))  # type: ignore[arg-type]
+def construct_again(model: nn.Module, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """Construct another model of the class of ``model``, and of its configuration unless one is given."""
+    return construct(type(model), config or deepcopy(model.config), attention_of(model))  # type: ignore[arg-type]
 
 
 InitialiserEntry = tuple[str, nn.Module, nn.Module | None]

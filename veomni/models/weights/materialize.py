@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
+from veomni.models.skeleton import skeleton_of
 from veomni.models.weights.gather import plain_name
 from veomni.models.weights.initialize import Initializer
 from veomni.models.weights.part_streams import PartStreams
@@ -59,7 +59,7 @@ class Materializer:
 
     def __init__(self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None) -> None:
         self.device = device
-        skeleton = _skeleton(model)
+        skeleton = skeleton_of(model)
         source = weight_source(model)
         self._initializer = Initializer(skeleton, device, seed) if any(_meta_slots(model, "")) else None
         self._stream = _stream(skeleton, source)
@@ -113,20 +113,6 @@ def _stream(skeleton: nn.Module, source: WeightSource) -> WeightStream | PartStr
     if source.parts:
         return PartStreams(skeleton, source.parts)
     return None if source.directory is None else WeightStream(skeleton, SafetensorsFiles(source.directory))
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    """Copy a model without its values: every tensor of the copy is on the meta device, ties included."""
-    from torch.distributed.tensor import DTensor
-
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if isinstance(tensor, DTensor):
-            raise ModelError("the model is already sharded", "create the Materializer before the strategy shards it")
-        meta = tensor.detach().to("meta")
-        parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if parameter else meta
-    return deepcopy(model, memo)
 
 
 def _meta_slots(module: nn.Module, prefix: str) -> Iterator[_Slot]:

@@ -1,0 +1,165 @@
+"""A configuration of the same kind with small numbers: two layers or one of each kind, narrow, with few experts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from veomni.models.transformers_api.construction import construct_again
+
+VOCAB = 128
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+_PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "intermediate_size_mlp"), 48
+    ),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "dense_intermediate_size"), 48),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "attention_heads"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "moe_top_k"), 2),
+    **dict.fromkeys(("top_k_experts", "experts_per_token"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 128),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "global_head_dim"), 8),
+    **dict.fromkeys(("kv_channels", "d_kv", "d_head", "attention_head_dim", "rotary_dim", "query_pre_attn_scalar"), 8),
+    **dict.fromkeys(("mamba_num_heads", "mamba_n_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "mamba_d_head"), 16),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 8),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    "hidden_size_per_layer_input": 8,
+    "out_hidden_size": 32,
+    "sliding_window": 8,
+    "attention_chunk_size": 16,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.1,
+}
+
+
+def shrunk_copy(model: nn.Module, limit: int) -> nn.Module:
+    """Return a small model of the class of ``model`` on the meta device.
+
+    Args:
+        model: A transformers model that its configuration describes.
+        limit: Parameters that the copy has at most.
+
+    Raises:
+        ValueError: the model is not what its configuration describes, or no copy is small enough.
+    """
+    with torch.device("meta"):
+        if _kinds(construct_again(model)) != _kinds(model):
+            raise ValueError("the model is not what its configuration describes")
+        error: Exception | None = None
+        for narrow in (True, False):
+            try:
+                copy = construct_again(model, shrunk_config(model.config, narrow=narrow))
+            except Exception as failed:
+                error = failed
+                continue
+            if sum(parameter.numel() for parameter in copy.parameters()) <= limit:
+                return copy
+    raise ValueError("its configuration cannot be shrunk") from error
+
+
+def _kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def shrunk_config(config: Any, *, narrow: bool = True) -> Any:
+    """Return a small configuration of the class of a transformers configuration.
+
+    Args:
+        config: Of a model of any size.
+        narrow: Shrink widths too, beside layers, experts and the vocabulary.
+    """
+    known = {name: value for name, value in config.to_dict().items() if name not in ("transformers_version", "dtype")}
+    values = merged(known, shrunk_values(config, layers=2))
+    if not narrow:
+        keep = {name for name, size in _SIZES.items() if name not in ("vocab_size", "pad_token_id") and size > 4}
+        values = _restored(values, known, keep)
+    shrunk = type(config)(**values)
+    shrunk.architectures = config.architectures
+    return shrunk
+
+
+def _restored(values: dict[str, Any], known: dict[str, Any], keep: set[str]) -> dict[str, Any]:
+    return {
+        name: _restored(value, known[name], keep)
+        if isinstance(value, dict) and isinstance(known.get(name), dict)
+        else known[name] if name in keep and name in known else value
+        for name, value in values.items()
+    }  # fmt: skip
+
+
+def shrunk_values(config: Any, layers: int, *, jointly: bool = True) -> dict[str, Any]:
+    """Return small values for what a configuration, and those inside it, have.
+
+    Args:
+        config: The configuration.
+        layers: How many layers it is to have, where its layers are not of more kinds.
+        jointly: Keep one layer of every combination of what lists say of layers, or one of every entry of each list.
+    """
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    inside = {key: shrunk_values(part, layers, jointly=jointly) for key, part in parts.items() if part is not None}
+    return {**_own_values(config, layers, jointly), **inside}
+
+
+def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return a deep copy of ``values`` in which ``overrides`` replace single values, also in nested mappings."""
+    nested = {
+        key: merged(values[key], value)
+        for key, value in overrides.items()
+        if isinstance(value, dict) and isinstance(values.get(key), dict)
+    }
+    return deepcopy({**values, **overrides, **nested})
+
+
+def _own_values(config: Any, layers: int, jointly: bool) -> dict[str, Any]:
+    known = config.to_dict()
+    sizes = {**_SIZES, **dict.fromkeys(_LAYERS, layers)}
+    names = {name: getattr(config, "attribute_map", {}).get(name, name) for name in sizes}
+    values = {name: size for name, size in sizes.items() if known.get(names[name], known.get(name)) is not None}
+    if "head_dim" in known:
+        values["head_dim"] = _SIZES["head_dim"]
+    values |= {name: 0.0 for name, value in known.items() if _is_dropout(name) and isinstance(value, float)}
+    if known.get("num_key_value_heads") is not None:
+        heads = known.get("num_attention_heads") or known.get("num_heads")
+        values["num_key_value_heads"] = 4 if known["num_key_value_heads"] == heads else 2
+    lists = _lists_by_layer(known, layers) if jointly else _kind_lists(known, layers)
+    values |= lists
+    if lists:
+        values["num_hidden_layers"] = len(list(lists.values())[-1])
+    if isinstance(known.get("rope_parameters"), dict) and "mrope_section" in known["rope_parameters"]:
+        values["rope_parameters"] = {**known["rope_parameters"], "mrope_section": [2, 1, 1]}
+    return values
+
+
+def _is_dropout(name: str) -> bool:
+    return "drop" in name or name.endswith("jitter_noise")
+
+
+def _kind_lists(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
+    """Return each list of kinds of layers cut to one of every kind, as if it were the only one."""
+    found = {name: list(dict.fromkeys(known[name])) for name in _PER_LAYER if known.get(name)}
+    return {name: kinds + kinds[-1:] * (layers - len(kinds)) for name, kinds in found.items()}
+
+
+def _lists_by_layer(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
+    """Return the lists that have an entry for each layer, cut to one layer of every combination of entries."""
+    count = next((known[name] for name in ("num_hidden_layers", *_LAYERS) if known.get(name)), None)
+    lists = {name: value for name, value in known.items() if isinstance(value, list) and len(value) == count}
+    entries = [str(entry) for entry in zip(*lists.values(), strict=True)]
+    chosen = [entries.index(kind) for kind in dict.fromkeys(entries)]
+    chosen += chosen[-1:] * (layers - len(chosen))
+    return {name: [value[index] for index in chosen] for name, value in lists.items()}
