@@ -27,11 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.models.any_tiny import VOCAB, any_tiny_config, causal_types, expert_types, plain_inputs
+from tests.models.any_tiny import any_tiny_config, causal_types, expert_types, plain_inputs
 from veomni.errors import InputError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.loader import model_class
+from veomni.models.traits.shrink import VOCAB
 from veomni.strategies import DDP, FSDP2, Single, Ulysses
 from veomni.testing.documents import Document, global_rows, share
 from veomni.testing.oracle import Truth, truth_of

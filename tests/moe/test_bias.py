@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from tests.models.any_tiny import VOCAB, any_tiny_config
+from tests.models.any_tiny import any_tiny_config
 from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, micro_batches
 from tests.moe.test_load import truth as load_truth
@@ -15,6 +15,7 @@ from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.models import build_model, unwrap
+from veomni.models.traits.shrink import VOCAB
 from veomni.moe import MoEOptions
 from veomni.testing.documents import global_rows
 from veomni.testing.ranks import RankFailed, run_ranks
