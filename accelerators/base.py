@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from veomni.errors import DeviceError
+from veomni.registry import Registry
+
+ACCELERATORS: Registry[Callable[[], Accelerator]] = Registry(
+    "accelerator", group="veomni.accelerators", home="veomni.accelerators"
+)
+"""Accelerators by the names that configurations use."""
 
 
 class Accelerator(ABC):
@@ -109,7 +116,8 @@ class Accelerator(ABC):
         if not shared and processes > self.device_count():
             raise DeviceError(
                 f"{processes} processes were asked for but there are {self.device_count()} {self.name} devices",
-                f"set train.devices to at most {self.device_count()}, or train.backend to gloo to share devices",
+                f"start at most {self.device_count()}, or use backend gloo to share devices",
+                field="Launcher.devices",
             )
 
 

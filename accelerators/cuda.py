@@ -24,12 +24,12 @@ class CUDA(DiscreteAccelerator):
         if not torch.backends.cuda.is_built():
             raise DeviceError(
                 f"accelerator cuda: this PyTorch ({torch.__version__}) was built without CUDA",
-                "install a CUDA or ROCm build of torch, or set train.accelerator to cpu",
+                "install a CUDA or ROCm build of torch, or use accelerator cpu",
             )
         if not cls.is_available():
             raise DeviceError(
                 "accelerator cuda: no GPU is visible",
-                "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or set train.accelerator to cpu",
+                "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use accelerator cpu",
             )
 
     @property

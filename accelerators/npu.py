@@ -54,7 +54,7 @@ class NPU(DiscreteAccelerator):
         if not bool(cls._module().is_available()):
             raise DeviceError(
                 "accelerator npu: no Ascend device is visible",
-                "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or set train.accelerator to cpu",
+                "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or use accelerator cpu",
             )
 
     @property

@@ -1,32 +1,35 @@
-"""Choose an accelerator by name, or by what is there."""
+"""Accelerators by name, or the first that is available."""
 
 from __future__ import annotations
 
-from veomni.accelerators.base import Accelerator
+from veomni.accelerators.base import ACCELERATORS, Accelerator
 from veomni.accelerators.cpu import CPU
 from veomni.accelerators.cuda import CUDA
 from veomni.accelerators.npu import NPU
-from veomni.plugins import load_plugin
 
 _BUILT_IN: tuple[type[Accelerator], ...] = (NPU, CUDA, CPU)
 """In the order in which "auto" looks for them."""
+
+for _family in _BUILT_IN:
+    ACCELERATORS.register(_family.name)(_family)
+
+
+@ACCELERATORS.register("auto")
+def find_accelerator() -> Accelerator:
+    """NPU where there is one, else CUDA, else CPU."""
+    return next(family() for family in _BUILT_IN if family.is_available())
 
 
 def select_accelerator(choice: str | Accelerator) -> Accelerator:
     """Return an accelerator that can be used here.
 
     Args:
-        choice: An object, the name of an entry point in ``veomni.accelerators``, or "auto": NPU, else CUDA, else CPU.
+        choice: An object, or a registered name: "cpu", "cuda", "npu", "auto", or an entry point's.
 
     Raises:
         ConfigError: no accelerator has that name.
         DeviceError: the one asked for has no device here.
     """
-    if isinstance(choice, Accelerator):
-        accelerator = choice
-    elif choice == "auto":
-        accelerator = next(family() for family in _BUILT_IN if family.is_available())
-    else:
-        accelerator = load_plugin("veomni.accelerators", choice, {family.name: family for family in _BUILT_IN})()
+    accelerator = choice if isinstance(choice, Accelerator) else ACCELERATORS.get(choice)()
     accelerator.require()
     return accelerator

@@ -44,9 +44,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProc
 
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.split import WHOLE_ROWS
-from veomni.config import Config
 from veomni.data import CHAT_TEMPLATES, train_byte_bpe
-from veomni.from_config import load_batches, load_datasets, load_media_transform, load_tokenizer
+from veomni.run_config import Config
 
 ROW = 8192  # tokens
 TOGETHER = 4  # conversations in a batch of the plain loop
@@ -115,7 +114,7 @@ class PlainLoop:
     """What people write."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.tokenizer = folder, load_tokenizer(configuration(folder, 0, 0), None)
+        self.folder, self.tokenizer = folder, configuration(folder, 0, 0).build_tokenizer(None)
         image_processor = Qwen2VLImageProcessorPil()
         # Its constructor also wants a video processor, which needs torchvision.
         self.processor = object.__new__(Qwen2_5_VLProcessor)
@@ -168,9 +167,9 @@ def configuration(folder: Path, workers: int, cache_gib: float) -> Config:
 
 def ours(folder: Path, workers: int, cache_gib: float = 0) -> Read:
     config = configuration(folder, workers, cache_gib)
-    dataset, _ = load_datasets(config)
+    dataset, _ = config.open_data()
     layout = SimpleNamespace(data_parallel=(0, 1), sequence_shard=WHOLE_ROWS)
-    for step in load_batches(config, dataset, load_tokenizer(config, dataset), layout, train=True):
+    for step in config.build_loader(dataset, config.build_tokenizer(dataset), layout, train=True):
         for micro in step:
             yield (
                 len(micro.inputs.get("image_grid_thw", ())),
@@ -182,8 +181,8 @@ def ours(folder: Path, workers: int, cache_gib: float = 0) -> Read:
 def compare(folder: Path, count: int = 6) -> int:
     """Compare the samples of the first conversations, and return how many."""
     config = configuration(folder, 0, 0)
-    dataset, _ = load_datasets(config)
-    transform, plain = load_media_transform(config, load_tokenizer(config, dataset)), PlainLoop(folder)
+    dataset, _ = config.open_data()
+    transform, plain = config.data.media.build_transform(config, config.build_tokenizer(dataset)), PlainLoop(folder)
     for document in (dataset[number] for number in range(min(count, len(dataset)))):
         sample, expected = transform(document), plain.batch([document.record])
         assert sample["input_ids"].tolist() == expected["input_ids"][0].tolist(), "other tokens"

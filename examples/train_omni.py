@@ -13,39 +13,28 @@ from itertools import islice
 from pathlib import Path
 
 from veomni import entrypoint, load_config
-from veomni.from_config import (
-    build_launcher,
-    create_optimizer,
-    create_scheduler,
-    load_batches,
-    load_datasets,
-    load_model,
-    load_tokenizer,
-    save_assets,
-    total_steps,
-)
 
 
 @entrypoint
 def main() -> None:
     config = load_config(sys.argv[1:])
-    launcher = build_launcher(config)
+    launcher = config.build_launcher()
     launcher.launch()  # from here on every line runs once per rank
 
-    train_set, held_out = load_datasets(config)  # sources are mixed by weight, each with held-out data of its own
-    tokenizer = load_tokenizer(config, train_set)
-    loader = load_batches(config, train_set, tokenizer, launcher, train=True)
-    eval_loader = load_batches(config, held_out, tokenizer, launcher, train=False) if held_out else None
+    train_set, held_out = config.open_data()  # sources are mixed by weight, each with held-out data of its own
+    tokenizer = config.build_tokenizer(train_set)
+    loader = config.build_loader(train_set, tokenizer, launcher)
+    eval_loader = config.build_loader(held_out, tokenizer, launcher, train=False) if held_out else None
 
-    model = launcher.setup_model(load_model(config, tokenizer))  # each part has a plan of its own
-    optimizer = create_optimizer(config, model)
-    steps = total_steps(config, loader)
-    scheduler = create_scheduler(config, optimizer, steps)
+    model = launcher.setup_model(config.build_model(tokenizer))  # each part has a plan of its own
+    optimizer = config.train.optimizer.build(model)
+    steps = config.total_steps(loader)
+    scheduler = config.train.scheduler.build(optimizer, steps)
 
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     launcher.resume(state)
     if launcher.is_rank_zero:
-        save_assets(config, model, tokenizer)
+        config.save_assets(model, tokenizer)
 
     for batch in launcher.track(loader, max_steps=steps):
         for micro in launcher.accumulate(model, batch):

@@ -20,6 +20,7 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.models.traits.verdict import Trait
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
+from veomni.registry import Registry
 from veomni.strategies.transforms.precision import Precision
 
 Materialize = Callable[[nn.Module, str], None]
@@ -36,6 +37,10 @@ class SetupContext:
     precision: Precision
     plan: ParallelPlan
     materialize: Materialize
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", group="veomni.strategies", home="veomni.strategies.select")
+"""Strategies by the names that configurations use."""
 
 
 class Strategy(ABC):

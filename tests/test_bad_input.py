@@ -170,10 +170,10 @@ CASES: dict[str, Case] = {
     ),
     "a chat template for plain text": Case("data.chat_template", ("--data.chat_template=chatml",)),
     "sample longer than a row": Case(
-        "more than data.max_seq_len 64", ("--data.overlong=error",), corpus_of("a.txt", WORDS * 99)
+        "more than data.max_seq_len 64", ("--data.on_overflow=error",), corpus_of("a.txt", WORDS * 99)
     ),
     "sample longer than a row, two ranks": Case(
-        "more than data.max_seq_len 64", ("--data.overlong=error",), corpus_of("a.txt", WORDS * 99), ranks=2
+        "more than data.max_seq_len 64", ("--data.on_overflow=error",), corpus_of("a.txt", WORDS * 99), ranks=2
     ),
     "no vocabulary for all bytes": Case("train_tokenizer_vocab_size", ("--model.train_tokenizer_vocab_size=100",)),
     # --- the model
@@ -189,7 +189,7 @@ CASES: dict[str, Case] = {
     "ranks that are no multiple of those that share a row": Case(
         "start a multiple of 2 ranks", (*SHARED, "--train.devices=3", "--train.ulysses_parallel_size=2")
     ),
-    "overlap without exchanges": Case("train.ulysses_async", ("--train.ulysses_async=true",)),
+    "overlap without exchanges": Case("train.ulysses.async_ True has no meaning", ("--train.ulysses.async_=true",)),
     "unknown override": Case("num_hiden_layers", ("--model.config_overrides={{num_hiden_layers: 2}}",)),
     "more tokens than embeddings": Case(
         "400", ("--model.config_overrides={{vocab_size: 400}}", "--model.train_tokenizer_vocab_size=512")
@@ -249,7 +249,7 @@ CASES: dict[str, Case] = {
     "nccl without GPUs": Case("train.backend", ("--train.backend=nccl",)),
     "wandb's key is missing": Case(
         "WANDB_API_KEY",
-        ("--train.logging.wandb=true", "--train.logging.wandb_mode=online"),
+        ("--train.loggers=[{{name: wandb, mode: online}}]",),
     ),
     # --- the environment
     "half of torchrun's variables": Case("MASTER_ADDR", (), environment={"RANK": "0", "WORLD_SIZE": "2"}),
@@ -331,10 +331,6 @@ def files(folder: Path) -> dict[str, bytes]:
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with inputs that work, and what a run of two steps on them has left."""
     import transformers  # noqa: F401  what every fork would import again
-
-    import veomni.data
-    import veomni.from_config
-    import veomni.models  # noqa: F401
 
     folder = tmp_path_factory.mktemp("good")
     place = Place(folder)

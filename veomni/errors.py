@@ -1,4 +1,4 @@
-"""Typed errors. What the user gave and can mend exits with 78; a fault of the run exits with 70.
+"""Typed errors. User-correctable errors exit with 78; a fault of the run exits with 70.
 
 Exit codes follow ``sysexits.h`` where it has a fitting one: 70 is EX_SOFTWARE, 75 EX_TEMPFAIL, 78 EX_CONFIG.
 """
@@ -22,21 +22,24 @@ class InputError(VeOmniError):
     Args:
         problem: What is wrong, naming the key, file or value.
         fix: What to change, in one sentence.
+        field: The Python argument that is wrong, such as ``Ulysses.size``; a run that was started from a configuration
+            names its key as well.
     """
 
     exit_code = EXIT_BAD_INPUT
 
-    def __init__(self, problem: str, fix: str) -> None:
+    def __init__(self, problem: str, fix: str, field: str = "") -> None:
         super().__init__(f"{problem}\n  fix: {fix}")
         self.problem = problem
         self.fix = fix
+        self.field = field
 
-    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
-        return type(self), (self.problem, self.fix)
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
+        return type(self), (self.problem, self.fix, self.field)
 
 
 class ConfigError(InputError):
-    """A configuration key or value is wrong."""
+    """An option has a wrong name or value."""
 
 
 class LayoutError(InputError):
@@ -56,7 +59,7 @@ class DataError(InputError):
 
 
 class MediaError(DataError):
-    """An image, a video or a sound cannot be used; the one kind of error that ``data.media.on_bad_media`` may skip."""
+    """An image, a video or audio cannot be used; the one type of error that ``on_bad_media="skip"`` skips."""
 
 
 class ModelError(InputError):
@@ -79,7 +82,7 @@ class MissingExtraError(InputError):
         super().__init__(f"{package} is not installed", f"pip install 'veomni[{extra}]'")
         self.package, self.extra = package, extra
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, ...]]:
         return type(self), (self.package, self.extra)
 
 

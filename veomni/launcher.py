@@ -44,10 +44,10 @@ from veomni.loop.randomness import RandomState, same_draws_after, seed_process, 
 from veomni.loop.reporter import Reporter
 from veomni.loop.step import StepBatch, StepWork
 from veomni.loop.sync import agree
-from veomni.parallel.mesh import ParallelDims, ParallelState, set_parallel_state
+from veomni.parallel.mesh import ParallelState, set_parallel_state
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import SetupContext
-from veomni.strategies.select import parameter_strategy, select_strategies
+from veomni.strategies.select import mesh_dims, parameter_strategy, select_strategies
 from veomni.strategies.transforms.activation_checkpointing import Recompute, apply_recompute
 from veomni.strategies.transforms.compile import compile_blocks
 from veomni.strategies.transforms.encoder_balance import balance_towers
@@ -151,7 +151,7 @@ class Launcher:
         self.accelerator.set_device(self.device)
         self._init_process_group(environment.rank, environment.world_size)
         self.rank, self.world_size, self.local_rank = environment.rank, environment.world_size, environment.local_rank
-        self.state = ParallelState(self._dims(self.world_size), self.device.type, timeout=self.timeout)
+        self.state = ParallelState(mesh_dims(self.strategies, self.world_size), self.device.type, timeout=self.timeout)
         set_parallel_state(self.state)
         self._stop = StopSignal()
         seed_process(self.seed, self.rank)
@@ -170,15 +170,9 @@ class Launcher:
         assert local is not None
         for strategy in self.strategies:
             strategy.check(world_size)
-        self._dims(world_size)
+        mesh_dims(self.strategies, world_size)
         self.accelerator.check_devices(local, shared=self.backend == "gloo")
         return join_or_start(devices)
-
-    def _dims(self, world_size: int) -> ParallelDims:
-        axes: dict[str, Any] = {}
-        for strategy in self.strategies:
-            axes.update(strategy.mesh_axes())
-        return ParallelDims(**{"dp_shard": -1 if world_size > 1 else 1, **axes}).resolve(world_size)
 
     def _init_process_group(self, rank: int, world_size: int) -> None:
         if dist.is_initialized():

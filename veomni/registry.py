@@ -1,9 +1,11 @@
-"""A named table that things register themselves in, with a did-you-mean for names that are not there."""
+"""Named tables of components: this package's own, and those that installed packages bring as entry points."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from veomni.errors import ConfigError
@@ -18,21 +20,25 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Map names to objects.
+    """Map names to components.
 
     Args:
-        kind: What the entries are, for messages ("model config", "transform").
+        kind: What the entries are, for messages ("model config", "optimizer").
+        group: Entry-point group in which other packages name theirs; None takes registered ones only.
+        home: Module that registers the built-in entries when it is imported; imported at the first look-up.
 
     Example::
 
-        TRANSFORMS = Registry("transform")
+        OPTIMIZERS = Registry("optimizer", group="veomni.optimizers", home="veomni.optim")
 
-        @TRANSFORMS.register("plaintext")
-        def plaintext(...): ...
+        @OPTIMIZERS.register("adamw")
+        def adamw(...): ...
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, group: str | None = None, home: str | None = None) -> None:
         self.kind = kind
+        self.group = group
+        self._home = home
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -54,17 +60,34 @@ class Registry(Generic[T]):
         """Return the entry called ``name``.
 
         Raises:
-            ConfigError: nothing has that name.
+            ConfigError: nothing has that name, or the package that provides it cannot be imported.
         """
-        if name not in self._entries:
-            raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(name, list(self._entries)))
-        return self._entries[name]
+        self._import_home()
+        if name in self._entries:
+            return self._entries[name]
+        points = self._points()
+        if name not in points:
+            raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(name, list(self)))
+        try:
+            return points[name].load()
+        except (ImportError, AttributeError) as error:
+            problem = f"{self.kind} {name!r} cannot be loaded from {points[name].value}: {error}"
+            raise ConfigError(problem, "fix or uninstall the package that provides it") from error
+
+    def _import_home(self) -> None:
+        if self._home is not None:
+            importlib.import_module(self._home)
+
+    def _points(self) -> dict[str, EntryPoint]:
+        return {} if self.group is None else {point.name: point for point in entry_points(group=self.group)}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        self._import_home()
+        return name in self._entries or name in self._points()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        self._import_home()
+        return iter({**self._entries, **self._points()})
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(1 for _ in self)

@@ -26,9 +26,6 @@ from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import RankFailed, run_ranks
 
 ALL = {**LAYOUTS, **EXPERT_LAYOUTS}
-OPTIONS: dict[str, Any] = {
-    "lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "no_decay": (),
-}  # fmt: skip
 
 
 def train(directory: Path, layout: str, name: str, steps: int, *, load: bool) -> tuple[dict[str, Any], list[float]]:
@@ -36,7 +33,7 @@ def train(directory: Path, layout: str, name: str, steps: int, *, load: bool) ->
     launcher = Launcher(ALL[layout][1](), accelerator="cpu", precision="fp64", timeout_seconds=60)
     launcher.launch()
     model = launcher.setup_model(build_model(tiny_config("qwen3_moe"), weights="random")).train()
-    optimizer = build_optimizer(model, name=name, **OPTIONS)
+    optimizer = build_optimizer(model, name=name, lr=1e-2, no_decay=())
     scheduler = build_scheduler(optimizer, name="wsd", total_steps=4, warmup_steps=1, min_lr_ratio=0, decay_ratio=0.5)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     checkpointer = Checkpointer(directory)

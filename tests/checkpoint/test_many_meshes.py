@@ -18,7 +18,8 @@ from veomni.testing.ranks import run_ranks
 
 FSDP1 = {"fsdp1_1": 1, "fsdp1_2": 2, "fsdp1_4": 4}
 RANKS = {**LAYOUTS, **FSDP1}
-OPTIONS = {"betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "no_decay": ()}
+ADAM = {"betas": (0.8, 0.9)}
+OWN: dict[str, dict[str, object]] = {"adamw": ADAM, "sgd": {}, "muon": ADAM}
 
 
 def start(layout: str, name: str, lr: float):
@@ -27,7 +28,7 @@ def start(layout: str, name: str, lr: float):
         model: nn.Module = fsdp1_with_experts(new_model(), mesh)
     else:
         model = laid_out(layout)
-    optimizer = build_optimizer(model, name=name, lr=lr, **OPTIONS)
+    optimizer = build_optimizer(model, name=name, lr=lr, no_decay=(), **OWN[name])
     scheduler = build_scheduler(optimizer, name="wsd", total_steps=9, warmup_steps=3, min_lr_ratio=0.0)
     return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 

@@ -88,7 +88,7 @@ def test_weights_change_no_colour(tmp_path, capsys, monkeypatch):
 
 
 def test_sound_in_video_is_heard(config, capsys):
-    printed = preview(capsys, config, "--rows", "2", "--data.media.sound_in_video", "true")
+    printed = preview(capsys, config, "--rows", "2", "--data.media.use_audio_in_video", "true")
     assert "with 2.00 s of sound" in printed
 
 

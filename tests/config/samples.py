@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from veomni.config import Config
+from veomni.run_config import Config
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_MODEL = str(REPOSITORY / "configs/model_configs/tiny_qwen3.json")

@@ -11,9 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests.config.samples import config, write
-from veomni.config import Config, check_layout, load_config
 from veomni.config.keys import walk
-from veomni.config.layout import data_ranks, local_processes, micro_batches
+from veomni.run_config import Config, check_layout, load_config
 
 
 def test_a_learning_rate_of_1e_4_is_a_number(tmp_path: Path) -> None:
@@ -74,18 +73,16 @@ def test_the_json_schema_refuses_unknown_keys() -> None:
     assert all(part["additionalProperties"] is False for part in (schema, *schema["$defs"].values()))
 
 
-def test_nothing_heavy_is_imported_for_a_configuration(tmp_path: Path) -> None:
+def test_a_configuration_is_read_without_building_anything(tmp_path: Path) -> None:
     code = f"""
-import sys, time, pydantic, yaml
-started = time.process_time()
-import veomni.config
-print(time.process_time() - started)
-veomni.config.load_config([{str(write(tmp_path / "a.yaml"))!r}])
-print([name for name in ("torch", "transformers", "numpy", "huggingface_hub") if name in sys.modules])
+import sys
+import veomni.config.base, veomni.config.yaml_file, veomni.config.overrides
+print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+import veomni.run_config
+veomni.run_config.load_config([{str(write(tmp_path / "a.yaml"))!r}])
+print([name for name in ("transformers", "huggingface_hub", "torchmetrics", "matplotlib") if name in sys.modules])
 """
-    seconds, heavy = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
-    assert heavy == "[]"
-    assert float(seconds) < 0.3  # about 0.07; other work on the machine must not turn this red
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines() == ["[]", "[]"]
 
 
 @pytest.mark.parametrize(
@@ -100,11 +97,11 @@ print([name for name in ("torch", "transformers", "numpy", "huggingface_hub") if
 )
 def test_auto_devices(changes: dict[str, object], device: str, count: int, processes: int) -> None:
     train = config(**{key.replace(".", "__"): value for key, value in changes.items()}).train
-    assert local_processes(train, device, count) == processes
+    assert train.local_processes(device, count) == processes
 
 
 def test_batch_arithmetic() -> None:
     wide = config(train__global_batch_size=48, train__micro_batch_size=2, train__data_parallel_replicate_size=2)
     check_layout(wide, 4)
-    assert (data_ranks(wide.train, 4), micro_batches(wide.train, 4)) == (4, 6)
-    assert data_ranks(config(train__ulysses_parallel_size=2, train__tensor_parallel_size=2).train, 8) == 2
+    assert (wide.train.data_ranks(4), wide.train.micro_batches(4)) == (4, 6)
+    assert config(train__ulysses_parallel_size=2, train__tensor_parallel_size=2).train.data_ranks(8) == 2

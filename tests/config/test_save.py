@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.config.samples import config
-from veomni.config import Config, save_args
 from veomni.errors import ConfigError
+from veomni.run_config import Config, save_args
 
 _TEXTS = [
     "no", "on", "y", "1e-4", "1E5", ".5", "0123", "0x1f", "0o7", "null", "~", "true", "1:30", "2024-01-01", "a: b",

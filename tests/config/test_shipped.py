@@ -9,8 +9,8 @@ import pytest
 
 from tests.config.samples import REPOSITORY
 from veomni.cli import main
-from veomni.config import Config, check_layout
 from veomni.models import build_model, derive_plan, freeze
+from veomni.run_config import Config, check_layout
 
 # Published: the model cards' safetensors totals, tied heads counted once. The two omni models are their thinkers: that
 # of Qwen2.5-Omni as saved without the talker (the whole has 10,732,225,408), of Qwen3-Omni the card of the Thinking

@@ -32,9 +32,10 @@ def test_a_scalar_is_what_people_expect(text: str, value: object) -> None:
 def test_lines_of_all_keys_are_known(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a:\n  b: 1\n\n  c:\n    - d: 2\n")
-    values, lines = read_yaml(path)
+    values, places = read_yaml(path)
     assert values == {"a": {"b": 1, "c": [{"d": 2}]}}
-    assert lines == {("a",): 1, ("a", "b"): 2, ("a", "c"): 4, ("a", "c", "0", "d"): 5}
+    expected = {("a",): 1, ("a", "b"): 2, ("a", "c"): 4, ("a", "c", "0", "d"): 5}
+    assert places == {key: f"{path}:{line}" for key, line in expected.items()}
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ LOADER_CASES = {
         r"t\.jsonl, line 2: \d+ tokens, more than .* 16 \(1 such",
     ),
     "all overlong": ({"max_seq_len": 2, "overlong": "drop"}, DataError, r"every document is longer"),
-    "unknown policy": ({"overlong": "cut"}, ConfigError, r"data.overlong: no policy is called 'cut'"),
+    "unknown policy": ({"overlong": "cut"}, ConfigError, r"data.on_overflow: no policy is called 'cut'"),
     "unknown packing": ({"packing": "bestfit"}, ConfigError, r"did you mean 'best_fit'"),
     "unknown template": ({"chat_template": "chatm"}, ConfigError, r"did you mean 'chatml'"),
     "no template": ({"chat_template": None}, DataError, r"the tokenizer has no chat template"),

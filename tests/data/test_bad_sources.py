@@ -141,7 +141,7 @@ MIXTURES = {
     "no source": ({"sources": []}, ConfigError, r"one of them names the data"),
     "sources and a path": ({"sources": [("a", 1)], "train_path": "x"}, ConfigError, r"one of them names the data"),
     "unknown weights": ({"sources": [("a", 1)], "weigh_by": "tokens"}, ConfigError, r"did you mean 'token'"),
-    "unknown stopping": ({"sources": [("a", 1)], "stopping": "first"}, ConfigError, r"data.stopping: 'first'"),
+    "unknown stopping": ({"sources": [("a", 1)], "stopping": "first"}, ConfigError, r"data.stopping_strategy: 'first'"),
     "held-out share": ({"sources": [("a", 1)], "eval_fraction": 0.1}, ConfigError, r"data.eval_fraction chooses"),
     "so many documents": ({"sources": [("a", 1)], "max_documents": 1}, ConfigError, r"data.max_documents chooses"),
     "unknown format": ({"sources": [("a", 1)], "format": "sharegtp"}, ConfigError, r"did you mean 'sharegpt'"),

@@ -10,8 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from veomni.config import BUILTIN_CORPORA
-from veomni.data import CORPORA, build_dataset
+from veomni.data import build_dataset
 from veomni.data.sources.corpora import corpus_files
 from veomni.errors import MissingExtraError
 
@@ -35,10 +34,6 @@ def answer(record):
 def content(record, field):
     (item,) = record[field]
     return io.BytesIO(base64.b64decode(item["base64"]))
-
-
-def test_configurations_know_their_names():
-    assert BUILTIN_CORPORA == CORPORA
 
 
 def test_digits_are_the_scans_of_scikit_learn(cache):

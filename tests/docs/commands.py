@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veomni.cli import main as veomni
-from veomni.config import Config, check_layout
-from veomni.config.layout import local_processes
 from veomni.config.overrides import parse_argv
 from veomni.logging import create_logger
+from veomni.run_config import Config, check_layout
 from veomni.testing.ranks import RankFailed, run_ranks
 
 _SCRIPTS = ("examples/train_text.py", "examples/train_moe.py")
@@ -90,7 +89,7 @@ def _train(path: str, arguments: list[str]) -> tuple[int, str]:
 
 def _ranks(arguments: list[str]) -> int:
     try:
-        return local_processes(Config.from_file(*parse_argv(arguments)).train, "cpu", 1)
+        return Config.from_file(*parse_argv(arguments)).train.local_processes("cpu", 1)
     except Exception:  # the script says what is wrong
         return 1
 
@@ -107,7 +106,7 @@ def check(command: str) -> None:
         return
     config = Config.from_file(*parse_argv(arguments))
     world = _world(words)
-    check_layout(config, world or local_processes(config.train, "cpu", 1))
+    check_layout(config, world or config.train.local_processes("cpu", 1))
 
 
 def _world(words: list[str]) -> int | None:

@@ -7,8 +7,11 @@ import types
 import typing
 from typing import Any
 
-from veomni.config import Config
-from veomni.config.keys import group, walk
+from pydantic.fields import FieldInfo
+
+from veomni.config.choice import Name
+from veomni.config.keys import groups, walk
+from veomni.run_config import Config
 
 _HEAD = """# All configuration keys
 
@@ -18,23 +21,27 @@ How keys are given and checked: [configuration](configuration.md).
 
 
 def page() -> str:
-    sections = [_section(key, field) for key, field in walk(Config) if group(field) is not None]
-    return "\n".join([_HEAD, *sections])
+    tables: dict[str, tuple[FieldInfo, list[str]]] = {}
+    for key, field in walk(Config):
+        parent, _, _ = key.rpartition(".")
+        if groups(field):
+            tables[key] = (field, [])
+        elif parent in tables:
+            tables[parent][1].append(row(key, field))
+    return "\n".join([_HEAD, *(_section(key, *table) for key, table in tables.items())])
 
 
-def _section(key: str, field: Any) -> str:
-    rows = [row(f"{key}.{name}", inner) for name, inner in plain_keys(field)]
-    head = [f"## {key}", "", str(field.description), "", "| key | values | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows, ""])
+def _section(key: str, field: FieldInfo, rows: list[str]) -> str:
+    chosen = ", ".join(code(name) for name in groups(field) if len(groups(field)) > 1)
+    text = f"{field.description} One of {chosen}." if chosen else str(field.description)
+    table = ["| key | values | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
+    return "\n".join([f"## {key}", "", text, "", *table])
 
 
-def plain_keys(field: Any) -> list[tuple[str, Any]]:
-    return [(name, inner) for name, inner in group(field).model_fields.items() if group(inner) is None]
-
-
-def row(key: str, field: Any) -> str:
+def row(key: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else code(field.get_default(call_default_factory=True))
-    return f"| `{key}` | {values(field.annotation)} | {default} | {field.description} |"
+    names = [code(name) for mark in field.metadata if isinstance(mark, Name) for name in mark.names()]
+    return f"| `{key}` | {', '.join(names) or values(field.annotation)} | {default} | {field.description} |"
 
 
 def code(value: Any) -> str:

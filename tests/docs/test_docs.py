@@ -12,12 +12,11 @@ import pytest
 
 from tests.docs import commands, key_table
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, inline_code, links
-from veomni.config import Config, check_layout
 from veomni.config.keys import all_keys
-from veomni.config.layout import local_processes
 from veomni.config.yaml_file import read_yaml
 from veomni.data import TextDataset, build_dataloader, build_dataset
 from veomni.models import build_tokenizer
+from veomni.run_config import Config, check_layout
 
 TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"))]
 SECTIONS = {"model", "data", "train"}
@@ -106,7 +105,7 @@ def _configures(block: Block) -> None:
         config = Config.from_file(path)
     else:
         config = Config.from_file(ROOT / "configs/text/tiny.yaml", values)
-    check_layout(config, block.options.get("ranks") or local_processes(config.train, "cpu", 1))
+    check_layout(config, block.options.get("ranks") or config.train.local_processes("cpu", 1))
 
 
 def _stored(block: Block) -> str:

@@ -11,7 +11,7 @@ from tests.examples.script import ROOT
 def corpus(tmp_path_factory):
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-    import veomni.from_config  # noqa: F401
+    import veomni.run_config  # noqa: F401
 
     folder = tmp_path_factory.mktemp("corpus")
     for index, path in enumerate(sorted((ROOT / "veomni").glob("*.py"))):

@@ -19,8 +19,8 @@ STREAM = {
     "data.streaming": "true",
     "data.stream_shards": 8,
     "data.lookahead": 8,
-    "data.weigh_by": "token",
-    "data.overlong": "split",
+    "data.sampling": "token",
+    "data.on_overflow": "split",
     "data.train_path": "null",
 }
 
@@ -83,14 +83,18 @@ def test_a_run_goes_on_on_other_ranks(sources, tmp_path, single):
 
 def test_a_mixture_that_ends_is_saved(sources, tmp_path):
     corpus, options = sources
-    ending = {"data.stopping": "first_exhausted", "train.max_steps": 100, "train.checkpoint.save_steps": "null"}
+    ending = {
+        "data.stopping_strategy": "first_exhausted",
+        "train.max_steps": 100,
+        "train.checkpoint.save_steps": "null",
+    }
     rows = train(corpus, tmp_path, 2, "fsdp2", {**options, **ending})
     assert 5 < len(rows) < 100
     assert (tmp_path / "checkpoints" / f"global_step_{len(rows)}").is_dir()
 
 
 def test_balanced_ranks_take_the_same_steps(corpus, tmp_path):
-    options = {**SHORT, "data.overlong": "split"}
+    options = {**SHORT, "data.on_overflow": "split"}
     plain = train(corpus, tmp_path / "plain", 1, "single", options)
     found = train(corpus, tmp_path / "balanced", 2, "fsdp2", {**options, "data.balance": "true"})
     agree(found, plain, 1e-9)

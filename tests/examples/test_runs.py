@@ -15,7 +15,7 @@ IMPORTING = {
     "model.config_overrides": "{}",
     "model.train_tokenizer_vocab_size": "null",
 }
-HALF_GATHERED = {"train.fsdp.reshard_after_forward": "false", "train.fsdp.prefetch": 1}
+HALF_GATHERED = {"train.strategy.reshard_after_forward": "false", "train.strategy.prefetch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,11 @@ def plain(corpus, tmp_path_factory):
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("fsdp2", {"train.fsdp.cpu_offload": "true", "train.gradient_checkpointing": "full"}),
-        ("fsdp2", {**HALF_GATHERED, "train.gradient_checkpointing": "selective"}),
-        ("fsdp1", {"train.fsdp.sharding": "grad_op", "train.gradient_checkpointing": "full"}),
-        ("fsdp1", {"train.fsdp.cpu_offload": "true"}),
-        ("ddp", {"train.gradient_checkpointing": "selective", "train.micro_batch_size": 1}),
+        ("fsdp2", {"train.strategy.cpu_offload": "true", "train.activation_checkpointing": "full"}),
+        ("fsdp2", {**HALF_GATHERED, "train.activation_checkpointing": "selective"}),
+        ("fsdp1", {"train.strategy.sharding": "grad_op", "train.activation_checkpointing": "full"}),
+        ("fsdp1", {"train.strategy.cpu_offload": "true"}),
+        ("ddp", {"train.activation_checkpointing": "selective", "train.micro_batch_size": 1}),
     ],
     ids=str,
 )
@@ -52,7 +52,7 @@ def test_every_layout_exports_the_same_model(corpus, tmp_path, plain, mode):
 @pytest.mark.parametrize("broadcast", ["false", "true"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2"])
 def test_an_exported_model_is_imported_bit_by_bit(corpus, tmp_path, plain, mode, broadcast):
-    weights = {"model.model_path": plain[1], "model.broadcast_weights": broadcast}
+    weights = {"model.model_path": plain[1], "train.broadcast_weights": broadcast}
     still = {"train.max_steps": 1, "train.optimizer.lr": 0, "train.export.hf": "true"}
     train(corpus, tmp_path, 2, mode, {**SHORT, **IMPORTING, **weights, **still})
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain[1], tmp_path / "hf"))

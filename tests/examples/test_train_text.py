@@ -25,9 +25,9 @@ def single(corpus, tmp_path_factory):
         (4, "fsdp2", {}),
         (4, "fsdp2", {"train.data_parallel_replicate_size": 2}),
         (2, "ddp", {"train.ulysses_parallel_size": 2}),
-        (4, "fsdp1", {"train.ulysses_parallel_size": 2, "train.ulysses_async": True}),
+        (4, "fsdp1", {"train.ulysses_parallel_size": 2, "train.ulysses.async_": True}),
         (4, "fsdp2", {"train.ulysses_parallel_size": 2, "train.context_parallel_size": 2}),
-        (4, "fsdp2", {"train.ulysses_parallel_size": 4, "data.num_workers": 1, "train.debug": True}),
+        (4, "fsdp2", {"train.ulysses_parallel_size": 4, "data.num_workers": 1, "train.validate_batches": True}),
     ],
 )
 def test_every_layout_writes_the_same_losses_and_norms(corpus, tmp_path, single, ranks, mode, options):

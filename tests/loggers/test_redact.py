@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from veomni.config import Config
 from veomni.loggers.redact import redact
+from veomni.run_config import Config
 
 SECRET = "s3cr3t-value"
 

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from tests.models.tiny import tiny_config
-from veomni.config.train_parts import OptimizerConfig
 from veomni.errors import ConfigError, ModelError
 from veomni.optim import build_optimizer_groups
 from veomni.testing.ranks import run_ranks
@@ -88,7 +87,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name() -> No
 
 
 def test_the_defaults_of_the_configuration_fit_a_model_without_biases() -> None:
-    decayed, _ = split(nn.Linear(3, 3, bias=False), OptimizerConfig().no_decay)
+    decayed, _ = split(nn.Linear(3, 3, bias=False), ["*norm*", "*.bias"])
     assert decayed == {"weight"}
 
 

@@ -8,7 +8,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from tests.optim.test_groups import Block, Model
-from veomni.config.train_parts import OptimizerConfig
 from veomni.errors import ConfigError
 from veomni.optim import build_optimizer, build_scheduler
 from veomni.testing.ranks import run_ranks
@@ -28,9 +27,8 @@ def moved(layout: str) -> dict[str, float]:
         model = FullyShardedDataParallel(
             model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
         )
-    options = {**OptimizerConfig(name="sgd", lr=2.0, weight_decay=0.0, momentum=0.0, lr_scale=RATES).model_dump()}
-    optimizer = build_optimizer(model, **options)
-    build_scheduler(optimizer, name="constant", total_steps=4, warmup_steps=1, min_lr_ratio=0.0)  # half of the peak
+    optimizer = build_optimizer(model, "sgd", lr=2.0, weight_decay=0.0, momentum=0.0, lr_scale=RATES)
+    build_scheduler(optimizer, name="constant", total_steps=4, warmup_steps=1)  # half of the peak
     before = {name: whole(parameter) for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -71,6 +69,5 @@ def test_all_rates_appear():
     ("rates", "message"), [({"layres.0": 0.5}, "did you mean"), ({"layers.0": 0.0}, "factor above 0")]
 )
 def test_wrong_rates_are_refused(rates, message):
-    options = {**OptimizerConfig().model_dump(), "lr_scale": rates}
     with pytest.raises(ConfigError, match=message):
-        build_optimizer(Model(), **options)
+        build_optimizer(Model(), lr_scale=rates)

@@ -130,7 +130,7 @@ def test_a_schedule_of_pytorch_drives_all_members():
 
 def two_schedules(optimizer: MultiOptimizer) -> MultiLRScheduler:
     first, second = optimizer.members.values()
-    linear = build_scheduler(first, name="linear", total_steps=10, warmup_steps=2, min_lr_ratio=0.0)
+    linear = build_scheduler(first, "linear", total_steps=10, warmup_steps=2)
     return MultiLRScheduler({"first": linear, "second": ConstantLR(second, factor=0.5, total_iters=2)})
 
 
@@ -176,8 +176,7 @@ def test_the_state_of_a_schedule_fits_any_number_of_groups(total, groups):
 
 
 def members_on(layout: str, name: str) -> dict[str, tuple[list[int], bool]]:
-    options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "no_decay": ()}
-    optimizer = build_optimizer(laid_out(layout), name=name, **options)
+    optimizer = build_optimizer(laid_out(layout), name, lr=0.1, no_decay=())
     members = optimizer.members if isinstance(optimizer, MultiOptimizer) else {"": optimizer}
     return {
         key: ([len(group["params"]) for group in member.param_groups], bool(member.param_groups[0].get("fused")))

@@ -31,8 +31,7 @@ from veomni.optim.newton_schulz import orthogonalize
 from veomni.testing.ranks import RankFailed, run_ranks
 
 OPTIONS = {
-    "name": "muon", "lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.9, "no_decay": (),
-    "muon": {"momentum": 0.8},
+    "name": "muon", "lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.8, "no_decay": (),
 }  # fmt: skip
 A, B, C = 3.4445, -4.7750, 2.0315
 
@@ -76,7 +75,7 @@ def test_matrices_of_blocks_are_chosen_and_nothing_else():
     assert names_of(model, exclude=["*.up_proj", "layers.0.wide"]) == [
         "layers.0.tall.weight", "layers.0.experts.down_proj", "layers.1.wide.weight", "layers.1.experts.down_proj",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"(?s)muon\.exclude: no parameter matches '\*\.up'"):
+    with pytest.raises(ConfigError, match=r"(?s)exclude: no parameter matches '\*\.up'"):
         hidden_matrices(model, exclude=["*.up"])
 
 
@@ -141,12 +140,12 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], bound: f
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_follow_the_formula(nesterov):
-    found = train("single", muon={"momentum": 0.8, "nesterov": nesterov})
+    found = train("single", nesterov=nesterov)
     assert_equal(found, closed_form(3, nesterov), 1e-10)  # the decomposition has its own rounding
 
 
 def test_matrices_can_have_a_rate_of_their_own():
-    assert_equal(train("single", muon={"momentum": 0.8, "lr": 0.01}), closed_form(3, lr=0.01), 1e-10)
+    assert_equal(train("single", matrix_lr=0.01), closed_form(3, lr=0.01), 1e-10)
 
 
 def slices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -311,7 +310,7 @@ def on_fsdp1() -> None:
 
 
 def test_fsdp1_is_refused_with_the_fix():
-    with pytest.raises(RankFailed, match=r"(?s)FSDP1 keeps flat pieces.*fix: set train\.data_parallel_mode to fsdp2"):
+    with pytest.raises(RankFailed, match=r"(?s)FSDP1 keeps flat pieces.*fix: use FSDP2"):
         run_ranks(on_fsdp1, 2)
 
 

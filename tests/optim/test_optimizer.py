@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from veomni.config.train_parts import OptimizerConfig
+from tests.config.samples import config
 from veomni.errors import ConfigError
 from veomni.optim import build_optimizer
 from veomni.testing.ranks import run_ranks
 
-OPTIONS = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3, "momentum": 0.7, "no_decay": ()}
+OPTIONS = {"lr": 0.01, "weight_decay": 0.3, "no_decay": ()}
+OWN = {"adamw": {"betas": (0.8, 0.9), "eps": 1e-3}, "sgd": {"momentum": 0.7}}
 
 
 def model() -> nn.Sequential:
@@ -28,7 +29,7 @@ def gradients(step: int, network: nn.Module) -> list[Tensor]:
 
 
 def train(network: nn.Module, name: str, steps: int = 4, **options) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(network, name=name, **{**OPTIONS, **options})
+    optimizer = build_optimizer(network, name, **OPTIONS, **OWN[name], **options)
     whole = model()
     for step in range(steps):
         for parameter, gradient in zip(network.parameters(), gradients(step, whole), strict=True):
@@ -47,7 +48,7 @@ def shard_like(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def adamw(steps: int = 4) -> list[Tensor]:
     """Loshchilov and Hutter, algorithm 2."""
-    network, (beta1, beta2) = model(), OPTIONS["betas"]
+    network, (beta1, beta2) = model(), OWN["adamw"]["betas"]
     results = []
     for index, parameter in enumerate(network.parameters()):
         value, first, second = parameter.detach().clone(), 0.0, 0.0
@@ -57,7 +58,7 @@ def adamw(steps: int = 4) -> list[Tensor]:
             first = beta1 * first + (1 - beta1) * gradient
             second = beta2 * second + (1 - beta2) * gradient**2
             direction = (first / (1 - beta1 ** (step + 1))) / (
-                (second / (1 - beta2 ** (step + 1))).sqrt() + OPTIONS["eps"]
+                (second / (1 - beta2 ** (step + 1))).sqrt() + OWN["adamw"]["eps"]
             )
             value = value - OPTIONS["lr"] * (direction + decay * value)
         results.append(value)
@@ -70,7 +71,7 @@ def sgd(steps: int = 4) -> list[Tensor]:
         value, velocity = parameter.detach().clone(), 0.0
         decay = OPTIONS["weight_decay"] if value.ndim > 1 else 0.0
         for step in range(steps):
-            velocity = OPTIONS["momentum"] * velocity + gradients(step, network)[index] + decay * value
+            velocity = OWN["sgd"]["momentum"] * velocity + gradients(step, network)[index] + decay * value
             value = value - OPTIONS["lr"] * velocity
         results.append(value)
     return results
@@ -116,13 +117,14 @@ def test_devices_without_a_fused_kernel_are_named(caplog) -> None:
     assert "not fused: its parameters are on meta (unsharded)" in caplog.text
 
 
-def test_the_configuration_section_is_the_argument_list() -> None:
-    optimizer = build_optimizer(model(), **OptimizerConfig().model_dump())
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert math.isclose(optimizer.param_groups[0]["lr"], 3e-4)
-    assert tuple(optimizer.param_groups[1]["betas"]) == (0.9, 0.95)
+def test_the_section_of_a_configuration_has_the_defaults_of_the_function() -> None:
+    built = config().train.optimizer.build(model())
+    for optimizer in (built, build_optimizer(model(), "adamw")):
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+        assert math.isclose(optimizer.param_groups[0]["lr"], 3e-4)
+        assert tuple(optimizer.param_groups[1]["betas"]) == (0.9, 0.95)
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)train\.optimizer\.name.*did you mean 'adamw'"):
+    with pytest.raises(ConfigError, match=r"(?s)no optimizer is called 'adam'.*did you mean 'adamw'"):
         build_optimizer(model(), name="adam", **OPTIONS)

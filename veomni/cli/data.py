@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from veomni.config import Config
+    from veomni.run_config import Config
 
 HELP = "print documents as tokens with those that are learned in colour, and draw how long they are"
 TAKES_CONFIG = True
@@ -38,12 +38,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from veomni.cli.data_documents import show_documents
     from veomni.cli.data_rows import show_rows
     from veomni.cli.length_histogram import plot_lengths
-    from veomni.config import load_config
+    from veomni.run_config import load_config
 
     config = load_config(rest[1:] if rest[:1] == ["preview"] else rest)
     console = Console(highlight=False, soft_wrap=True)
-    kinds = {source.data_type or config.data.data_type for source in config.data.sources} or {config.data.data_type}
-    if "multimodal" in kinds:
+    if "multimodal" in config.data.data_types:
         groups = show_documents(config, console, arguments.rows, arguments.documents)
     else:
         groups = {"documents": show_rows(config, console, arguments.rows, arguments.documents)}

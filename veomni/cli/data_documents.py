@@ -17,11 +17,11 @@ from veomni.cli.token_colours import LEGEND, coloured
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from veomni.config import Config
     from veomni.data import Mixture, TextDataset
     from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures, MultimodalTransform
     from veomni.data.sources.layout import RecordLayout
     from veomni.data.sources.records import Document
+    from veomni.run_config import Config
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     """
     from veomni.data import TextDataset
     from veomni.data.multimodal import SkipBadMedia
-    from veomni.from_config import load_datasets, load_media_transform, load_tokenizer
 
-    dataset, _ = load_datasets(config)
-    tokenizer = load_tokenizer(config, dataset)
-    transform, media = load_media_transform(config, tokenizer), config.data.media
+    dataset, _ = config.open_data()
+    tokenizer = config.build_tokenizer(dataset)
+    media = config.data.media
+    transform = media.build_transform(config, tokenizer)
     skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
     found: list[_Counted] = []
     for name, layout, document in islice(_in_turn(dataset), max(shown, counted)):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from veomni.config import Config
     from veomni.data import PackedDataLoader, StreamLoader
+    from veomni.run_config import Config
 
 
 def show_rows(config: Config, console: Console, rows: int, counted: int) -> list[int]:
@@ -61,11 +61,10 @@ def _show_stream(read: Sequence[MicroBatch], capacity: int, tokenizer: Any, cons
 
 def _loader(config: Config) -> tuple[PackedDataLoader | StreamLoader, Any]:
     from veomni.data import Mixture, build_dataloader
-    from veomni.from_config import load_datasets, load_tokenizer
 
     data = config.data
-    dataset, _ = load_datasets(config)
-    tokenizer = load_tokenizer(config, dataset)
+    dataset, _ = config.open_data()
+    tokenizer = config.build_tokenizer(dataset)
     loader = build_dataloader(
         dataset,
         tokenizer,
@@ -73,7 +72,7 @@ def _loader(config: Config) -> tuple[PackedDataLoader | StreamLoader, Any]:
         seed=config.train.seed,
         shuffle=data.shuffle,
         packing=data.packing,
-        overlong=data.overlong,
+        overlong=data.on_overflow,
         pin_memory=False,
         epochs=None if isinstance(dataset, Mixture) else 1,
         cache_dir=data.cache_dir,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from veomni.optim import hidden_matrices
+from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.transforms.precision import Precision
 
 if TYPE_CHECKING:
-    from veomni.config import TrainConfig
+    from veomni.loop.section import TrainSection
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RankMemory:
 
 
 def rank_memory(
-    model: nn.Module, plan: ParallelPlan, train: TrainConfig, precision: Precision, shards: int
+    model: nn.Module, plan: ParallelPlan, train: TrainSection, precision: Precision, shards: int
 ) -> RankMemory:
     """Return the memory of one rank.
 
@@ -62,17 +63,26 @@ def rank_memory(
     )
 
 
-def _optimizer_numbers(model: nn.Module, trained: int, train: TrainConfig) -> int:
+def _optimizer_numbers(model: nn.Module, trained: int, train: TrainSection) -> int:
     """Return how many numbers the optimizer keeps: two a parameter (AdamW), one (momentum), or none."""
-    if train.optimizer.name == "sgd":
-        return trained if train.optimizer.momentum else 0
-    if train.optimizer.name == "adamw":
-        return 2 * trained
-    matrices = hidden_matrices(model, exclude=train.optimizer.muon.exclude)
-    return 2 * trained - sum(matrix.numel() for matrix in matrices)
+    section = train.optimizer
+    if section.chosen == "muon":
+        matrices = hidden_matrices(model, exclude=section.arguments()["exclude"])
+        return 2 * trained - sum(matrix.numel() for matrix in matrices)
+    return round(trained * _state_per_parameter(section))
 
 
-def _gathered(model: nn.Module, plan: ParallelPlan, train: TrainConfig, precision: Precision, shards: int) -> float:
+def _state_per_parameter(section: OptimizerSection) -> float:
+    """Return how many numbers a step leaves per parameter, found by taking one on a small layer."""
+    layer = nn.Linear(32, 32, bias=False)
+    optimizer = section.model_copy(update={"no_decay": [], "lr_scale": {}}).build(layer)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    kept = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor) and value.ndim]
+    return sum(value.numel() for value in kept) / layer.weight.numel()
+
+
+def _gathered(model: nn.Module, plan: ParallelPlan, train: TrainSection, precision: Precision, shards: int) -> float:
     elsewhere = 1 - 1 / train.expert_parallel_size  # the share of the experts that other ranks hold
     experts = {name: elsewhere * _count(model.get_submodule(name)) for name in plan.experts}
     everything = _count(model) - sum(experts.values())
@@ -85,8 +95,9 @@ def _gathered(model: nn.Module, plan: ParallelPlan, train: TrainConfig, precisio
         for block in plan.blocks
     ]
     root = everything - sum(sizes)
-    stays = not train.fsdp.reshard_after_forward or train.fsdp.sharding == "grad_op"
-    at_once = sum(sizes) if stays else max(sizes, default=0) * (1 + max(1, train.fsdp.prefetch))
+    options = train.strategy.arguments()
+    stays = not options.get("reshard_after_forward", True) or options.get("sharding") == "grad_op"
+    at_once = sum(sizes) if stays else max(sizes, default=0) * (1 + max(1, options.get("prefetch", 0)))
     return min(everything, root + at_once) * precision.compute.itemsize
 
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from veomni.config import Config
-    from veomni.parallel.mesh import ParallelDims
+    from veomni.run_config import Config
 
 HELP = "print the mesh, the memory of a rank and the batch arithmetic of a configuration"
 TAKES_CONFIG = True
@@ -30,17 +29,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         LayoutError: the layout does not work.
         InputError: the configuration or the model cannot be used.
     """
-    from veomni.accelerators import select_accelerator
-    from veomni.config import Config, check_layout
-    from veomni.config.layout import local_processes
     from veomni.config.overrides import parse_argv
     from veomni.errors import LayoutError
+    from veomni.run_config import Config, check_layout
 
     config = Config.from_file(*parse_argv(rest))
     world = arguments.world
     if world is None:
-        accelerator = select_accelerator(config.train.accelerator)
-        world = local_processes(config.train, accelerator.device_type, accelerator.device_count())
+        accelerator = config.train.accelerator.build()
+        accelerator.require()
+        world = config.train.local_processes(accelerator.device_type, accelerator.device_count())
     if world < 1:
         raise LayoutError(f"--world is {world}", "give a positive number of ranks")
     check_layout(config, world)
@@ -53,21 +51,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _model(config: Config) -> nn.Module:
     from veomni.models import build_model, freeze
 
-    section = config.model
-    model = build_model(
-        section.config_path or str(section.model_path),
-        overrides=section.config_overrides,
-        weights="random",
-        trust_remote_code=section.trust_remote_code,
-    )
-    freeze(model, section.freeze)
+    model = build_model(config.model.build_config(), weights="random")
+    freeze(model, config.model.freeze)
     return model
 
 
 def _mesh(config: Config, world: int) -> Iterator[tuple[str, str]]:
     from veomni.parallel.mesh import AXES
+    from veomni.strategies.select import mesh_dims
 
-    dims = _dims(config, world)
+    dims = mesh_dims(config.train.build_strategies(), world)
     yield "ranks", f"{world}"
     yield "mesh", " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES)
     yield "parameters are sharded over", f"{dims.fsdp} ranks ({config.train.data_parallel_mode})"
@@ -76,32 +69,14 @@ def _mesh(config: Config, world: int) -> Iterator[tuple[str, str]]:
         yield "experts are spread over", f"{dims.ep} ranks ({far}), each of them sharded over {dims.fsdp // dims.ep}"
 
 
-def _dims(config: Config, world: int) -> ParallelDims:
-    from veomni.parallel.mesh import ParallelDims
-
-    train = config.train
-    sharded = train.data_parallel_mode in ("fsdp1", "fsdp2")
-    return ParallelDims(
-        dp_replicate=train.data_parallel_replicate_size if sharded else -1,
-        dp_shard=-1 if sharded else 1,
-        ulysses=train.ulysses_parallel_size,
-        cp=train.context_parallel_size,
-        tp=train.tensor_parallel_size,
-        ep=train.expert_parallel_size,
-        ep_outside=train.expert_parallel.outside,
-    ).resolve(world)
-
-
 def _batch(config: Config, world: int) -> Iterator[tuple[str, str]]:
-    from veomni.config.layout import data_ranks, micro_batches
-
     train, rows = config.train, config.train.global_batch_size
     tokens = rows * config.data.max_seq_len
     yield (
         "rows per step",
         (
-            f"{rows} = {train.micro_batch_size} rows x {micro_batches(train, world)} micro-batches x "
-            f"{data_ranks(train, world)} data ranks"
+            f"{rows} = {train.micro_batch_size} rows x {train.micro_batches(world)} micro-batches x "
+            f"{train.data_ranks(world)} data ranks"
         ),
     )
     yield "tokens per step", f"{tokens:,} = {rows} rows x {config.data.max_seq_len}"
@@ -121,15 +96,17 @@ def _flops(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
 def _memory(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str, str]]:
     from veomni.cli.memory import rank_memory
     from veomni.models import derive_plan
+    from veomni.strategies.select import mesh_dims
     from veomni.strategies.transforms.precision import select_precision
 
     precision = select_precision(config.train.precision)
     count = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    memory = rank_memory(model, derive_plan(model), config.train, precision, _dims(config, world).fsdp)
+    shards = mesh_dims(config.train.build_strategies(), world).fsdp
+    memory = rank_memory(model, derive_plan(model), config.train, precision, shards)
     yield "parameters of the model", f"{count:,}" + (f", {trained:,} trained" if trained < count else "")
-    where = "host" if config.train.fsdp.cpu_offload else "device"
+    where = "host" if config.train.strategy.arguments().get("cpu_offload") else "device"
     for name in ("parameters", "gradients", "optimizer", "gathered", "total"):
         place = "device" if name == "gathered" else "host and device" if name == "total" and where == "host" else where
         yield f"{name} per rank", f"{getattr(memory, name) / _GIB:.3f} GiB ({place})"
-    yield "besides", "activations, which depend on train.gradient_checkpointing, are not counted"
+    yield "besides", "activations, which depend on train.activation_checkpointing, are not counted"

@@ -15,6 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the schema."""
-    from veomni.config import Config
+    from veomni.run_config import Config
 
     print(json.dumps(Config.model_json_schema(), indent=2))

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 
 def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every key and its field, groups before what is in them."""
+    """Yield every key and its field, groups before what is in them.
+
+    Keys that only some of a registry's components have are described with the names of those components.
+    """
     for name, field in schema.model_fields.items():
         key = f"{prefix}{name}"
         yield key, field
-        if group(field) is not None:
-            yield from walk(group(field), f"{key}.")  # type: ignore[arg-type]
+        found = groups(field)
+        if len(found) == 1:
+            yield from walk(next(iter(found.values())), f"{key}.")
+        else:
+            for inner, item in _merged(found).items():
+                chosen = inner == "name"
+                yield f"{key}.{inner}", _name_field(list(found), field.default) if chosen else item
 
 
-def group(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the model that a field's value is; None for a plain value."""
+def groups(field: FieldInfo) -> Mapping[str, type[BaseModel]]:
+    """Return the models that a field's value may be, by the name that chooses each; empty for a plain value."""
+    for item in field.metadata:
+        if hasattr(item, "sections"):
+            return item.sections()
     annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return {"": annotation} if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
 
 
-@functools.cache
+def _merged(found: Mapping[str, type[BaseModel]]) -> dict[str, FieldInfo]:
+    having: dict[str, dict[str, FieldInfo]] = {}
+    for name, section in found.items():
+        for key, field in section.model_fields.items():
+            having.setdefault(key, {})[name] = field
+    return {key: _common(key, fields, len(found)) for key, fields in having.items()}
+
+
+def _name_field(names: list[str], default: Any) -> FieldInfo:
+    return FieldInfo(annotation=cast("Any", Literal[tuple(names)]), default=default, description="Which one it is.")
+
+
+def _common(key: str, fields: Mapping[str, FieldInfo], everyone: int) -> FieldInfo:
+    first = next(iter(fields.values()))
+    if len(fields) == everyone:
+        return first
+    of = {name: f"{name}: {field.description}{_unlike(first, field)}" for name, field in fields.items()}
+    if len({field.description for field in fields.values()}) == 1:
+        of = {"": f"{', '.join(fields)}: {first.description}"}
+    return FieldInfo(annotation=first.annotation, default=first.default, description=" ".join(of.values()))
+
+
+def _unlike(first: FieldInfo, field: FieldInfo) -> str:
+    return "" if field.default == first.default else f" Default {field.default}."
+
+
+def choices(schema: type[BaseModel]) -> set[str]:
+    """Return the keys whose value is the name of a component, or a mapping of its name and options."""
+    return {key for key, field in walk(schema) if any(getattr(item, "by_name", False) for item in field.metadata)}
+
+
 def all_keys(schema: type[BaseModel]) -> list[str]:
     """Return every key, groups included."""
     return [key for key, _ in walk(schema)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from veomni.config.yaml_file import parse_value
@@ -51,41 +51,43 @@ def _flag(argument: str, rest: list[str]) -> tuple[str, Any]:
     return key, parse_value(text, f"--{key}")
 
 
-def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def apply_overrides(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], choices: Collection[str] = ()
+) -> dict[str, Any]:
     """Return ``values`` with each dotted key replaced; a mapping given for a group is merged into it.
+
+    Args:
+        values: Nested mappings; left alone.
+        overrides: Values by dotted key.
+        choices: Keys whose value may be a name: with options for it, the name becomes a mapping.
 
     Raises:
         ConfigError: one override is inside another, or inside a plain value.
     """
-    merged = _copy(values)
+    result = dict(values)
     for key, value in overrides.items():
         inside = next((other for other in overrides if other.startswith(f"{key}.")), None)
         if inside is not None:
             raise ConfigError(f"--{key} and --{inside} both set {inside}", f"put all of it into --{key}")
-        _set(merged, key, value)
-    return merged
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        result = _override(result, value, key, choices)
+    return result
 
 
-def _copy(value: Any) -> Any:
-    return {key: _copy(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _set(target: dict[str, Any], key: str, value: Any) -> None:
-    *groups, last = key.split(".")
-    for depth, name in enumerate(groups, 1):
-        if target.get(name) is None:
-            target[name] = {}
-        if not isinstance(target[name], dict):
-            group = ".".join(groups[:depth])
-            raise ConfigError(f"--{key}: {group} is {target[name]!r}, not a group of keys", f"set --{group} itself")
-        target = target[name]
-    _merge(target, last, value)
-
-
-def _merge(target: dict[str, Any], name: str, value: Any) -> None:
-    present = target.get(name)
-    if isinstance(present, dict) and isinstance(value, Mapping):
-        for inner, item in value.items():
-            _merge(present, inner, item)
-    else:
-        target[name] = _copy(value)
+def _override(
+    target: Mapping[str, Any], values: Mapping[str, Any], key: str, choices: Collection[str], group: str = ""
+) -> dict[str, Any]:
+    result = dict(target)
+    for name, value in values.items():
+        here, present = f"{group}{name}", result.get(name)
+        if not isinstance(value, Mapping):
+            result[name] = value
+            continue
+        if isinstance(present, str) and here in choices:
+            present = {"name": present}
+        if present is not None and not isinstance(present, Mapping) and key.startswith(f"{here}."):
+            raise ConfigError(f"--{key}: {here} is {present!r}, not a group of keys", f"set --{here} itself")
+        known = present if isinstance(present, Mapping) else {}
+        result[name] = _override(known, value, key, choices, f"{here}.")
+    return result

@@ -1,4 +1,4 @@
-"""All that is wrong with a configuration, said at once."""
+"""All that is wrong with a configuration, in one error."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _key(location: tuple[int | str, ...], kind: str, known: list[str]) -> str:
 def _problem(key: str, items: list[Mapping[str, Any]], schema: type[BaseModel], places: Mapping[str, str]) -> Problem:
     place = f" ({places[key]})" if key in places else ""
     if items[0]["type"] == "extra_forbidden":
-        return Problem(f"{key}{place} is not a key", _fix_unknown(key, schema))
+        return Problem(f"{key}{place} is not a key{_here(key, schema)}", _fix_unknown(key, schema))
     if items[0]["type"] == "missing":
         in_entry = any(part.isdigit() for part in key.split("."))
         fix = "add it to that entry" if in_entry else f"set it in the file or by --{key} VALUE"
@@ -85,9 +85,18 @@ def _problem(key: str, items: list[Mapping[str, Any]], schema: type[BaseModel], 
 
 
 def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
+    if key in (renamed := getattr(schema, "RENAMED", {})):
+        return f"it is now {renamed[key]}"
     parent, _, name = key.rpartition(".")
+    if key in all_keys(schema):
+        return f"leave it out, or choose a component of {parent} that has it"
     elsewhere = [known for known in all_keys(schema) if known.rpartition(".")[2] == name]
     return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, children(schema, parent))
+
+
+def _here(key: str, schema: type[BaseModel]) -> str:
+    """Return that the key belongs to another component than the chosen one, if it does."""
+    return " of the component that is chosen" if key in all_keys(schema) else ""
 
 
 def _wanted(item: Mapping[str, Any]) -> str:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
+from veomni.config.base import Section
 from veomni.config.yaml_file import CoreDumper
 from veomni.errors import ConfigError
 from veomni.version import __version__
 
-if TYPE_CHECKING:
-    from veomni.config.config import Config
-
 _NAME = "veomni_cli.yaml"
 
 
-def save_args(config: Config, output_dir: str | Path) -> Path:
+def save_args(config: Section, output_dir: str | Path) -> Path:
     """Write ``<output_dir>/veomni_cli.yaml``, which reads back as an equal configuration, and return its path.
 
     The schema holds no secrets; the file is readable by its owner only all the same, and replaced in one step.
@@ -37,7 +34,7 @@ def save_args(config: Config, output_dir: str | Path) -> Path:
     return path
 
 
-def _text(config: Config) -> str:
+def _text(config: Section) -> str:
     body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)
     return f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"
 

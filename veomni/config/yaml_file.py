@@ -82,20 +82,52 @@ for _class in (_CoreLoader, CoreDumper):
         _class.add_implicit_resolver(f"{_PREFIX}{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def read_yaml(path: str | Path) -> tuple[dict[str, Any], Mapping[tuple[str, ...], int]]:
-    """Return the mapping that a YAML file holds, and the line of every key by its path.
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Mapping[tuple[str, ...], str]]:
+    """Return the mapping that a YAML file holds, and where every key was given ("tiny.yaml:12") by its path.
+
+    The key ``extends`` at the top names another file, relative to this one, whose values hold where this one gives
+    none; mappings are merged, everything else is replaced.
 
     Raises:
-        ConfigError: the file is missing, empty, not UTF-8, not YAML, not a mapping, or uses what is refused here.
+        ConfigError: a file is missing, empty, not UTF-8, not YAML, not a mapping, extends itself, or uses what is
+            rejected here.
     """
+    return _read(Path(path), ())
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], str]]:
     name = str(path)
-    text = _read_text(Path(path), name)
-    value, lines = _parse(text, name)
+    value, lines = _parse(_read_text(path, name), name)
     if value is None:
         raise ConfigError(f"{name} is empty", "give the sections model, data and train")
     if not isinstance(value, dict):
         raise _error(name, 1, f"a {type(value).__name__}, not a mapping", "give the sections model, data and train")
-    return value, lines
+    places = {key: f"{name}:{line}" for key, line in lines.items()}
+    base = value.pop("extends", None)
+    if base is None:
+        return value, places
+    line = lines["extends",]
+    if not isinstance(base, str) or not base:
+        raise _error(name, line, f"extends is {base!r}", "give the path of a YAML file")
+    chain = (*extending, path.resolve())
+    target = path.parent / base
+    if target.resolve() in chain:
+        shown = " -> ".join(item.name for item in (*chain, target))
+        raise _error(name, line, f"extends goes in a circle: {shown}", "remove one of them")
+    if not target.is_file():
+        raise _error(name, line, f"extends names {target}, which is no file", "give a path relative to this file")
+    inherited, places_there = _read(target, chain)
+    return merged(inherited, value), {**places_there, **places}
+
+
+def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``values`` over it: mappings are merged, everything else is replaced."""
+    result = dict(base)
+    for key, value in values.items():
+        present = result.get(key)
+        both = isinstance(present, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(present, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def parse_value(text: str, name: str) -> Any:

@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from veomni.logging import create_logger, current_rank
+from veomni.registry import Registry
 
 logger = create_logger(__name__)
 
 Metrics = Mapping[str, float | int | None]
+
+LOGGERS: Registry[Callable[..., Logger]] = Registry("logger", group="veomni.loggers", home="veomni.loggers")
+"""Loggers by the names that configurations use; each is called with the run's ``output_dir`` and its options."""
 
 
 class Logger(ABC):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from veomni.errors import MissingExtraError
-from veomni.loggers.base import Logger, Metrics
+from veomni.loggers.base import LOGGERS, Logger, Metrics
 from veomni.loggers.redact import redact
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+@LOGGERS.register("tensorboard")
 class TensorBoardLogger(Logger):
     """Write metrics to ``<output_dir>/tensorboard``, and the configuration, without its secrets, as text.
 

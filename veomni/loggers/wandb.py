@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen
 from typing_extensions import override
 
 from veomni.errors import ConfigError, MissingExtraError
-from veomni.loggers.base import Logger, Metrics
+from veomni.loggers.base import LOGGERS, Logger, Metrics
 from veomni.loggers.redact import redact
 
 
+@LOGGERS.register("wandb")
 class WandbLogger(Logger):
     """Send metrics to a Weights & Biases run, or write it to ``<output_dir>/wandb`` for a later ``wandb sync``.
 
@@ -23,8 +25,13 @@ class WandbLogger(Logger):
 
     Args:
         output_dir: Directory that wandb makes its folder in.
-        project: The project that the run belongs to.
-        mode: "offline" sends nothing.
+        project: Project that the run belongs to.
+        mode: offline writes <output_dir>/wandb only; online sends it, and needs WANDB_API_KEY in the environment.
+        run_name: What wandb calls the run; null lets wandb choose.
+        entity: User or team that the project belongs to; null is the key's own.
+        group: Group of runs that this one belongs to.
+        tags: Labels of the run.
+        run_id: Identifier of an earlier run to continue.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -33,16 +40,31 @@ class WandbLogger(Logger):
 
     name = "wandb"
 
-    def __init__(self, output_dir: Path | str, *, project: str, mode: Literal["online", "offline"]) -> None:
+    def __init__(
+        self,
+        output_dir: Path | str,
+        *,
+        project: Annotated[str, MinLen(1)] = "veomni",
+        mode: Literal["online", "offline"] = "offline",
+        run_name: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        run_id: str | None = None,
+    ) -> None:
         if find_spec("wandb") is None:
             raise MissingExtraError("wandb", "dev")
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
             raise ConfigError(
-                "train.logging.wandb_mode is online but WANDB_API_KEY is not set",
-                "export WANDB_API_KEY, or set train.logging.wandb_mode to offline",
+                "wandb's mode is online but WANDB_API_KEY is not set",
+                "export WANDB_API_KEY, or use mode offline",
+                field="WandbLogger.mode",
             )
         self._output_dir = Path(output_dir)
-        self._project, self._mode = project, mode
+        self._options: dict[str, Any] = {"project": project, "mode": mode, "name": run_name, "entity": entity}
+        self._options |= {"group": group, "tags": list(tags) or None, "id": run_id}
+        if run_id is not None:
+            self._options["resume"] = "allow"
         self._run: Any = None
 
     @override
@@ -67,5 +89,5 @@ class WandbLogger(Logger):
             settings = wandb.Settings(
                 console="off", save_code=False, disable_git=True, x_disable_meta=True, x_save_requirements=False
             )
-            self._run = wandb.init(project=self._project, dir=str(self._output_dir), mode=self._mode, settings=settings)
+            self._run = wandb.init(dir=str(self._output_dir), settings=settings, **self._options)
         return self._run

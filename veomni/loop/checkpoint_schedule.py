@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from veomni.errors import CheckpointError
 from veomni.logging import create_logger
@@ -20,13 +22,13 @@ class CheckpointSchedule:
 
     Args:
         directory: Where checkpoints go; None never saves and never resumes.
-        save_steps: Save after every so many steps; None only at the end and on a signal.
+        save_steps: Steps between checkpoints; null saves only at the end and on a signal.
         save_final: Save after the last step.
-        resume: "auto" takes the newest valid checkpoint of ``directory``, "none" starts afresh, anything else is the
-            path of one checkpoint. The last two need a ``directory`` without checkpoints of later steps.
-        keep_last: How many checkpoints stay.
-        async_save: Write in the background.
-        verify_hash: Check contents, not only sizes, before loading.
+        resume: auto continues from the newest valid checkpoint of ``directory``, none starts from step 0, anything else
+            is the path of one checkpoint. The last two need a ``directory`` without checkpoints of later steps.
+        keep_last: Checkpoints kept; at least 2, so that a damaged newest one has one to fall back to.
+        async_save: Write in the background while training continues.
+        verify_hash: Compare every file with the manifest's hash before loading.
         signature: What must be the same in the run that resumes (sizes of the model, say).
 
     Raises:
@@ -37,10 +39,10 @@ class CheckpointSchedule:
         self,
         directory: Path | str | None = None,
         *,
-        save_steps: int | None = None,
+        save_steps: Annotated[int, Ge(1)] | None = None,
         save_final: bool = True,
         resume: str = "auto",
-        keep_last: int = 2,
+        keep_last: Annotated[int, Ge(2)] = 2,
         async_save: bool = False,
         verify_hash: bool = True,
         signature: Mapping[str, Any] | None = None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from veomni.errors import ConfigError
 
@@ -15,23 +17,24 @@ class MoEOptions:
     """How experts are kept equally busy, and how often their load is reported.
 
     Attributes:
-        aux_loss_coef: Weight of the load-balancing loss; None takes the model configuration's ``router_aux_loss_coef``
-            where that says ``output_router_logits``, and is 0 elsewhere.
-        z_loss_coef: Weight of the router z-loss.
-        bias_update_rate: What the correction bias of every expert moves by after each step, towards equal load.
-        balance_scope: The tokens that the load-balancing loss compares experts over: those of the whole optimizer step,
-            or those of one micro-batch on all ranks.
-        log_load_every: Steps between reports of the load of every expert; None reports none.
+        aux_loss_coef: Weight of the load-balancing loss over the global batch; null takes the model configuration's
+            ``router_aux_loss_coef`` where that says ``output_router_logits``, and is 0 elsewhere.
+        z_loss_coef: Weight of the router z-loss over the global batch.
+        bias_update_rate: Step by which the correction bias of every expert moves towards equal load, to balance without
+            a loss.
+        balance_scope: Tokens that the load-balancing loss compares experts over: those of the whole optimizer step, or
+            of one micro-batch on all ranks. step, with several micro-batches, runs them forward once more to count.
+        log_load_every: Steps between lines of expert_load.jsonl; null reports no load.
 
     Raises:
         ConfigError: a number is negative.
     """
 
-    aux_loss_coef: float | None = None
-    z_loss_coef: float = 0.0
-    bias_update_rate: float = 0.0
+    aux_loss_coef: Annotated[float, Ge(0.0)] | None = None
+    z_loss_coef: Annotated[float, Ge(0.0)] = 0.0
+    bias_update_rate: Annotated[float, Ge(0.0)] = 0.0
     balance_scope: BalanceScope = "step"
-    log_load_every: int | None = 10
+    log_load_every: Annotated[int, Ge(1)] | None = 10
 
     def __post_init__(self) -> None:
         for name in ("aux_loss_coef", "z_loss_coef", "bias_update_rate"):

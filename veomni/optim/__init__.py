@@ -5,19 +5,24 @@ from veomni.optim.lr_scale import scale_lr, split_by_lr_scale
 from veomni.optim.matrices import hidden_matrices
 from veomni.optim.multi import MultiLRScheduler, MultiOptimizer, combine, members_by_mesh
 from veomni.optim.muon import Muon
-from veomni.optim.optimizer import build_optimizer
-from veomni.optim.scheduler import build_scheduler, lr_factor
+from veomni.optim.optimizer import OPTIMIZERS, OptimizerRecipe, OptimizerSection, build_optimizer
+from veomni.optim.scheduler import SCHEDULERS, SchedulerSection, Shape, build_scheduler
 
 __all__ = [
+    "OPTIMIZERS",
+    "SCHEDULERS",
     "MultiLRScheduler",
     "MultiOptimizer",
     "Muon",
+    "OptimizerRecipe",
+    "OptimizerSection",
+    "SchedulerSection",
+    "Shape",
     "build_optimizer",
     "build_optimizer_groups",
     "build_scheduler",
     "combine",
     "hidden_matrices",
-    "lr_factor",
     "members_by_mesh",
     "scale_lr",
     "split_by_lr_scale",

@@ -36,7 +36,7 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
     """
     names = parameter_names(model)
     everyone = [name for aliases in names.values() for name in aliases]
-    exempt = matching(everyone, no_decay, "train.optimizer.no_decay", may_miss=_COVERED_ANYWAY)
+    exempt = matching(everyone, no_decay, "no_decay", may_miss=_COVERED_ANYWAY)
     dimensions = _unsharded_dimensions(model)
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []

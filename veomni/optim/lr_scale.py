@@ -34,10 +34,10 @@ def split_by_lr_scale(
     for pattern, factor in lr_scale.items():
         if factor <= 0:
             raise ConfigError(
-                f"train.optimizer.lr_scale: {pattern!r} is given {factor}",
-                "use a factor above 0; model.freeze is for what is not trained",
+                f"lr_scale: {pattern!r} is given {factor}",
+                "use a factor above 0; freeze() is for parameters that are not trained",
             )
-        found = matching(everyone, [pattern], "train.optimizer.lr_scale")
+        found = matching(everyone, [pattern], "lr_scale")
         factors |= {parameter: factor for parameter, aliases in names.items() if found.intersection(aliases)}
     split = []
     for group in groups:

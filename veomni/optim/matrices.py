@@ -31,7 +31,7 @@ def hidden_matrices(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[nn
     """
     names = parameter_names(model)
     everyone = [name for aliases in names.values() for name in aliases]
-    excluded = matching(everyone, exclude, "train.optimizer.muon.exclude")
+    excluded = matching(everyone, exclude, "exclude")
     inside = _inside_blocks(inner_module(model))
     return [
         parameter

@@ -48,7 +48,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], key: str, *, may_mis
     Args:
         names: Of parameters.
         patterns: ``*.embed_tokens`` or ``model.layers.0.*``.
-        key: The configuration key of the patterns.
+        key: The argument that the patterns were given as.
         may_miss: Patterns that need not match.
 
     Raises:

@@ -3,31 +3,90 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from annotated_types import Ge, Gt, Le
+from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from veomni.config.problems import Problem
+from veomni.config.section import ComponentSection
 from veomni.errors import ConfigError
-from veomni.registry import did_you_mean
+from veomni.registry import Registry, did_you_mean
 
-SHAPES = ("constant", "linear", "cosine", "wsd")
-DECAYS = ("linear", "cosine", "sqrt")
+Decay = Literal["linear", "cosine", "sqrt"]
+Share = Annotated[float, Ge(0.0), Le(1.0)]
+
+SCHEDULERS: Registry[type[Shape]] = Registry("scheduler", group="veomni.schedulers", home="veomni.optim")
+"""Name to the class of a :class:`Shape`."""
+
+
+class Shape(ABC):
+    """What the learning rate is after the warm-up."""
+
+    def steps_needed(self, total_steps: int) -> int:
+        """Return how many steps of the run must come after the warm-up."""
+        return 0
+
+    @abstractmethod
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        """Return the rate of a step, counted from 0 and not before ``warmup_steps``, as a share of the peak.
+
+        No step of the run should have rate 0; from ``total_steps`` on the rate stays what it ends at.
+        """
+
+
+class SchedulerSection(ComponentSection):
+    """Warm-up, then decay from ``optimizer.lr``."""
+
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of linear warm-up; null follows warmup_ratio."
+    )
+    warmup_ratio: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Warm-up as a share of all steps; null with warmup_steps null is no warm-up.",
+    )
+
+    def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        """Return the schedule over a run of ``total_steps``."""
+        options = {key: getattr(self, key) for key in type(self).model_fields}
+        return build_scheduler(optimizer, options.pop("name"), total_steps=total_steps, **options)
+
+    @override
+    def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
+        yield from super().problems(config, world)
+        steps, warmup = config.train.max_steps, self.warmup_steps
+        if warmup is not None and self.warmup_ratio is not None:
+            yield Problem("train.scheduler.warmup_steps and warmup_ratio are both set", "set one of them to null")
+        elif warmup and steps is not None and warmup > steps:
+            yield Problem(
+                f"train.scheduler.warmup_steps {warmup} is more than train.max_steps {steps}",
+                "warm up in fewer steps, or use train.scheduler.warmup_ratio",
+            )
+        else:
+            share = (warmup or 0) / (steps or math.inf) if self.warmup_ratio is None else self.warmup_ratio
+            decay = getattr(self, "decay_ratio", 0.0)
+            if share + decay > 1:
+                problem = f"the warm-up and train.scheduler.decay_ratio {decay} are more than the whole run"
+                yield Problem(problem, "warm up in fewer steps, or decay in a smaller share of them")
 
 
 def build_scheduler(
     optimizer: Optimizer,
+    name: str = "cosine",
     *,
-    name: str,
     total_steps: int,
-    warmup_steps: int,
-    min_lr_ratio: float,
-    decay_ratio: float = 0.1,
-    decay_shape: str = "linear",
+    warmup_steps: int | None = None,
+    warmup_ratio: float | None = None,
+    **options: Any,
 ) -> LRScheduler:
     """Return the schedule; call its ``step()`` after every ``optimizer.step()``.
 
@@ -35,89 +94,118 @@ def build_scheduler(
     ``total_steps`` follows the longer schedule; nor are the groups, so that it resumes in any layout. Peak rates are
     resumed with the optimizer's groups, like everything else in them.
 
+    With ``w`` warm-up steps the rate is ``(step + 1) / (w + 1)`` of the peak before step ``w``.
+
     Args:
         optimizer: Its groups' ``lr`` are the peaks.
-        name: "constant", "linear", "cosine" or "wsd".
+        name: A registered scheduler: "constant", "linear", "cosine" or "wsd".
         total_steps: Optimizer steps of the whole run.
-        warmup_steps: Steps below the peak at the start.
-        min_lr_ratio: What all but constant end at, as a share of the peak.
-        decay_ratio: wsd only: the share of all steps, at the end, in which the rate falls.
-        decay_shape: wsd only: how it falls, "linear", "cosine" or "sqrt".
+        warmup_steps: Steps below the peak at the start; None follows ``warmup_ratio``.
+        warmup_ratio: The same as a share of ``total_steps``; None is no warm-up.
+        options: The scheduler's own, such as ``min_lr_ratio``.
 
     Raises:
-        ConfigError: there is no such shape, or warm-up and decay are longer than the run.
+        ConfigError: there is no such scheduler or option, or warm-up and decay are longer than the run.
     """
-    for key, value, known in (("name", name, SHAPES), ("decay_shape", decay_shape, DECAYS)):
-        if value not in known:
-            raise ConfigError(f"train.scheduler.{key}: there is no {value!r}", did_you_mean(value, list(known)))
-    if not 0 <= warmup_steps <= total_steps:
-        raise ConfigError(
-            f"train.scheduler.warmup_steps is {warmup_steps} in a run of {total_steps} steps",
-            f"use a number from 0 to {total_steps}",
-        )
-    if name == "wsd" and warmup_steps + decay_steps(total_steps, decay_ratio) > total_steps:
-        raise ConfigError(
-            f"{warmup_steps} steps of warm-up and train.scheduler.decay_ratio {decay_ratio} are more than the run's "
-            f"{total_steps} steps",
-            "warm up in fewer steps, or decay in a smaller share of them",
-        )
-    return _FactorLR(
-        optimizer,
-        partial(
-            lr_factor,
-            name=name,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            min_lr_ratio=min_lr_ratio,
-            decay_ratio=decay_ratio,
-            decay_shape=decay_shape,
-        ),
-    )
+    shape = _shape(name, options)
+    warmup = int(total_steps * (warmup_ratio or 0.0)) if warmup_steps is None else warmup_steps
+    if not 0 <= warmup <= total_steps:
+        problem = f"warmup_steps is {warmup} in a run of {total_steps} steps"
+        raise ConfigError(problem, f"use a number from 0 to {total_steps}", field="build_scheduler.warmup_steps")
+    needed = shape.steps_needed(total_steps)
+    if warmup + needed > total_steps:
+        problem = f"{warmup} steps of warm-up and {needed} of decay are more than the run's {total_steps} steps"
+        raise ConfigError(problem, "warm up in fewer steps, or decay in a smaller share of them")
+    return _FactorLR(optimizer, partial(_factor, shape=shape, total_steps=total_steps, warmup_steps=warmup))
 
 
-def lr_factor(
-    step: int,
-    *,
-    name: str,
-    total_steps: int,
-    warmup_steps: int,
-    min_lr_ratio: float,
-    decay_ratio: float = 0.1,
-    decay_shape: str = "linear",
-) -> float:
-    """Return the learning rate of a step as a share of the peak.
+def _shape(name: str, options: Mapping[str, Any]) -> Shape:
+    kind = SCHEDULERS.get(name)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"scheduler {name!r}: {error}", "give the arguments of its class") from None
 
-    With ``w = warmup_steps``, ``T = total_steps``, ``m = min_lr_ratio``: ``(step + 1) / (w + 1)`` before step ``w``,
-    then 1 (constant), or ``1 - (1 - m) f(p)`` with ``p = (step - s) / (T - s)``, ``p = 0`` before step ``s`` and
-    ``p = 1`` from step ``T`` on: no step of the run has rate 0. The decay starts at ``s = w`` (linear, cosine), or, in
-    the warmup-stable-decay schedule of MiniCPM (arXiv:2404.06395), :func:`decay_steps` before ``T`` (wsd). Its shape is
-    ``f(p) = p`` (linear), ``(1 - cos(pi p)) / 2`` (cosine) or ``sqrt(p)`` (sqrt: arXiv:2405.18392).
 
-    Args:
-        step: Optimizer steps done before this one.
-        name: "constant", "linear", "cosine" or "wsd".
-        total_steps: Optimizer steps of the whole run.
-        warmup_steps: Steps below the peak at the start.
-        min_lr_ratio: What all but constant end at.
-        decay_ratio: wsd only: the share of all steps in which the rate falls.
-        decay_shape: wsd only: "linear", "cosine" or "sqrt".
-    """
+def _factor(step: int, *, shape: Shape, total_steps: int, warmup_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if name == "constant":
+    return shape.factor(step, total_steps, warmup_steps)
+
+
+@SCHEDULERS.register("constant")
+class Constant(Shape):
+    """The peak."""
+
+    @override
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
         return 1.0
-    length = decay_steps(total_steps, decay_ratio) if name == "wsd" else total_steps - warmup_steps
-    done = step - (total_steps - length)
-    progress = 1.0 if step >= total_steps else max(0, done) / length
-    shape = decay_shape if name == "wsd" else name
-    if shape == "cosine":
-        return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0 - (1.0 - min_lr_ratio) * (math.sqrt(progress) if shape == "sqrt" else progress)
 
 
-def decay_steps(total_steps: int, decay_ratio: float) -> int:
-    """Return in how many of the last steps wsd decays: ``decay_ratio`` of them, rounded, and one at least."""
-    return max(1, round(total_steps * decay_ratio))
+@SCHEDULERS.register("linear")
+class Linear(Shape):
+    """``1 - (1 - m) p``: ``m`` is ``min_lr_ratio``, ``p`` the share of the steps after the warm-up that are done.
+
+    Args:
+        min_lr_ratio: Final learning rate as a share of the peak.
+    """
+
+    curve = "linear"
+
+    def __init__(self, min_lr_ratio: Share = 0.0) -> None:
+        self.minimum = min_lr_ratio
+
+    @override
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        progress = 1.0 if step >= total_steps else (step - warmup_steps) / (total_steps - warmup_steps)
+        if self.curve == "cosine":
+            return self.minimum + (1.0 - self.minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - (1.0 - self.minimum) * (math.sqrt(progress) if self.curve == "sqrt" else progress)
+
+
+@SCHEDULERS.register("cosine")
+class Cosine(Linear):
+    """``m + (1 - m) (1 + cos(pi p)) / 2``, with ``m`` and ``p`` as in :class:`Linear`.
+
+    Args:
+        min_lr_ratio: Final learning rate as a share of the peak.
+    """
+
+    curve = "cosine"
+
+
+@SCHEDULERS.register("wsd")
+class WarmupStableDecay(Linear):
+    """The peak until the decay at the end (MiniCPM, arXiv:2404.06395).
+
+    Args:
+        min_lr_ratio: Final learning rate as a share of the peak.
+        decay_ratio: Share of all steps, at the end, in which the rate falls; one step at least.
+        decay_shape: How it falls; sqrt is 1 - sqrt(share of the decay done) (arXiv:2405.18392).
+
+    Raises:
+        ConfigError: there is no such shape.
+    """
+
+    def __init__(
+        self,
+        min_lr_ratio: Share = 0.0,
+        decay_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 0.1,
+        decay_shape: Decay = "linear",
+    ) -> None:
+        super().__init__(min_lr_ratio)
+        if decay_shape not in (known := get_args(Decay)):
+            raise ConfigError(f"decay_shape: there is no {decay_shape!r}", did_you_mean(decay_shape, list(known)))
+        self.curve, self.ratio = decay_shape, decay_ratio
+
+    @override
+    def steps_needed(self, total_steps: int) -> int:
+        return max(1, round(total_steps * self.ratio))
+
+    @override
+    def factor(self, step: int, total_steps: int, warmup_steps: int) -> float:
+        start = total_steps - self.steps_needed(total_steps)
+        return super().factor(max(step, start), total_steps, start)
 
 
 class _FactorLR(LRScheduler):
@@ -141,7 +229,7 @@ class _FactorLR(LRScheduler):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on after the steps that were done, with the optimizer's peak rates."""
+        """Continue after the steps that were done, with the optimizer's peak rates."""
         self.last_epoch = state_dict["last_epoch"]
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate

@@ -22,7 +22,6 @@ from veomni.data import StreamLoader
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.images import load_image
 from veomni.errors import ConfigError, DataError
-from veomni.from_config import load_batches, load_datasets, load_media_transform, load_tokenizer
 
 ANSWER = {"role": "assistant", "content": "some words"}
 
@@ -67,7 +66,7 @@ def setup(folder):
             model__config_path=None, model__train_tokenizer_vocab_size=None, model__model_path=str(folder / "model"),
             train__max_steps=100, train__global_batch_size=4, **{f"data__{k}": v for k, v in (keys | changes).items()},
         )  # fmt: skip
-        return config, *load_datasets(config)
+        return config, *config.open_data()
 
     return build
 
@@ -75,7 +74,7 @@ def setup(folder):
 def loader_of(setup, rank=0, size=1, shard=WHOLE_ROWS, train=True, **changes):
     config, dataset, _ = setup(**changes)
     launcher = SimpleNamespace(data_parallel=(rank, size), sequence_shard=shard)
-    return load_batches(config, dataset, load_tokenizer(config, dataset), launcher, train=train)
+    return config.build_loader(dataset, config.build_tokenizer(dataset), launcher, train=train)
 
 
 def facts(step):
@@ -102,8 +101,8 @@ def dealt(ranks, count):
 def test_a_pass_has_every_conversation_once_as_the_collator_packs_it(setup):
     config, dataset, _ = setup()
     loader = loader_of(setup, train=False)
-    tokenizer = load_tokenizer(config, dataset)
-    transform = load_media_transform(config, tokenizer)
+    tokenizer = config.build_tokenizer(dataset)
+    transform = config.data.media.build_transform(config, tokenizer)
     samples = [transform(document) for document in dataset]
     names = [f"0/{document.where}" for document in dataset]
     micros = [micro for step in loader for micro in step]
@@ -392,4 +391,4 @@ def test_samples_need_their_maker(setup):
 
     config, dataset, _ = setup()
     with pytest.raises(ConfigError, match="samples=MediaSamples"):
-        build_dataloader(dataset, load_tokenizer(config, dataset))
+        build_dataloader(dataset, config.build_tokenizer(dataset))

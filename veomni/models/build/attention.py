@@ -9,6 +9,7 @@ from torch import nn
 from veomni.logging import create_logger
 from veomni.models.transformers_api.attention import attention_of, set_attention
 from veomni.models.transformers_api.capabilities import supports_flash_attention
+from veomni.ops.attention.backends import AttentionBackend
 from veomni.ops.attention.varlen import VARLEN, register_attention
 
 logger = create_logger(__name__)
@@ -16,6 +17,18 @@ logger = create_logger(__name__)
 _AUTO = "_veomni_attention_is_auto"
 _PADDED = frozenset({"qwen2_audio_encoder"})
 """Encoders whose items are padded to one length, which they mask."""
+
+
+def attention_name(choice: str | AttentionBackend) -> str:
+    """Return transformers' name of an attention; a backend with a function of its own is registered under its name."""
+    if isinstance(choice, str):
+        return choice
+    if choice.function is not None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(choice.name, choice.function)
+        AttentionMaskInterface.register(choice.name, AttentionMaskInterface()[choice.mask])
+    return choice.name
 
 
 def leave_attention_open(model: nn.Module) -> None:

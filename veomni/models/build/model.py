@@ -14,7 +14,7 @@ from veomni.logging import create_logger
 from veomni.models.transformers_api.attention import attention_names
 from veomni.models.transformers_api.capabilities import caps_scores, is_pretrained, set_config_flag, supports_sdpa
 from veomni.models.transformers_api.construction import construct
-from veomni.models.build.attention import leave_attention_open
+from veomni.models.build.attention import attention_name, leave_attention_open
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.constructor import registered_on_meta
 from veomni.models.build.experts import want_experts
@@ -22,6 +22,7 @@ from veomni.models.loader import model_class
 from veomni.models.adapter.passes.documents import isolate_documents
 from veomni.models.weights.safetensors_files import has_safetensors, refuse_without_safetensors
 from veomni.models.weights.source import WeightSource, set_weight_source
+from veomni.ops.attention.backends import AttentionBackend
 from veomni.ops.attention.varlen import register_attention
 from veomni.registry import did_you_mean
 
@@ -35,7 +36,7 @@ def build_model(
     source: str | Path | PreTrainedConfig,
     *,
     overrides: Mapping[str, Any] | None = None,
-    attention: str = "auto",
+    attention: str | AttentionBackend = "auto",
     experts: str = "auto",
     weights: str | Path = "auto",
     trust_remote_code: bool = False,
@@ -45,7 +46,7 @@ def build_model(
     Args:
         source: What :func:`~veomni.models.build_config` takes, or a configuration.
         overrides: Configuration values that replace those of the source.
-        attention: transformers' name of an attention implementation; "auto" is "sdpa" where the model supports it.
+        attention: A backend, or transformers' name of one; "auto" is "sdpa" where the model supports it.
         experts: Backend of mixture-of-experts layers; "auto" takes the device's fastest one that can run them.
         weights: "auto" takes the source's own safetensors where it has some and random weights otherwise; "random"; or
             a directory with safetensors.
@@ -55,6 +56,7 @@ def build_model(
         ModelError: see :func:`~veomni.models.build_config`; or the weights are missing, or only pickle; or the
             attention is unknown or not supported by the model.
     """
+    attention = attention_name(attention)
     if isinstance(source, str | Path):
         config = build_config(source, overrides, trust_remote_code=trust_remote_code)
         directory = find_directory(source)

@@ -10,8 +10,8 @@ from torch import nn
 from veomni.errors import ModelError
 from veomni.ops.experts.layout import ExpertLayout, expert_layout
 
-HALF_ONLY = ("grouped_mm", "triton", "npu")
-"""Backends that compute in bfloat16 only."""
+HALF_ONLY = {"grouped_mm": ("cpu", "cuda"), "triton": ("cuda",), "npu": ("npu",)}
+"""Backends that compute in bfloat16 only, and the accelerators that may have them."""
 
 
 def choose_backend(

@@ -1,0 +1,144 @@
+"""Keys that choose a component of a registry: its name, or a mapping of its name and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from veomni.config.base import Section
+from veomni.config.section import ComponentSection, section_of
+from veomni.errors import ConfigError
+from veomni.registry import Registry
+
+
+def configured(default: Any, description: str) -> Any:
+    """Return a field whose default is given as YAML has it: a name, or a mapping of options."""
+    return Field(default=default, description=description)
+
+
+class Options:
+    """Marks a field whose value is the section of one component.
+
+    Args:
+        component: What is configured.
+        supplied: Arguments that the run gives, and the key that each comes from ("" for none).
+    """
+
+    def __init__(self, component: Any, **supplied: str) -> None:
+        self.component = component
+        self.supplied = supplied
+
+    def sections(self) -> dict[str, type[Section]]:
+        """Return the section by the component's name."""
+        return {self.component.__name__: section_of(self.component, supplied=frozenset(self.supplied))}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        [section] = self.sections().values()
+        return handler.generate_schema(section)
+
+
+class Choice:
+    """Marks a field whose value is the section of a registered component.
+
+    Args:
+        registry: What is chosen from.
+        base: Keys and methods that all its sections share.
+        default: Name that a mapping without one means.
+        sibling: Key beside this one that holds the name; None where the value holds it.
+        supplied: As for :class:`Options`.
+    """
+
+    def __init__(
+        self,
+        registry: Registry[Any],
+        *,
+        base: type[ComponentSection] = ComponentSection,
+        default: str | None = None,
+        sibling: str | None = None,
+        **supplied: str,
+    ) -> None:
+        self.registry, self.base, self.default, self.sibling = registry, base, default, sibling
+        self.supplied = supplied
+        self.by_name = sibling is None
+
+    def section(self, name: str) -> type[ComponentSection]:
+        """Return the section of the component called ``name``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        shown = None if self.sibling else name
+        return section_of(self.registry.get(name), name=shown, supplied=frozenset(self.supplied), base=self.base)
+
+    def sections(self) -> dict[str, type[Section]]:
+        """Return the sections of all components that can be chosen; packages that cannot be imported are left out."""
+        return dict(self._loadable())
+
+    def _loadable(self) -> Iterator[tuple[str, type[Section]]]:
+        for name in self.registry:
+            try:
+                yield name, self.section(name)
+            except ConfigError:
+                continue
+
+    def _validate(self, value: Any, info: ValidationInfo) -> Section:
+        if isinstance(value, Section):
+            return value
+        options = {"name": value} if isinstance(value, str) and not self.sibling else value
+        if not isinstance(options, Mapping):
+            raise PydanticCustomError("dict_type", "a mapping of keys")
+        if self.sibling is None:
+            name = options.get("name", self.default)
+        elif (name := info.data.get(self.sibling)) is None:  # its own error is reported
+            return Section()
+        if not isinstance(name, str):
+            raise PydanticCustomError("missing_name", "a name, or a mapping with a name")
+        return self.section(check_name(self.registry, name)).model_validate(options)
+
+    def _dump(self, value: Section) -> Any:
+        plain = value.model_dump()
+        return plain["name"] if list(plain) == ["name"] else plain
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(self._dump),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        sections = [section.model_json_schema() for section in self.sections().values()]
+        names = [] if self.sibling else [{"enum": list(self.registry)}]
+        return {"anyOf": [*names, *sections]}
+
+
+def check_name(registry: Registry[Any], name: str) -> str:
+    """Return ``name`` when ``registry`` holds it.
+
+    Raises:
+        PydanticCustomError: it does not.
+    """
+    if name not in registry:
+        known = ", ".join(repr(entry) for entry in registry)
+        raise PydanticCustomError("unknown_name", "{known}", {"known": f"one of {known}"})
+    return name
+
+
+class Name:
+    """Marks a text that must be a name in a registry, or one of ``others``."""
+
+    def __init__(self, registry: Registry[Any], *others: str) -> None:
+        self.registry, self.others = registry, others
+
+    def names(self) -> list[str]:
+        """Return the names that are allowed."""
+        return [*self.registry, *self.others]
+
+    def _validate(self, value: str) -> str:
+        return value if value in self.others else check_name(self.registry, value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._validate, handler(source))

@@ -1,0 +1,169 @@
+"""Sections made from components: the arguments of a constructor are the keys, its docstring describes them.
+
+So a component states its options once. Whoever writes Python and whoever writes YAML find the same names and defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
+
+from veomni.config.base import PathText, Section
+from veomni.config.problems import Problem
+from veomni.errors import ConfigError
+
+_SCALARS = (int, float, str, bool, type(None))
+_ARGUMENT = re.compile(r"^    (\w+)(?: \([^)]*\))?: ?(.*)$")
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
+
+
+class ComponentSection(Section):
+    """The options of one component."""
+
+    component: ClassVar[Callable[..., Any]]
+    chosen: ClassVar[str] = ""
+    """The name that a configuration chooses the component by."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments of the component."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
+
+    def build(self, *args: Any, **given: Any) -> Any:
+        """Return the component of ``args``, of those arguments of ``given`` that it takes, and of these options."""
+        component = type(self).component
+        taken = parameters_of(component)
+        supplied = {key: value for key, value in given.items() if key in taken}
+        return component(*args, **supplied, **self.arguments())
+
+    def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
+        """Yield what the component cannot do in this configuration; see :meth:`Section.problems`."""
+        check = getattr(type(self).component, "config_problems", None)
+        return iter(()) if check is None else check(self, config, world)
+
+
+@functools.cache
+def section_of(
+    component: Callable[..., Any],
+    *,
+    name: str | None = None,
+    supplied: frozenset[str] = frozenset(),
+    base: type[ComponentSection] = ComponentSection,
+) -> type[ComponentSection]:
+    """Return the section whose keys are the keyword arguments of ``component``.
+
+    Args:
+        component: A class or a function, with annotations of plain values and a docstring in Google style.
+        name: What a configuration chooses it by; None where nothing is chosen.
+        supplied: Arguments that are not keys, as the run gives them.
+        base: Section whose keys and methods it shares with others.
+
+    Raises:
+        ConfigError: an argument without a default has values that YAML cannot hold.
+    """
+    given: dict[str, Any] = dict(_fields(component, supplied))
+    if name is not None:
+        given = {"name": (Literal[name], Field(default=name, description="Which one it is.")), **given}
+    made = create_model(f"{component.__name__}Section", __base__=base, __doc__=_summary(component), **given)
+    made.component, made.chosen = component, name or ""
+    return made
+
+
+def parameters_of(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments that a component takes, by name."""
+    return inspect.signature(component).parameters
+
+
+def _fields(component: Callable[..., Any], supplied: Iterable[str]) -> Iterator[tuple[str, tuple[Any, FieldInfo]]]:
+    described = describe_arguments(component)
+    scope = {**vars(typing), **vars(sys.modules[component.__module__])}
+    for parameter in parameters_of(component).values():
+        if parameter.name in supplied or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        kind = _plain(_evaluated(parameter.annotation, scope))
+        if kind is not None:
+            text = described.get(parameter.name, "")
+            yield parameter.name, (kind, Field(default=_default(parameter), description=text))
+        elif parameter.default is parameter.empty:
+            problem = f"argument {parameter.name!r} of {component.__name__} cannot be given in a configuration"
+            raise ConfigError(problem, "give it a default, or annotate it with plain values (int, str, list[str], ...)")
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    if parameter.default is parameter.empty:
+        return ...
+    return list(parameter.default) if isinstance(parameter.default, (tuple, frozenset)) else parameter.default
+
+
+def _evaluated(annotation: Any, scope: Mapping[str, Any]) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, dict(scope))  # noqa: S307 - an annotation of an installed component
+    except NameError:  # imported for type checkers only: no plain value
+        return None
+
+
+def _plain(annotation: Any) -> Any:
+    """Return the type of YAML value that an annotation allows, or None."""
+    if annotation in _SCALARS:
+        return annotation
+    if annotation is Path:
+        return PathText
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return annotation
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in map(_plain, parts) if kind is not None]
+        return typing.Union[tuple(kinds)] if any(kind is not type(None) for kind in kinds) else None  # noqa: UP007
+    if origin in (dict, Mapping):
+        parts = parts[1:]
+    inner = [_plain(part) for part in parts[:1]]
+    if origin not in (Annotated, list, Sequence, dict, Mapping, tuple) or None in inner:
+        return None
+    if origin is Annotated:
+        return Annotated[(inner[0], *parts[1:])]
+    if origin in (dict, Mapping):
+        return types.GenericAlias(dict, (str, inner[0]))
+    if origin is tuple and Ellipsis not in parts:
+        length = Field(min_length=len(parts), max_length=len(parts))
+        return Annotated[types.GenericAlias(list, inner[0]), length]
+    return types.GenericAlias(list, inner[0])
+
+
+def describe_arguments(component: Callable[..., Any]) -> dict[str, str]:
+    """Return what a Google-style docstring says of each argument, as plain text."""
+    found: dict[str, list[str]] = {}
+    for text in (inspect.getdoc(component), inspect.getdoc(getattr(component, "__init__", None))):
+        name = None
+        for line in _block(text or ""):
+            if match := _ARGUMENT.match(line):
+                name = match[1]
+                found.setdefault(name, []).append(match[2])
+            elif name is not None and line.startswith("     "):
+                found[name].append(line.strip())
+    return {name: _ROLE.sub(r"\1", " ".join(lines)).replace("``", "").strip() for name, lines in found.items()}
+
+
+def _block(text: str) -> Iterator[str]:
+    inside = False
+    for line in text.splitlines():
+        if line.strip() in ("Args:", "Attributes:"):
+            inside = True
+        elif line and not line.startswith(" "):
+            inside = False
+        elif inside and line:
+            yield line
+
+
+def _summary(component: Callable[..., Any]) -> str:
+    return (inspect.getdoc(component) or component.__name__).partition("\n")[0]

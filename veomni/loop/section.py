@@ -1,0 +1,309 @@
+"""The section ``train``: layout, arithmetic, length and outputs of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import override
+
+from veomni.accelerators.base import ACCELERATORS, Accelerator
+from veomni.config.base import PathText, Section
+from veomni.config.choice import Choice, Options, check_name, configured
+from veomni.config.paths import is_directory, is_writable
+from veomni.config.problems import Problem
+from veomni.config.section import ComponentSection, parameters_of
+from veomni.errors import InputError
+from veomni.loggers.base import LOGGERS
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.moe.options import MoEOptions
+from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
+from veomni.strategies import ContextParallel, Strategy, Ulysses
+from veomni.strategies.base import STRATEGIES, ParameterStrategy
+from veomni.strategies.expert_parallel import ExpertParallel
+from veomni.strategies.select import mesh_dims
+
+AxisSize = Annotated[int, Field(ge=1)]
+_ARGUMENTS = (("data_parallel_replicate_size", "replicate"), ("expert_parallel_size", "expert_parallel_size"))
+_SIZES = ("data_parallel_replicate_size", "tensor_parallel_size", "ulysses_parallel_size", "context_parallel_size")
+_EXPERTS = {"expert_parallel_size": "", "expert_parallel_outside": "", "expert_chunks": "", "expert_exchange": ""}
+
+_EXPERT_OPTIONS = Options(ExpertParallel, size="train.expert_parallel_size")
+_OPTIMIZERS = Choice(OPTIMIZERS, base=OptimizerSection, default="adamw", params="")
+
+
+class EvalSection(Section):
+    """Evaluation on ``data.eval_path``, or on ``data.eval_fraction`` of the training documents."""
+
+    every_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; null does none.")
+    max_batches: int | None = Field(
+        default=None, ge=1, description="Batches per evaluation; null reads all held-out data."
+    )
+
+
+class ExportSection(Section):
+    """What is written at the end besides the checkpoint."""
+
+    hf: bool = Field(default=False, description="Write <output_dir>/hf, which transformers' from_pretrained loads.")
+
+
+class LoggingSection(Section):
+    """What is shown and drawn besides ``<output_dir>/metrics.jsonl``, which is always written."""
+
+    progress_bar: bool = Field(default=True, description="Show loss, speed and time left on a terminal.")
+    plot: bool = Field(default=True, description="Draw <output_dir>/loss.png at the end.")
+
+
+class TrainSection(Section):
+    """Layout, arithmetic, length and outputs of a run."""
+
+    data_parallel_mode: str = Field(
+        default="fsdp2",
+        description="The registered strategy that holds the parameters: single process, replicated (ddp), sharded "
+        "(fsdp1 flattens them, fsdp2 shards each one), or another package's.",
+    )
+    strategy: Annotated[
+        ComponentSection,
+        Choice(STRATEGIES, sibling="data_parallel_mode", replicate="train.data_parallel_replicate_size", **_EXPERTS),
+    ] = configured({}, "Options of the strategy that data_parallel_mode names.")
+    data_parallel_replicate_size: AxisSize = Field(
+        default=1,
+        description="Replicas of the sharded model (HSDP), with fsdp1 and fsdp2; the rest of the ranks share one.",
+    )
+    tensor_parallel_size: AxisSize = Field(default=1, description="Ranks that share each matrix product.")
+    expert_parallel_size: AxisSize = Field(
+        default=1, description="Ranks that share the experts of a mixture-of-experts model."
+    )
+    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured(
+        {}, "How tokens reach experts on other ranks."
+    )
+    ulysses_parallel_size: AxisSize = Field(
+        default=1, description="Ranks that share each row, exchanging attention heads."
+    )
+    ulysses: Annotated[
+        ComponentSection,
+        Options(Ulysses, size="train.ulysses_parallel_size", check_rows="train.validate_batches"),
+    ] = configured({}, "How Ulysses exchanges heads.")
+    context_parallel_size: AxisSize = Field(
+        default=1, description="Ranks that share each row, exchanging keys and values."
+    )
+    strategies: list[Annotated[ComponentSection, Choice(STRATEGIES)]] = Field(
+        default=[],
+        description="Other registered strategies and transforms beside those above, each a name, or a mapping of its "
+        "name and options.",
+    )
+    validate_batches: bool = Field(
+        default=False, description="Check in every micro-batch that ranks which share a row were given the same one."
+    )
+    precision: Literal["fp64", "fp32", "bf16"] = Field(
+        default="fp32",
+        description="Number format of compute. bf16 keeps weights, gradients and optimizer state in fp32.",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Format that bf16 runs sum gradients in.")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        default="none",
+        description="Recompute activations in the backward: per block (full), or all but the most expensive ops "
+        "(selective).",
+    )
+    compile: bool = Field(default=False, description="Compile each block with torch.compile.")
+    balance_encoders: bool = Field(
+        default=False,
+        description="Encode whole images, videos and audio on the ranks whose encoders have least to do.",
+    )
+    fused_loss: bool = Field(
+        default=True, description="Compute the loss in chunks, without holding the logits of a whole row in memory."
+    )
+    router: Annotated[ComponentSection, Options(MoEOptions)] = configured(
+        {}, "Balancing and reports of the routers of a mixture of experts."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Decides initial weights, order of the data and every random draw."
+    )
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps to train for, however often the data is read; null goes by epochs.",
+    )
+    num_train_epochs: int = Field(default=1, ge=1, description="Passes over the data, when max_steps is null.")
+    micro_batch_size: int = Field(default=1, ge=1, description="Rows per forward on each data rank.")
+    global_batch_size: int = Field(
+        ge=1, description="Rows of data.max_seq_len tokens per optimizer step, over all ranks."
+    )
+    optimizer: Annotated[OptimizerSection, _OPTIMIZERS] = configured(
+        "adamw", "The optimizer: a name, or a mapping of its name and options."
+    )
+    scheduler: Annotated[SchedulerSection, Choice(SCHEDULERS, base=SchedulerSection, default="cosine")] = configured(
+        "cosine", "The learning rate over time: a name, or a mapping of its name and options."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = Field(
+        default=1.0, description="Gradients are scaled down to this 2-norm; .inf only measures it."
+    )
+    devices: AxisSize | Literal["auto"] = Field(
+        default="auto",
+        description="Processes to start on this node; auto is one per accelerator, or cpu_devices without any.",
+    )
+    cpu_devices: AxisSize = Field(
+        default=1, description="Processes that devices: auto starts on a machine without accelerator."
+    )
+    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured(
+        "auto", "Device family: a name, or a mapping of its name and options; auto takes the one that is there."
+    )
+    backend: str = Field(
+        default="auto",
+        description="Collective library (gloo, nccl, hccl); auto is the accelerator's own. gloo lets ranks share one "
+        "device.",
+    )
+    broadcast_weights: bool = Field(
+        default=False, description="Rank 0 reads the weights and sends them; false lets every rank read its own shard."
+    )
+    timeout_seconds: float = Field(
+        default=1800.0, gt=0, description="Seconds after which a collective operation fails and the run ends."
+    )
+    deterministic: bool = Field(
+        default=False, description="Use only kernels that repeat bit for bit, at some cost in speed."
+    )
+    output_dir: PathText = Field(description="Directory that everything a run writes goes to.")
+    checkpoint: Annotated[ComponentSection, Options(CheckpointSchedule, directory="train.output_dir", signature="")] = (
+        configured({}, "Saving and resuming.")
+    )
+    export: ExportSection = Field(default=ExportSection(), description="What is written at the end.")
+    eval: EvalSection = Field(default=EvalSection(), description="Evaluation on held-out data.")
+    log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.")
+    logging: LoggingSection = Field(default=LoggingSection(), description="What is shown and drawn.")
+    loggers: list[Annotated[ComponentSection, Choice(LOGGERS, output_dir="train.output_dir")]] = Field(
+        default=[],
+        description="Where metrics go besides metrics.jsonl: wandb, tensorboard or another package's, each a name, or "
+        "a mapping of its name and options.",
+    )
+
+    @field_validator("data_parallel_mode")
+    @classmethod
+    def _holds_parameters(cls, name: str) -> str:
+        if not issubclass(STRATEGIES.get(check_name(STRATEGIES, name)), ParameterStrategy):
+            raise PydanticCustomError("no_owner", "a strategy that holds parameters; list others in train.strategies")
+        return name
+
+    # ---------------------------------------------------------------- builds
+
+    def build_strategies(self) -> list[Strategy]:
+        """Return the strategy that holds the parameters, and those beside it."""
+        experts = self.expert_parallel.arguments()
+        given: dict[str, Any] = {
+            "replicate": self.data_parallel_replicate_size,
+            "expert_parallel_size": self.expert_parallel_size,
+            "expert_parallel_outside": experts["outside"],
+            "expert_chunks": experts["chunks"],
+            "expert_exchange": experts["exchange"],
+        }
+        found: list[Strategy] = [self.strategy.build(**given)]
+        if self.context_parallel_size > 1:
+            found.append(ContextParallel(self.context_parallel_size, check_rows=self.validate_batches))
+        if self.ulysses_parallel_size > 1:
+            found.append(self.ulysses.build(size=self.ulysses_parallel_size, check_rows=self.validate_batches))
+        return [*found, *(section.build() for section in self.strategies)]
+
+    def local_processes(self, device_type: str, device_count: int) -> int:
+        """Return how many processes this node starts.
+
+        Args:
+            device_type: "cpu", or the accelerator's ``torch.device.type``.
+            device_count: Accelerators on this node.
+        """
+        if self.devices != "auto":
+            return self.devices
+        if self.data_parallel_mode == "single":
+            return 1
+        return self.cpu_devices if device_type == "cpu" else device_count
+
+    @property
+    def ranks_per_row(self) -> int:
+        """Ranks that work on the same rows."""
+        return self.tensor_parallel_size * self.ulysses_parallel_size * self.context_parallel_size
+
+    def data_ranks(self, world_size: int) -> int:
+        """Return how many ranks, or groups of them, read different rows."""
+        return world_size // self.ranks_per_row
+
+    def micro_batches(self, world_size: int) -> int:
+        """Return how many micro-batches each data rank accumulates in an optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_ranks(world_size))
+
+    # ---------------------------------------------------------------- checks
+
+    @override
+    def path_problems(self) -> Iterator[Problem]:
+        yield from is_writable("train.output_dir", self.output_dir)
+        resume = self.checkpoint.arguments()["resume"]
+        if resume not in ("auto", "none"):
+            yield from is_directory("train.checkpoint.resume", resume, "auto or none also work")
+
+    @override
+    def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
+        if world is not None:
+            yield from self._layout_problems(world)
+            return
+        if self.data_parallel_mode == "single" and self.devices not in ("auto", 1):
+            yield Problem(
+                f"train.data_parallel_mode single runs in one process, but train.devices is {self.devices}",
+                "set train.devices to 1, or train.data_parallel_mode to ddp, fsdp1 or fsdp2",
+            )
+        family = self.accelerator.component
+        if isinstance(family, type) and issubclass(family, Accelerator):
+            backends = dict.fromkeys(("auto", family.backend, "gloo"))
+            if self.backend not in backends:
+                problem = f"train.backend {self.backend} does not serve train.accelerator {family.name}"
+                yield Problem(problem, f"use {' or '.join(backends)}")
+        if self.reduce_dtype == "bf16" and self.precision != "bf16":
+            problem = f"train.reduce_dtype bf16 has no meaning with train.precision {self.precision}"
+            yield Problem(problem, "leave it out, or set train.precision to bf16")
+        yield from self._unused_problems()
+
+    def _unused_problems(self) -> Iterator[Problem]:
+        for axis, size in (("expert_parallel", self.expert_parallel_size), ("ulysses", self.ulysses_parallel_size)):
+            key = "train.expert_parallel_size" if axis == "expert_parallel" else "train.ulysses_parallel_size"
+            changed = getattr(self, axis).model_dump(exclude_defaults=True)
+            if size == 1 and changed:
+                names = ", ".join(f"train.{axis}.{name} {value}" for name, value in changed.items())
+                yield Problem(f"{names} has no meaning with {key} 1", "leave it out, or use a larger size")
+
+    def _layout_problems(self, world: int) -> Iterator[Problem]:
+        if self.tensor_parallel_size > 1:
+            problem = f"train.tensor_parallel_size is {self.tensor_parallel_size}: there is no tensor parallelism yet"
+            yield Problem(problem, "set it to 1")
+            return
+        for key, argument in _ARGUMENTS:
+            if getattr(self, key) > 1 and argument not in parameters_of(self.strategy.component):
+                mode = self.data_parallel_mode
+                problem = f"train.{key} {getattr(self, key)} has no meaning with train.data_parallel_mode {mode}"
+                yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
+                return
+        product = self.data_parallel_replicate_size * self.ranks_per_row
+        if world % product:
+            sizes = " x ".join(f"train.{key} {getattr(self, key)}" for key in _SIZES)
+            yield Problem(
+                f"the {world} ranks are not a multiple of {product} = {sizes}",
+                f"start a multiple of {product} ranks (train.devices), or change the sizes",
+            )
+            return
+        try:
+            strategies = self.build_strategies()
+            for strategy in strategies:
+                strategy.check(world)
+            mesh_dims(strategies, world)
+        except InputError as error:
+            yield Problem(error.problem, error.fix)
+            return
+        yield from self._batch_problems(world)
+
+    def _batch_problems(self, world: int) -> Iterator[Problem]:
+        ranks = self.data_ranks(world)
+        rows = self.micro_batch_size * ranks
+        if self.global_batch_size % rows:
+            problem = (
+                f"train.global_batch_size {self.global_batch_size} is not a multiple of {rows} = "
+                f"train.micro_batch_size {self.micro_batch_size} x {ranks} data ranks"
+            )
+            above = -(-self.global_batch_size // rows) * rows
+            yield Problem(problem, f"set train.global_batch_size to {above}, or change train.micro_batch_size")

@@ -1,0 +1,253 @@
+"""The configuration of a run: the sections ``model``, ``data`` and ``train``, and what they build together.
+
+A training script reads top to bottom in these calls, and each could as well be replaced by objects built by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, ValidationError
+
+from veomni.config.base import Section
+from veomni.config.keys import choices, walk
+from veomni.config.overrides import USAGE, apply_overrides, parse_argv
+from veomni.config.problems import Problem, explain, raise_problems
+from veomni.config.save import save_args
+from veomni.config.yaml_file import read_yaml
+from veomni.data.section import DataSection
+from veomni.errors import ConfigError, LayoutError
+from veomni.loop.section import TrainSection
+from veomni.models.build.section import ModelSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from veomni.data import Mixture, PackedDataLoader, StreamLoader, TextDataset
+    from veomni.launcher import Launcher
+
+__all__ = ["Config", "check_layout", "load_config", "save_args"]
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    model: ModelSection = Field(description="Which architecture, which weights, which tokenizer.")
+    data: DataSection = Field(description="What is read and how it becomes rows.")
+    train: TrainSection = Field(description="Layout, arithmetic, length and outputs of the run.")
+
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "data.overlong": "data.on_overflow",
+        "data.weigh_by": "data.sampling",
+        "data.stopping": "data.stopping_strategy",
+        "data.media.sound_in_video": "data.media.use_audio_in_video",
+        "model.fused_loss": "train.fused_loss",
+        "model.broadcast_weights": "train.broadcast_weights",
+        "train.fsdp": "train.strategy",
+        "train.fsdp.reduce_dtype": "train.reduce_dtype",
+        "train.expert_parallel.outside": "train.expert_parallel.placement",
+        "train.ulysses_async": "train.ulysses.overlap",
+        "train.debug": "train.validate_batches",
+        "train.gradient_checkpointing": "train.activation_checkpointing",
+        "train.balance_towers": "train.balance_encoders",
+        "train.moe": "train.router",
+        "train.optimizer.muon": "train.optimizer",
+        "train.logging.wandb": "train.loggers",
+        "train.logging.tensorboard": "train.loggers",
+    }
+    """Keys of earlier versions, and what replaces them: named in the message that rejects them."""
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+        """Return the configuration in a YAML file, with overrides applied and the keys checked against each other.
+
+        Files and directories that it names are not looked at.
+
+        Args:
+            path: The YAML file.
+            overrides: Values by dotted key, such as ``{"train.max_steps": 20}``.
+
+        Raises:
+            ConfigError: naming every key that is wrong, where it was given, and the fix.
+        """
+        values, lines = read_yaml(path)
+        places = {".".join(key): place for key, place in lines.items()}
+        places |= {key: f"--{key}" for key in overrides or {}}
+        try:
+            config = cls.model_validate(apply_overrides(values, overrides or {}, choices(cls)))
+        except ValidationError as error:
+            raise_problems(explain(error, cls, places), str(path))
+            raise
+        raise_problems(_problems(config, None), str(path))
+        return config
+
+    # ---------------------------------------------------------------- builds
+
+    def build_launcher(self) -> Launcher:
+        """Return a launcher for the ``train`` section, its layout checked; nothing is started yet."""
+        from veomni.launch import detect_environment
+        from veomni.launcher import Launcher
+        from veomni.loop.reporter import Reporter
+        from veomni.strategies.transforms.precision import select_precision
+
+        train, joined = self.train, detect_environment()
+        accelerator = train.accelerator.build()
+        accelerator.require()
+        devices = train.local_processes(accelerator.device_type, accelerator.device_count())
+        check_layout(self, devices if joined is None else joined.world_size)
+        self._check_shares()
+        output_dir = Path(train.output_dir)
+        reporter = Reporter(
+            output_dir,
+            loggers=[section.build(output_dir=output_dir) for section in train.loggers],
+            progress_bar=train.logging.progress_bar,
+            log_every=train.log_every,
+            plot=train.logging.plot,
+            config=self.model_dump(mode="json"),
+        )
+        return Launcher(
+            train.build_strategies(),
+            accelerator=accelerator,
+            precision=select_precision(train.precision, reduce=train.reduce_dtype),
+            devices=None if joined is not None and train.devices == "auto" else devices,
+            backend=train.backend,
+            seed=train.seed,
+            recompute=train.activation_checkpointing,
+            compile=train.compile,
+            balance_towers=train.balance_encoders,
+            fused_loss=train.fused_loss,
+            router=train.router.build(),
+            broadcast_weights=train.broadcast_weights,
+            deterministic=train.deterministic,
+            timeout_seconds=train.timeout_seconds,
+            reporter=reporter,
+            checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
+        )
+
+    def open_data(self) -> tuple[TextDataset | Mixture, TextDataset | Mixture | None]:
+        """Return the training documents, indexed or as a stream, and the held-out ones, or None."""
+        return self.data.open(self.train.seed)
+
+    def build_tokenizer(self, dataset: TextDataset | Mixture) -> Any:
+        """Return a ready tokenizer, or one trained once on the documents of ``dataset``."""
+        from veomni.data import cached_byte_bpe
+        from veomni.models import build_tokenizer
+
+        model = self.model
+        if model.train_tokenizer_vocab_size is not None:
+            trained = cached_byte_bpe(dataset, model.train_tokenizer_vocab_size, self.data.cache_dir)
+            return build_tokenizer(trained)
+        return build_tokenizer(model.tokenizer_path or model.model_path or model.source)
+
+    def build_loader(
+        self, dataset: TextDataset | Mixture, tokenizer: Any, launcher: Launcher, *, train: bool = True
+    ) -> PackedDataLoader | StreamLoader:
+        """Return the loader of this rank's micro-batches; ``train`` is False for held-out data."""
+        return self.data.build_loader(self, dataset, tokenizer, launcher, train=train)
+
+    def build_model(self, tokenizer: Any) -> nn.Module:
+        """Return the model of the ``model`` section, on the meta device.
+
+        Raises:
+            ConfigError: the tokenizer has tokens the model has no embedding for, or rows are longer than its positions.
+        """
+        self.model.check_fit(self.model.build_config(), tokenizer, self.data.max_seq_len)
+        return self.model.build()
+
+    def total_steps(self, loader: PackedDataLoader | StreamLoader) -> int:
+        """Return the optimizer steps of the whole run.
+
+        Raises:
+            ConfigError: the data is read as a stream of unknown length, and ``train.max_steps`` is null.
+        """
+        if self.train.max_steps:
+            return self.train.max_steps
+        if loader.steps_per_epoch is None:
+            raise ConfigError("the data is packed while it is read: its steps are not known", "set train.max_steps")
+        return loader.steps_per_epoch * self.train.num_train_epochs
+
+    def save_assets(self, model: nn.Module, tokenizer: Any) -> None:
+        """Write what explains the run's weights: arguments, architecture and tokenizer; to be called on one rank."""
+        from veomni.models import unwrap
+
+        output_dir = Path(self.train.output_dir)
+        save_args(self, output_dir)
+        tokenizer.save_pretrained(output_dir / "model_assets")
+        unwrap(model).config.save_pretrained(output_dir / "model_assets")  # type: ignore[union-attr, operator]
+
+    def _check_shares(self) -> None:
+        """Check heads, rows and experts that ranks would share, before any rank is started.
+
+        Raises:
+            LayoutError: they cannot be shared.
+        """
+        from veomni.batch.split import SequenceShard
+        from veomni.ops.attention.ulysses import refuse_heads
+
+        train = self.train
+        shard = SequenceShard(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
+        if shard.size > 1 and self.data.max_seq_len < shard.multiple:
+            raise LayoutError(
+                f"data.max_seq_len {self.data.max_seq_len} is too short for {shard.size} ranks per row "
+                f"(train.ulysses_parallel_size {shard.ulysses} x train.context_parallel_size {shard.cp})",
+                f"set data.max_seq_len to at least {shard.multiple}",
+            )
+        if shard.size == train.expert_parallel_size == 1:
+            return
+        facts = self.model.build_config().get_text_config().to_dict()
+        if facts.get("num_attention_heads"):  # in some models they differ by layer: setup_model checks each
+            refuse_heads(facts["num_attention_heads"], shard.ulysses)
+        experts = next((facts[key] for key in _EXPERTS if facts.get(key)), None)
+        if experts is not None and experts % train.expert_parallel_size:  # other models: setup_model checks
+            divisors = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
+            raise LayoutError(
+                f"train.expert_parallel_size {train.expert_parallel_size} does not divide the {experts} experts",
+                f"use one of {divisors}",
+            )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Check mesh axes and batch sizes against the number of ranks, before any of them is started.
+
+    Args:
+        config: The configuration.
+        world_size: Ranks over all nodes.
+
+    Raises:
+        LayoutError: they do not fit; names every key, and the fix.
+    """
+    raise_problems(_problems(config, world_size), "the layout", LayoutError)
+
+
+def _problems(config: Config, world: int | None) -> Iterator[Problem]:
+    for section in config.sections():
+        yield from section.problems(config, world)
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """Return the configuration that a training script's command line asks for; ``--help`` prints all keys and exits.
+
+    Args:
+        argv: ``sys.argv[1:]``: a YAML file and any number of ``--section.key VALUE`` or ``--section.key=VALUE``.
+            Values are YAML: ``1e-4``, ``true``, ``null``, ``[0.9, 0.95]``; other text goes in quotes.
+
+    Raises:
+        ConfigError: naming everything that is wrong, and the fix; also when a file or directory it names is not there.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(_help())
+        sys.exit(0)
+    config = Config.from_file(*parse_argv(argv))
+    raise_problems((found for section in config.sections() for found in section.path_problems()), "the configuration")
+    return config
+
+
+def _help() -> str:
+    keys = (f"  --{key}\n      {field.description}" for key, field in walk(Config) if "." in key)
+    return "\n".join((f"usage: {USAGE}", "", *keys))
