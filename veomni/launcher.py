@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.batch.counts import token_weight
@@ -38,6 +39,7 @@ from veomni.errors import EXIT_PREEMPTED, ModelError
 from veomni.launch import Environment, StopSignal, collective_timeout, detect_environment, join_or_start
 from veomni.logging import create_logger
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.loop.dataloader import StepLoader, check_loader, step_loader, warn_unsaved_loader
 from veomni.loop.evaluation import Evaluation
 from veomni.loop.losses import part_losses, shared_loss, source_metrics, summed_parts
 from veomni.loop.randomness import RandomState, same_draws_after, seed_process, use_deterministic_algorithms
@@ -308,6 +310,17 @@ class Launcher:
         groups = split_by_lr_scale(model, groups, lr_scale)
         return scale_lr(combine(members_by_mesh(groups, lambda part: factory(part, **options))))
 
+    def setup_dataloader(self, loader: DataLoader[Any], *, accumulate: int = 1, epochs: int = 1) -> StepLoader:
+        """Return a loader of steps for :meth:`track`: any torch loader, sharded over data ranks and resumable.
+
+        Args:
+            loader: As for one process: over a map-style or iterable dataset, with any sampler and ``collate_fn``;
+                what it collates is one micro-batch. See :func:`veomni.loop.dataloader.step_loader`.
+            accumulate: Micro-batches of a step on each rank.
+            epochs: Epochs of one iteration; 1 for an iterable dataset.
+        """
+        return step_loader(loader, self.data_parallel, seed=self.seed, accumulate=accumulate, epochs=epochs)
+
     # ---------------------------------------------------------------- one step
 
     def track(self, loader: Iterable[Sequence[Any]], *, max_steps: int | None = None) -> Iterator[StepBatch]:
@@ -320,6 +333,7 @@ class Launcher:
             loader: Yields this data rank's micro-batches of a step.
             max_steps: The last step of the whole run, counted from 1.
         """
+        check_loader(loader)
         total = max_steps if max_steps is not None else _length(loader, self.step)
         self.reporter.start(self.step, total)
         iterator = iter(loader)
@@ -334,6 +348,7 @@ class Launcher:
             batch = self._next_batch(micro_batches, total, drained)
             if batch is None:
                 self.checkpoints.last = True  # the data has ended: what is saved now is final
+                self.reporter.end_loop()
                 break
             self.reporter.mark("data")
             yield batch
@@ -525,6 +540,7 @@ class Launcher:
         """Load the checkpoint to continue from into ``state`` and return its step; 0 when there is none."""
         self.step = self.checkpoints.resume({**state, "rng": RandomState(self.accelerator)})
         self.reporter.resume_from(self.step)
+        warn_unsaved_loader(state, self.step)
         return self.step
 
     def export(self, model: nn.Module, output_dir: Path | str, *, tokenizer: Any = None) -> Path:

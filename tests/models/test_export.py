@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.models.layouts import fsdp1, fsdp2, logits, materialized, same_files
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
+from veomni import Launcher
 from veomni.errors import ModelError
-from veomni.models import build_model, export_hf, export_tensors_hf
+from veomni.models import build_model, export_hf, export_tensors, export_tensors_hf
 from veomni.testing.ranks import RankFailed, run_ranks
 
 
@@ -174,6 +175,41 @@ def test_configs_and_tokenizer_travel_along(tmp_path):
     assert rebuilt.generation_config.max_new_tokens == 5
 
 
-def test_a_model_without_configuration_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="no transformers configuration"):
-        export_hf(torch.nn.Linear(2, 2), tmp_path / "a")
+class Plain(torch.nn.Module):
+    """A module of one's own: a buffer that is saved, one that is not, and tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)
+        self.last.weight = self.first.weight
+        self.norm.running_mean += 0.5
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def _export_plain(strategy, directory):
+    launcher = Launcher(strategy, accelerator="cpu")
+    launcher.launch()
+    launcher.export(launcher.setup_model(Plain()), directory)
+    launcher.close()
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2)])
+def test_any_module_is_written_by_the_names_of_its_state_dict(strategy, ranks, tmp_path):
+    run_ranks(_export_plain, ranks, strategy, tmp_path / "a", init=False)
+    run_ranks(_export_plain, ranks, strategy, tmp_path / "a", init=False)  # over an export that is there
+    found, expected = load_file(tmp_path / "a" / "model.safetensors"), Plain().state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    Plain().load_state_dict(found)
+
+
+def test_tensors_of_any_module_are_cast_and_cut_into_files(tmp_path):
+    export_tensors(Plain().state_dict().items(), tmp_path / "a", dtype=torch.bfloat16, max_shard_size=64)
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == Plain().state_dict().keys()
+    written = load_file(tmp_path / "a" / index["norm.num_batches_tracked"])
+    assert written["norm.num_batches_tracked"].dtype is torch.int64

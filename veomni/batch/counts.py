@@ -25,6 +25,8 @@ def supervised_tokens(micro: MicroBatch) -> int:
 
 def token_weight(micro: MicroBatch) -> float:
     """Return the sum of the weights of a micro-batch's supervised tokens; each weighs 1 unless data give weights."""
+    if micro.samples == 0:
+        return 0
     weights = micro.targets.loss_weights
     if weights is None:
         return supervised_tokens(micro)
@@ -37,6 +39,8 @@ def token_weight(micro: MicroBatch) -> float:
 
 def label_count(micro: MicroBatch) -> int:
     """Count the labels that a loss which does not shift them is taken on; without labels, the rows."""
+    if micro.samples == 0:
+        return 0
     labels = micro.inputs.get("shift_labels", micro.inputs.get("labels"))
     if not isinstance(labels, Tensor):
         return row_count(micro)
@@ -46,11 +50,13 @@ def label_count(micro: MicroBatch) -> int:
 
 
 def row_count(micro: MicroBatch) -> int:
-    """Return the number of rows: the length of the first tensor that has one.
+    """Return the number of rows: what the loader counted, or the length of the first tensor that has one.
 
     Raises:
         DataError: there is no tensor.
     """
+    if micro.samples is not None:
+        return micro.samples
     for value in _tensors([*micro.args, *micro.inputs.values()]):
         if value.dim():
             return int(value.size(0))

@@ -82,6 +82,8 @@ class MicroBatch:
             ``Launcher.accumulate``.
         last: Whether gradients are synchronised in its backward.
         owner: The step it belongs to.
+        samples: Samples of the dataset in it, where the loader counted them. 0 is a filler: it is computed where a rank
+            has nothing left, and weighs 0.
     """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class MicroBatch:
     weight: float = 0.0
     last: bool = True
     owner: Owner | None = field(default=None, repr=False)
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         self._index()
@@ -110,13 +113,14 @@ class MicroBatch:
     # ---------------------------------------------------------------- made from
 
     @classmethod
-    def of(cls, batch: Any) -> MicroBatch:
+    def of(cls, batch: Any, samples: int | None = None) -> MicroBatch:
         """Return what a loader yields for one forward as a micro-batch.
 
         Args:
             batch: A micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do
                 not take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or
                 one such argument: a tensor, nested or not, or an object with a method ``to(device)``.
+            samples: Samples in it; None counts its rows.
 
         Raises:
             DataError: it is none of these.
@@ -125,11 +129,11 @@ class MicroBatch:
             return batch
         named = _named(batch)
         if named is not None:
-            return cls.of_fields(named)
+            return cls.of_fields(named, samples=samples)
         if isinstance(batch, (tuple, list)):
-            return cls(args=tuple(batch))
+            return cls(args=tuple(batch), samples=samples)
         if isinstance(batch, Tensor) or hasattr(batch, "to"):
-            return cls(args=(batch,))
+            return cls(args=(batch,), samples=samples)
         raise DataError(
             f"a loader yielded a {type(batch).__name__}: {str(batch)[:80]!r}",
             "yield a dict, dataclass or NamedTuple of keyword arguments, a tuple of positional arguments, or a tensor",

@@ -1,4 +1,4 @@
-"""``veomni export``: a checkpoint as a directory that transformers' ``from_pretrained`` reads."""
+"""``veomni export``: the weights of a checkpoint, of a transformers model as ``from_pretrained`` reads them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from veomni.errors import CheckpointError
+from veomni.logging import create_logger
 
-HELP = "write a checkpoint's model in Hugging Face layout"
+logger = create_logger(__name__)
+
+HELP = "write a checkpoint's model in Hugging Face layout, or the safetensors of any module"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +26,17 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     import torch
 
     from veomni.checkpoint import read_model_tensors
-    from veomni.models import build_config, build_tokenizer, export_tensors_hf
+    from veomni.models import build_config, build_tokenizer, export_tensors, export_tensors_hf
 
     assets = arguments.checkpoint.resolve().parent.parent / "model_assets"
-    if not (assets / "config.json").is_file():
-        raise CheckpointError(
-            f"{assets} holds no config.json, so the architecture of {arguments.checkpoint} is not known",
-            "give a checkpoint inside a run's output_dir",
-        )
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     tensors = read_model_tensors(arguments.checkpoint)
+    if not assets.exists():
+        logger.info("%s is not there: the weights are written by the names of the module", assets)
+        print(export_tensors(tensors, arguments.output_dir, dtype=dtype))
+        return
+    if not (assets / "config.json").is_file():
+        problem = f"{assets} holds no config.json, so the architecture of {arguments.checkpoint} is unknown"
+        raise CheckpointError(problem, "restore it, or remove model_assets to write the weights by the module's names")
     tokenizer = build_tokenizer(assets)
-    written = export_tensors_hf(build_config(assets), tensors, arguments.output_dir, tokenizer=tokenizer, dtype=dtype)
-    print(written)
+    print(export_tensors_hf(build_config(assets), tensors, arguments.output_dir, tokenizer=tokenizer, dtype=dtype))

@@ -154,10 +154,14 @@ class Reporter:
         flops = StepFlops(work.flops_causal, work.flops_full) if self._flops is not None else None
         return self._throughput.end_step(int(work.tokens), flops)
 
-    def close(self, status: str) -> None:
-        """Close the bar and the loggers; when the run is finished, draw the plot and write the summary."""
+    def end_loop(self) -> None:
+        """Close the bar: the loop is over, and what is printed from here on goes below it."""
         if self._progress is not None:
             self._progress.close()
+
+    def close(self, status: str) -> None:
+        """Close the bar and the loggers; when the run is finished, draw the plot and write the summary."""
+        self.end_loop()
         self._logger_group().finalize(status)
         self._group = None
         if self._expert_load is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from veomni.models.build.tokenizer import build_processor, build_tokenizer
     from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
     from veomni.models.omni import build_omni_model
-    from veomni.models.weights.export import export_hf, export_tensors_hf
+    from veomni.models.weights.export import export_hf, export_tensors, export_tensors_hf
     from veomni.models.weights.gather import unwrap
     from veomni.models.weights.materialize import Materializer
     from veomni.models.weights.source import WeightSource
@@ -40,6 +40,7 @@ _HOMES = {
     "build_tokenizer": "veomni.models.build.tokenizer",
     "derive_plan": "veomni.models.build.plan",
     "export_hf": "veomni.models.weights.export",
+    "export_tensors": "veomni.models.weights.export",
     "export_tensors_hf": "veomni.models.weights.export",
     "freeze": "veomni.models.build.freeze",
     "install_token_loss": "veomni.models.adapter.passes.token_loss",
@@ -65,6 +66,7 @@ __all__ = [
     "build_tokenizer",
     "derive_plan",
     "export_hf",
+    "export_tensors",
     "export_tensors_hf",
     "freeze",
     "install_token_loss",

@@ -1,11 +1,8 @@
-"""Models out in Hugging Face layout, streamed: the names and shapes that hub checkpoints have."""
+"""Weights out, streamed: of transformers models in Hugging Face layout, of any other module by its own names."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veomni.errors import ModelError, VeOmniError
+from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models.loader import model_class
 from veomni.models.transformers_api.capabilities import is_pretrained, keeps_fp32, set_config_flag
 from veomni.models.transformers_api.construction import construct, tied_parameters
 from veomni.models.transformers_api.conversions import Conversion, copy_conversions, saving_conversions
-from veomni.models.weights.gather import full_tensors, unwrap
+from veomni.models.weights.export_directory import published, raise_on_all
+from veomni.models.weights.gather import full_state, full_tensors, unwrap
 from veomni.models.weights.safetensors_writer import SafetensorsWriter
 
 if TYPE_CHECKING:
@@ -39,40 +37,62 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * GIB,
 ) -> Path:
-    """Write a model as ``from_pretrained`` reads it; collective, rank 0 writes, one parameter is gathered at a time.
+    """Write a model's weights; collective, rank 0 writes, one parameter is gathered at a time.
+
+    A transformers model is written as ``from_pretrained`` reads it; a composed model component by component, each into
+    a directory of its own; any other module as ``model.safetensors``, by the names of its ``state_dict``.
 
     Args:
-        model: A transformers model, sharded or wrapped by any strategy.
+        model: Any module, sharded or wrapped by any strategy.
         output_dir: Where to; an earlier export there is replaced once the new one is complete.
         tokenizer: A tokenizer or processor to save beside the weights.
         dtype: Dtype of the weights in the files; None keeps that of the parameters.
         max_shard_size: Bytes per file at most, unless a single tensor is larger.
 
     Raises:
-        ModelError: the model has no transformers configuration, or the directory holds something else.
-
-    A composed model is written part by part, each into a directory of its own: those that transformers knows as it
-    reads them.
+        ModelError: the directory holds something else.
     """
-    inner = unwrap(model)
-    config = getattr(inner, "config", None)
-    if hasattr(inner, "part_names"):
-        return _export_parts(model, inner, Path(output_dir), tokenizer, dtype, max_shard_size)
-    if config is None or not hasattr(config, "save_pretrained"):
-        raise ModelError(f"{type(inner).__name__} has no transformers configuration", "save its state_dict instead")
-    tensors = full_tensors(model)
-    if not dist.is_initialized():
-        return _export(_skeleton(config, inner), tensors, Path(output_dir), tokenizer, dtype, max_shard_size)
+    inner, output_dir = unwrap(model), Path(output_dir)
+    names = getattr(inner, "part_names", None)
+    if names is not None:
+        parts = {name: full_tensors(model, name) for name in names}
+        _write_on_rank_zero(parts, lambda: _export_parts(inner, parts, output_dir, tokenizer, dtype, max_shard_size))
+        return output_dir
+    config: Any = getattr(inner, "config", None)
+    known = hasattr(config, "save_pretrained")
+    tensors = full_tensors(model) if known else full_state(model)
+
+    def write() -> None:
+        skeleton = _skeleton(config, inner) if known else None
+        _export(skeleton, tensors, output_dir, tokenizer, dtype, max_shard_size)
+
+    _write_on_rank_zero({"": tensors}, write)
+    return output_dir
+
+
+def _write_on_rank_zero(streams: Mapping[str, Iterator[Any]], write: Callable[[], object]) -> None:
+    """Run ``write``, which consumes ``streams``, on rank 0; every rank takes part in gathering all of them."""
     error: Exception | None = None
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            _export(_skeleton(config, inner), tensors, Path(output_dir), tokenizer, dtype, max_shard_size)
-        except Exception as raised:  # the others wait in a collective: take part to the end, then tell them
+            write()
+        except Exception as raised:  # the other ranks are in a collective: take part to its end, then raise there too
             error = raised
-    for _ in tensors:
-        pass
-    _agree(error)
-    return Path(output_dir)
+    for tensors in streams.values():
+        for _ in tensors:
+            pass
+    raise_on_all(error)
+
+
+def export_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    output_dir: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * GIB,
+) -> Path:
+    """Write full tensors of any module as ``model.safetensors``, by their names; see :func:`export_hf`."""
+    return _export(None, tensors, Path(output_dir), None, dtype, max_shard_size)
 
 
 def export_tensors_hf(
@@ -101,7 +121,7 @@ def export_tensors_hf(
 
 
 def _skeleton(config: PreTrainedConfig, like: nn.Module | None = None) -> nn.Module:
-    """Build the model on the meta device: what knows names, ties and conversions, unwrapped."""
+    """Build the model on the meta device: the source of names, ties and conversions, unwrapped."""
     from transformers import PreTrainedModel
 
     config = deepcopy(config)
@@ -116,61 +136,54 @@ def _skeleton(config: PreTrainedConfig, like: nn.Module | None = None) -> nn.Mod
 
 
 def _export(
-    skeleton: nn.Module,
+    skeleton: nn.Module | None,
     tensors: Iterable[tuple[str, Tensor]],
     output_dir: Path,
     tokenizer: Any,
     dtype: torch.dtype | None,
     max_shard_size: int,
 ) -> Path:
-    _refuse_foreign(output_dir)
-    partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
-    new_parents = [parent for parent in partial.parents if not parent.exists()]
-    partial.mkdir(parents=True)
-    try:
+    with published(output_dir) as partial:
         writer = SafetensorsWriter(partial, max_shard_size)
-        for name, tensor in _hub_tensors(skeleton, _cast(skeleton, _expected(skeleton, tensors), dtype)):
+        for name, tensor in _written(skeleton, tensors, dtype):
             writer.add(name, tensor)
         writer.finish()
-        _save_configs(skeleton, partial, writer.dtype, tokenizer)
-        _replace(partial, output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # somebody else has begun to use one of them
-            for parent in new_parents:
-                parent.rmdir()
-        raise
+        if skeleton is not None:
+            _save_configs(skeleton, partial, writer.dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
     logger.info_rank0("exported to %s: %s tensors, %.2f GiB", output_dir, writer.count, writer.total_bytes / GIB)
     return output_dir
 
 
-def _export_parts(
-    model: nn.Module, inner: Any, output_dir: Path, tokenizer: Any, dtype: torch.dtype | None, max_shard_size: int
-) -> Path:
-    error: Exception | None = None
-    partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    if writes:
-        _refuse_foreign(output_dir)
-    skeleton = _skeleton(inner.config) if writes else None
-    for part in inner.part_names:
-        tensors = full_tensors(model, part)
-        if skeleton is not None and error is None:
-            try:
-                part_skeleton = skeleton.get_submodule(part)
-                copy_conversions(inner.get_submodule(part), part_skeleton)
-                _write_part(part_skeleton, part, tensors, partial, dtype, max_shard_size)
-            except Exception as raised:  # the others wait in a collective: take part to the end, then tell them
-                error = raised
-        for _ in tensors:
-            pass
+def _written(
+    skeleton: nn.Module | None, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what goes into the files: the hub's tensors of a known architecture, else those of the module."""
     if skeleton is not None:
-        error = error or _finish_parts(skeleton, partial, output_dir, tokenizer)
-    if dist.is_initialized():
-        _agree(error)
-    elif error is not None:
-        raise error
-    return output_dir
+        return _hub_tensors(skeleton, _cast(skeleton, _expected(skeleton, tensors), dtype))
+    return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in tensors)
+
+
+def _export_parts(
+    inner: Any,
+    streams: Mapping[str, Iterator[tuple[str, Tensor]]],
+    output_dir: Path,
+    tokenizer: Any,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+) -> None:
+    skeleton: Any = _skeleton(inner.config)
+    with published(output_dir) as partial:
+        for part, tensors in streams.items():
+            part_skeleton = skeleton.get_submodule(part)
+            copy_conversions(inner.get_submodule(part), part_skeleton)
+            _write_part(part_skeleton, part, tensors, partial, dtype, max_shard_size)
+        skeleton.config.architectures = [type(skeleton).__name__]
+        skeleton.config.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    logger.info_rank0("exported to %s: %s", output_dir, ", ".join(streams))
 
 
 def _write_part(
@@ -189,26 +202,11 @@ def _write_part(
         writer.add(name, tensor)
     writer.finish()
     if hasattr(skeleton, "config"):
-        _save_configs(skeleton, directory, writer.dtype, None)
-
-
-def _finish_parts(skeleton: Any, partial: Path, output_dir: Path, tokenizer: Any) -> Exception | None:
-    try:
-        skeleton.config.architectures = [type(skeleton).__name__]
-        skeleton.config.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        _replace(partial, output_dir)
-        logger.info_rank0("exported to %s: %s", output_dir, ", ".join(skeleton.part_names))
-    except Exception as error:  # told to the other ranks
-        return error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return None
+        _save_configs(skeleton, directory, writer.dtype)
 
 
 def _expected(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Pass on what a checkpoint holds, each tied tensor once, and refuse what does not belong to the model."""
+    """Yield the tensors of a checkpoint, each tied tensor once, and reject any that does not belong to the model."""
     state = skeleton.state_dict()
     tied = tied_parameters(skeleton)
     transient = {name for name, _ in skeleton.named_buffers()} - state.keys()
@@ -236,7 +234,7 @@ def _cast(
 
 
 def _hub_tensors(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Convert tensors to the hub's names and shapes; those that are converted together wait for one another."""
+    """Convert tensors to the hub's names and shapes; those converted together are held until all are there."""
     conversions = _conversions(skeleton)
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:
@@ -255,7 +253,7 @@ def _conversions(skeleton: nn.Module) -> dict[str, Conversion]:
     return {name: group for group in saving_conversions(skeleton, names) for name in group.names}
 
 
-def _save_configs(skeleton: nn.Module, directory: Path, dtype: torch.dtype, tokenizer: Any) -> None:
+def _save_configs(skeleton: nn.Module, directory: Path, dtype: torch.dtype) -> None:
     config: Any = skeleton.config
     config.dtype = dtype
     config.architectures = [type(skeleton).__name__]
@@ -267,30 +265,3 @@ def _save_configs(skeleton: nn.Module, directory: Path, dtype: torch.dtype, toke
             generation.save_pretrained(directory)
         except ValueError as error:
             logger.warning_rank0("the generation config is not exported, it contradicts itself: %s", error)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-
-
-def _refuse_foreign(output_dir: Path) -> None:
-    if output_dir.is_file():
-        raise ModelError(f"{output_dir} is a file", "give a directory to export to")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / "config.json").is_file():
-        raise ModelError(f"{output_dir} holds something other than an export", "give another directory, or empty it")
-
-
-def _replace(partial: Path, output_dir: Path) -> None:
-    previous = output_dir.with_name(f".{output_dir.name}.previous-{os.getpid()}")
-    if output_dir.exists():
-        output_dir.rename(previous)
-    partial.rename(output_dir)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _agree(error: Exception | None) -> None:
-    """Raise on every rank when rank 0 failed."""
-    message = [None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(message, src=0)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise VeOmniError(f"rank 0 could not export: {message[0]}")

@@ -45,6 +45,16 @@ def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor
             yield plain_name(name), buffer
 
 
+def full_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of any module's ``state_dict``, unsharded, tied ones by each of their names; collective."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
+    for name, value in get_model_state_dict(model).items():
+        if isinstance(value, Tensor):
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value.clone()  # tied: each its own
+
+
 def plain_name(name: str) -> str:
     """Return a parameter's name without what wrappers of modules put into it."""
     for wrapper in (_FSDP1, *_OTHER_WRAPPERS):

@@ -1,0 +1,72 @@
+"""Any torch ``DataLoader`` as a loader of optimizer steps: dealt to data ranks, accumulated, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from veomni.errors import InputError
+from veomni.logging import create_logger
+from veomni.loop.dealing import Deal, is_ready
+from veomni.loop.sampled_steps import SampledSteps
+from veomni.loop.streamed_steps import StreamedSteps
+
+logger = create_logger(__name__)
+
+StepLoader = SampledSteps | StreamedSteps
+
+
+def step_loader(
+    loader: DataLoader[Any], parallel: tuple[int, int], *, seed: int, accumulate: int = 1, epochs: int = 1
+) -> StepLoader:
+    """Return a loader that yields, per optimizer step, this data rank's list of micro-batches.
+
+    A micro-batch is what ``loader`` collates. Iterating continues from the current position, which ``state_dict``
+    holds, as counters.
+
+    Args:
+        loader: Over a map-style or iterable dataset, with any sampler, ``collate_fn`` and workers.
+        parallel: This process's place among the data ranks, and their number.
+        seed: Of the order.
+        accumulate: Micro-batches of a step on each rank.
+        epochs: Epochs of one iteration; 1 for an iterable dataset.
+
+    Raises:
+        InputError: a number is below 1, or ``epochs`` is above 1 for an iterable dataset.
+        DataError: an epoch has not enough samples for a step.
+    """
+    stream = isinstance(loader.dataset, IterableDataset)
+    if accumulate < 1 or epochs < 1:
+        raise InputError(f"accumulate is {accumulate}, epochs {epochs}", "give numbers from 1 on")
+    if stream and epochs > 1:
+        raise InputError(
+            f"epochs is {epochs}, and the length of an iterable dataset is unknown", "iterate once for each epoch"
+        )
+    units = 1 if is_ready(loader) or loader.batch_size is None else loader.batch_size
+    deal = Deal(*parallel, units, accumulate, loader.drop_last)
+    return StreamedSteps(loader, deal) if stream else SampledSteps(loader, deal, seed=seed, epochs=epochs)
+
+
+def check_loader(loader: Any) -> None:
+    """Reject a plain torch ``DataLoader``: it yields batches, not steps, and the same ones on every rank.
+
+    Raises:
+        InputError: it is one.
+    """
+    if isinstance(loader, DataLoader):
+        raise InputError(
+            "track() iterates over optimizer steps, and got a torch DataLoader, which yields single batches",
+            "track(launcher.setup_dataloader(loader)), with accumulate= micro-batches per step",
+        )
+
+
+def warn_unsaved_loader(state: Mapping[str, Any], step: int) -> None:
+    """Warn where a run that resumes past step 0 restores no position in its data."""
+    if step and not any(hasattr(part, "state_dict") and hasattr(part, "__iter__") for part in state.values()):
+        logger.warning_rank0(
+            "resumed after step %s without the state of a loader: the data start from their beginning; fix: put the "
+            "loader into the state (a torch DataLoader through launcher.setup_dataloader)",
+            step,
+        )

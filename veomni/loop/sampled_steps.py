@@ -1,0 +1,139 @@
+"""Steps of a torch ``DataLoader`` over a map-style dataset: samples, or ready batches, in an order all ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from veomni.batch.micro_batch import MicroBatch
+from veomni.errors import DataError
+from veomni.loop.dealing import Deal, check_same_data, drawn, is_ready, options_of
+
+
+class SampledSteps:
+    """Yields, per optimizer step, this data rank's list of micro-batches.
+
+    The sampler (or batch sampler) is drawn from (seed, epoch), the same on all ranks; a step takes the next
+    ``batch_size * accumulate * size`` samples, and rank r every ``size``-th of them. So every sample comes once per
+    epoch, and steps of equal size hold the same samples on any number of ranks. The last step of an epoch is shorter
+    unless ``drop_last``; a rank without a sample in it gets a filler of weight 0.
+
+    Args:
+        loader: Its sampler is finite, and draws from torch's generator, Python's, or one of its own.
+        deal: Which samples of a step are this rank's.
+        seed: Of the order.
+        epochs: Epochs of one iteration.
+
+    Attributes:
+        epoch: Epochs completed.
+        exhausted: False: every step holds samples.
+
+    Raises:
+        DataError: an epoch has not enough samples for a step.
+    """
+
+    exhausted = False
+
+    def __init__(self, loader: DataLoader[Any], deal: Deal, *, seed: int, epochs: int) -> None:
+        self._given, self._deal, self._seed, self._epochs = loader, deal, seed, epochs
+        self._ready = is_ready(loader)
+        self._single = loader.batch_size is None and not self._ready
+        self._order: tuple[int, Sequence[Any]] | None = None
+        self.epoch = self._done = 0
+        plan: dict[str, Any] = {"sampler": _Plan(self), "batch_size": None}
+        if not self._single:
+            plan = {"batch_sampler": _Plan(self)}
+        self._loader: DataLoader[Any] = DataLoader(loader.dataset, **options_of(loader), **plan)
+        if not self.steps_per_epoch:
+            problem = f"the loader has {len(self._units())} samples or batches, and a step takes {deal.units}"
+            raise DataError(problem, "give more data, a smaller batch_size or accumulate, or drop_last=False")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self._deal.steps(len(self._units()))
+
+    @property
+    def remaining_steps(self) -> int:
+        """Optimizer steps until the iteration ends."""
+        ahead = self._epochs - self.epoch % self._epochs
+        return ahead * self.steps_per_epoch - self._done // self._deal.units
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        last = self.epoch - self.epoch % self._epochs + self._epochs
+        while self.epoch < last:
+            yield from self._epoch()
+
+    def _epoch(self) -> Iterator[list[MicroBatch]]:
+        units, deal = self._units(), self._deal
+        end = deal.steps(len(units)) * deal.units
+        if self._done >= end:  # saved by a run whose steps were larger: nothing is left of the epoch
+            self._next_epoch()
+            return
+        batches = iter(self._loader)
+        for start in range(self._done, end, deal.units):
+            counts = [self._samples(micro) for micro in deal.micro_batches(units, start)]
+            step = [MicroBatch.of(next(batches), samples=count) for count in counts]
+            self._done = start + deal.units  # before the yield: a state taken in the loop's body contains this step
+            if self._done >= end:
+                self._next_epoch()
+            yield step
+
+    def _samples(self, micro: Sequence[Any]) -> int | None:
+        """Return the samples of a micro-batch; None where the dataset itself yields batches, of unknown size."""
+        if self._single:
+            return None if micro else 0
+        return sum(len(batch) for batch in micro) if self._ready else len(micro)
+
+    def _next_epoch(self) -> None:
+        self.epoch, self._done = self.epoch + 1, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Continue with ``epoch``, from its beginning unless it is the current one."""
+        if epoch != self.epoch:
+            self.epoch, self._done = epoch, 0
+
+    def _units(self) -> Sequence[Any]:
+        """Return the current epoch's samples by index, or its ready batches, of all ranks in order."""
+        if self._order is None or self._order[0] != self.epoch:
+            sampler: Any = self._given.batch_sampler if self._ready else self._given.sampler
+            self._order = self.epoch, drawn(sampler, self._given.dataset, self._seed, self.epoch)
+        return self._order[1]
+
+    def indices(self) -> Iterator[Any]:
+        """Yield the indices of each of this rank's micro-batches from the current position to the end of the epoch."""
+        units, deal = self._units(), self._deal
+        for start in range(self._done, deal.steps(len(units)) * deal.units, deal.units):
+            for micro in deal.micro_batches(units, start):
+                chosen = list(micro or units[start : start + 1])  # a filler is a copy of the step's first sample
+                yield chosen[0] if self._ready or self._single else chosen
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: epochs completed, and samples (or ready batches) of the current one."""
+        return {"epoch": self.epoch, "done": self._done, "data": self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the last step received when ``state`` was taken, also on another number of ranks.
+
+        Raises:
+            CheckpointError: the state belongs to other data, or to another order of them.
+        """
+        check_same_data(state, self._fingerprint())
+        self.epoch, self._done = int(state["epoch"]), int(state["done"])
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {"kind": "batches" if self._ready else "samples", "length": len(self._units()), "seed": self._seed}
+
+
+class _Plan:
+    """The sampler of the rebuilt loader: starts at the current position whenever an iteration starts."""
+
+    def __init__(self, steps: SampledSteps) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._steps.indices()
