@@ -32,7 +32,7 @@ OPTIONS = {
 def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that saved at steps 2 and 4 and exported at its end; not to be changed."""
     corpus = tmp_path_factory.mktemp("corpus")
-    for name in ("errors", "batch", "plan", "registry"):
+    for name in ("errors", "launcher", "logging", "registry"):
         shutil.copy(Path(__file__).parents[2] / "veomni" / f"{name}.py", corpus / f"{name}.txt")
     output_dir = tmp_path_factory.mktemp("run") / "output"
     train(corpus, output_dir, 2, "fsdp2", OPTIONS)
