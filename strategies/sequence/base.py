@@ -9,13 +9,15 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import override
 
+from veomni.batch.forward_call import SequenceGroups
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, ModelError
+from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.shared_media import share_towers
 from veomni.models.traits import SplitsRows, Trait
 from veomni.models.traits.dry_run import dry_run
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
-from veomni.ops.encoders.shared_towers import share_towers
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import SetupContext, Strategy
@@ -57,9 +59,11 @@ class SequenceStrategy(Strategy):
                 f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",
                 "set model.attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
             )
-        if not hasattr(model, UNSPLIT_ATTENTION):
-            setattr(model, UNSPLIT_ATTENTION, backend)
-            share_towers(model, state.sequence_shard, state.group("sequence"))
+        adapter = ModelAdapter.of(model)
+        if adapter.sequence is None:
+            adapter.patch(model, UNSPLIT_ATTENTION, backend)
+            adapter.sequence = _groups(state)
+            share_towers(adapter, adapter.sequence)
         use_attention(model, self.install(model, backend, state))
 
     def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
@@ -75,6 +79,11 @@ class SequenceStrategy(Strategy):
         size = context.state.size("sequence")
         if size > 1:
             dry_run(model, body, size, context.device)
+
+
+def _groups(state: ParallelState) -> SequenceGroups:
+    ulysses, ring = (state.group(axis) if state.size(axis) > 1 else None for axis in ("ulysses", "cp"))
+    return SequenceGroups(state.sequence_shard, state.group("sequence"), ulysses, ring)
 
 
 def _check_same_rows(digest: int, state: ParallelState) -> None:

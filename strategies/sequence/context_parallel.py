@@ -39,4 +39,4 @@ class ContextParallel(SequenceStrategy):
 
     @override
     def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
-        return register_ring(state.group("cp"))
+        return register_ring()

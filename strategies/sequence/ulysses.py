@@ -8,6 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from veomni.errors import LayoutError
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.traits.sequence_layers import text_part
 from veomni.ops.attention.ulysses import register_ulysses
 from veomni.ops.attention.ulysses_async import overlap_projections
@@ -43,5 +44,5 @@ class Ulysses(SequenceStrategy):
     @override
     def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
         if self.async_:
-            overlap_projections(text_part(model), state.group("ulysses"))
-        return register_ulysses(backend, state.group("ulysses"))
+            overlap_projections(text_part(model), state.group("ulysses"), ModelAdapter.of(model).patch)
+        return register_ulysses(backend)

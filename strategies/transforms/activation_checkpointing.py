@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from veomni.batch.forward_call import bind_call
 from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.transforms.compute_dtype import keep_float64
 
@@ -54,7 +55,7 @@ def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[...,
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(keep_float64(forward), *args, **options, **kwargs)
+        return checkpoint(bind_call(keep_float64(forward)), *args, **options, **kwargs)
 
     return run
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from veomni.batch.forward_call import ForwardCall
+from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.strategies.transforms.precision import Precision
 
 
@@ -86,20 +88,25 @@ def compute_in(model: nn.Module, precision: Precision, device_type: str, *, auto
         autocast: Whether the caller's wrapper leaves casting to autocast (FSDP casts parameters itself).
     """
     if precision.name == "fp64":
-        _run_within(model, Float64Throughout)
+        ModelAdapter.of(model).add(_Within(Float64Throughout))
     elif precision.mixed and autocast:
-        _run_within(model, lambda: torch.autocast(device_type, dtype=precision.compute))
+        ModelAdapter.of(model).add(_Within(lambda: torch.autocast(device_type, dtype=precision.compute)))
 
 
-def _run_within(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
-    entered: list[AbstractContextManager[Any]] = []
+class _Within(InputPass):
+    """Runs a forward within a context."""
 
-    def enter(module: nn.Module, args: Any) -> None:
-        entered.append(context())
-        entered[-1].__enter__()
+    stage = Stage.PRECISION
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        entered.pop().__exit__(None, None, None)
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.context = context
+        self.entered: list[AbstractContextManager[Any]] = []
 
-    model.register_forward_pre_hook(enter, prepend=True)
-    model.register_forward_hook(leave, always_call=True)
+    def before(self, call: ForwardCall) -> None:
+        context = self.context()
+        context.__enter__()
+        self.entered.append(context)
+
+    def close(self, call: ForwardCall) -> None:
+        if self.entered:
+            self.entered.pop().__exit__(None, None, None)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.ops.comm.all_to_all import Splits, all_to_all
-from veomni.ops.encoders.towers import Encode, Items, towers_of
+from veomni.ops.encoders.towers import Encode, Items
 
 _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,7 +32,7 @@ def balance_towers(model: nn.Module, group: ProcessGroup) -> None:
         group: All ranks that run the model on different rows, or parts of rows.
     """
     if group.size() > 1:
-        for call in towers_of(model).values():
+        for call in ModelAdapter.of(model).towers.values():
             call.balance = _Balance(group)
 
 

@@ -13,8 +13,8 @@ from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, IMAGES, MROPE, Sampler, alone, documents_of, family_config, family_model
 from veomni.families.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
 from veomni.models import build_model, derive_plan, export_hf, prepare_towers
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.encoders import vision_inputs
-from veomni.ops.encoders.towers import towers_of
 
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
 MODALITIES = {
@@ -33,10 +33,10 @@ def owner_of_rule(model):
 def test_towers_are_found(name):
     model = build_model(family_config(name))
     prepare_towers(model)
-    towers = towers_of(model)
+    towers = ModelAdapter.of(model).towers
     assert tuple(towers) == MODALITIES[name]
     prepare_towers(model)
-    assert towers_of(model) is towers  # nothing is wrapped twice
+    assert ModelAdapter.of(model).towers is towers  # nothing is wrapped twice
 
 
 @pytest.mark.parametrize("name", FAMILIES)

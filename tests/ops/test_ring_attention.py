@@ -151,4 +151,4 @@ def test_uneven_chunks_are_refused():
 def test_what_it_does_not_support_is_refused(mask, options, named):
     heads = torch.zeros(1, 1, 4, HEAD_DIM)
     with pytest.raises(ModelError, match=named):
-        RingAttention(None)(torch.nn.Module(), heads, heads, heads, mask, **options)
+        RingAttention()(torch.nn.Module(), heads, heads, heads, mask, **options)

@@ -79,8 +79,8 @@ def first_label_of_a_document_trained(accumulate, launcher, model, batch):
 
 
 @bug(seams.DOCUMENTS, "single")
-def documents_not_isolated(rows, inputs):
-    return replace(rows(inputs), documents=None)
+def documents_not_isolated(documents, inputs):
+    return replace(documents(inputs), numbers=None)
 
 
 @bug(seams.GRADIENT_SYNC, "ddp2")

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.models.tiny import tiny_config
+from veomni.batch.forward_call import ForwardCall, SequenceGroups, forward_call
+from veomni.batch.split import SequenceShard
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -164,7 +166,9 @@ def backend_that_asks_who_it_is() -> str:
     AttentionInterface.register("flash_attention_2", attend)
     module = build_model(tiny_config("llama"), weights="random").model.layers[0].self_attn
     heads = [torch.randn(1, number, 6, 8) for number in (4, 2, 2)]
-    UlyssesAttention("flash_attention_2", dist.group.WORLD)(module, *heads, None)
+    groups = SequenceGroups(SequenceShard(dist.get_world_size()), dist.group.WORLD, ulysses=dist.group.WORLD)
+    with forward_call(ForwardCall(sequence=groups)):
+        UlyssesAttention("flash_attention_2")(module, *heads, None)
     return asked[-1]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
 
@@ -67,9 +68,11 @@ class ForwardCall:
         owner: The adapter of the model.
         args: Positional arguments; passes may replace them.
         kwargs: Keyword arguments; passes may change them.
+        micro: The micro-batch that the model is called with, without inputs; None for other arguments.
         sequence: The ranks that share the model's rows; None where rows are whole.
         documents: The documents of the rows; None where they are not known: rows are padded, say.
         shift_labels: Labels that are shifted already, int64 ``[batch, seq]``; None where the loss shifts them.
+        position_fractions: What positions have beyond whole numbers, int32 ``[batch, seq, 3]``; None without any.
         fused: Whether the head passes hidden states on to the loss.
         entered: The passes that are in this call, in order.
     """
@@ -77,9 +80,11 @@ class ForwardCall:
     owner: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    micro: MicroBatch | None = None
     sequence: SequenceGroups | None = None
     documents: Documents | None = None
     shift_labels: Tensor | None = None
+    position_fractions: Tensor | None = None
     fused: bool = False
     entered: list[Any] = field(default_factory=list)
 

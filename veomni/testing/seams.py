@@ -26,7 +26,7 @@ from veomni.batch.split import split_fields
 from veomni.launcher import Launcher
 from veomni.loop.losses import shared_loss
 from veomni.loop.sync import agree
-from veomni.models.adapter.passes.documents import row_of
+from veomni.models.adapter.passes.documents import documents_of
 from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
 from veomni.moe.load import LoadCounter
@@ -90,7 +90,7 @@ STEP_LOSS = Seam(Launcher.global_loss)
 # Rows
 DATA_PARALLEL = Seam(Launcher.data_parallel)
 LABEL_SHIFT = Seam(shift_left)
-DOCUMENTS = Seam(row_of)
+DOCUMENTS = Seam(documents_of)
 ROW_SPLIT = Seam(split_fields)
 TOKEN_MASK = Seam(token_mask)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import nn
 
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, enter_call
+from veomni.batch.micro_batch import MicroBatch
 from veomni.models.transformers_api.attention import Implementations
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class _Site:
         if outer is not None and outer.owner is self.adapter and module is not self.adapter.model:
             call = replace(outer, args=args, kwargs=dict(kwargs), entered=[])
         else:
-            call = ForwardCall(self.adapter, args, dict(kwargs), self.adapter.sequence)
+            call = ForwardCall(self.adapter, args, dict(kwargs), MicroBatch.of_call(kwargs), self.adapter.sequence)
         self.leaving.append(enter_call(call))
         for each in self.passes:
             call.entered.append(each)
@@ -136,8 +137,9 @@ class ModelAdapter:
         self.traits: Any = None
         self.loss: TokenMeanLoss | None = None
         self.routers: Any = None
-        self._sites: dict[int, _Site] = {}
         self._undo: list[Callable[[], None]] = [Implementations(model).restore]
+        self._sites: list[_Site] = []
+        self._site(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelAdapter:
@@ -154,8 +156,7 @@ class ModelAdapter:
     @property
     def passes(self) -> list[InputPass]:
         """All passes: those of the root, then those of modules inside it, each in the order of stages."""
-        sites = sorted(self._sites.values(), key=lambda site: site.module is not self.model)
-        return [each for site in sites for each in site.passes]
+        return [each for site in self._sites for each in site.passes]
 
     def find(self, kind: type[PassType]) -> PassType | None:
         """Return the first pass of a class."""
@@ -168,13 +169,17 @@ class ModelAdapter:
             each: The pass; of the same stage, the one that was added first comes first.
             on: The module whose forward it is around; None is the model.
         """
-        module = self.model if on is None else on
-        site = self._sites.get(id(module))
+        site = self._site(self.model if on is None else on)
+        site.passes = sorted([*site.passes, each], key=lambda one: one.stage)
+
+    def _site(self, module: nn.Module) -> _Site:
+        site = next((site for site in self._sites if site.module is module), None)
         if site is None:
-            site = self._sites[id(module)] = _Site(self, module)
+            site = _Site(self, module)
+            self._sites.append(site)
             self._undo.append(module.register_forward_pre_hook(site.enter, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(site.leave, always_call=True).remove)
-        site.passes = sorted([*site.passes, each], key=lambda one: one.stage)
+        return site
 
     def patch(self, owner: Any, attribute: str, replacement: Any) -> None:
         """Replace an attribute until :meth:`remove`; ``owner`` is a module, its configuration or an object in it."""

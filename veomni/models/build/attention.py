@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from veomni.families.record import family_of
 from veomni.logging import create_logger
 from veomni.models.transformers_api.attention import attention_of, set_attention
 from veomni.models.transformers_api.capabilities import supports_flash_attention
@@ -15,8 +16,6 @@ from veomni.ops.attention.varlen import VARLEN, register_attention
 logger = create_logger(__name__)
 
 _AUTO = "_veomni_attention_is_auto"
-_PADDED = frozenset({"qwen2_audio_encoder"})
-"""Encoders whose items are padded to one length, which they mask."""
 
 
 def attention_name(choice: str | AttentionBackend) -> str:
@@ -59,7 +58,7 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
 def _let_padded_encoders_mask(model: nn.Module) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if getattr(config, "model_type", None) in _PADDED and attention_of(module) == VARLEN:
+        if family_of(config).padded_audio and attention_of(module) == VARLEN:
             set_attention(config, "sdpa")
 
 

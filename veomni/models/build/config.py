@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veomni.errors import ModelError
+from veomni.families.record import family_of
 from veomni.logging import create_logger
 from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.models.loader import config_class
@@ -22,10 +23,6 @@ _NOT_DATA = (
     "trust_remote_code", "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
     "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
 )  # fmt: skip
-
-
-_THINKERS = {"qwen2_5_omni": "qwen2_5_omni_thinker", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
-"""Models that also speak, whose classes have no forward to train: what is trained is the part that thinks."""
 
 
 def build_config(
@@ -52,7 +49,7 @@ def build_config(
     elif len(path.parts) > 1 or str(source).startswith((".", "~")):
         raise ModelError(f"{source} is no model directory", "give a directory with a config.json; download it first")
     else:
-        config = _construct(config_class(_THINKERS.get(str(source), str(source))), {}, overrides, str(source))
+        config = _construct(config_class(family_of(str(source)).thinker or str(source)), {}, overrides, str(source))
     set_config_flag(config, "use_cache", False)
     return config
 
@@ -85,10 +82,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _thinker_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    if values["model_type"] not in _THINKERS:
+    thinker = family_of(values["model_type"]).thinker
+    if thinker is None:
         return values
     logger.info_rank0("%s: the thinker is built, without talker and speech decoder", path)
-    return {**values.get("thinker_config", {}), "model_type": _THINKERS[values["model_type"]]}
+    return {**values.get("thinker_config", {}), "model_type": thinker}
 
 
 def _from_values(

@@ -49,7 +49,7 @@ class OmniModel(PreTrainedModel):
     config_class = OmniConfig
     base_model_prefix = "omni"
     main_input_name = "input_ids"
-    loss_part = "foundation"
+    loss_component = "foundation"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from veomni.compat.private_name import PrivateName
 
 PRIVATE = (
@@ -13,8 +11,3 @@ PRIVATE = (
 
 LOSS_FUNCTION = "_loss_function"
 """The attribute of an instance in which ``model.loss_function = ...`` is kept; without it, its class's is used."""
-
-
-def computes_loss_itself(model: nn.Module) -> bool:
-    """Return whether a model takes the causal loss within its forward, and not by its ``loss_function``."""
-    return type(model).__name__ == "Qwen2AudioForConditionalGeneration"

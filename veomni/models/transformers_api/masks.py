@@ -50,22 +50,26 @@ def counted_from(mask_function: Any, positions: Tensor) -> Any:
     return counted
 
 
-def leave_packing_to(known: Callable[[], bool]) -> None:
-    """Keep transformers from looking for packed documents in position ids while ``known()`` says that they are known.
+def disable_packing_detection(known: Callable[[], bool]) -> None:
+    """Keep transformers from looking for packed documents in position ids while ``known()`` returns True.
 
-    Its own search sees a part of a row only, where several ranks share one, and what it finds there is wrong.
+    Its own search sees one shard of a row where several ranks share it, and what it finds there is wrong. The search is
+    replaced once in a process; what ``known`` reads is of the current call.
     """
     from transformers import masking_utils
 
     search = masking_utils.find_packed_sequence_indices
-    if hasattr(search, "_veomni_left"):
+    if search in _replaced:
         return
 
     def search_unless_known(position_ids: Tensor) -> Tensor | None:
         return None if known() else search(position_ids)
 
-    search_unless_known._veomni_left = True  # type: ignore[attr-defined]
+    _replaced.add(search_unless_known)
     masking_utils.find_packed_sequence_indices = search_unless_known
+
+
+_replaced: set[Callable[..., Any]] = set()
 
 
 def bidirectional_mask(config: PreTrainedConfig, seen: Tensor, dtype: torch.dtype) -> Any:

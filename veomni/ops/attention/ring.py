@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from veomni.batch.forward_call import current_groups
 from veomni.batch.split import zigzag_chunks
 from veomni.errors import LayoutError, ModelError
 from veomni.models.transformers_api.masks import is_plain_causal
@@ -211,14 +212,7 @@ def _backward(
 
 
 class RingAttention:
-    """What transformers calls in place of an attention implementation.
-
-    Args:
-        group: The ranks of the ring.
-    """
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+    """What transformers calls in place of an attention implementation; the ring is that of the current call."""
 
     def __call__(
         self,
@@ -257,7 +251,7 @@ class RingAttention:
         _refuse_options(kwargs)
         query, key, value = in_autocast_dtype(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = ring_attention(query, key, value, attention_mask, group=self.group, scale=scale)
+        output = ring_attention(query, key, value, attention_mask, group=_ring_group(), scale=scale)
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -268,13 +262,19 @@ def _refuse_options(options: dict[str, Any]) -> None:
             raise ModelError(f"ring attention does not support {name}, which this model uses", _FIX)
 
 
-def register_ring(group: ProcessGroup) -> str:
+def _ring_group() -> ProcessGroup:
+    group = current_groups().ring
+    assert group is not None, "ring attention was chosen for a model without a ring"
+    return group
+
+
+def register_ring() -> str:
     """Make ring attention known to transformers, mask makers included, and return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     register_mask_rule()
-    AttentionInterface.register(RING, RingAttention(group))
-    AttentionMaskInterface.register(RING, _whole_row_rules(group))
+    AttentionInterface.register(RING, RingAttention())
+    AttentionMaskInterface.register(RING, make_whole_row_rule)
     return RING
 
 
@@ -301,39 +301,37 @@ def make_mask_rule(
     return MaskRule(mask_function, batch_size, plain_causal=plain, causal=plain or causal)
 
 
-def _whole_row_rules(group: ProcessGroup) -> Callable[..., MaskRule]:
-    """Return a mask maker that is asked for this rank's positions and makes the rule of whole rows."""
+def make_whole_row_rule(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    allow_is_causal_skip: bool = False,
+    **options: Any,
+) -> MaskRule:
+    """Make the rule of whole rows, as one of transformers' mask makers that is called for this rank's positions.
 
-    def make(
-        *,
-        q_length: int,
-        kv_length: int,
-        mask_function: Callable[..., Tensor],
-        q_offset: int = 0,
-        kv_offset: int = 0,
-        attention_mask: Tensor | None = None,
-        use_vmap: bool = False,
-        allow_is_causal_skip: bool = False,
-        **options: Any,
-    ) -> MaskRule:
-        from transformers import AttentionMaskInterface
+    Raises:
+        ModelError: the model wants a mask that is not a rule of whole rows.
+    """
+    from transformers import AttentionMaskInterface
 
-        if attention_mask is not None:
-            raise ModelError(
-                "ring attention was given a padding mask", "pack the documents and leave attention_mask out"
-            )
-        if q_length != kv_length or q_offset or kv_offset:
-            raise ModelError("ring attention was asked for other keys than those of the row in hand", _FIX)
-        if use_vmap:
-            raise ModelError("the model adds a rule of its own to its mask, which knows this rank's part only", _FIX)
-        # SDPA may put is_causal in place of the mask when this is set, so transformers sets it for causal rules only;
-        # a window or chunk is told to it in another way.
-        causal = allow_is_causal_skip or is_plain_causal(mask_function)
-        whole = q_length * group.size()
-        maker: Callable[..., MaskRule] = AttentionMaskInterface()[MASK_RULE]
-        return maker(q_length=whole, kv_length=whole, mask_function=mask_function, causal=causal, **options)
-
-    return make
+    if attention_mask is not None:
+        raise ModelError("ring attention was given a padding mask", "pack the documents and leave attention_mask out")
+    if q_length != kv_length or q_offset or kv_offset:
+        raise ModelError("ring attention was called for other keys than those of the current row", _FIX)
+    if use_vmap:
+        raise ModelError("the model adds a rule to its mask that is defined on this rank's shard only", _FIX)
+    # SDPA may put is_causal in place of the mask when this is set, so transformers sets it for causal rules only;
+    # a window or chunk reaches SDPA in another way.
+    causal = allow_is_causal_skip or is_plain_causal(mask_function)
+    whole = q_length * _ring_group().size()
+    maker: Callable[..., MaskRule] = AttentionMaskInterface()[MASK_RULE]
+    return maker(q_length=whole, kv_length=whole, mask_function=mask_function, causal=causal, **options)
 
 
 __all__ = [

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from veomni.batch.forward_call import current_groups
 from veomni.errors import ModelError
 from veomni.models.transformers_api.attention import ConfigWithAttention, attention_of, eager_attention
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
@@ -46,15 +47,14 @@ def attention_in_use(module: nn.Module) -> Any:
 
 
 class UlyssesAttention:
-    """What transformers calls in place of an attention implementation.
+    """What transformers calls in place of an attention implementation; the ranks are those of the current call.
 
     Args:
         backend: The implementation that runs between the exchanges, by transformers' name of it.
-        group: The ranks that share the sequence.
     """
 
-    def __init__(self, backend: str, group: ProcessGroup) -> None:
-        self.backend, self.group = backend, group
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
 
     def __call__(
         self,
@@ -81,16 +81,17 @@ class UlyssesAttention:
         Raises:
             ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
         """
+        group = ulysses_group()
         if not _exchanged.get():
-            query, key, value = self._exchange(query, key, value)
-        local = _LocalHeads(module, self.backend, query.shape[1], key.shape[1], self.group.rank())
-        mask = _local_mask(attention_mask, query, query.shape[1] * self.group.size(), local)
+            query, key, value = self._exchange(query, key, value, group)
+        local = _LocalHeads(module, self.backend, query.shape[1], key.shape[1], group.rank())
+        mask = _local_mask(attention_mask, query, query.shape[1] * group.size(), local)
         options = local_options(kwargs, local.heads)
         output, _ = self._backend(module)(local, query, key, value, mask, **options)
-        return (output if _exchanged.get() else gather_heads_scatter_seq(output, self.group)), None
+        return (output if _exchanged.get() else gather_heads_scatter_seq(output, group)), None
 
-    def _exchange(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
-        size = self.group.size()
+    def _exchange(self, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> Iterator[Tensor]:
+        size = group.size()
         heads, kv_heads = query.shape[1], key.shape[1]
         refuse_heads(heads, size)
         repeats = math.lcm(kv_heads, size) // kv_heads
@@ -98,7 +99,7 @@ class UlyssesAttention:
             query,
             *(tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value)),
         ]
-        whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], self.group)
+        whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], group)
         return (part.transpose(1, 2) for part in whole)
 
     def _backend(self, module: nn.Module) -> Callable[..., Any]:
@@ -174,26 +175,33 @@ def refuse_heads(heads: int, size: int) -> None:
         )
 
 
-def register_ulysses(backend: str, group: ProcessGroup) -> str:
+def ulysses_group() -> ProcessGroup:
+    """Return the ranks that exchange sequence for heads in the forward around."""
+    group = current_groups().ulysses
+    assert group is not None, "Ulysses attention was chosen for a model without a Ulysses group"
+    return group
+
+
+def register_ulysses(backend: str) -> str:
     """Make Ulysses around ``backend`` known to transformers, mask maker included, and return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     # transformers looks names with "flash" in them up on the hub.
     name = PREFIX + backend.replace("flash_attention_", "fa")
-    AttentionInterface.register(name, UlyssesAttention(backend, group))
-    AttentionMaskInterface.register(name, _whole_row_masks(backend, group))
+    AttentionInterface.register(name, UlyssesAttention(backend))
+    AttentionMaskInterface.register(name, _whole_row_masks(backend))
     return name
 
 
-def _whole_row_masks(backend: str, group: ProcessGroup) -> Callable[..., Any]:
-    """Return a mask maker that is asked for this rank's positions and makes the mask of all of them."""
+def _whole_row_masks(backend: str) -> Callable[..., Any]:
+    """Return a mask maker that is called for this rank's positions and makes the mask of all of them."""
 
     def make(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options: Any) -> Any:
         from transformers import AttentionMaskInterface
 
         if attention_mask is not None:
             raise ModelError("Ulysses was given a padding mask", "pack the documents and leave attention_mask out")
-        size = group.size()
+        size = ulysses_group().size()
         maker = AttentionMaskInterface()[backend]
         return maker(q_length=q_length * size, kv_length=kv_length * size, attention_mask=None, **options)
 
@@ -208,4 +216,5 @@ __all__ = [
     "on_exchanged_heads",
     "refuse_heads",
     "register_ulysses",
+    "ulysses_group",
 ]

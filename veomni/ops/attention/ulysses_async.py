@@ -27,13 +27,17 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 _FIX = "set train.ulysses_async to false"
 
+PatchAttribute = Callable[[Any, str, Any], None]
+"""Replaces the attribute of an object, to be undone by the adapter of the model."""
 
-def overlap_projections(model: nn.Module, group: ProcessGroup) -> None:
+
+def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttribute) -> None:
     """Make every attention module of a text model exchange heads asynchronously.
 
     Args:
         model: The text model, or the text part of a larger one.
         group: The ranks that exchange sequence for heads.
+        patch: Replaces an attribute of a module.
 
     Raises:
         ModelError: an attention module is not of the standard form; names it and says why.
@@ -43,7 +47,7 @@ def overlap_projections(model: nn.Module, group: ProcessGroup) -> None:
         reason = why_not_overlapped(module)
         if reason:
             raise ModelError(f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", _FIX)
-        _Overlapped(module, group, tables)
+        _Overlapped(module, group, tables, patch)
 
 
 def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -83,16 +87,16 @@ def why_not_overlapped(module: nn.Module) -> str | None:
 class _Overlapped:
     """One attention module that exchanges asynchronously."""
 
-    def __init__(self, module: nn.Module, group: ProcessGroup, tables: _RotaryTables) -> None:
+    def __init__(self, module: nn.Module, group: ProcessGroup, tables: _RotaryTables, patch: PatchAttribute) -> None:
         self.module, self.group, self.tables = module, group, tables
         self.inner: Callable[..., Any] = module.forward
         self.signature = inspect.signature(self.inner)
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
         self.exchanges: dict[str, AsyncAllToAll] = {}
         for name in _PROJECTIONS[:3]:
-            getattr(module, name).forward = self._hand_out(name)
-        module.o_proj.forward = self._send_back  # type: ignore[union-attr]
-        module.forward = self.forward
+            patch(getattr(module, name), "forward", self._hand_out(name))
+        patch(module.o_proj, "forward", self._send_back)
+        patch(module, "forward", self.forward)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-TOWERS = "_veomni_towers"
-"""Where a model remembers its tower calls, ``dict[modality, TowerCall]``."""
+_TEXT_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
-_TEXT_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_encoding: ContextVar[bool] = ContextVar("veomni_encoding", default=False)
+"""Whether an encoder runs, of any modality: Qwen3-VL's videos go through the method of images."""
 
 Encode = Callable[["Items"], list[list[Tensor]]]
 """From items to streams (the features, then those of every deepstack layer), each one ``[tokens, hidden]`` an item."""
@@ -132,7 +133,6 @@ class TowerCall:
 
     exchange: Exchange | None
     balance: Balance | None
-    _encoding = False  # of any modality: Qwen3-VL's videos go through the method of images
 
     def stand_in(self, device: torch.device) -> Tensor:
         """Return what to give the model as values where it has none: the call will know it again."""
@@ -142,11 +142,11 @@ class TowerCall:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode, as the owner's own method does."""
-        if TowerCall._encoding:
+        if _encoding.get():
             return self._encode(*args, **kwargs)
         bound = self._parameters.bind(*args, **kwargs)
         given, rest = bound.arguments, dict(bound.arguments.get("kwargs", {}))
-        rest = {name: value for name, value in rest.items() if name not in _TEXT_BORDERS}
+        rest = {name: value for name, value in rest.items() if name not in _TEXT_BOUNDARIES}
         values = given[self.kind.values]
         absent = values is self._absent and values is not None
         self._absent = None
@@ -170,11 +170,11 @@ class TowerCall:
 
     def encode(self, **arguments: Any) -> Any:
         """Call the owner's own method."""
-        TowerCall._encoding = True
+        token = _encoding.set(True)
         try:
             return self._encode(**arguments)
         finally:
-            TowerCall._encoding = False
+            _encoding.reset(token)
 
     def _items(self, given: Mapping[str, Any]) -> Items:
         return Items(self.kind, given[self.kind.values], given.get(self.kind.sizes) if self.kind.sizes else None)
@@ -231,9 +231,3 @@ def _in_one_piece(kind: TowerKind, output: Any) -> bool:
     """Whether the owner reads features from the last hidden state: transformers' models that hear do, and Llama 4."""
     read = kind.modality == "audio" or getattr(output, "pooler_output", None) is None
     return read and hasattr(output, "last_hidden_state")
-
-
-def towers_of(model: nn.Module) -> dict[str, TowerCall]:
-    """Return a model's tower calls by modality; empty for a model without towers."""
-    found: dict[str, TowerCall] = getattr(model, TOWERS, {})
-    return found

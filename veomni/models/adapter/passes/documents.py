@@ -1,151 +1,149 @@
-"""Keep packed documents apart in every mask a transformers model builds.
+"""Keep packed documents apart in every mask that a transformers model builds.
 
-transformers finds packed documents by itself only where a model hands its position ids to the mask maker; GPT-OSS and
-others do not, and would mix documents without a word. Here the borders of the row in hand are known to the mask makers
-whatever the model passes on, and are added to its own rule (causal, sliding, chunked).
+transformers finds packed documents only where a model hands its position ids to the mask maker; GPT-OSS and others do
+not, and would mix documents without a warning. Here the makers read the boundaries of the rows from the current call,
+whatever the model passes on, and add them to its own rule (causal, sliding, chunked).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
+from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.traits.sequence_layers import layer_outside_attention
 from veomni.models.transformers_api.capabilities import is_pretrained
-from veomni.models.transformers_api.masks import counted_from, leave_packing_to, mask_makers, within_documents
+from veomni.models.transformers_api.masks import (
+    counted_from,
+    disable_packing_detection,
+    mask_makers,
+    within_documents,
+)
 from veomni.ops.attention.ring import MASK_RULE, register_mask_rule
 
-_ISOLATES = "_veomni_isolates_documents"
-_LEAK = "_veomni_leak"
 _MAKERS = ("sdpa", "eager", "flex_attention")
-
-_row: ContextVar[Row | None] = ContextVar("veomni_row", default=None)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The rows in hand, whole even where this rank computes on a part of them.
-
-    Attributes:
-        documents: The number of each token's document, int64 ``[batch, seq]``; None where each row is one.
-        towers: Configuration classes whose masks are not of these rows.
-    """
-
-    documents: Tensor | None
-    towers: frozenset[type] = frozenset()
-
-    @property
-    def positions(self) -> Tensor:
-        """Each token's place in its document, int64 ``[batch, seq]``."""
-        assert self.documents is not None
-        place = torch.arange(self.documents.shape[1], device=self.documents.device).expand_as(self.documents)
-        starts = torch.diff(self.documents, prepend=self.documents[:, :1] - 1, dim=-1) != 0
-        return place - torch.where(starts, place, 0).cummax(-1).values
 
 
 def isolate_documents(model: nn.Module) -> None:
-    """Make ``model`` keep the documents of packed rows apart, and refuse packed rows where it cannot.
+    """Make ``model`` keep the documents of packed rows apart, and reject packed rows where it cannot.
 
     Calling it again changes nothing.
 
     Args:
         model: A transformers model, whose call must name its arguments; other modules are left alone.
     """
-    if not is_pretrained(model) or getattr(model, _ISOLATES, False):
-        return
-    setattr(model, _ISOLATES, True)
-    _wrap_mask_makers()
-    leave_packing_to(lambda: _row.get() is not None)
-    layer = layer_outside_attention(model)
-    towers = _tower_configs(model)
-    carries = f"{layer} carries state from one document of a packed row into the next" if layer else None
-
-    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        row = row_of(kwargs)
-        reason = carries or getattr(model, _LEAK, None)
-        if reason is not None and row is not None and row.documents is not None:
-            raise ModelError(reason, "set data.packing to none, so that every row is one document")
-        _row.set(row if row is None else replace(row, towers=towers))
-        return args, kwargs
-
-    def retire(module: nn.Module, args: Any, output: Any) -> None:
-        _row.set(None)
-
-    model.register_forward_pre_hook(announce, with_kwargs=True)
-    model.register_forward_hook(retire, always_call=True)
+    adapter = ModelAdapter.of(model)
+    if is_pretrained(adapter.model) and adapter.find(IsolateDocuments) is None:
+        _wrap_mask_makers()
+        adapter.add(IsolateDocuments(adapter.model))
 
 
-def _tower_configs(model: Any) -> frozenset[type]:
-    parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
-    return frozenset(type(part) for part in parts if part is not None) - {type(model.config.get_text_config())}
+class IsolateDocuments(InputPass):
+    """Finds the documents of the rows of a call.
+
+    Args:
+        model: A transformers model.
+
+    Attributes:
+        leak: Why packed rows are rejected; None where they are not.
+    """
+
+    stage = Stage.DOCUMENTS
+
+    def __init__(self, model: Any) -> None:
+        parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
+        text = type(model.config.get_text_config())
+        self.encoders = frozenset(type(part) for part in parts if part is not None) - {text}
+        layer = layer_outside_attention(model)
+        self.leak = f"{layer} carries state from one document of a packed row into the next" if layer else None
+
+    def before(self, call: ForwardCall) -> None:
+        """Set the documents of the call.
+
+        Raises:
+            ModelError: rows are packed, and the model does not keep documents apart.
+        """
+        found = documents_of(call.kwargs)
+        if found is None:
+            return
+        if found.numbers is not None and self.leak is not None:
+            raise ModelError(self.leak, "set data.packing to none, so that every row is one document")
+        call.documents = replace(found, encoders=self.encoders)
 
 
 def remember_leak(model: nn.Module, reason: str | None) -> None:
-    """Let ``model`` refuse packed rows for ``reason``; None lets it take them."""
-    setattr(model, _LEAK, reason)
+    """Make ``model`` reject packed rows for ``reason``; None makes it take them."""
+    documents = ModelAdapter.of(model).find(IsolateDocuments)
+    if documents is not None:
+        documents.leak = reason
 
 
-def row_of(inputs: Mapping[str, Any]) -> Row | None:
-    """Find the documents of the rows in hand.
+def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
+    """Find the documents of the rows that a model is called with.
 
     Args:
-        inputs: A model's arguments; ``position_ids`` is ``[batch, seq]``, or ``[axes, batch, seq]`` with text first.
+        inputs: The model's arguments; ``position_ids`` is ``[batch, seq]``, or ``[axes, batch, seq]`` with text first.
 
     Returns:
-        The rows, or None where they are padded, continue a cache, or are whole and one document each.
+        The documents, or None where rows are padded, continue a cache, or are whole and one document each.
     """
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
         return None
     rows = positions[0] if positions.dim() == 3 else positions
-    borders = inputs.get("cu_seq_lens_q")
+    boundaries = inputs.get("cu_seq_lens_q")
     micro = MicroBatch.of_call(inputs)
     if micro is not None and micro.rows.shard.size > 1:
-        if borders is None:
-            return Row(None)
-        return Row(_documents_between(borders, rows.shape[0], rows.shape[1] * micro.rows.shard.size))
-    documents = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-    if borders is None and not bool(documents[:, -1].any()):
+        length = rows.shape[1] * micro.rows.shard.size
+        return Documents(None if boundaries is None else _between(boundaries, rows.shape[0], length))
+    numbers = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    if boundaries is None and not bool(numbers[:, -1].any()):
         return None
-    return Row(documents)
+    return Documents(numbers)
 
 
-def _documents_between(borders: Tensor, batch: int, length: int) -> Tensor:
-    tokens = torch.arange(batch * length, device=borders.device, dtype=borders.dtype)
-    return torch.searchsorted(borders[1:], tokens, right=True).view(batch, length)
+def _between(boundaries: Tensor, batch: int, length: int) -> Tensor:
+    tokens = torch.arange(batch * length, device=boundaries.device, dtype=boundaries.dtype)
+    return torch.searchsorted(boundaries[1:], tokens, right=True).view(batch, length)
+
+
+_wrapped: set[Callable[..., Any]] = set()
+"""The registered mask makers that read the current call."""
 
 
 def _wrap_mask_makers() -> None:
     from transformers import AttentionMaskInterface
 
     register_mask_rule()
+    disable_packing_detection(lambda: (call := current_call()) is not None and call.documents is not None)
     for name, make in mask_makers((*_MAKERS, MASK_RULE)).items():
-        if not hasattr(make, "_veomni_packed"):
-            AttentionMaskInterface.register(name, _packed(make))
+        if make not in _wrapped:
+            wrapped = _within_documents(make)
+            _wrapped.add(wrapped)
+            AttentionMaskInterface.register(name, wrapped)
 
 
-def _packed(make: Callable[..., Any]) -> Callable[..., Any]:
+def _within_documents(make: Callable[..., Any]) -> Callable[..., Any]:
     def make_packed(*args: Any, **options: Any) -> Any:
-        row = _row.get()
-        documents = None if row is None else row.documents
-        shape = options.get("batch_size"), options.get("q_length"), options.get("kv_length")
-        if row is None or documents is None or shape != (*documents.shape, documents.shape[1]):
+        call = current_call()
+        documents = None if call is None else call.documents
+        if documents is None or documents.numbers is None or type(options.get("config")) in documents.encoders:
             return make(*args, **options)
-        if type(options.get("config")) in row.towers:
+        shape = options.get("batch_size"), options.get("q_length"), options.get("kv_length")
+        if shape != (*documents.numbers.shape, documents.numbers.shape[1]):
             return make(*args, **options)
         rule = options["mask_function"]
         if getattr(options.get("config"), "attention_chunk_size", None) is not None:
-            rule = counted_from(rule, row.positions)  # chunks are counted from the start of a document
-        options["mask_function"] = within_documents(rule, documents)
+            rule = counted_from(rule, documents.positions)  # chunks are counted from the start of a document
+        options["mask_function"] = within_documents(rule, documents.numbers)
         options["allow_is_causal_skip"] = False
         return make(*args, **options)
 
-    make_packed._veomni_packed = True  # type: ignore[attr-defined]
     return make_packed

@@ -1,41 +1,46 @@
-"""Positions between whole numbers, which Qwen3-Omni gives to what is seen at a fraction of its seconds."""
+"""Positions between whole numbers, which Qwen3-Omni gives to frames at a fraction of its seconds."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.forward_call import ForwardCall, current_call
 from veomni.families.mrope import FRACTION_PARTS
+from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.transformers_api.encoders import rope_rule
 
 
-def add_fractions(model: nn.Module) -> None:
-    """Add a micro-batch's ``position_fractions`` to the position ids of a model with time, height and width.
+class AddFractions(InputPass):
+    """Adds ``position_fractions`` of a micro-batch to position ids where the rotary embedding is computed.
 
-    They are added where the rotary embedding is computed: position ids stay integers all the way, which mixed
-    precision leaves alone. Without fractions nothing changes.
-
-    Args:
-        model: A transformers model, before it is sharded.
+    Position ids stay integers all the way, which mixed precision leaves alone. Without fractions nothing changes.
     """
-    if rope_rule(type(model), model.config) is None:  # type: ignore[arg-type]
+
+    stage = Stage.POSITIONS
+
+    def before(self, call: ForwardCall) -> None:
+        """Take the fractions, ``[batch, seq, 3]`` in parts of one."""
+        call.position_fractions = None if call.micro is None else call.micro.rows.position_fractions
+
+
+def _add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Add fractions to the position ids that a rotary embedding is given; its pre-hook."""
+    call = current_call()
+    if call is None or call.position_fractions is None:
+        return None
+    hidden, positions, *rest = args
+    # Both are exact in float32, and so is their sum: it is where they come from.
+    return hidden, positions.float() + call.position_fractions.movedim(-1, 0).float() / FRACTION_PARTS, *rest
+
+
+def add_fractions(adapter: ModelAdapter) -> None:
+    """Make a transformers model with positions of time, height and width take fractions; others are left alone."""
+    model: Any = adapter.model
+    if rope_rule(type(model), model.config) is None:
         return
-    given: list[Tensor | None] = [None]
-
-    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        micro = MicroBatch.of_call(kwargs)
-        given[0] = None if micro is None else micro.rows.position_fractions
-
-    def add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if given[0] is None:
-            return None
-        hidden, positions, *rest = args
-        # Both are exact in float32, and so is their sum: it is where they come from.
-        return hidden, positions.float() + given[0].movedim(-1, 0).float() / FRACTION_PARTS, *rest
-
-    model.register_forward_pre_hook(take, with_kwargs=True)
+    adapter.add(AddFractions())
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "rotary_emb":
-            module.register_forward_pre_hook(add)
+            adapter.hook(module, _add, before=True)

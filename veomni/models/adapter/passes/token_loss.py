@@ -7,17 +7,21 @@ around a stand-in for its body: if the loss receives the very tensor the head re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.forward_call import ForwardCall, current_call
 from veomni.batch.shift import shift_left
 from veomni.errors import ModelError
+from veomni.families.record import family_of
 from veomni.logging import create_logger
+from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.adapter.passes.loss_context import LossContext, Predictions
-from veomni.models.transformers_api.loss import LOSS_FUNCTION, computes_loss_itself
+from veomni.models.transformers_api.loss import LOSS_FUNCTION
 from veomni.ops.loss.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 logger = create_logger(__name__)
@@ -33,13 +37,11 @@ class TokenMeanLoss:
         head: The projection to the vocabulary when it is fused with the loss, or None.
 
     Attributes:
-        context: What is known of the tokens of the micro-batch in hand; whoever calls the model sets it.
+        context: What the loss of the current micro-batch depends on beside labels; set by the caller of the model.
     """
 
     def __init__(self, head: nn.Linear | None) -> None:
         self.head = head
-        self.pending = False
-        self.targets: Tensor | None = None
         self.context = LossContext()
 
     def __call__(
@@ -52,11 +54,12 @@ class TokenMeanLoss:
             labels: ``[batch, seq]``, unshifted.
             args: What else the model passes (the vocabulary's size).
             shift_labels: ``[batch, seq]``, already shifted; used instead of ``labels`` when given. Those given to the
-                model itself arrive here whatever the model passes on.
+                model arrive here whatever the model passes on.
             kwargs: What else the model passes.
         """
+        call = current_call() or ForwardCall()
         if shift_labels is None:
-            shift_labels, self.targets = self.targets, None
+            shift_labels, call.shift_labels = call.shift_labels, None
         targets = shift_left(labels, IGNORE_INDEX) if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)
         rows, context = logits.flatten(0, -2), self.context
@@ -64,7 +67,7 @@ class TokenMeanLoss:
         weights = None if context.token_weights is None else context.token_weights.reshape(-1).to(wide)
         each = None if context.by_source is None else torch.empty(len(targets), dtype=wide, device=rows.device)
         best = torch.empty_like(targets) if context.predicts else None
-        if self.pending:
+        if call.fused:
             assert self.head is not None
             total = linear_cross_entropy_sum(rows, self.head.weight, targets, self.head.bias, each, weights, best)
         else:
@@ -85,37 +88,36 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
 
     Args:
         model: The model, before it is sharded.
-        fused: Fuse head and loss where that is exact; say so in the log where it is not.
+        fused: Fuse head and loss where that is exact; log where it is not.
 
     Returns:
         The loss, or None for a model that is left alone.
     """
-    part = getattr(model, "loss_part", None)
-    if part is not None:  # a composed model: its language foundation takes the loss
-        return install_token_loss(model.get_submodule(part), fused=fused)
-    if not hasattr(model, "loss_function"):
+    adapter = ModelAdapter.of(model)
+    component = getattr(model, "loss_component", None)  # a composed model: its language foundation takes the loss
+    owner = model if component is None else model.get_submodule(component)
+    if not hasattr(owner, "loss_function"):
         return None
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
-    if getattr(model, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
+    if getattr(owner, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
         return None
-    if computes_loss_itself(model):
-        logger.info_rank0(
-            "%s computes its loss in its forward: it is taken on its logits instead", type(model).__name__
-        )
-        plain = TokenMeanLoss(None)
-        _take_loss_over(model, plain)
-        return plain
-    head = model.get_output_embeddings() if fused else None  # type: ignore[operator]
-    reason = _why_not_fused(model, head) if fused else None
+    if family_of(getattr(owner, "config", None)).loss_in_forward:
+        logger.info_rank0("the loss of %s is taken on its logits, not in its forward", type(owner).__name__)
+        adapter.loss = TokenMeanLoss(None)
+        adapter.add(TakeLossOver(adapter.loss), on=owner)
+        return adapter.loss
+    head = owner.get_output_embeddings() if fused else None  # type: ignore[operator]
+    reason = _why_not_fused(owner, head) if fused else None
     if reason:
         logger.warning_rank0("the loss is not fused with the head: %s", reason)
         head = None
-    loss = TokenMeanLoss(head)
-    model.loss_function = loss  # type: ignore[assignment]
-    _pass_shifted_labels(model, loss)
+    adapter.loss = TokenMeanLoss(head)
+    adapter.patch(owner, LOSS_FUNCTION, adapter.loss)
+    adapter.add(PassShiftedLabels(type(owner).__name__), on=owner)
     if head is not None:
-        _pass_hidden_states(model, head, loss)
-    return loss
+        adapter.patch(head, "forward", _PassOrProject(head.forward))
+        adapter.add(PassHiddenStates(), on=owner)
+    return adapter.loss
 
 
 def _why_not_fused(model: nn.Module, head: Any) -> str | None:
@@ -166,57 +168,78 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
     return not (len(returned) == len(received) == 1 and returned[0] is received[0])
 
 
-def _take_loss_over(model: nn.Module, loss: TokenMeanLoss) -> None:
-    """Keep labels from a forward that would average over them by itself, NaN where there are none."""
-    held: list[Tensor | None] = [None]
+class TakeLossOver(InputPass):
+    """Keeps labels from a forward that would average over them by itself, NaN where there are none."""
 
-    def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        held[0], loss.targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        return args, kwargs
+    stage = Stage.LOSS
 
-    def take(module: nn.Module, args: Any, output: Any) -> None:
-        labels, held[0] = held[0], None
-        if labels is not None:
-            output.loss = loss(output.logits, labels)
+    def __init__(self, loss: TokenMeanLoss) -> None:
+        self.loss = loss
+        self.labels: Tensor | None = None
 
-    model.register_forward_pre_hook(hold, with_kwargs=True)
-    model.register_forward_hook(take)
+    def before(self, call: ForwardCall) -> None:
+        """Take the labels."""
+        self.labels, call.shift_labels = call.kwargs.pop("labels", None), call.kwargs.pop("shift_labels", None)
+
+    def after(self, call: ForwardCall, output: Any) -> Any:
+        """Compute the loss."""
+        if self.labels is not None:
+            output.loss = self.loss(output.logits, self.labels)
+        return output
+
+    def close(self, call: ForwardCall) -> None:
+        """Let go of the labels."""
+        self.labels = None
 
 
-def _pass_shifted_labels(model: nn.Module, loss: TokenMeanLoss) -> None:
-    """Bring ``shift_labels`` past the model's forward, which need not know them, to the loss."""
+class PassShiftedLabels(InputPass):
+    """Brings ``shift_labels`` past the model's forward, which need not take them, to the loss."""
 
-    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        loss.targets = kwargs.pop("shift_labels", None)
-        return args, kwargs
+    stage = Stage.LABELS
 
-    def retire(module: nn.Module, args: Any, output: Any) -> None:
-        left, loss.targets = loss.targets, None
-        if left is not None and getattr(output, "loss", None) is not None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def before(self, call: ForwardCall) -> None:
+        """Take the labels."""
+        call.shift_labels = call.kwargs.pop("shift_labels", None)
+
+    def after(self, call: ForwardCall, output: Any) -> Any:
+        """Check that the loss has used them.
+
+        Raises:
+            ModelError: the model has computed another loss.
+        """
+        if call.shift_labels is not None and getattr(output, "loss", None) is not None:
             raise ModelError(
-                f"{type(model).__name__} computes its loss by itself, and would shift labels that are shifted already",
-                "set train.ulysses_parallel_size and train.context_parallel_size to 1",
+                f"{self.name} computes its loss by itself, and would shift labels that are shifted already",
+                "use no sequence parallelism: leave out Ulysses and ContextParallel, or set their size to 1",
             )
-
-    model.register_forward_pre_hook(announce, with_kwargs=True)
-    model.register_forward_hook(retire)
+        return output
 
 
-def _pass_hidden_states(model: nn.Module, head: nn.Linear, loss: TokenMeanLoss) -> None:
-    project = head.forward
+class PassHiddenStates(InputPass):
+    """Makes the head pass hidden states on to the loss wherever there are labels."""
 
-    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        loss.pending = kwargs.get("labels") is not None
+    stage = Stage.LOSS
 
-    def retire(module: nn.Module, args: Any, output: Any) -> None:
-        if loss.pending:
-            loss.pending = False
-            if getattr(output, "logits", None) is not None:
-                output.logits = None  # these are hidden states: nobody may take them for logits
+    def before(self, call: ForwardCall) -> None:
+        """Choose the fused path."""
+        call.fused = call.kwargs.get("labels") is not None
 
-    def pass_or_project(hidden: Tensor) -> Tensor:
-        return hidden if loss.pending else project(hidden)
+    def after(self, call: ForwardCall, output: Any) -> Any:
+        """Return no logits where the head made none."""
+        if call.fused and getattr(output, "logits", None) is not None:
+            output.logits = None
+        return output
 
-    setattr(head, "forward", pass_or_project)  # noqa: B010  (mypy takes no assignment to a method)
-    model.register_forward_pre_hook(announce, with_kwargs=True)
-    model.register_forward_hook(retire, always_call=True)
+
+class _PassOrProject:
+    """The forward of a fused head."""
+
+    def __init__(self, project: Callable[[Tensor], Tensor]) -> None:
+        self.project = project
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        call = current_call()
+        return hidden if call is not None and call.fused else self.project(hidden)

@@ -1,8 +1,8 @@
-"""Towers of a model whose rows are split: each rank encodes a share of the images, clips and sounds.
+"""Encoders of a model whose rows are split: each rank encodes a share of the images, clips and videos.
 
 Every rank of a sequence group is given all items of its rows. Rank ``r`` of ``P`` encodes every ``P``-th of them; the
-features are gathered, and those whose placeholder tokens this rank holds go on into its part of the rows. Gradients
-go back the same way, so that each tower parameter's gradient is that of all items, once.
+features are gathered, and those whose placeholder tokens this rank holds go on into its shard of the rows. Gradients
+go back the same way, so that each encoder parameter's gradient is that of all items, once.
 """
 
 from __future__ import annotations
@@ -14,46 +14,56 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.forward_call import ForwardCall, SequenceGroups
 from veomni.batch.split import SequenceShard
 from veomni.errors import DataError
+from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.ops.comm.sequence_exchange import gather_sequence
-from veomni.ops.encoders.towers import Encode, Items, TowerKind, towers_of
+from veomni.ops.encoders.towers import Encode, Items, TowerKind
 
 
-def share_towers(model: nn.Module, shard: SequenceShard, group: ProcessGroup) -> None:
-    """Let the towers of a model work on split rows; a model without towers is left alone.
+def share_towers(adapter: ModelAdapter, groups: SequenceGroups) -> None:
+    """Make the encoders of a model work on split rows; a model without encoders is left alone.
 
     Args:
-        model: A transformers model whose towers were prepared (``veomni/models/adapter/passes/media.py``).
-        shard: Which positions of every row this rank holds.
-        group: The ranks that share rows.
+        adapter: Of a transformers model whose encoders were prepared (``veomni/models/adapter/passes/media.py``).
+        groups: The ranks that share rows.
     """
-    towers = towers_of(model)
-    if not towers:
+    if not adapter.towers:
         return
-    row = _Placeholders(shard, group)
-    model.register_forward_pre_hook(row.remember, with_kwargs=True, prepend=True)
-    for call in towers.values():
-        call.exchange = _Shared(call.kind, getattr(model.config, call.kind.token), row, group)
+    model: Any = adapter.model
+    placeholders = LocatePlaceholders(groups)
+    adapter.add(placeholders)
+    for call in adapter.towers.values():
+        call.exchange = _Shared(call.kind, getattr(model.config, call.kind.token), placeholders, groups.ranks)
 
 
-class _Placeholders:
-    """Where the tokens of items stand in whole rows."""
+class LocatePlaceholders(InputPass):
+    """Keeps where the tokens of items are in whole rows, and gives models whole rows of ``token_type_ids``.
 
-    def __init__(self, shard: SequenceShard, group: ProcessGroup) -> None:
-        self.shard, self.group = shard, group
+    Args:
+        groups: The ranks that share rows.
+    """
+
+    stage = Stage.SEQUENCE
+
+    def __init__(self, groups: SequenceGroups) -> None:
+        self.shard, self.group = groups.shard, groups.ranks
         self.split = False
         self.tokens: Tensor | None = None
         self.types: Tensor | None = None
 
-    def remember(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Keep what tells placeholders; give whole rows of ``token_type_ids``, which models build masks from."""
-        micro = MicroBatch.of_call(kwargs)
-        self.split = micro is not None and micro.rows.shard.size > 1
-        self.tokens, self.types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
-        types = kwargs.get("token_type_ids")
-        return args, {**kwargs, "token_type_ids": self._whole(types)} if self.split and types is not None else kwargs
+    def before(self, call: ForwardCall) -> None:
+        """Keep what distinguishes placeholders; models build masks from whole rows of ``token_type_ids``."""
+        self.split = call.micro is not None and call.micro.rows.shard.size > 1
+        self.tokens, self.types = call.kwargs.get("input_ids"), call.kwargs.get("mm_token_type_ids")
+        types = call.kwargs.get("token_type_ids")
+        if self.split and types is not None:
+            call.kwargs["token_type_ids"] = self._whole(types)
+
+    def close(self, call: ForwardCall) -> None:
+        """Let go of the tensors."""
+        self.tokens = self.types = None
 
     def numbers(self, kind: TowerKind, token: int) -> Tensor:
         """Return which features, counted over whole rows, belong to this rank's placeholders, in their order."""
@@ -92,7 +102,7 @@ class _Placeholders:
 class _Shared:
     """The exchange within a group of ranks that were all given the same items."""
 
-    def __init__(self, kind: TowerKind, token: int, row: _Placeholders, group: ProcessGroup) -> None:
+    def __init__(self, kind: TowerKind, token: int, row: LocatePlaceholders, group: ProcessGroup) -> None:
         self.kind, self.token, self.row, self.group = kind, token, row, group
 
     def __call__(self, items: Items, encode: Encode) -> list[Tensor]:
