@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, ValidationError
 
 from veomni.config.base import Section
+from veomni.config.fields import record_keys
 from veomni.config.keys import choices, walk
 from veomni.config.overrides import USAGE, apply_overrides, parse_argv
 from veomni.config.problems import Problem, explain, raise_problems
@@ -244,6 +245,7 @@ def load_config(argv: Sequence[str]) -> Config:
         print(_help())
         sys.exit(0)
     config = Config.from_file(*parse_argv(argv))
+    record_keys(Config)
     raise_problems((found for section in config.sections() for found in section.path_problems()), "the configuration")
     return config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -20,6 +20,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
+
+    configures: ClassVar[tuple[str, ...]] = ()
+    """Classes and functions whose arguments are the keys of this section."""
 
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
         """Yield what is wrong with this section beside the others; files, devices and the model are not looked at.

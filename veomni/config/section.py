@@ -74,7 +74,7 @@ def section_of(
     if name is not None:
         given = {"name": (Literal[name], Field(default=name, description="Which one it is.")), **given}
     made = create_model(f"{component.__name__}Section", __base__=base, __doc__=_summary(component), **given)
-    made.component, made.chosen = component, name or ""
+    made.component, made.chosen, made.configures = component, name or "", (component.__name__,)
     return made
 
 

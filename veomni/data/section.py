@@ -42,6 +42,8 @@ class SourceSection(Section):
 class DataSection(Section):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
+    configures = ("build_dataset", "build_dataloader")
+
     train_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
         default=None,
         description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from veomni.config.fields import describe
 from veomni.errors import EXIT_FAULT, InputError, VeOmniError
 
 DIRECTORY_VARIABLE = "VEOMNI_FAILURE_DIR"
@@ -42,7 +43,8 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         """Describe ``error``, which ends the process."""
         text = "" if isinstance(error, (InputError, SystemExit)) else "".join(traceback.format_exception(error))
-        return cls(type(error).__name__, str(error), _exit_code(error), time.time(), text[-_TRACEBACK_CHARACTERS:])
+        message = describe(error) if isinstance(error, InputError) else str(error)
+        return cls(type(error).__name__, message, _exit_code(error), time.time(), text[-_TRACEBACK_CHARACTERS:])
 
     @property
     def text(self) -> str:

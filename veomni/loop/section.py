@@ -59,6 +59,8 @@ class LoggingSection(Section):
 class TrainSection(Section):
     """Layout, arithmetic, length and outputs of a run."""
 
+    configures = ("Launcher", "build_dataloader")
+
     data_parallel_mode: str = Field(
         default="fsdp2",
         description="The registered strategy that holds the parameters: single process, replicated (ddp), sharded "

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class MediaSection(Section):
     """Where media are, how large they may be, and what the model sees; null keeps what the model's files say."""
 
+    configures = ("MediaSettings", "MediaLimits", "MediaReader", "Fetch")
+
     root: PathText = Field(
         default=".",
         description="Directory that paths of media are relative to; nothing outside it is read (/ allows all).",

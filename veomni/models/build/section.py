@@ -28,6 +28,8 @@ Experts = Literal["auto", "loop", "grouped_mm", "triton", "npu"]
 class ModelSection(Section):
     """Architecture, weights and tokenizer. Paths are relative to the working directory."""
 
+    configures = ("build_model", "build_config", "build_tokenizer")
+
     config_path: PathText | None = Field(
         default=None,
         description="The architecture: a registered name such as qwen3, a config.json file, or a directory with one. "

@@ -20,7 +20,6 @@ from veomni.batch.documents import RowLayout
 from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
-from veomni.models.adapter.passes.documents import isolate_documents
 from veomni.models.skeleton import skeleton_of
 from veomni.models.traits.attention import on_cpu, register_attentions
 from veomni.models.traits.inputs import tokens_of
@@ -148,6 +147,8 @@ def copy_with_values(model: nn.Module) -> nn.Module:
     Raises:
         NoCopyError: it is too large, and its configuration does not describe it or cannot be shrunk.
     """
+    from veomni.models.adapter.passes.documents import isolate_documents  # it imports this package
+
     replaced = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
     if replaced is not None:
         raise NoCopyError(f"the forward of {replaced or 'the model'} was replaced after it was built")

@@ -1,0 +1,45 @@
+"""The keys behind Python arguments: errors name what a caller of Python gave, and a run from a file its keys too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from veomni.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+_keys: dict[str, str] = {}
+
+
+def record_keys(schema: type[BaseModel]) -> None:
+    """Let :func:`describe` name the keys of ``schema``, because the run was started from a configuration."""
+    _keys.update(_arguments(schema))
+
+
+def describe(error: InputError) -> str:
+    """Return the message of an error, with the keys of the arguments in ``error.field`` if there are any."""
+    keys = dict.fromkeys(_keys[name] for name in error.field.split() if name in _keys)
+    return f"{error}\n  in the configuration: {', '.join(keys)}" if keys else str(error)
+
+
+def _arguments(schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield arguments ("Ulysses.size") with their keys ("train.ulysses_parallel_size")."""
+    from veomni.config.keys import walk  # pydantic: the supervisor of ranks starts without it
+
+    for key, field in walk(schema):
+        for mark in field.metadata:
+            yield from ((argument, target) for argument, target in _supplied(mark) if target)
+        sections = [section for mark in field.metadata for section in getattr(mark, "sections", dict)().values()]
+        for section in (field.annotation, *sections):
+            for name in getattr(section, "configures", ()):
+                yield from ((f"{name}.{inner}", f"{key}.{inner}") for inner in section.model_fields)
+
+
+def _supplied(mark: object) -> Iterator[tuple[str, str]]:
+    supplied: Mapping[str, str] = getattr(mark, "supplied", {})
+    sections = getattr(mark, "sections", dict)() if supplied else {}
+    for section in sections.values():
+        for name in section.configures:
+            yield from ((f"{name}.{argument}", target) for argument, target in supplied.items())
