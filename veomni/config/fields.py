@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, get_args
 
 from veomni.errors import InputError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+    from veomni.config.base import Section
 
 _keys: dict[str, str] = {}
 
@@ -29,17 +31,21 @@ def _arguments(schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
     from veomni.config.keys import walk  # pydantic: the supervisor of ranks starts without it
 
     for key, field in walk(schema):
-        for mark in field.metadata:
-            yield from ((argument, target) for argument, target in _supplied(mark) if target)
-        sections = [section for mark in field.metadata for section in getattr(mark, "sections", dict)().values()]
-        for section in (field.annotation, *sections):
+        entries = [mark for part in get_args(field.annotation) for mark in getattr(part, "__metadata__", ())]
+        for section in (field.annotation, *_sections(field.metadata)):
             for name in getattr(section, "configures", ()):
-                yield from ((f"{name}.{inner}", f"{key}.{inner}") for inner in section.model_fields)
+                yield from ((f"{name}.{inner}", f"{key}.{inner}") for inner in section.model_fields)  # type: ignore[union-attr]
+        for section in _sections(entries):
+            for name in getattr(section, "configures", ()):
+                yield from ((f"{name}.{inner}", key) for inner in section.model_fields)
+        for mark in (*field.metadata, *entries):
+            supplied: Mapping[str, str] = getattr(mark, "supplied", {})
+            for section in _sections([mark]):
+                for name in section.configures:
+                    yield from ((f"{name}.{argument}", target) for argument, target in supplied.items() if target)
 
 
-def _supplied(mark: object) -> Iterator[tuple[str, str]]:
-    supplied: Mapping[str, str] = getattr(mark, "supplied", {})
-    sections = getattr(mark, "sections", dict)() if supplied else {}
-    for section in sections.values():
-        for name in section.configures:
-            yield from ((f"{name}.{argument}", target) for argument, target in supplied.items())
+def _sections(marks: Iterable[object]) -> Iterator[type[Section]]:
+    for mark in marks:
+        if hasattr(mark, "sections"):
+            yield from mark.sections().values()
