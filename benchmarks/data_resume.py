@@ -28,7 +28,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from veomni.data import DataSource, StreamLoader, build_dataloader, build_dataset, train_byte_bpe
+from veomni.data import (
+    BatchShape,
+    DataSource,
+    Encoder,
+    Order,
+    Packing,
+    StreamLoader,
+    Workers,
+    build_dataloader,
+    build_mixture,
+    train_byte_bpe,
+)
 
 WORDS = ["the", "model", "reads", "a", "row", "of", "many", "short", "documents", "and", "learns", "what", "comes"]
 ROWS = 24  # of a step
@@ -53,11 +64,12 @@ def write_sources(folder: Path) -> None:
 def build(folder: Path, rank: int, size: int, workers: int) -> StreamLoader:
     paths = zip(SIZES, ("talk.jsonl", "code.parquet", "notes.tar"), (5, 3, 2), strict=True)
     sources = [DataSource(str(folder / path), name, weight) for name, path, weight in paths]
-    dataset, _ = build_dataset(sources=sources, streaming=True, weigh_by="token")
+    dataset = build_mixture(sources, sampling="token")
     tokenizer = train_byte_bpe([text(name, number) for name in SIZES for number in range(40)], 400)
     loader = build_dataloader(
-        dataset, tokenizer, parallel=(rank, size), global_batch_size=ROWS, max_seq_len=128, num_workers=workers,
-        stream_shards=16, lookahead=12, cache_dir=folder, pin_memory=False,
+        dataset, Encoder(tokenizer), packing=Packing(max_seq_len=128, lookahead=12), order=Order(stream_shards=16),
+        shape=BatchShape(global_batch_size=ROWS, rank=rank, size=size), workers=Workers(workers, pin_memory=False),
+        cache_dir=folder,
     )  # fmt: skip
     assert isinstance(loader, StreamLoader)
     return loader

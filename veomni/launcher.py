@@ -343,7 +343,7 @@ class Launcher:
             drained = (
                 micro_batches is not None
                 and not _has_document(micro_batches)
-                and bool(getattr(loader, "drained", False))
+                and bool(getattr(loader, "exhausted", False))
             )
             batch = self._next_batch(micro_batches, total, drained)
             if batch is None:

@@ -27,7 +27,7 @@ from veomni.models.build.section import ModelSection
 if TYPE_CHECKING:
     from torch import nn
 
-    from veomni.data import Mixture, PackedDataLoader, StreamLoader, TextDataset
+    from veomni.data import DocumentStream, PackedLoader, StreamLoader
     from veomni.launcher import Launcher
 
 __all__ = ["Config", "check_layout", "load_config", "save_args"]
@@ -128,11 +128,11 @@ class Config(Section):
             checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
         )
 
-    def open_data(self) -> tuple[TextDataset | Mixture, TextDataset | Mixture | None]:
+    def open_data(self) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None."""
         return self.data.open(self.train.seed)
 
-    def build_tokenizer(self, dataset: TextDataset | Mixture) -> Any:
+    def build_tokenizer(self, dataset: DocumentStream) -> Any:
         """Return a ready tokenizer, or one trained once on the documents of ``dataset``."""
         from veomni.data import cached_byte_bpe
         from veomni.models import build_tokenizer
@@ -144,8 +144,8 @@ class Config(Section):
         return build_tokenizer(model.tokenizer_path or model.model_path or model.source)
 
     def build_loader(
-        self, dataset: TextDataset | Mixture, tokenizer: Any, launcher: Launcher, *, train: bool = True
-    ) -> PackedDataLoader | StreamLoader:
+        self, dataset: DocumentStream, tokenizer: Any, launcher: Launcher, *, train: bool = True
+    ) -> PackedLoader | StreamLoader:
         """Return the loader of this rank's micro-batches; ``train`` is False for held-out data."""
         return self.data.build_loader(self, dataset, tokenizer, launcher, train=train)
 
@@ -158,7 +158,7 @@ class Config(Section):
         self.model.check_fit(self.model.build_config(), tokenizer, self.data.max_seq_len)
         return self.model.build()
 
-    def total_steps(self, loader: PackedDataLoader | StreamLoader) -> int:
+    def total_steps(self, loader: PackedLoader | StreamLoader) -> int:
         """Return the optimizer steps of the whole run.
 
         Raises:

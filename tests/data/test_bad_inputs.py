@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from veomni.data import build_dataloader, build_dataset
+from tests.data.loaders import dataset_of, make_loader
+from veomni.data import build_dataset
 from veomni.errors import ConfigError, DataError
 
 CHAT = {"data_type": "conversation"}
@@ -107,8 +108,8 @@ def test_bad_data_is_named(case, tokenizer, tmp_path):
     path.write_bytes(content)
 
     def use():
-        dataset, _ = build_dataset(str(path), **options)
-        build_dataloader(dataset, tokenizer, cache_dir=cache)
+        dataset = dataset_of(str(path), **options)
+        make_loader(dataset, tokenizer, cache_dir=cache)
 
     with pytest.raises(kind, match=message) as raised:
         use()
@@ -128,14 +129,14 @@ def test_empty_directory(tmp_path):
 
 
 LOADER_CASES = {
-    "overlong": (
+    "on_overflow": (
         {"max_seq_len": 16},
         DataError,
         r"t\.jsonl, line 2: \d+ tokens, more than .* 16 \(1 such",
     ),
-    "all overlong": ({"max_seq_len": 2, "overlong": "drop"}, DataError, r"every document is longer"),
-    "unknown policy": ({"overlong": "cut"}, ConfigError, r"data.on_overflow: no policy is called 'cut'"),
-    "unknown packing": ({"packing": "bestfit"}, ConfigError, r"did you mean 'best_fit'"),
+    "all overlong": ({"max_seq_len": 2, "on_overflow": "drop"}, DataError, r"every document is longer"),
+    "unknown policy": ({"on_overflow": "cut"}, ConfigError, r"no policy is called 'cut'"),
+    "unknown packing": ({"strategy": "bestfit"}, ConfigError, r"did you mean 'best_fit'"),
     "unknown template": ({"chat_template": "chatm"}, ConfigError, r"did you mean 'chatml'"),
     "no template": ({"chat_template": None}, DataError, r"the tokenizer has no chat template"),
 }
@@ -147,12 +148,12 @@ def test_bad_options_are_named(case, tokenizer, tmp_path):
     conversation = "chat_template" in options
     path = tmp_path / "t.jsonl"
     path.write_bytes(chat("user", "assistant") if conversation else lines(GOOD, {"text": "x1" * 40}))
-    dataset, _ = build_dataset(str(path), data_type="conversation" if conversation else "plaintext")
+    dataset = dataset_of(str(path), data_type="conversation" if conversation else "plaintext")
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = None
         with pytest.raises(kind, match=message):
-            build_dataloader(dataset, tokenizer, cache_dir=tmp_path / "cache", **options)
+            make_loader(dataset, tokenizer, cache_dir=tmp_path / "cache", **options)
     finally:
         tokenizer.chat_template = own
 
@@ -164,4 +165,4 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer.eos_token = None
     (tmp_path / "t.txt").write_text("x")
     with pytest.raises(DataError, match="no eos_token"):
-        build_dataloader(build_dataset(str(tmp_path / "t.txt"))[0], tokenizer, cache_dir=tmp_path / "cache")
+        make_loader(dataset_of(str(tmp_path / "t.txt")), tokenizer, cache_dir=tmp_path / "cache")

@@ -10,8 +10,9 @@ import tarfile
 import pyarrow as pa
 import pytest
 
+from tests.data.loaders import dataset_of, make_loader
 from tests.data.stream_files import add
-from veomni.data import DataSource, build_dataloader, build_dataset
+from veomni.data import DataSource, RecordSchema, build_mixture
 from veomni.errors import ConfigError, DataError
 
 USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
@@ -122,8 +123,8 @@ def test_bad_data_is_named(case, streaming, tokenizer, tmp_path):
     path.write_bytes(content)
 
     def use():
-        dataset, _ = build_dataset(str(path), streaming=streaming, cache_dir=tmp_path / "cache", **options)
-        list(build_dataloader(dataset, tokenizer, epochs=1, cache_dir=tmp_path / "cache", stream_shards=1))
+        dataset = dataset_of(str(path), streaming=streaming, cache_dir=tmp_path / "cache", **options)
+        list(make_loader(dataset, tokenizer, epochs=1, cache_dir=tmp_path / "cache", stream_shards=1))
 
     with pytest.raises(DataError, match=message) as raised:
         use()
@@ -138,12 +139,10 @@ MIXTURES = {
     "a negative weight": ({"sources": [("a", 1), ("b", -1)]}, ConfigError, r"'b' has weight -1"),
     "a weight that is no number": ({"sources": [("a", float("nan"))]}, ConfigError, r"'a' has weight nan"),
     "two of one name": ({"sources": [("a", 1), ("a", 1)]}, ConfigError, r"two sources are called 'a'"),
-    "no source": ({"sources": []}, ConfigError, r"one of them names the data"),
-    "sources and a path": ({"sources": [("a", 1)], "train_path": "x"}, ConfigError, r"one of them names the data"),
-    "unknown weights": ({"sources": [("a", 1)], "weigh_by": "tokens"}, ConfigError, r"did you mean 'token'"),
-    "unknown stopping": ({"sources": [("a", 1)], "stopping": "first"}, ConfigError, r"data.stopping_strategy: 'first'"),
-    "held-out share": ({"sources": [("a", 1)], "eval_fraction": 0.1}, ConfigError, r"data.eval_fraction chooses"),
-    "so many documents": ({"sources": [("a", 1)], "max_documents": 1}, ConfigError, r"data.max_documents chooses"),
+    "no source": ({"sources": []}, ConfigError, r"name a source"),
+    "unknown weights": ({"sources": [("a", 1)], "sampling": "tokens"}, ConfigError, r"did you mean 'token'"),
+    "unknown stopping": (
+        {"sources": [("a", 1)], "stopping_strategy": "first"}, ConfigError, r"stopping_strategy: 'first'"),
     "unknown format": ({"sources": [("a", 1)], "format": "sharegtp"}, ConfigError, r"did you mean 'sharegpt'"),
     "missing source": ({"sources": [("gone", 1)]}, DataError, r"gone\.jsonl does not exist"),
     "epochs of what repeats": ({"sources": [("a", 1), ("b", 1)], "epochs": 2}, ConfigError, r"has no epochs"),
@@ -151,8 +150,8 @@ MIXTURES = {
         {"sources": [("a", 1), ("b", 1)], "of_b": {"data_type": "multimodal"}}, ConfigError,
         r"need a model's processor"),
     "split pairs": (
-        {"sources": [("pairs", 1)], "overlong": "split", **PAIRS}, ConfigError, r"split cuts preference pairs apart"),
-    "unknown policy": ({"sources": [("a", 1)], "overlong": "cut"}, ConfigError, r"no policy is called 'cut'"),
+        {"sources": [("pairs", 1)], "on_overflow": "split", **PAIRS}, ConfigError, r"cuts preference pairs apart"),
+    "unknown policy": ({"sources": [("a", 1)], "on_overflow": "cut"}, ConfigError, r"no policy is called 'cut'"),
 }  # fmt: skip
 
 
@@ -163,17 +162,20 @@ def test_bad_mixtures_are_named(case, tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(ONE)
     (tmp_path / "b.jsonl").write_bytes(lines({"messages": [USER, ANSWER]}) if "of_b" in options else ONE)
     (tmp_path / "pairs.jsonl").write_bytes(lines({"prompt": "x", "chosen": "y", "rejected": "z"}))
-    own = {key: options.pop(key) for key in ("epochs", "overlong") if key in options}
+    own = {key: options.pop(key) for key in ("epochs", "on_overflow") if key in options}
     of_b, shared = options.pop("of_b", {}), {key: options[key] for key in ("data_type", "format") if key in options}
 
     def use():
         given = options.pop("sources")
         sources = [
-            DataSource(str(tmp_path / f"{name}.jsonl"), name, weight, **shared | (of_b if name == "b" else {}))
+            DataSource(
+                str(tmp_path / f"{name}.jsonl"), name, weight, RecordSchema(**shared | (of_b if name == "b" else {}))
+            )
             for name, weight in given
         ]
-        dataset, _ = build_dataset(sources=sources, **options)
-        build_dataloader(dataset, tokenizer, cache_dir=tmp_path / "cache", stream_shards=1, **own)
+        keys = ("sampling", "stopping_strategy")
+        dataset = build_mixture(sources, **{key: options[key] for key in keys if key in options})
+        make_loader(dataset, tokenizer, cache_dir=tmp_path / "cache", stream_shards=1, **own)
 
     with pytest.raises(kind, match=message) as raised:
         use()
@@ -193,7 +195,7 @@ URLS = {
 def test_bad_urls_are_named_without_their_secrets(case, streaming, tmp_path):
     url, message = URLS[case]
     with pytest.raises(DataError, match=message) as raised:
-        build_dataset(url, streaming=streaming, cache_dir=tmp_path)
+        dataset_of(url, streaming=streaming, cache_dir=tmp_path)
     assert "secret" not in str(raised.value)
 
 
@@ -201,6 +203,6 @@ def test_a_column_of_the_wrong_type_in_parquet(tokenizer, tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"input_ids": [[1, 2], [3, 999]]}), tmp_path / "t.parquet")
-    dataset, _ = build_dataset(str(tmp_path / "t.parquet"), data_type="tokenized", streaming=True)
+    dataset = dataset_of(str(tmp_path / "t.parquet"), data_type="tokenized", streaming=True)
     with pytest.raises(DataError, match=r"t\.parquet, record 2: token 999"):
-        list(build_dataloader(dataset, tokenizer, epochs=1, stream_shards=1, cache_dir=tmp_path, shuffle=False))
+        list(make_loader(dataset, tokenizer, epochs=1, stream_shards=1, cache_dir=tmp_path, shuffle=False))

@@ -6,8 +6,9 @@ from itertools import groupby
 
 import pytest
 
+from tests.data.loaders import dataset_of, make_loader
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import CHAT_TEMPLATES, build_dataloader, build_dataset
+from veomni.data import CHAT_TEMPLATES
 from veomni.data.sources.records import Conversation, Document, conversation_of
 from veomni.data.text.conversation import tokenize_conversations as tokenize
 from veomni.errors import DataError
@@ -207,10 +208,8 @@ def test_the_refused_conversation_is_named(tokenizer):
 def test_batches_learn_only_the_answers(tokenizer, tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": SYSTEM}) + "\n" + json.dumps({"messages": TURNS}) + "\n")
-    dataset, _ = build_dataset(str(path), data_type="conversation")
-    loader = build_dataloader(
-        dataset, tokenizer, max_seq_len=256, epochs=1, cache_dir=tmp_path / "cache", shuffle=False
-    )
+    dataset = dataset_of(str(path), data_type="conversation")
+    loader = make_loader(dataset, tokenizer, max_seq_len=256, epochs=1, cache_dir=tmp_path / "cache", shuffle=False)
     [[micro]] = list(loader)
     learned = micro["labels"][micro["labels"] != IGNORE_INDEX]
     assert tokenizer.decode(learned) == "<|im_end|>".join([*ANSWERS, *ANSWERS, ""])

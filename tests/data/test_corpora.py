@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from veomni.data import build_dataset
+from tests.data.loaders import dataset_of
 from veomni.data.sources.corpora import corpus_files
 from veomni.errors import MissingExtraError
 
@@ -100,7 +100,7 @@ def test_numbers_are_in_words(cache):
 
 def test_they_are_data_by_name(cache):
     for streaming in (False, True):
-        dataset, _ = build_dataset(
+        dataset = dataset_of(
             "number-words-train", data_type="conversation", cache_dir=cache, streaming=streaming
         )  # fmt: skip
         assert sum(1 for _ in dataset) == 800

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.data.loaders import dataset_of, make_loader
 from tests.data.stream_files import jsonl
 from tests.data.test_source_losses import LAYOUTS
 from tests.models.tiny import tiny_config
 from veomni.batch.documents import RowLayout, document_numbers
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import DataSource, build_dataloader, build_dataset
+from veomni.data import DataSource, RecordSchema, build_mixture
 from veomni.errors import DataError
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -55,16 +56,16 @@ def folder(tmp_path_factory):
 
 
 def held_out(folder):
-    sources = [DataSource(str(folder / f"{name}.jsonl"), name, data_type="tokenized") for name in COUNTS]
-    dataset, _ = build_dataset(sources=sources, cache_dir=folder / "cache")
-    return dataset
+    sources = [DataSource(str(folder / f"{name}.jsonl"), name, schema=RecordSchema("tokenized")) for name in COUNTS]
+    return build_mixture(sources, streaming=False, cache_dir=folder / "cache")
 
 
 def evaluated(folder, tokenizer, strategies, micro_batch_size, fused):
     launcher = Launcher(strategies, accelerator="cpu", precision="fp64", fused_loss=fused)
     launcher.launch()
-    loader = build_dataloader(
-        held_out(folder), tokenizer, parallel=launcher.data_parallel, shard=launcher.sequence_shard, train=False,
+    rank, size = launcher.data_parallel
+    loader = make_loader(
+        held_out(folder), tokenizer, rank=rank, size=size, shard=launcher.sequence_shard, held_out=True,
         micro_batch_size=micro_batch_size, global_batch_size=8, max_seq_len=ROW, cache_dir=folder / "cache",
         pin_memory=False, lookahead=4,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def truth(folder):
     sums, answers = defaultdict(lambda: [0.0, 0]), defaultdict(list)
     dataset = held_out(folder)
     for source in dataset.sources:
-        loaded, _ = build_dataset(str(folder / f"{source.name}.jsonl"), data_type="tokenized")
+        loaded = dataset_of(str(folder / f"{source.name}.jsonl"), data_type="tokenized")
         for document in loaded:
             ids, labels = (torch.tensor(document.record[key]) for key in ("input_ids", "labels"))
             logits, targets = predictable(model, ids)[:-1], labels[1:]
@@ -113,8 +114,8 @@ def test_every_document_is_read_once_whatever_the_sizes_of_sources(folder, token
     for size in (1, 2, 4):
         names = []
         for rank in range(size):
-            loader = build_dataloader(
-                held_out(folder), tokenizer, parallel=(rank, size), global_batch_size=4, max_seq_len=ROW, train=False,
+            loader = make_loader(
+                held_out(folder), tokenizer, rank=rank, size=size, global_batch_size=4, max_seq_len=ROW, held_out=True,
                 cache_dir=folder / "cache", pin_memory=False,
             )  # fmt: skip
             names += [

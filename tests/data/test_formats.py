@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from tests.data.loaders import dataset_of, make_loader
 from tests.data.stream_files import jsonl
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import CHAT_TEMPLATES, FORMATS, build_dataloader, build_dataset
+from veomni.data import CHAT_TEMPLATES, FORMATS
 from veomni.data.sources.formats import RecordFormat
 from veomni.data.sources.records import Document
 
@@ -55,8 +56,8 @@ def test_a_form_gives_the_tokens_of_its_messages(case, streaming, tokenizer, tmp
     template = options.get("chat_template", "chatml")
     keys = {name: value for name, value in options.items() if name != "chat_template"}
     path = str(jsonl(tmp_path / "t.jsonl", [record]))
-    dataset, _ = build_dataset(path, data_type="conversation", format=form, streaming=streaming, **keys)
-    loader = build_dataloader(
+    dataset = dataset_of(path, data_type="conversation", format=form, streaming=streaming, **keys)
+    loader = make_loader(
         dataset, tokenizer, max_seq_len=256, epochs=1, chat_template=template, pin_memory=False, stream_shards=1,
         cache_dir=tmp_path / "cache",
     )  # fmt: skip
@@ -83,7 +84,7 @@ def test_a_registered_form_is_read(tokenizer, tmp_path):
 
     FORMATS.register("two-columns")(RecordFormat(("q", "a"), two_columns))
     path = str(jsonl(tmp_path / "t.jsonl", [{"q": "Two?", "a": "2."}]))
-    dataset, _ = build_dataset(path, data_type="conversation", format="two-columns")
+    dataset = dataset_of(path, data_type="conversation", format="two-columns")
     assert dataset[0].record["messages"] == [USER, ANSWER]
 
 
@@ -94,9 +95,9 @@ def test_tokens_are_taken_as_they_are(streaming, tokenizer, tmp_path):
         {"input_ids": [9, 10, 11], "labels": [IGNORE_INDEX, 10, 11]},
         {"input_ids": [12, 13, 14], "labels": [IGNORE_INDEX, IGNORE_INDEX, 14]},
     ]
-    dataset, _ = build_dataset(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="tokenized", streaming=streaming)
-    loader = build_dataloader(
-        dataset, tokenizer, max_seq_len=4, epochs=1, packing="none", shuffle=False, pin_memory=False, stream_shards=1,
+    dataset = dataset_of(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="tokenized", streaming=streaming)
+    loader = make_loader(
+        dataset, tokenizer, max_seq_len=4, epochs=1, strategy="none", shuffle=False, pin_memory=False, stream_shards=1,
         cache_dir=tmp_path / "cache",
     )  # fmt: skip
     micros = [micro for step in loader for micro in step]
@@ -120,8 +121,8 @@ PAIRS = {
 @pytest.mark.parametrize("case", PAIRS)
 def test_a_pair_is_two_documents_of_a_row_that_learn_their_last_answer(case, tokenizer, tmp_path):
     rows = [PAIRS[case]] * 3
-    dataset, _ = build_dataset(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="preference")
-    loader = build_dataloader(
+    dataset = dataset_of(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="preference")
+    loader = make_loader(
         dataset, tokenizer, max_seq_len=512, epochs=1, chat_template="chatml", pin_memory=False, stream_shards=1,
         cache_dir=tmp_path / "cache",
     )  # fmt: skip
@@ -143,13 +144,13 @@ def test_a_pair_is_two_documents_of_a_row_that_learn_their_last_answer(case, tok
 
 def test_pairs_that_are_too_long_lose_their_ends_and_are_never_split(tokenizer, tmp_path):
     rows = [{"prompt": "Two?", "chosen": "2. " * 40, "rejected": "3. " * 40}]
-    dataset, _ = build_dataset(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="preference")
+    dataset = dataset_of(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="preference")
     options = {"max_seq_len": 64, "epochs": 1, "chat_template": "chatml", "pin_memory": False, "stream_shards": 1}
-    loader = build_dataloader(dataset, tokenizer, overlong="truncate", cache_dir=tmp_path, **options)
+    loader = make_loader(dataset, tokenizer, on_overflow="truncate", cache_dir=tmp_path, **options)
     ((micro,),) = loader
     assert micro.rows.document_lengths == (32, 32)
     assert loader.source_counts()["data"]["lost"] > 64
-    loader = build_dataloader(dataset, tokenizer, overlong="drop", cache_dir=tmp_path, **options)
+    loader = make_loader(dataset, tokenizer, on_overflow="drop", cache_dir=tmp_path, **options)
     assert list(loader) == [] or not any(micro.origin.document_ids for step in loader for micro in step)
     assert loader.source_counts()["data"]["dropped"] == 1
 
@@ -157,5 +158,5 @@ def test_pairs_that_are_too_long_lose_their_ends_and_are_never_split(tokenizer, 
 def test_the_same_messages_in_another_form_are_the_same_data_type(tmp_path):
     path = jsonl(tmp_path / "t.json", [])
     path.write_text(json.dumps([{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}]))
-    dataset, _ = build_dataset(str(path), data_type="conversation", format="sharegpt")
+    dataset = dataset_of(str(path), data_type="conversation", format="sharegpt")
     assert list(dataset.texts()) == ["x", "y"]

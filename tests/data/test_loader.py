@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.data.conftest import DOCUMENTS, sentence
+from tests.data.loaders import dataset_of, make_loader
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import WorkerError, build_dataloader, build_dataset
+from veomni.data import WorkerError
 from veomni.errors import CheckpointError, LayoutError
 
 ROW, STEP = 48, 8
@@ -21,14 +22,14 @@ ROW, STEP = 48, 8
 def make(corpus, tokenizer, tmp_path_factory):
     """Build a loader over the corpus; keywords override."""
     cache = tmp_path_factory.mktemp("cache")
-    dataset, _ = build_dataset(str(corpus))
+    dataset = dataset_of(str(corpus))
 
     def build(rank=0, size=1, **changes):
         options = {
-            "parallel": (rank, size), "micro_batch_size": 1, "global_batch_size": STEP, "max_seq_len": ROW, "seed": 5,
-            "epochs": 2, "cache_dir": cache, "overlong": "split",
+            "rank": rank, "size": size, "micro_batch_size": 1, "global_batch_size": STEP, "max_seq_len": ROW, "seed": 5,
+            "epochs": 2, "cache_dir": cache, "on_overflow": "split",
         }  # fmt: skip
-        return build_dataloader(dataset, tokenizer, **(options | changes))
+        return make_loader(dataset, tokenizer, **(options | changes))
 
     return build
 
@@ -97,7 +98,7 @@ def test_resumes_after_every_step_on_any_number_of_ranks(make):
 
 
 def test_state_counts_what_was_received_and_not_what_was_prefetched(make):
-    alone, ahead = make(), make(num_workers=2, prefetch_factor=4)
+    alone, ahead = make(), make(count=2, prefetch_factor=4)
     for expected, step in zip(alone, ahead, strict=True):
         assert rows_of(step) == rows_of(expected)
         assert [micro.rows.document_lengths for micro in step] == [micro.rows.document_lengths for micro in expected]
@@ -124,13 +125,13 @@ def test_epochs_differ_and_none_means_for_ever(make):
 def test_loading_draws_nothing_from_the_global_generators(make):
     for workers in (0, 1):
         before = torch.get_rng_state()
-        stream(make(num_workers=workers), 2)
+        stream(make(count=workers), 2)
         assert torch.equal(before, torch.get_rng_state())
 
 
 def test_held_out_loader_reads_all_once_in_order_every_time(make, tokenizer):
     expected = Counter((*tokenizer(sentence(n))["input_ids"], tokenizer.eos_token_id) for n in range(DOCUMENTS))
-    ranks = [make(rank, 2, train=False, micro_batch_size=2, packing="none") for rank in range(2)]
+    ranks = [make(rank, 2, held_out=True, micro_batch_size=2, strategy="none") for rank in range(2)]
     for _ in range(2):
         passes = [list(rank) for rank in ranks]
         assert Counter(d for steps in passes for step in steps for d in documents_of(step)) == expected
@@ -147,9 +148,9 @@ def test_held_out_loader_reads_all_once_in_order_every_time(make, tokenizer):
         ({"max_seq_len": 64}, "max_seq_len"),
         ({"global_batch_size": 16}, "global_batch_size"),
         ({"seed": 6}, "seed"),
-        ({"packing": "none"}, "packing"),
+        ({"strategy": "none"}, "packing"),
         ({"shuffle": False}, "shuffle"),
-        ({"overlong": "drop"}, "overlong"),
+        ({"on_overflow": "drop"}, "on_overflow"),
     ],
 )
 def test_a_state_of_another_order_is_refused(make, changes, named):
@@ -161,10 +162,10 @@ def test_a_state_of_another_order_is_refused(make, changes, named):
 def test_a_state_of_other_data_is_refused(make, corpus, tokenizer, tmp_path):
     changed = tmp_path / "train.jsonl"
     changed.write_text(corpus.read_text().replace("130: ", "9130: "))
-    dataset, _ = build_dataset(str(changed))
-    options = {"max_seq_len": ROW, "global_batch_size": STEP, "seed": 5, "overlong": "split", "cache_dir": tmp_path}
+    dataset = dataset_of(str(changed))
+    options = {"max_seq_len": ROW, "global_batch_size": STEP, "seed": 5, "on_overflow": "split", "cache_dir": tmp_path}
     with pytest.raises(CheckpointError, match="documents"):
-        build_dataloader(dataset, tokenizer, **options).load_state_dict(make().state_dict())
+        make_loader(dataset, tokenizer, **options).load_state_dict(make().state_dict())
 
 
 @pytest.mark.parametrize("change", [{"epoch": None}, {"step_in_epoch": 10_000}, {"fingerprint": 3}, {"epoch": -1}])
@@ -189,7 +190,7 @@ def kill_and_read_on(pid, loop):
 
 
 def test_a_killed_worker_is_reported(make):
-    loop = iter(make(num_workers=2, epochs=None))
+    loop = iter(make(count=2, epochs=None))
     next(loop)
     victim = worker_processes()[0].pid
     with pytest.raises((WorkerError, RuntimeError), match=str(victim)):
@@ -197,7 +198,7 @@ def test_a_killed_worker_is_reported(make):
 
 
 def test_a_hanging_worker_is_reported_and_ended(make):
-    loop = iter(make(num_workers=1, epochs=None, worker_timeout=1.0))
+    loop = iter(make(count=1, epochs=None, timeout=1.0))
     next(loop)
     victim = worker_processes()[0]
     os.kill(victim.pid, signal.SIGSTOP)
@@ -209,7 +210,7 @@ def test_a_hanging_worker_is_reported_and_ended(make):
 
 
 def test_workers_outlive_the_signals_that_ask_the_trainer_to_stop(make):
-    loop = iter(make(num_workers=1, epochs=None))
+    loop = iter(make(count=1, epochs=None))
     next(loop)
     for worker in worker_processes():
         os.kill(worker.pid, signal.SIGTERM)

@@ -10,10 +10,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.data.loaders import dataset_of
 from tests.data.stream_files import KINDS, add, jsonl, records, write_tar
-from veomni.data import DataSource, build_dataset
-from veomni.data.loading.blocks import JsonRanges
+from veomni.data import DataSource, build_mixture
 from veomni.data.sources.archives import TarFile
+from veomni.data.sources.blocks import JsonRanges
 from veomni.data.sources.locations import local_file, remote_files, shown
 
 ROWS = records(23)
@@ -39,7 +40,7 @@ def texts(dataset):
 def test_a_url_is_read_as_the_file_is(kind, streaming, tmp_path):
     path = KINDS[kind](tmp_path, ROWS)
     before = set(Path(tempfile.gettempdir()).glob("veomni-*"))
-    dataset, _ = build_dataset(put(tmp_path, path.name), streaming=streaming, cache_dir=tmp_path / "cache")
+    dataset = dataset_of(put(tmp_path, path.name), streaming=streaming, cache_dir=tmp_path / "cache")
     assert texts(dataset) == sorted(row["text"] for row in ROWS)
     assert next(iter(dataset)).where.startswith("memory:///bucket/")
     assert set(Path(tempfile.gettempdir()).glob("veomni-*")) == before, "no copy is left behind"
@@ -53,12 +54,12 @@ def test_patterns_and_directories_of_urls(tmp_path):
     put(tmp_path.parent, tmp_path.name)
     base = f"memory://bucket/{tmp_path.name}"
     assert [file.relative for file in remote_files(f"{base}/*.jsonl")] == ["0.jsonl", "1.jsonl", "2.jsonl"]
-    assert texts(build_dataset(f"{base}/*.jsonl", streaming=True)[0]) == texts(build_dataset(base, streaming=True)[0])
+    assert texts(dataset_of(f"{base}/*.jsonl", streaming=True)) == texts(dataset_of(base, streaming=True))
 
 
 def test_a_file_url_is_a_path(tmp_path):
     path = jsonl(tmp_path / "t.jsonl", ROWS)
-    assert texts(build_dataset(f"file://{path}")[0]) == texts(build_dataset(str(path))[0])
+    assert texts(dataset_of(f"file://{path}")) == texts(dataset_of(str(path)))
 
 
 def test_plain_text_from_urls_and_compressed(tmp_path):
@@ -69,7 +70,7 @@ def test_plain_text_from_urls_and_compressed(tmp_path):
     (tmp_path / "texts" / "b.txt").write_text("second")
     for path in (str(tmp_path / "texts"), put(tmp_path, "texts")):
         for streaming in (False, True):
-            dataset, _ = build_dataset(path, streaming=streaming, cache_dir=tmp_path / "cache")
+            dataset = dataset_of(path, streaming=streaming, cache_dir=tmp_path / "cache")
             assert texts(dataset) == ["first", "second"]
 
 
@@ -85,9 +86,9 @@ def test_ranges_hold_every_line_once_wherever_they_are_cut(tmp_path, monkeypatch
         + b"".join(b'{"text": "%s"}\n' % (b"x" * n) for n in range(40))
         + b'{"text": "end"}'
     )
-    expected = [document.record["text"] for document in build_dataset(str(path))[0]]
+    expected = [document.record["text"] for document in dataset_of(str(path))]
     for size in (1, 2, 3, 15, 16, 17, 100, 10_000):
-        monkeypatch.setattr("veomni.data.loading.blocks._RANGE", size)
+        monkeypatch.setattr("veomni.data.sources.blocks._RANGE", size)
         ranges = JsonRanges(local_file(path))
         parts = [ranges.open(block) for block in range(len(ranges))]
         assert [part[index].record["text"] for part in parts for index in range(len(part))] == expected, size
@@ -121,5 +122,5 @@ def test_a_mixture_may_lie_in_several_places(tmp_path):
     write_tar(tmp_path, ROWS[:10])
     jsonl(tmp_path / "t.jsonl", ROWS[10:])
     sources = [DataSource([str(tmp_path / "t.jsonl"), put(tmp_path, "data.tar")], "both")]
-    dataset, _ = build_dataset(sources=sources, streaming=True)
+    dataset = build_mixture(sources, streaming=True)
     assert texts(dataset) == sorted(row["text"] for row in ROWS)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.loaders import dataset_of, make_loader
 from tests.data.stream_files import jsonl
 from veomni.batch.counts import token_weight
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.split import SequenceShard
-from veomni.data import CHAT_TEMPLATES, build_dataloader, build_dataset
+from veomni.data import CHAT_TEMPLATES
 from veomni.data.sources.records import Document, conversation_of
 from veomni.data.text.conversation import tokenize_conversations
 
@@ -75,9 +76,9 @@ def documents_of(micro):
 
 
 def loader_of(folder, tokenizer, rows, *, data_type="tokenized", streaming=False, **options):
-    dataset, _ = build_dataset(str(jsonl(folder / "t.jsonl", rows)), data_type=data_type, streaming=streaming)
+    dataset = dataset_of(str(jsonl(folder / "t.jsonl", rows)), data_type=data_type, streaming=streaming)
     options = {"max_seq_len": 32, "global_batch_size": 4, "micro_batch_size": 2, "epochs": 1, **options}
-    return build_dataloader(dataset, tokenizer, stream_shards=2, pin_memory=False, cache_dir=folder / "cache",
+    return make_loader(dataset, tokenizer, stream_shards=2, pin_memory=False, cache_dir=folder / "cache",
                             **options)  # fmt: skip
 
 
@@ -113,15 +114,15 @@ def test_packed_tokens_keep_their_weights(streaming, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("overlong", ["truncate", "split"])
-def test_documents_are_cut_with_their_weights(overlong, streaming, tokenizer, tmp_path):
+@pytest.mark.parametrize("on_overflow", ["truncate", "split"])
+def test_documents_are_cut_with_their_weights(on_overflow, streaming, tokenizer, tmp_path):
     ids = [5, 6, 7, 9, 11, 12, 14, 10, 6, 2, 2, 10]
     weights = [0.5, 0, 3, 1, 0.25, 0.5, 2, 0, 1, 1, 0, 1]
     rows = [{"input_ids": ids, "loss_weights": weights}, {"input_ids": [3, 4, 5]}]
-    loader = loader_of(tmp_path, tokenizer, rows, streaming=streaming, overlong=overlong, max_seq_len=4,
-                       packing="none", micro_batch_size=1)  # fmt: skip
+    loader = loader_of(tmp_path, tokenizer, rows, streaming=streaming, on_overflow=on_overflow, max_seq_len=4,
+                       strategy="none", micro_batch_size=1)  # fmt: skip
     micros = [micro for step in loader for micro in step if micro.rows.document_lengths]
-    cuts = [slice(0, 4)] if overlong == "truncate" else [slice(0, 4), slice(4, 8), slice(8, 12)]
+    cuts = [slice(0, 4)] if on_overflow == "truncate" else [slice(0, 4), slice(4, 8), slice(8, 12)]
     pieces = [{"input_ids": ids[cut], "loss_weights": weights[cut]} for cut in cuts] + [rows[1]]
     found = dict(itertools.chain.from_iterable(documents_of(micro) for micro in micros))
     assert found == {tuple(piece["input_ids"]): expected(piece) for piece in pieces}

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tests.data.loaders import dataset_of, make_loader
 from veomni.batch.counts import supervised_tokens
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import build_dataloader, build_dataset
 
 PAD, ROW = 1, 52
 
@@ -16,9 +16,9 @@ PAD, ROW = 1, 52
 @pytest.fixture
 def micro_batches(corpus, tokenizer, tmp_path):
     assert tokenizer.pad_token_id == PAD
-    dataset, _ = build_dataset(str(corpus))
+    dataset = dataset_of(str(corpus))
     options = {"micro_batch_size": 4, "global_batch_size": 4, "max_seq_len": ROW, "epochs": 1, "cache_dir": tmp_path}
-    return [micro for step in build_dataloader(dataset, tokenizer, **options) for micro in step]
+    return [micro for step in make_loader(dataset, tokenizer, **options) for micro in step]
 
 
 def length_of_documents(micro):
@@ -75,9 +75,16 @@ def test_the_last_step_is_filled_with_rows_that_teach_nothing(micro_batches, tok
 def test_overlong_policies(policy, tokenizer, tmp_path, caplog):
     texts = ["short one", "x1y2z3 " * 40, "short two"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    dataset, _ = build_dataset(str(tmp_path / "t.jsonl"))
-    loader = build_dataloader(
-        dataset, tokenizer, max_seq_len=32, packing="none", overlong=policy, shuffle=False, epochs=1, cache_dir=tmp_path
+    dataset = dataset_of(str(tmp_path / "t.jsonl"))
+    loader = make_loader(
+        dataset,
+        tokenizer,
+        max_seq_len=32,
+        strategy="none",
+        on_overflow=policy,
+        shuffle=False,
+        epochs=1,
+        cache_dir=tmp_path,
     )
     rows = [micro["input_ids"][0].tolist() for step in loader for micro in step]
     short, long, other = ([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts)

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.data.loaders import make_loader
 from tests.data.stream_files import jsonl
 from tests.models.tiny import tiny_config
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import DataSource, build_dataloader, build_dataset
+from veomni.data import DataSource, RecordSchema, build_mixture
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP2, ContextParallel, Single, Ulysses
@@ -46,12 +47,12 @@ def folder(tmp_path_factory):
 
 def loader_of(folder, tokenizer, **options):
     sources = [
-        DataSource(str(folder / f"{name}.jsonl"), name, weight, "tokenized")
+        DataSource(str(folder / f"{name}.jsonl"), name, weight, RecordSchema("tokenized"))
         for name, weight in zip(SOURCES, (4, 3, 0.4), strict=True)
     ]
     stopping = options.pop("stopping", "repeat")
-    dataset, _ = build_dataset(sources=sources, streaming=True, stopping=stopping)
-    return build_dataloader(dataset, tokenizer, global_batch_size=8, max_seq_len=32, stream_shards=4, lookahead=4,
+    dataset = build_mixture(sources, streaming=True, stopping_strategy=stopping)
+    return make_loader(dataset, tokenizer, global_batch_size=8, max_seq_len=32, stream_shards=4, lookahead=4,
                             cache_dir=folder / "cache", pin_memory=False, **options)  # fmt: skip
 
 

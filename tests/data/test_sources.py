@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 import sys
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.loaders import dataset_of
 from veomni.data import PYTHON_STDLIB, build_dataset
 from veomni.data.sources.corpora.python_stdlib import python_stdlib_files
 from veomni.errors import DataError, MissingExtraError
@@ -70,13 +70,13 @@ def test_paths_are_read_one_after_the_other(tmp_path):
     write_parquet(tmp_path / "a.parquet")
     write_jsonl(tmp_path / "b.jsonl")
     for paths in ([str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")], str(tmp_path)):
-        dataset, _ = build_dataset(paths)
+        dataset = dataset_of(paths)
         assert list(dataset.texts()) == TEXTS * 2
 
 
 def test_jsonl_names_the_line_though_blank_ones_are_skipped(tmp_path):
     write_jsonl(tmp_path / "t.jsonl")
-    dataset, _ = build_dataset(str(tmp_path / "t.jsonl"))
+    dataset = dataset_of(str(tmp_path / "t.jsonl"))
     lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8-sig").split("\n")
     for document in dataset:
         assert json.loads(lines[int(document.where.rsplit(" ", 1)[1]) - 1]) == document.record
@@ -86,14 +86,14 @@ def test_directories_of_text_are_sorted_and_hidden_files_left_out(tmp_path):
     for name, text in {"b/1.txt": "two", "a.py": "one\r\n", "package.json": "{}", ".git/x": "no"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
-    dataset, _ = build_dataset(str(tmp_path))
+    dataset = dataset_of(str(tmp_path))
     assert list(dataset.texts()) == ["one\r\n", "two", "{}"]
 
 
 def test_data_files_win_over_what_lies_beside_them(tmp_path, caplog):
     write_parquet(tmp_path / "t.parquet")
     (tmp_path / "README.md").write_text("about")
-    assert list(build_dataset(str(tmp_path))[0].texts()) == TEXTS
+    assert list(dataset_of(str(tmp_path)).texts()) == TEXTS
     assert "README.md" in caplog.text
 
 
@@ -115,8 +115,8 @@ def test_the_standard_library_is_a_corpus():
     names = {path.name for path in files}
     assert {"argparse.py", "dataclasses.py"} <= names
     assert not any({"site-packages", "test", "idlelib"} & set(path.parts) for path in files)
-    dataset, _ = build_dataset(PYTHON_STDLIB)
-    assert np.array_equal(dataset.indices, np.arange(len(files)))
+    dataset = dataset_of(PYTHON_STDLIB)
+    assert len(dataset) == len(files)
     assert sum(map(len, dataset.texts())) > 5_000_000
 
 

@@ -11,8 +11,9 @@ from collections import Counter
 import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
+from tests.data.loaders import dataset_of, make_loader
 from tests.data.stream_files import KINDS, jsonl, records, write_jsonl, write_parquet, write_tar
-from veomni.data import DataSource, StreamLoader, build_dataloader, build_dataset
+from veomni.data import DataSource, StreamLoader, build_mixture
 from veomni.errors import CheckpointError, DataError
 from veomni.testing.ranks import RankFailed, run_ranks
 
@@ -33,19 +34,24 @@ def folder(tmp_path_factory):
 def make(folder, tokenizer):
     """Build a loader over a mixture; keywords of its dataset are named, the others are the loader's."""
 
-    def build(rank=0, size=1, streaming=True, stopping="repeat", weigh_by="token", weights=(3, 2, 1), **changes):
+    def build(rank=0, size=1, streaming=True, stopping="repeat", sampling="token", weights=(3, 2, 1), **changes):
         paths = ("data.jsonl", "data.parquet", "data.tar")
         sources = [
             DataSource(str(folder / path), path[5:], weight) for path, weight in zip(paths, weights, strict=True)
         ]
-        dataset, _ = build_dataset(
-            sources=sources, streaming=streaming, stopping=stopping, weigh_by=weigh_by, cache_dir=folder / "cache"
+        dataset = build_mixture(
+            sources,
+            streaming=streaming,
+            stopping_strategy=stopping,
+            sampling=sampling,
+            cache_dir=folder / "cache",
         )
         options = {
-            "parallel": (rank, size), "global_batch_size": STEP, "max_seq_len": ROW, "seed": 5, "overlong": "split",
-            "cache_dir": folder / "cache", "stream_shards": SHARDS, "lookahead": 6, "pin_memory": False,
+            "rank": rank, "size": size, "global_batch_size": STEP, "max_seq_len": ROW, "seed": 5,
+            "on_overflow": "split", "cache_dir": folder / "cache", "stream_shards": SHARDS, "lookahead": 6,
+            "pin_memory": False,
         }  # fmt: skip
-        return build_dataloader(dataset, tokenizer, **(options | changes))
+        return make_loader(dataset, tokenizer, **(options | changes))
 
     return build
 
@@ -77,10 +83,10 @@ def dealt(ranks, count):
 def test_every_record_of_every_kind_comes_once_an_epoch(kind, streaming, tokenizer, tmp_path):
     rows = records(DOCUMENTS)
     path = KINDS[kind](tmp_path, rows)
-    dataset, _ = build_dataset(str(path), streaming=True) if streaming else \
-        build_dataset(sources=[DataSource(str(path))], cache_dir=tmp_path / "cache")  # fmt: skip
+    dataset = dataset_of(str(path), streaming=True) if streaming else \
+        build_mixture([DataSource(str(path))], streaming=False, cache_dir=tmp_path / "cache")  # fmt: skip
     expected = Counter((*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id) for row in rows)
-    loader = build_dataloader(
+    loader = make_loader(
         dataset, tokenizer, global_batch_size=4, max_seq_len=96, epochs=2, stream_shards=6, lookahead=9,
         pin_memory=False, cache_dir=tmp_path / "cache",
     )  # fmt: skip
@@ -98,12 +104,12 @@ def test_every_record_of_every_kind_comes_once_an_epoch(kind, streaming, tokeniz
 def test_every_epoch_has_an_order_of_its_own(streaming, tokenizer, tmp_path):
     """Of one shard whose rows are single documents: the order is that of the reading."""
     path = write_parquet(tmp_path, records(60)) if streaming else write_jsonl(tmp_path, records(60))
-    dataset, _ = build_dataset(sources=[DataSource(str(path), "all")], streaming=streaming)
+    dataset = build_mixture([DataSource(str(path), "all")], streaming=streaming)
 
     def orders(**changes):
-        options = {"max_seq_len": 64, "stream_shards": 1, "packing": "none", "epochs": 3, "pin_memory": False,
+        options = {"max_seq_len": 64, "stream_shards": 1, "strategy": "none", "epochs": 3, "pin_memory": False,
                    "cache_dir": tmp_path} | changes  # fmt: skip
-        names = [name for step in build_dataloader(dataset, tokenizer, **options)
+        names = [name for step in make_loader(dataset, tokenizer, **options)
                  for micro in step for name in micro.origin.document_ids]  # fmt: skip
         return [[name[2:] for name in names if name.startswith(f"{epoch}/")] for epoch in range(3)]
 
@@ -131,7 +137,7 @@ def test_ranks_that_do_not_divide_the_shards_read_the_same_rows(make):
 
 
 def test_workers_change_nothing_and_their_state_is_that_of_what_was_received(make):
-    alone, ahead = make(), make(num_workers=2, prefetch_factor=3)
+    alone, ahead = make(), make(count=2, prefetch_factor=3)
     for (left, right), _ in zip(zip(alone, ahead, strict=True), range(7), strict=False):
         assert [micro["labels"].tolist() for micro in left] == [micro["labels"].tolist() for micro in right]
         assert ids_of(left) == ids_of(right)
@@ -142,7 +148,7 @@ def test_workers_change_nothing_and_their_state_is_that_of_what_was_received(mak
 @pytest.mark.parametrize("streaming", [True, False])
 def test_interrupted_and_resized_runs_read_what_an_unbroken_one_does(make, workers, streaming):
     """1, 2, 4, 3, 8 and 1 ranks in turn, each through JSON: sample by sample."""
-    options = {"num_workers": workers, "streaming": streaming, "global_batch_size": 24}
+    options = {"count": workers, "streaming": streaming, "global_batch_size": 24}
     whole = dealt([make(**options)], 18)
     found, state = [], None
     for size in (1, 2, 4, 3, 8, 1):
@@ -178,7 +184,7 @@ def test_iterating_again_goes_on(make):
 def read_and_die(make, path, die_at):
     """Read as a rank, writing down what was received; a rank is killed in the middle of it."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    loader = make(rank, size, num_workers=1)
+    loader = make(rank, size, count=1)
     saved = path / "state.json"
     if saved.exists():
         loader.load_state_dict(json.loads(saved.read_text()))
@@ -216,14 +222,14 @@ def test_a_killed_run_goes_on_from_its_last_state_on_other_ranks(make, tmp_path)
 # -------------------------------------------------------------------- mixing
 
 
-@pytest.mark.parametrize("weigh_by", ["sample", "token"])
-def test_shares_are_the_weights(make, weigh_by):
-    loader, samples, tokens = make(weigh_by=weigh_by, weights=(0.5, 0.3, 0.2)), Counter(), Counter()
+@pytest.mark.parametrize("sampling", ["sample", "token"])
+def test_shares_are_the_weights(make, sampling):
+    loader, samples, tokens = make(sampling=sampling, weights=(0.5, 0.3, 0.2)), Counter(), Counter()
     for step, _ in zip(loader, range(80), strict=False):
         for name, source, ids in ids_of(step):
             samples[source] += ", piece" not in name
             tokens[source] += len(ids)
-    counted = samples if weigh_by == "sample" else tokens
+    counted = samples if sampling == "sample" else tokens
     for source, share in zip(("jsonl", "parquet", "tar"), (0.5, 0.3, 0.2), strict=True):
         assert counted[source] / counted.total() == pytest.approx(share, abs=0.03)
     for source, counts in loader.source_counts().items():
@@ -238,7 +244,7 @@ def test_a_source_of_weight_zero_is_not_read(make):
 @pytest.mark.parametrize("stopping", ["first_exhausted", "all_exhausted"])
 def test_a_mixture_ends_as_it_is_told(make, stopping, folder):
     everything = {"jsonl": 90, "parquet": 60, "tar": 40}
-    loader = make(stopping=stopping, weigh_by="sample", weights=(1, 1, 1), max_seq_len=64)
+    loader = make(stopping=stopping, sampling="sample", weights=(1, 1, 1), max_seq_len=64)
     read, again = {name: set() for name in everything}, set()
     for step in loader:
         for name, source, _ in ids_of(step):
@@ -250,7 +256,7 @@ def test_a_mixture_ends_as_it_is_told(make, stopping, folder):
         assert not again
         assert len(read["tar"]) >= 40 - SHARDS, "every shard ends when its part of one source does"
         assert len(read["jsonl"]) < 90
-    assert loader.drained
+    assert loader.exhausted
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -261,7 +267,9 @@ def test_a_finite_stream_ends_evenly_and_loses_nothing(make, size):
     loops, found = [iter(rank) for rank in ranks], Counter()
     while True:
         steps = [next(loop, None) for loop in loops]
-        if steps[0] is None or all(rank.drained and not ids_of(step) for rank, step in zip(ranks, steps, strict=True)):
+        if steps[0] is None or all(
+            rank.exhausted and not ids_of(step) for rank, step in zip(ranks, steps, strict=True)
+        ):
             break
         assert len({len(step) for step in steps}) == 1
         found.update(document for step in steps for document in ids_of(step))
@@ -275,8 +283,8 @@ def test_a_finite_stream_ends_evenly_and_loses_nothing(make, size):
 def test_a_source_that_shrinks_or_changes_is_named(tokenizer, tmp_path):
     def build():
         sources = [DataSource(str(tmp_path / f"{name}.jsonl"), name) for name in ("steady", "moving")]
-        dataset, _ = build_dataset(sources=sources, streaming=True)
-        return build_dataloader(dataset, tokenizer, max_seq_len=64, stream_shards=2, pin_memory=False,
+        dataset = build_mixture(sources, streaming=True)
+        return make_loader(dataset, tokenizer, max_seq_len=64, stream_shards=2, pin_memory=False,
                                 cache_dir=tmp_path / "cache")  # fmt: skip
 
     jsonl(tmp_path / "steady.jsonl", records(30))
@@ -297,9 +305,10 @@ def test_a_source_that_shrinks_or_changes_is_named(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"max_seq_len": 64}, "max_seq_len"), ({"seed": 6}, "seed"), ({"packing": "none"}, "packing"),
+        ({"max_seq_len": 64}, "max_seq_len"), ({"seed": 6}, "seed"), ({"strategy": "none"}, "packing"),
         ({"shuffle": False}, "shuffle"), ({"stream_shards": 4}, "stream_shards"), ({"lookahead": 7}, "lookahead"),
-        ({"weights": (1, 1, 1)}, "weights"), ({"weigh_by": "sample"}, "weigh_by"), ({"overlong": "drop"}, "overlong"),
+        ({"weights": (1, 1, 1)}, "weights"), ({"sampling": "sample"}, "sampling"),
+        ({"on_overflow": "drop"}, "on_overflow"),
         ({"stopping": "all_exhausted"}, "stopping"), ({"max_media_tokens": 5}, "max_media_tokens"),
     ],
 )  # fmt: skip
@@ -336,25 +345,25 @@ def test_too_few_records_for_the_shards_are_named(tokenizer, tmp_path):
         "pin_memory": False,
         "cache_dir": tmp_path,
     }
-    dataset, _ = build_dataset(sources=[DataSource(str(path), "few")])
+    dataset = build_mixture([DataSource(str(path), "few")], streaming=False)
     with pytest.raises(DataError, match=r"source 'few': 3 records for 8 virtual shards"):
-        build_dataloader(dataset, tokenizer, **options)
-    dataset, _ = build_dataset(sources=[DataSource(str(path), "few")], streaming=True)
-    endless = build_dataloader(dataset, tokenizer, **options | {"shuffle": False})
+        make_loader(dataset, tokenizer, **options)
+    dataset = build_mixture([DataSource(str(path), "few")], streaming=True)
+    endless = make_loader(dataset, tokenizer, **options | {"shuffle": False})
     with pytest.raises(DataError, match=r"source 'few': no record of virtual shard \d of 8 is there"):
         list(itertools.islice(endless, 9))
-    steps = list(build_dataloader(dataset, tokenizer, epochs=1, **options))
+    steps = list(make_loader(dataset, tokenizer, epochs=1, **options))
     assert sum(len(micro.origin.document_ids) for step in steps for micro in step) == 3, "a finite stream needs no more"
 
 
 def test_held_out_conversations_come_once_in_order_each_time(tokenizer, tmp_path):
     """Preference pairs are made while they are read, held-out ones too."""
     rows = [{"prompt": sentence(n), "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(11)]
-    dataset, _ = build_dataset(str(jsonl(tmp_path / "pairs.jsonl", rows)), data_type="preference")
+    dataset = dataset_of(str(jsonl(tmp_path / "pairs.jsonl", rows)), data_type="preference")
     for size in (1, 2):
         ranks = [
-            build_dataloader(dataset, tokenizer, parallel=(rank, size), train=False, global_batch_size=4,
-                             max_seq_len=128, packing="none", pin_memory=False, cache_dir=tmp_path)
+            make_loader(dataset, tokenizer, rank=rank, size=size, held_out=True, global_batch_size=4,
+                             max_seq_len=128, strategy="none", pin_memory=False, cache_dir=tmp_path)
             for rank in range(size)
         ]  # fmt: skip
         for _ in range(2):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
-from veomni.data import build_dataset
+from tests.data.loaders import dataset_of
 from veomni.data.sources import build_once
 from veomni.data.text.token_cache import tokenize
 from veomni.testing.ranks import run_ranks
@@ -29,7 +29,7 @@ def content(documents):
 
 
 def test_documents_are_what_the_tokenizer_gives(corpus, tokenizer, tmp_path):
-    documents, _ = tokenize(build_dataset(str(corpus))[0], tokenizer, tmp_path)
+    documents, _ = tokenize(dataset_of(str(corpus)), tokenizer, tmp_path)
     assert content(documents) == expected(tokenizer)
     assert isinstance(documents.tokens, np.memmap)
     copied = pickle.dumps(documents)
@@ -49,7 +49,7 @@ def test_ranks_that_come_at_once_tokenise_once(corpus, tokenizer, tmp_path):
             return encode(self, *args, **kwargs)
 
         type(tokenizer).__call__ = counted
-        documents, _ = tokenize(build_dataset(str(corpus))[0], tokenizer, tmp_path / "cache")
+        documents, _ = tokenize(dataset_of(str(corpus)), tokenizer, tmp_path / "cache")
         return content(documents)
 
     assert run_ranks(rank, 4, init=False) == [expected(tokenizer)] * 4
@@ -59,7 +59,7 @@ def test_ranks_that_come_at_once_tokenise_once(corpus, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no meta", "bad meta", "lost file"])
 def test_a_damaged_entry_is_built_again(damage, corpus, tokenizer, tmp_path, caplog):
-    dataset, _ = build_dataset(str(corpus))
+    dataset = dataset_of(str(corpus))
     tokenize(dataset, tokenizer, tmp_path)
     [entry] = entries(tmp_path)
     tokens, meta = entry / "tokens.bin", entry / "meta.json"
@@ -81,10 +81,10 @@ def test_a_damaged_entry_is_built_again(damage, corpus, tokenizer, tmp_path, cap
 
 
 def test_what_is_found_is_not_built_again(corpus, tokenizer, tmp_path, caplog):
-    dataset, _ = build_dataset(str(corpus))
+    dataset = dataset_of(str(corpus))
     tokenize(dataset, tokenizer, tmp_path)
     caplog.clear()
-    tokenize(build_dataset(str(corpus))[0], tokenizer, tmp_path)
+    tokenize(dataset_of(str(corpus)), tokenizer, tmp_path)
     assert "tokenised" not in caplog.text
     tokenizer(
         [sentence(0), sentence(1)], padding=True, truncation=True, max_length=4
@@ -102,7 +102,7 @@ def test_entries_follow_content_choice_and_tokenizer(corpus, tokenizer, tmp_path
     same.write_text(corpus.read_text())
     cache = tmp_path / "cache"
     digests = [
-        tokenize(build_dataset(str(path), max_documents=first)[0], a_tokenizer, cache)[1]
+        tokenize(dataset_of(str(path), max_documents=first), a_tokenizer, cache)[1]
         for path, first, a_tokenizer in (
             (corpus, None, tokenizer),
             (same, None, tokenizer),

@@ -14,7 +14,7 @@ from tests.docs import commands, key_table
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, inline_code, links
 from veomni.config.keys import all_keys
 from veomni.config.yaml_file import read_yaml
-from veomni.data import TextDataset, build_dataloader, build_dataset
+from veomni.data import Encoder, IndexedDataset, Order, Packing, RecordSchema, build_dataloader, build_dataset
 from veomni.models import build_tokenizer
 from veomni.run_config import Config, check_layout
 
@@ -121,7 +121,7 @@ def _is_data(block: Block) -> None:
     if "media/" in block.text:
         kind = "multimodal"
     options = {"data_type": kind, **told}
-    dataset, _ = build_dataset(block.file, **options)
+    dataset, _ = build_dataset(block.file, RecordSchema(**options))
     assert len(dataset) == len(block.text.splitlines())
     if kind != "multimodal":
         _becomes_rows(dataset, block)
@@ -129,16 +129,20 @@ def _is_data(block: Block) -> None:
         assert all(dataset.texts())
 
 
-def _becomes_rows(dataset: TextDataset, block: Block) -> None:
+def _becomes_rows(dataset: IndexedDataset, block: Block) -> None:
     """Load every sample as a run would, indexed or streamed."""
     tokenizer = build_tokenizer("my-model")
-    renders = dataset.data_type in ("conversation", "preference")
+    renders = dataset.schema.data_type in ("conversation", "preference")
     template = ("qwen3" if "call" in block.text else "chatml") if renders else None
     loader = build_dataloader(
-        dataset, tokenizer, max_seq_len=4096, epochs=1, chat_template=template, cache_dir="cache", stream_shards=1
+        dataset,
+        Encoder(tokenizer, template),
+        packing=Packing(max_seq_len=4096),
+        order=Order(epochs=1, stream_shards=1),
+        cache_dir="cache",
     )
     documents = sum(len(micro.rows.document_lengths) for step in loader for micro in step)
-    assert documents == len(dataset) * (2 if dataset.data_type == "preference" else 1), block.place
+    assert documents == len(dataset) * (2 if dataset.schema.data_type == "preference" else 1), block.place
 
 
 def _runs(found: list[Block]) -> None:

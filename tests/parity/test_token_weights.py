@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.data.loaders import dataset_of, make_loader
 from tests.data.stream_files import jsonl
 from tests.models.tiny import tiny_config
 from veomni.batch.counts import supervised_tokens
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data import build_dataloader, build_dataset, train_byte_bpe
+from veomni.data import train_byte_bpe
 from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -90,11 +91,11 @@ def loader(tmp_path, tokenizer):
         if launcher.is_rank_zero:
             jsonl(path, records(scale))
         launcher.barrier()
-        dataset, _ = build_dataset(str(path), data_type="tokenized", streaming=streaming)
-        return build_dataloader(
+        dataset = dataset_of(str(path), data_type="tokenized", streaming=streaming)
+        return make_loader(
             dataset, tokenizer, global_batch_size=ROWS, micro_batch_size=micro, max_seq_len=ROW, stream_shards=2,
             cache_dir=tmp_path / "cache", pin_memory=False, epochs=1, parallel=launcher.data_parallel,
-            shard=launcher.sequence_shard, packing="best_fit" if streaming else "none", train=train,
+            shard=launcher.sequence_shard, strategy="best_fit" if streaming else "none", train=train,
         )  # fmt: skip
 
     return make
@@ -113,7 +114,7 @@ def one_step(make, strategies, micro, streaming=False, fused=True, scale=1.0, pr
             launcher.backward(model(**micro.inputs).loss, micro)
         loss, gradients = launcher.global_loss(batch).item(), full_gradients(model)
         norm = launcher.clip_grad_norm(model, 1e9).item()
-    held_out = make(scale, streaming, ROWS // launcher.data_parallel.size, launcher, train=False)
+    held_out = make(scale, streaming, ROWS // launcher.data_parallel.size, launcher, held_out=True)
     found = launcher.evaluate(model, held_out)
     launcher.close()
     return Outcome(loss, norm, gradients, {}), seen, found["eval_loss"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,9 @@ from veomni.cli.token_colours import LEGEND, coloured
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from veomni.data import Mixture, TextDataset
     from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures, MultimodalTransform
-    from veomni.data.sources.layout import RecordLayout
     from veomni.data.sources.records import Document
+    from veomni.data.sources.schema import RecordSchema
     from veomni.run_config import Config
 
 
@@ -44,8 +42,8 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     Returns:
         The lengths of documents, by the kinds of media in them.
     """
-    from veomni.data import TextDataset
     from veomni.data.multimodal import SkipBadMedia
+    from veomni.data.sources.opened import in_turn
 
     dataset, _ = config.open_data()
     tokenizer = config.build_tokenizer(dataset)
@@ -53,17 +51,17 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     transform = media.build_transform(config, tokenizer)
     skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
     found: list[_Counted] = []
-    for name, layout, document in islice(_in_turn(dataset), max(shown, counted)):
-        if layout.data_type != "multimodal":
-            encoded: EncodedDocument | None = _text(document, layout, transform)
+    for source, document in islice(in_turn(dataset.sources), max(shown, counted)):
+        if source.schema.data_type != "multimodal":
+            encoded: EncodedDocument | None = _text(document, source.schema, transform)
         else:
             encoded = skipping(transform.encode, document) if skips else transform.encode(document)
         if encoded is None:
             continue
         if len(found) < shown:
-            _show(encoded, console, tokenizer, transform.family, name)
+            _show(encoded, console, tokenizer, transform.family, source.name if dataset.indexed is None else "")
         found.append(_counted(encoded, transform.family))
-    available = f"{len(found)} of {len(dataset)}" if isinstance(dataset, TextDataset) else f"{len(found)}"
+    available = f"{len(found)} of {len(dataset.indexed)}" if dataset.indexed else f"{len(found)}"
     _summary(config, console, found, skipping.skipped, available)
     groups: dict[str, list[int]] = {}
     for one in sorted(found, key=lambda one: one.holds):
@@ -71,24 +69,14 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     return groups
 
 
-def _in_turn(dataset: TextDataset | Mixture) -> Iterator[tuple[str, RecordLayout, Document]]:
-    """Yield documents with the name of their source, those of a mixture one of each source after another."""
-    from veomni.data import Mixture
-
-    if isinstance(dataset, Mixture):
-        yield from ((source.name, source.layout, document) for source, document in dataset.in_turn())
-    else:
-        yield from (("", dataset.layout, document) for document in dataset)
-
-
-def _text(document: Document, layout: RecordLayout, transform: MultimodalTransform) -> EncodedDocument:
+def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> EncodedDocument:
     from veomni.data import TRANSFORMS
     from veomni.data.multimodal import EncodedDocument
     from veomni.data.sources.formats import MESSAGES
     from veomni.data.text.transforms import TransformSettings
 
-    settings = TransformSettings(layout.text_key, MESSAGES, transform.chat_template)
-    [encoded] = TRANSFORMS.get(layout.data_type)([document], transform.tokenizer, settings)
+    settings = TransformSettings(schema.text_key, MESSAGES, transform.chat_template)
+    [encoded] = TRANSFORMS.get(schema.data_type)([document], transform.tokenizer, settings)
     ids = torch.tensor(encoded.ids)
     weights = torch.ones(len(ids)) if encoded.weights is None else torch.tensor(encoded.weights)
     sample = {"input_ids": ids, "labels": torch.where(weights != 0, ids, IGNORE_INDEX)}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from veomni.data import PackedDataLoader, StreamLoader
+    from veomni.data import PackedLoader, StreamLoader
     from veomni.run_config import Config
 
 
@@ -26,18 +26,16 @@ def show_rows(config: Config, console: Console, rows: int, counted: int) -> list
         rows: How many rows to print.
         counted: How many rows of a stream are measured; of data that is indexed, all are.
     """
-    from veomni.data import PackedDataLoader
-
     loader, tokenizer = _loader(config)
     read: Iterator[MicroBatch] = chain.from_iterable(loader)
-    if not isinstance(loader, PackedDataLoader):
+    if loader.sample_lengths is None:
         return _show_stream(list(islice(read, max(rows, counted))), config.data.max_seq_len, tokenizer, console, rows)
     micro_batches = read
     for number, row in enumerate(islice(micro_batches, rows), 1):
         console.rule(f"row {number}")
         for part in _documents(row, tokenizer):
             console.print(part)
-    filled = f"{len(loader)} rows of {config.data.max_seq_len} tokens, {100 * loader.fill:.2f} % filled"
+    filled = f"{loader.steps_per_epoch} rows of {config.data.max_seq_len} tokens, {100 * loader.fill:.2f} % filled"
     console.print(f"{filled}; {LEGEND}", style="bold")
     return loader.sample_lengths.tolist()
 
@@ -59,26 +57,20 @@ def _show_stream(read: Sequence[MicroBatch], capacity: int, tokenizer: Any, cons
     return lengths
 
 
-def _loader(config: Config) -> tuple[PackedDataLoader | StreamLoader, Any]:
-    from veomni.data import Mixture, build_dataloader
+def _loader(config: Config) -> tuple[PackedLoader | StreamLoader, Any]:
+    from veomni.data import Encoder, Workers, build_dataloader
 
     data = config.data
     dataset, _ = config.open_data()
     tokenizer = config.build_tokenizer(dataset)
+    epochs = None if dataset.indexed is None else 1
     loader = build_dataloader(
         dataset,
-        tokenizer,
-        max_seq_len=data.max_seq_len,
-        seed=config.train.seed,
-        shuffle=data.shuffle,
-        packing=data.packing,
-        overlong=data.on_overflow,
-        pin_memory=False,
-        epochs=None if isinstance(dataset, Mixture) else 1,
+        Encoder(tokenizer, data.chat_template),
+        packing=data.build_packing(),
+        order=data.build_order(config.train.seed, epochs),
+        workers=Workers(pin_memory=False),
         cache_dir=data.cache_dir,
-        chat_template=data.chat_template,
-        stream_shards=data.stream_shards,
-        lookahead=data.lookahead,
     )
     return loader, tokenizer
 

@@ -1,15 +1,18 @@
-"""Data: sources, tokenising, packing, and a loader whose order no layout changes and any layout resumes."""
+"""Data: sources, tokenizing, packing, and a loader whose order no layout changes and any layout resumes."""
 
 from veomni.data.loading.build_dataloader import build_dataloader
-from veomni.data.loading.loader import PackedDataLoader
+from veomni.data.loading.encoder import Encoder
+from veomni.data.loading.options import BatchShape, Order, Packing, Workers
+from veomni.data.loading.packed_loader import PackedLoader
 from veomni.data.loading.stream_loader import StreamLoader
-from veomni.data.loading.workers import WorkerError
-from veomni.data.sources.build_dataset import build_dataset
+from veomni.data.loading.worker_pool import WorkerError
+from veomni.data.protocols import Documents, DocumentStream, Loader
 from veomni.data.sources.build_once import build_once
 from veomni.data.sources.corpora import CORPORA, PYTHON_STDLIB
-from veomni.data.sources.dataset import TextDataset
+from veomni.data.sources.dataset import IndexedDataset, build_dataset
 from veomni.data.sources.formats import FORMATS
-from veomni.data.sources.mixture import DataSource, Mixture
+from veomni.data.sources.mixture import DataSource, Mixture, build_mixture
+from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.byte_bpe import cached_byte_bpe, train_byte_bpe
 from veomni.data.text.chat_templates import CHAT_TEMPLATES
 from veomni.data.text.transforms import TRANSFORMS
@@ -20,14 +23,24 @@ __all__ = [
     "FORMATS",
     "PYTHON_STDLIB",
     "TRANSFORMS",
+    "BatchShape",
     "DataSource",
+    "DocumentStream",
+    "Documents",
+    "Encoder",
+    "IndexedDataset",
+    "Loader",
     "Mixture",
-    "PackedDataLoader",
+    "Order",
+    "PackedLoader",
+    "Packing",
+    "RecordSchema",
     "StreamLoader",
-    "TextDataset",
     "WorkerError",
+    "Workers",
     "build_dataloader",
     "build_dataset",
+    "build_mixture",
     "build_once",
     "cached_byte_bpe",
     "train_byte_bpe",

@@ -18,7 +18,7 @@ from veomni.data.sources.formats import FORMATS
 from veomni.data.text.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
-    from veomni.data import Mixture, PackedDataLoader, StreamLoader, TextDataset
+    from veomni.data import DocumentStream, Order, PackedLoader, Packing, StreamLoader
     from veomni.launcher import Launcher
 
 DataType = Annotated[str, Name(TRANSFORMS, "multimodal")]
@@ -142,42 +142,50 @@ class DataSection(Section):
         """The types of all data that is trained on."""
         return {source.data_type or self.data_type for source in self.sources} or {self.data_type}
 
-    def open(self, seed: int) -> tuple[TextDataset | Mixture, TextDataset | Mixture | None]:
+    def open(self, seed: int) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None.
 
         Args:
             seed: Decides which documents ``eval_fraction`` holds out.
         """
-        from veomni.data import DataSource, build_dataset
+        from veomni.data import DataSource, RecordSchema, build_dataset, build_mixture
 
-        kind: dict[str, Any] = {key: getattr(self, key) for key in _RECORD_KEYS}
-        sources, held_out_sources = [], []
+        given = {key: getattr(self, key) for key in _RECORD_KEYS}
+        schema, paths = RecordSchema(**given), self.train_path
+        sources = [] if paths is None else [DataSource(paths, schema=schema)]
+        held_out_sources = []
         for source in self.sources:
-            given = {key: getattr(source, key) or kind[key] for key in _RECORD_KEYS}
-            sources.append(DataSource(source.path, source.name, source.weight, **given))
+            own = RecordSchema(**{key: getattr(source, key) or value for key, value in given.items()})
+            sources.append(DataSource(source.path, source.name, source.weight, own))
             if source.eval_path is not None:
-                held_out_sources.append(DataSource(source.eval_path, source.name, **given))
-        train, held_out = build_dataset(
-            self.train_path,
-            sources=sources,
-            streaming=self.streaming,
-            weigh_by=self.sampling,
-            stopping=self.stopping_strategy,
+                held_out_sources.append(DataSource(source.eval_path, source.name, schema=own))
+        held_out: DocumentStream | None = None
+        if held_out_sources:
+            held_out = build_mixture(held_out_sources, streaming=False, cache_dir=self.cache_dir)
+        elif self.eval_path is not None:
+            held_out, _ = build_dataset(self.eval_path, schema, cache_dir=self.cache_dir)
+        if paths is None or self.streaming:
+            mixture = build_mixture(
+                sources,
+                streaming=self.streaming,
+                sampling=self.sampling,
+                stopping_strategy=self.stopping_strategy,
+                cache_dir=self.cache_dir,
+            )
+            return mixture, held_out
+        train, split_off = build_dataset(
+            paths,
+            schema,
             max_documents=self.max_documents,
             eval_fraction=0.0 if self.eval_path else self.eval_fraction,
             seed=seed,
             cache_dir=self.cache_dir,
-            **kind,
         )
-        if held_out_sources:
-            return train, build_dataset(sources=held_out_sources, cache_dir=self.cache_dir)[0]
-        if self.eval_path is not None:
-            held_out, _ = build_dataset(self.eval_path, cache_dir=self.cache_dir, **kind)
-        return train, held_out
+        return train, held_out or split_off
 
     def build_loader(
-        self, config: Any, dataset: TextDataset | Mixture, tokenizer: Any, launcher: Launcher, *, train: bool
-    ) -> PackedDataLoader | StreamLoader:
+        self, config: Any, dataset: DocumentStream, tokenizer: Any, launcher: Launcher, *, train: bool
+    ) -> PackedLoader | StreamLoader:
         """Return the loader of this rank's micro-batches.
 
         Args:
@@ -187,36 +195,36 @@ class DataSection(Section):
             launcher: Launched; gives the rank's place.
             train: False for held-out data.
         """
-        from veomni.data import build_dataloader
+        from veomni.data import BatchShape, Encoder, Workers, build_dataloader
 
-        section, shard = config.train, launcher.sequence_shard
+        section, (rank, size) = config.train, launcher.data_parallel
         repeats = self.stopping_strategy == "repeat" or not (self.streaming or self.sources)
-        media = dataset.data_type == "multimodal"
+        epochs = None if section.max_steps is not None and repeats else section.num_train_epochs
+        media = any(source.schema.data_type == "multimodal" for source in dataset.sources)
+        shape = BatchShape(
+            section.micro_batch_size, section.global_batch_size, rank, size, launcher.sequence_shard, self.balance
+        )
         return build_dataloader(
             dataset,
-            tokenizer,
-            parallel=launcher.data_parallel,
-            shard=shard,
-            micro_batch_size=section.micro_batch_size,
-            global_batch_size=section.global_batch_size,
-            max_seq_len=self.max_seq_len,
-            seed=section.seed,
-            shuffle=self.shuffle,
-            packing=self.packing,
-            overlong=self.on_overflow,
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch_factor,
-            pin_memory=self.pin_memory,
-            epochs=None if section.max_steps is not None and repeats else section.num_train_epochs,
+            self.media.build_encoder(config, tokenizer) if media else Encoder(tokenizer, self.chat_template),
+            packing=self.build_packing(),
+            order=self.build_order(section.seed, epochs, held_out=not train),
+            shape=shape,
+            workers=Workers(self.num_workers, self.prefetch_factor, self.pin_memory),
             cache_dir=self.cache_dir,
-            chat_template=self.chat_template,
-            train=train,
-            balance=self.balance,
-            stream_shards=self.stream_shards,
-            lookahead=self.lookahead,
-            max_media_tokens=self.max_media_tokens,
-            samples=self.media.build_samples(config, dataset, tokenizer, shard) if media else None,
         )
+
+    def build_packing(self) -> Packing:
+        """Return how documents are put into rows."""
+        from veomni.data import Packing
+
+        return Packing(self.max_seq_len, self.packing, self.on_overflow, self.lookahead, self.max_media_tokens)
+
+    def build_order(self, seed: int, epochs: int | None, *, held_out: bool = False) -> Order:
+        """Return in which order, and how often, documents are read."""
+        from veomni.data import Order
+
+        return Order(seed, self.shuffle, epochs, self.stream_shards, held_out)
 
     @override
     def path_problems(self) -> Iterator[Problem]:

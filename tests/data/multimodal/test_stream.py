@@ -18,7 +18,7 @@ from tests.data.multimodal.files import image_bytes, pixels
 from tests.data.multimodal.small_model import save_media, save_model
 from tests.data.stream_files import add, jsonl
 from veomni.batch.split import WHOLE_ROWS, SequenceShard
-from veomni.data import StreamLoader
+from veomni.data import Encoder, StreamLoader, build_dataloader
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.images import load_image
 from veomni.errors import ConfigError, DataError
@@ -196,8 +196,8 @@ def test_killed_and_resized_runs_read_what_an_unbroken_one_does(setup, folder, d
     """Sources of two kinds, mixed by tokens, shuffled, packed, and records left out that turn out to be damaged."""
     media = {"root": str(folder / "media"), "image_max_pixels": 5000, "video_max_pixels": 5000,
              "on_bad_media": "skip"}  # fmt: skip
-    options = {"train_path": None, "sources": damaged, "weigh_by": "token", "streaming": True, "media": media,
-               "max_seq_len": 500, "overlong": "drop"}  # fmt: skip
+    options = {"train_path": None, "sources": damaged, "sampling": "token", "streaming": True, "media": media,
+               "max_seq_len": 500, "on_overflow": "drop"}  # fmt: skip
     whole = loader_of(setup, **options)
     unbroken, found, state = [facts(step) for step in itertools.islice(whole, 9)], [], None
     for size in (1, 2, 4):
@@ -309,9 +309,9 @@ def test_texts_mix_with_media(setup, folder, tmp_path):
     media = {"path": str(folder / "talks.jsonl"), "name": "talks", "data_type": "multimodal"}
     options = {
         "train_path": None,
-        "stopping": "once",
+        "stopping_strategy": "once",
         "stream_shards": 1,
-        "overlong": "truncate",
+        "on_overflow": "truncate",
         "data_type": "plaintext",
     }
     mixed = loader_of(setup, sources=[media, *texts], **options)
@@ -330,7 +330,7 @@ def test_texts_mix_with_media(setup, folder, tmp_path):
 def test_a_row_has_no_more_media_than_allowed(setup):
     def media_of_rows(loader):
         """For every row, the tokens of each document that stand for media."""
-        family = loader.plan.maker._transform.family
+        family = loader.plan.samples._transform.family
         stand_ins = torch.tensor(sorted(family.unlearned))
         for step in itertools.islice(loader, 6):
             for micro in step:
@@ -367,12 +367,12 @@ def test_an_empty_row_is_only_padding(setup):
 def test_what_is_too_long_is_an_error_or_left_out_and_counted(setup):
     with pytest.raises(DataError, match=r"talks\.jsonl, line \d+: \d+ tokens, more than data.max_seq_len 60"):
         list(itertools.islice(loader_of(setup, max_seq_len=60), 2))
-    loader = loader_of(setup, max_seq_len=200, overlong="drop")
+    loader = loader_of(setup, max_seq_len=200, on_overflow="drop")
     list(itertools.islice(loader, 3))
     assert loader.source_counts()["data"]["dropped"] > 0
     for policy in ("split", "truncate"):
         with pytest.raises(ConfigError, match="would cut media apart"):
-            loader_of(setup, overlong=policy)
+            loader_of(setup, on_overflow=policy)
 
 
 def test_bad_media_are_left_out_where_that_is_allowed(setup, folder, tmp_path):
@@ -387,8 +387,6 @@ def test_bad_media_are_left_out_where_that_is_allowed(setup, folder, tmp_path):
 
 
 def test_samples_need_their_maker(setup):
-    from veomni.data import build_dataloader
-
     config, dataset, _ = setup()
-    with pytest.raises(ConfigError, match="samples=MediaSamples"):
-        build_dataloader(dataset, config.build_tokenizer(dataset))
+    with pytest.raises(ConfigError, match=r"Encoder\(media="):
+        build_dataloader(dataset, Encoder(config.build_tokenizer(dataset)))

@@ -2,22 +2,26 @@
 
 Row ``g`` of a run, counted over all steps, is the next one of virtual shard ``g mod shards``, and rank r of n takes
 rows r, r + n, ... So the rows depend on no layout, and where the number of ranks divides that of shards, each shard is
-read by one rank. Otherwise a rank also reads, and passes over, the rows of shards that it shares with others.
+read by one rank. Otherwise a rank also reads, and skips, the rows of shards that it shares with others.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from veomni.batch.micro_batch import MicroBatch
-from veomni.data.loading.loader import LoaderSettings
-from veomni.data.loading.shard_reader import ShardReader, SourceProgress, StreamPlan
-from veomni.data.loading.workers import Workers
+from veomni.data.loading.options import BatchShape, Workers
+from veomni.data.loading.resumable import ResumableLoader
+from veomni.data.loading.source_cursor import SourceProgress
+from veomni.data.loading.stream_plan import StreamPlan
+from veomni.data.loading.stream_shard import StreamShard
+from veomni.data.loading.worker_pool import WorkerPool
 from veomni.data.packing.balance import by_cost
 from veomni.data.text.samples import Row
 from veomni.errors import CheckpointError
@@ -31,98 +35,87 @@ State = dict[str, Any]
 Given = tuple[Row | None, State]  # a row, and the state of its shard after it
 
 
-class StreamLoader:
-    """Yields, per optimizer step, this rank's list of micro-batches, until the stream ends.
+class StreamLoader(ResumableLoader):
+    """Packs samples as they are read, until the stream ends.
 
-    Shards may end at different times: rows of those that have are empty. A rank that does not read all shards cannot
-    know when the last one ends; it goes on with empty rows and says so by :attr:`drained`, and ``Launcher.track`` ends
-    the loop of all ranks together.
+    Shards may end at different times: rows of those that have ended are empty. A rank that does not read all shards
+    cannot detect the end of the last one: it continues with empty rows, which :attr:`exhausted` reports, and
+    ``Launcher.track`` ends the loop of all ranks together.
 
     Args:
         plan: What the stream is made of.
-        settings: Sizes and workers.
-        fingerprint: What the rows depend on, by name: a state is refused where they differ.
-
-    Attributes:
-        steps_per_epoch: None: it is known only when all has been read.
+        shape: Rows of a step, and this rank's share of them.
+        workers: Processes that prepare rows.
+        fingerprint: What the rows depend on beside the plan, by name.
     """
 
-    steps_per_epoch = None
-    remaining_steps = None
-
-    def __init__(self, plan: StreamPlan, settings: LoaderSettings, fingerprint: Mapping[str, Any]) -> None:
-        self.plan, self._settings = plan, settings
-        self._fingerprint = dict(fingerprint) | {
-            "max_seq_len": plan.capacity, "global_batch_size": settings.global_batch_size, "seed": plan.seed,
-            "shuffle": plan.shuffle, "packing": settings.packing, "overlong": settings.overlong,
-            "stream_shards": plan.shards, "lookahead": plan.lookahead, "max_media_tokens": plan.media_capacity,
-            "weigh_by": plan.weigh_by, "stopping": plan.stopping, "passes": plan.passes,
-            "weights": {source.name: source.weight for source in plan.sources},
-        }  # fmt: skip
-        apart = math.gcd(settings.size, plan.shards)
-        self._shards = list(range(settings.rank % apart, plan.shards, apart))
-        if plan.shards % settings.size and settings.train:
+    def __init__(self, plan: StreamPlan, shape: BatchShape, workers: Workers, fingerprint: Mapping[str, Any]) -> None:
+        packing, mixing, shards = plan.packing, plan.mixing, plan.order.stream_shards
+        super().__init__(packing, plan.order, shape, workers, dict(fingerprint) | {
+            "stream_shards": shards, "lookahead": packing.lookahead, "max_media_tokens": packing.max_media_tokens,
+            **asdict(mixing), "passes": plan.passes, "weights": {source.name: source.weight for source in plan.sources},
+        })  # fmt: skip
+        self.plan = plan
+        apart = math.gcd(shape.size, shards)
+        self._shards = list(range(shape.rank % apart, shards, apart))
+        if shards % shape.size and not plan.order.held_out:
             logger.warning_rank0(
-                "data.stream_shards %s is no multiple of %s data ranks: each rank reads %s shards and passes over rows",
-                plan.shards, settings.size, len(self._shards),
+                "stream_shards %s is no multiple of %s data ranks: each rank reads %s shards and skips rows", shards,
+                shape.size, len(self._shards),
             )  # fmt: skip
         self._step = 0
         self._states: dict[int, State] = {}
-        self._readers: dict[int, ShardReader] = {}
+        self._readers: dict[int, StreamShard] = {}
         self._ended: set[int] = set()
 
     @property
-    def drained(self) -> bool:
-        """Whether the shards that this rank reads have ended: what it yields from now on is empty."""
+    def exhausted(self) -> bool:
+        """Whether the shards that this rank reads have ended, and further steps hold empty rows."""
         return len(self._ended) == len(self._shards)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        settings, size = self._settings, self._settings.global_batch_size
-        self._remember()
-        if not settings.train:
+        shape, shards = self.shape, self.order.stream_shards
+        self._collect_states()
+        if self.order.held_out:
             self._step, self._states, self._ended = 0, {}, set()
         take, mine = self._start(), set(self._shards)
-        while not (self.drained and len(mine) == self.plan.shards):
+        while not (self.exhausted and len(mine) == shards):
             rows = []
-            for number in range(size):
-                shard = (self._step * size + number) % self.plan.shards
+            for number in range(shape.global_batch_size):
+                shard = (self._step * shape.global_batch_size + number) % shards
                 if shard not in mine:
                     continue
                 row = take(shard)
-                if number % settings.size == settings.rank:
+                if number % shape.size == shape.rank:
                     rows.append(row or [])
-            self._step += 1  # before the yield: a state taken in the loop's body says that this step was received
+            self._step += 1  # before the yield: a state taken in the loop's body counts this step as received
             yield self._micro_batches(rows)
 
     def _micro_batches(self, rows: list[Row]) -> list[MicroBatch]:
-        size, found = self._settings.micro_batch_size, []
-        if self._settings.balance:
+        size, found = self.shape.micro_batch_size, []
+        names = tuple(source.name for source in self.plan.sources)
+        if self.shape.balance:
             rows = [rows[index] for index in by_cost([sum(sample.piece.cost for sample in row) for row in rows])]
         for start in range(0, len(rows), size):
-            batch = self.plan.maker.collate(rows[start : start + size])
-            names = tuple(source.name for source in self.plan.sources)
-            batch = replace(batch, origin=replace(batch.origin, source_names=names))
-            found.append(batch.pin_memory() if self._settings.pin_memory else batch)
+            batch = self.plan.samples.collate(rows[start : start + size])
+            found.append(self._pinned(replace(batch, origin=replace(batch.origin, source_names=names))))
         return found
 
     # ---------------------------------------------------------------- reading
 
     def _start(self) -> Callable[[int], Row | None]:
         """Return what gives the next row of a shard."""
-        settings, self._readers = self._settings, {}
-        workers = min(settings.num_workers, len(self._shards))
-        if not workers:
-            self._readers = {shard: ShardReader(self.plan, shard, self._states.get(shard)) for shard in self._shards}
+        self._readers = {}
+        processes = min(self.workers.count, len(self._shards))
+        if not processes:
+            self._readers = {shard: StreamShard(self.plan, shard, self._states.get(shard)) for shard in self._shards}
             return self._take
-        parts = [self._shards[number::workers] for number in range(workers)]
+        parts = [self._shards[number::processes] for number in range(processes)]
+        first, one = self._step * self.shape.global_batch_size, replace(self.workers, count=1)
         streams = [
-            Workers(
-                _ShardRows(self.plan, part, {shard: self._states.get(shard) for shard in part}, self._step,
-                           settings.global_batch_size),
-                None, count=1, prefetch_factor=settings.prefetch_factor, timeout=settings.worker_timeout,
-            )
+            WorkerPool(_ShardRows(self.plan, {shard: self._states.get(shard) for shard in part}, first), None, one)
             for part in parts
-        ]  # fmt: skip
+        ]
         stream_of = {shard: stream for part, stream in zip(parts, streams, strict=True) for shard in part}
 
         def take(shard: int) -> Row | None:
@@ -136,18 +129,18 @@ class StreamLoader:
     def _take(self, shard: int) -> Row | None:
         reader = self._readers[shard]
         row = reader.next_row()
-        if reader.drained:
+        if reader.exhausted:
             self._ended.add(shard)
         return row
 
-    def _remember(self) -> None:
+    def _collect_states(self) -> None:
         self._states |= {shard: reader.state_dict() for shard, reader in self._readers.items()}
 
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and indices, never samples: those of the shards that this rank reads."""
-        self._remember()
+        self._collect_states()
         shards = {str(shard): state for shard, state in sorted(self._states.items())}
         return {"step": self._step, "shards": shards, "fingerprint": dict(self._fingerprint)}
 
@@ -157,29 +150,19 @@ class StreamLoader:
         shards = {shard: state for rank in states for shard, state in rank["shards"].items()}
         return {**states[0], "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the last step received when ``state`` was taken, also on another number of ranks.
+    def _parse(self, state: Mapping[str, Any]) -> tuple[int, dict[int, State]]:
+        states = {int(shard): dict(kept) for shard, kept in state["shards"].items()}
+        for kept in states.values():
+            [SourceProgress(**progress) for progress in kept["sources"].values()]
+            [int(number) for ref in kept["waiting"] for number in (*ref, kept["rows"], kept["ended"])]
+        return int(state["step"]), states
 
-        Raises:
-            CheckpointError: the state belongs to other data, or to another order of it; names what changed.
-        """
-        try:
-            saved, step = dict(state["fingerprint"]), int(state["step"])
-            states = {int(shard): dict(kept) for shard, kept in state["shards"].items()}
-            for kept in states.values():
-                [SourceProgress(**progress) for progress in kept["sources"].values()]
-                [int(number) for ref in kept["waiting"] for number in (*ref, kept["rows"], kept["ended"])]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the loader's state is incomplete: {error!r}", "use another checkpoint") from error
-        changed = _changes(saved, self._fingerprint)
-        if changed:
-            problem = f"the data differs from the checkpoint's: {'; '.join(changed)}"
-            raise CheckpointError(problem, "put it back as it was, or start a run of its own")
-        read = step * self._settings.global_batch_size
+    def _restore(self, progress: tuple[int, dict[int, State]]) -> None:
+        step, states = progress
+        read, shards = step * self.shape.global_batch_size, self.order.stream_shards
         for shard in self._shards:
-            rows = max(0, -(-(read - shard) // self.plan.shards))
-            if rows and shard not in states:
-                problem = f"the loader's state lacks virtual shard {shard} of {self.plan.shards}"
+            if read > shard and shard not in states:
+                problem = f"the loader's state lacks virtual shard {shard} of {shards}"
                 raise CheckpointError(problem, "save it through the launcher, which gathers those of all ranks")
         self._step = step
         self._states = {shard: states[shard] for shard in self._shards if shard in states}
@@ -199,38 +182,13 @@ class StreamLoader:
 class _ShardRows(IterableDataset[Given]):
     """The rows of some shards, in the order of the run; what a worker holds."""
 
-    def __init__(
-        self, plan: StreamPlan, shards: Sequence[int], states: Mapping[int, State | None], step: int, step_rows: int
-    ) -> None:
-        self._plan, self._shards, self._states = plan, shards, states
-        self._first = step * step_rows
+    def __init__(self, plan: StreamPlan, states: Mapping[int, State | None], first: int) -> None:
+        self._plan, self._states, self._first = plan, states, first
 
     def __iter__(self) -> Iterator[Given]:
-        readers = {shard: ShardReader(self._plan, shard, self._states[shard]) for shard in self._shards}
-        number = self._first
-        while True:
-            reader = readers.get(number % self._plan.shards)
+        readers = {shard: StreamShard(self._plan, shard, state) for shard, state in self._states.items()}
+        for number in itertools.count(self._first):
+            reader = readers.get(number % self._plan.order.stream_shards)
             if reader is not None:
                 row = reader.next_row()
                 yield row, reader.state_dict()
-            number += 1
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    found = []
-    for name in {**now, **saved}:
-        then, here = saved.get(name), now.get(name)
-        if name == "sources" and isinstance(then, dict) and isinstance(here, dict):
-            found += [_source_change(source, then.get(source), here.get(source)) for source in {**then, **here}
-                      if then.get(source) != here.get(source)]  # fmt: skip
-        elif then != here:
-            found.append(f"{name} ({then!r} then, {here!r} now)")
-    return found
-
-
-def _source_change(name: str, then: Any, now: Any) -> str:
-    if not isinstance(then, dict) or not isinstance(now, dict):
-        return f"source {name!r} is {'new' if isinstance(now, dict) else 'gone'}"
-    sizes = [f"{facts.get('files')} files of {facts.get('bytes')} bytes" for facts in (then, now)]
-    verb = "has shrunk" if now.get("bytes", 0) < then.get("bytes", 0) else "has changed"
-    return f"source {name!r} {verb} ({sizes[0]} then, {sizes[1]} now)"

@@ -14,10 +14,8 @@ from veomni.config.base import PathText, Section
 from veomni.config.problems import Problem
 
 if TYPE_CHECKING:
-    from veomni.batch.split import SequenceShard
-    from veomni.data import Mixture, TextDataset
+    from veomni.data import Encoder
     from veomni.data.multimodal import MultimodalTransform
-    from veomni.data.text.samples import SampleMaker
 
 
 class MediaSection(Section):
@@ -115,38 +113,10 @@ class MediaSection(Section):
         reader = MediaReader(Path(self.root), fetch, limits)
         return MultimodalTransform(family, tokenizer, template, reader, MESSAGES, cache)
 
-    def build_samples(
-        self, config: Any, dataset: TextDataset | Mixture, tokenizer: Any, shard: SequenceShard
-    ) -> SampleMaker:
-        """Return what makes samples and micro-batches of a dataset of conversations with media."""
-        from veomni.data import Mixture
-        from veomni.data.loading.build_dataloader import text_samples
-        from veomni.data.multimodal import MediaSamples, SkipBadMedia, settings_of
-        from veomni.data.multimodal.collate import MultimodalCollator
-        from veomni.data.sources.digests import digest, tokenizer_digest
+    def build_encoder(self, config: Any, tokenizer: Any) -> Encoder:
+        """Return what turns conversations with media, and texts mixed with them, into tokens."""
+        from veomni.data import Encoder
+        from veomni.data.multimodal import SkipBadMedia
 
-        data = config.data
-        transform = self.build_transform(config, tokenizer)
-        architecture = transform.family.parts.config
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        collator = MultimodalCollator(
-            architecture, max_seq_len=data.max_seq_len, pad_token_id=int(pad or 0), shard=shard
-        )
-        layouts = [source.layout for source in dataset.sources] if isinstance(dataset, Mixture) else [dataset.layout]
-        kinds, texts = [layout.data_type for layout in layouts], None
-        if set(kinds) != {"multimodal"}:
-            texts = text_samples(layouts, tokenizer, data.max_seq_len, data.on_overflow, shard, data.chat_template)
-        return MediaSamples(
-            transform,
-            collator,
-            skipping=SkipBadMedia(self.max_skipped) if self.on_bad_media == "skip" else None,
-            kinds=kinds,
-            texts=texts,
-            overlong=data.on_overflow,
-            digests={
-                "tokenizer": tokenizer_digest(tokenizer),
-                "chat template": digest(transform.chat_template),
-                "layouts": digest([layout.facts() for layout in layouts]),
-                "media": digest(settings_of(transform.family)),
-            },
-        )
+        skip = SkipBadMedia(self.max_skipped) if self.on_bad_media == "skip" else None
+        return Encoder(tokenizer, config.data.chat_template, self.build_transform(config, tokenizer), skip)

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from veomni.data.protocols import DocumentStream
 from veomni.data.sources.build_once import build_once
 from veomni.data.sources.cache import cache_directory
-from veomni.data.sources.dataset import TextDataset
-from veomni.data.sources.digests import dataset_digest, digest
-from veomni.data.sources.mixture import Mixture
+from veomni.data.sources.digests import digest
 from veomni.data.text.chat_templates import CHAT_TEMPLATES
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
@@ -31,7 +30,7 @@ _TRAINING_CHARACTERS = 16_000_000
 _FORMAT = 2
 
 
-def cached_byte_bpe(dataset: TextDataset | Mixture, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
+def cached_byte_bpe(dataset: DocumentStream, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
     """Return the directory of the tokenizer of :func:`train_byte_bpe` for a dataset, trained if it is not there yet.
 
     Args:
@@ -40,8 +39,7 @@ def cached_byte_bpe(dataset: TextDataset | Mixture, vocab_size: int, cache_dir: 
         cache_dir: Where tokenizers are kept, under a digest of the texts; None for ``$XDG_CACHE_HOME/veomni``.
     """
     cache = cache_directory(cache_dir)
-    read = dataset_digest(dataset, cache) if isinstance(dataset, TextDataset) else dataset.facts(cache)
-    directory = cache / "tokenizers" / digest([_FORMAT, read, vocab_size])
+    directory = cache / "tokenizers" / digest([_FORMAT, dataset.fingerprint(cache), vocab_size])
 
     def build(empty: Path) -> None:
         train_byte_bpe(dataset.texts(), vocab_size).save_pretrained(empty)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from veomni.data.protocols import Documents
 from veomni.data.sources.build_once import build_once
-from veomni.data.sources.dataset import TextDataset
-from veomni.data.sources.digests import dataset_digest, digest, tokenizer_digest
+from veomni.data.sources.digests import digest, tokenizer_digest
 from veomni.data.sources.formats import MESSAGES
 from veomni.data.sources.records import Document
 from veomni.data.text.chat_templates import find_chat_template
@@ -92,7 +92,7 @@ class TokenizedDocuments:
 
 
 def tokenize(
-    dataset: TextDataset, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, chat_template: str | None = None
+    dataset: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, chat_template: str | None = None
 ) -> tuple[TokenizedDocuments, dict[str, str]]:
     """Return a dataset's tokenised documents, from ``cache_dir`` if they are there.
 
@@ -110,20 +110,20 @@ def tokenize(
     Raises:
         DataError: a document cannot be used, or none has two tokens.
     """
-    template = find_chat_template(chat_template, tokenizer) if dataset.data_type == "conversation" else ""
+    template = find_chat_template(chat_template, tokenizer) if dataset.schema.data_type == "conversation" else ""
     digests = {
-        "documents": dataset_digest(dataset, cache_dir),
+        "documents": dataset.fingerprint(cache_dir),
         "tokenizer": tokenizer_digest(tokenizer),
         "chat template": digest(template),
     }
     directory = cache_dir / digest([_FORMAT, digests])
-    settings = TransformSettings(dataset.layout.text_key, MESSAGES, template)
+    settings = TransformSettings(dataset.schema.text_key, MESSAGES, template)
     build_once(directory, lambda path: _write(path, dataset, tokenizer, settings), _problem)
     return TokenizedDocuments(directory), digests
 
 
 def _write(
-    directory: Path, dataset: TextDataset, tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+    directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
 ) -> None:
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
@@ -164,9 +164,9 @@ def _write(
 
 
 def _encoded(
-    dataset: TextDataset, tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+    dataset: Documents, tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
 ) -> Iterator[tuple[int, Encoded]]:
-    transform = TRANSFORMS.get(dataset.data_type)
+    transform = TRANSFORMS.get(dataset.schema.data_type)
     for start in range(0, len(dataset), _BATCH):
         stop = min(start + _BATCH, len(dataset))
         documents: list[Document] = [dataset[index] for index in range(start, stop)]

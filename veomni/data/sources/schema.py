@@ -17,7 +17,7 @@ _TOKENS = ("input_ids", "labels", "loss_weights")
 
 
 @dataclass(frozen=True)
-class RecordLayout:
+class RecordSchema:
     """What records hold.
 
     Attributes:
@@ -41,7 +41,7 @@ class RecordLayout:
             TRANSFORMS.get(self.data_type)
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:
         """Columns that are read from tables."""
         if self.data_type == "tokenized":
             return _TOKENS

@@ -1,4 +1,4 @@
-"""Data in blocks that can be opened in any order: what a stream reads, shuffles and deals out."""
+"""Data in blocks that can be opened in any order: what a stream reads, shuffles and distributes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from veomni.data.sources.dataset import TextDataset
 from veomni.data.sources.files import ParquetFile, SavedDataset, Source, decode, parse_line
 from veomni.data.sources.locations import DataFile
 from veomni.data.sources.opening import FoundData, open_file
@@ -43,19 +42,6 @@ class Blocks(Protocol):
 
     def open(self, block: int) -> Records:
         """Return the records of a block."""
-
-
-class Slice:
-    """Records ``start`` to ``stop`` of others, read when asked for."""
-
-    def __init__(self, records: Records, start: int, stop: int) -> None:
-        self._records, self._start, self._stop = records, start, stop
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __getitem__(self, index: int) -> Document:
-        return self._records[self._start + index]
 
 
 class SingleRecords:
@@ -183,18 +169,6 @@ class WholeFiles:
         return source
 
 
-def dataset_blocks(dataset: TextDataset) -> list[Blocks]:
-    """Return the blocks of a map-style dataset: row groups of Parquet files, single records of all others."""
-    blocks: list[Blocks] = []
-    for source, first, last in zip(dataset.sources, dataset.offsets, dataset.offsets[1:], strict=False):
-        chosen = dataset.indices[slice(*np.searchsorted(dataset.indices, [first, last]))] - first
-        if isinstance(source, ParquetFile):
-            blocks.append(RowGroups(source.again, chosen))
-        else:
-            blocks.append(SingleRecords(source, chosen))
-    return blocks
-
-
 def stream_blocks(found: FoundData, text_key: str, keys: Sequence[str]) -> list[Blocks]:
     """Return the blocks of files, none of which is read whole before it is needed."""
     if found.saved is not None:
@@ -215,42 +189,6 @@ def _file_blocks(file: DataFile, text_key: str, keys: Sequence[str]) -> Blocks:
         source = open_file(file.path, text_key, keys)
         return SingleRecords(source, np.arange(len(source)))
     return WholeFiles([file], text_key, keys, tables=True)
-
-
-class Units:
-    """Blocks dealt to virtual shards: what each of them reads in an epoch, and in which order.
-
-    Where there are few blocks for the shards, each is split into several units, so that shards have about equally much.
-
-    Args:
-        blocks: The data.
-        shards: Number of virtual shards.
-    """
-
-    def __init__(self, blocks: Sequence[Blocks], shards: int) -> None:
-        self._blocks, self.shards = blocks, shards
-        whole = sum(len(part) for part in blocks if not part.single)
-        self._split = -(-4 * shards // whole) if whole and shards > 1 else 1
-        counts = [len(part) * (1 if part.single else self._split) for part in blocks]
-        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-    def __len__(self) -> int:
-        return int(self._offsets[-1])
-
-    def of_shard(self, shard: int) -> int:
-        """Return how many units a shard reads in an epoch."""
-        return max(0, -(-(len(self) - shard) // self.shards))
-
-    def open(self, unit: int) -> Records:
-        """Return the records of a unit."""
-        part = int(np.searchsorted(self._offsets, unit, side="right")) - 1
-        blocks, place = self._blocks[part], unit - int(self._offsets[part])
-        if blocks.single:
-            return blocks.open(place)
-        block, piece = divmod(place, self._split)
-        records = blocks.open(block)
-        count = len(records)
-        return Slice(records, piece * count // self._split, (piece + 1) * count // self._split)
 
 
 def all_records(blocks: Sequence[Blocks]) -> Iterator[Document]:

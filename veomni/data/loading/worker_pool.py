@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from veomni.batch.micro_batch import MicroBatch
+from veomni.data.loading.options import Workers
 from veomni.errors import VeOmniError
 
 T = TypeVar("T")
@@ -29,30 +30,20 @@ class WorkerError(VeOmniError):
     """A loader worker died, or gave nothing for too long; the message names the processes."""
 
 
-class Workers(Generic[T]):
+class WorkerPool(Generic[T]):
     """An iterator over what worker processes make.
 
     Args:
         dataset: What makes it; every worker has a copy.
-        requests: What it is asked for, read ahead of the loop; None for a dataset that is iterated.
-        count: Number of processes.
-        prefetch_factor: Things that each keeps ready.
-        timeout: Seconds to wait for one before it is an error.
+        requests: Its arguments, read ahead of the loop; None for a dataset that is iterated.
+        workers: Number of processes, how far ahead they work, and how long to wait for them.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[T],
-        requests: Iterator[Any] | None,
-        *,
-        count: int,
-        prefetch_factor: int,
-        timeout: float,
-    ) -> None:
+    def __init__(self, dataset: Dataset[T], requests: Iterator[Any] | None, workers: Workers) -> None:
         loader: DataLoader[T] = DataLoader(
-            dataset, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=count,
-            prefetch_factor=prefetch_factor, timeout=timeout, worker_init_fn=_start,
-            # It draws a number when it starts: from a generator of its own, or the run's dropout would change.
+            dataset, batch_size=None, sampler=requests, collate_fn=_arrays, num_workers=workers.count,
+            prefetch_factor=workers.prefetch_factor, timeout=workers.timeout, worker_init_fn=_start,
+            # It draws a number when it starts: from its own generator, or the run's dropout would change.
             generator=torch.Generator(),
         )  # fmt: skip
         before = multiprocessing.active_children()

@@ -1,0 +1,132 @@
+"""What a loader is composed of: how rows are packed, ordered, dealt to ranks, and prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from veomni.batch.split import WHOLE_ROWS, SequenceShard
+from veomni.data.text.on_overflow import check_policy
+from veomni.errors import ConfigError, LayoutError
+from veomni.logging import create_logger
+from veomni.registry import did_you_mean
+
+logger = create_logger(__name__)
+
+PACKINGS = ("best_fit", "none")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents are put into rows.
+
+    Attributes:
+        max_seq_len: Tokens of a row.
+        strategy: ``best_fit`` puts several documents into a row; ``none`` gives each its own.
+        on_overflow: What happens to documents longer than a row: ``error``, ``truncate``, ``split`` or ``drop``.
+        lookahead: Samples that each virtual shard of a stream reads ahead to fill its rows from.
+        max_media_tokens: Most tokens of a stream's row that stand for images, videos and audio; None sets no bound.
+
+    Raises:
+        ConfigError: a strategy or policy is unknown.
+    """
+
+    max_seq_len: int = 2048
+    strategy: str = "best_fit"
+    on_overflow: str = "error"
+    lookahead: int = 256
+    max_media_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy not in PACKINGS:
+            problem = f"data.packing: no packing is called {self.strategy!r}"
+            raise ConfigError(problem, did_you_mean(self.strategy, list(PACKINGS)))
+        check_policy(self.on_overflow)
+
+    @property
+    def packs(self) -> bool:
+        """Whether several samples may share a row."""
+        return self.strategy != "none"
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order documents are read, and how often.
+
+    Attributes:
+        seed: Decides the order, together with the epoch.
+        shuffle: Otherwise documents are read in the order of the files.
+        epochs: How often the data is read; None repeats it without end.
+        stream_shards: Virtual shards of a stream: part of its order, preferably a multiple of the data ranks.
+        held_out: One pass in the order of the files, from the start at each iteration.
+    """
+
+    seed: int = 0
+    shuffle: bool = True
+    epochs: int | None = None
+    stream_shards: int = 32
+    held_out: bool = False
+
+    def resolved(self) -> Order:
+        """Return the order with what ``held_out`` implies for the other fields."""
+        return replace(self, shuffle=False, epochs=1, stream_shards=1) if self.held_out else self
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Rows of a step, and which of them this rank computes.
+
+    Attributes:
+        micro_batch_size: Rows of a micro-batch.
+        global_batch_size: Rows of an optimizer step, over all ranks and micro-batches.
+        rank: This process's place among the ranks that read different rows (``launcher.data_parallel``).
+        size: Number of those ranks.
+        shard: The positions of its rows that this rank holds, where several ranks share each row
+            (``launcher.sequence_shard``).
+        balance: Distribute the rows of a step by their cost, the squares of their documents' lengths.
+
+    Raises:
+        LayoutError: the batch sizes do not divide.
+    """
+
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    rank: int = 0
+    size: int = 1
+    shard: SequenceShard = WHOLE_ROWS
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.size * self.micro_batch_size):
+            raise LayoutError(
+                f"train.global_batch_size {self.global_batch_size} is no multiple of "
+                f"{self.size} data ranks x train.micro_batch_size {self.micro_batch_size}",
+                f"use a multiple of {self.size * self.micro_batch_size}",
+            )
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that prepare micro-batches ahead of the loop; the batches do not depend on them.
+
+    Attributes:
+        count: Number of processes; 0 prepares micro-batches in the loop.
+        prefetch_factor: Micro-batches that each process keeps ready.
+        pin_memory: Page-locked memory; ``auto`` uses it where there is an accelerator.
+        timeout: Seconds after which a process that returns nothing is an error.
+    """
+
+    count: int = 0
+    prefetch_factor: int = 2
+    pin_memory: bool | Literal["auto"] = "auto"
+    timeout: float = 300.0
+
+    @property
+    def pins(self) -> bool:
+        """Whether micro-batches are copied to page-locked memory on this machine."""
+        import torch
+
+        available = torch.accelerator.is_available()
+        if self.pin_memory is True and not available:
+            logger.warning_once("pin_memory is ignored: there is no accelerator to copy to")
+        return available and self.pin_memory is not False
