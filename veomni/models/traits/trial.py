@@ -155,6 +155,8 @@ def copy_with_values(model: nn.Module) -> nn.Module:
     small = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()]) <= WHOLE
     try:
         copy = skeleton_of(model) if small else shrunk_copy(model, WHOLE)
+        from veomni.models.adapter.passes.documents import isolate_documents  # it imports the traits
+
         isolate_documents(copy)
         _fill(copy)
     except Exception as error:
