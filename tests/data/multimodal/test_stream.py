@@ -112,8 +112,8 @@ def test_a_pass_has_every_conversation_once_as_the_collator_packs_it(setup):
     for micro in micros:
         if not micro.origin.document_ids:
             continue
-        truth = collator([[samples[names.index(name)] for name in micro.origin.document_ids]])
-        assert micro.keys() == truth.keys()
+        truth = collator([[samples[names.index(name)] for name in micro.origin.document_ids]]).fields()
+        assert micro.fields().keys() == truth.keys()
         assert ("loss_weights" in micro) == any(name.endswith("line 10") for name in micro.origin.document_ids)
         for key, value in truth.items():
             assert torch.equal(micro[key], value) if isinstance(value, torch.Tensor) else micro[key] == value, key
