@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP) ## Train a small language model here: the tiny example, on every accelerator or two CPU ranks
-	$(BIN)/python examples/train_text.py configs/text/tiny.yaml
+	$(BIN)/python examples/train.py configs/text/tiny.yaml
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest --quiet

@@ -24,7 +24,7 @@ from tests.examples.script import SMALL
 from tests.launch.conftest import clean_environment
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "train_text.py"
+SCRIPT = ROOT / "examples" / "train.py"
 TINY = ROOT / "configs" / "text" / "tiny.yaml"
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from the small grey cat "
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from veomni.logging import create_logger
     from veomni.loop.checkpoint_schedule import CheckpointSchedule
     from veomni.loop.reporter import Reporter
+    from veomni.loop.sample import show_sample
     from veomni.models import build_config, build_model, build_processor, build_tokenizer
     from veomni.optim import build_scheduler
     from veomni.parallel.mesh import ParallelDims, get_parallel_state
@@ -39,6 +40,7 @@ _HOMES = {
     "get_parallel_state": "veomni.parallel.mesh",
     "load_config": "veomni.run_config",
     "save_args": "veomni.run_config",
+    "show_sample": "veomni.loop.sample",
     **dict.fromkeys(("DDP", "FSDP1", "FSDP2", "ContextParallel", "Single", "Ulysses"), "veomni.strategies"),
 }
 _MODULES = ("accelerators", "data", "loggers", "models", "moe", "optim", "strategies", "testing")
@@ -68,6 +70,7 @@ __all__ = [
     "get_parallel_state",
     "load_config",
     "save_args",
+    "show_sample",
 ]
 
 

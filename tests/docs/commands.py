@@ -18,7 +18,7 @@ from veomni.logging import create_logger
 from veomni.run_config import Config, check_layout
 from veomni.testing.ranks import RankFailed, run_ranks
 
-_SCRIPTS = ("examples/train_text.py", "examples/train_moe.py")
+_SCRIPT = "examples/train.py"
 
 
 def commands(text: str) -> list[str]:
@@ -36,10 +36,9 @@ def run(command: str) -> tuple[int, str]:
     a shell of its own.
     """
     words = shlex.split(command, comments=True)
-    for script in _SCRIPTS:
-        for start in (["python", script], ["veomni", "launch", script]):
-            if words[: len(start)] == start:
-                return _train(script, words[len(start) :])
+    for start in (["python", _SCRIPT], ["veomni", "launch", _SCRIPT]):
+        if words[: len(start)] == start:
+            return _train(_SCRIPT, words[len(start) :])
     if words[0] == "veomni":
         return forked(lambda: veomni(words[1:]), 1)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -97,7 +96,7 @@ def _ranks(arguments: list[str]) -> int:
 def check(command: str) -> None:
     """Check what a command that is not run says: the script is there, and configuration and layout hold."""
     words = shlex.split(command.partition(";")[0], comments=True)
-    script = next((index for index, word in enumerate(words) if word in _SCRIPTS), None)
+    script = next((index for index, word in enumerate(words) if word == _SCRIPT), None)
     if script is not None:
         arguments = words[script + 1 :]
     elif words[:2] == ["veomni", "plan"]:

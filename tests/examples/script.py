@@ -16,6 +16,8 @@ SMALL = {
     "data.max_seq_len": 64,
     "data.eval_fraction": 0.2,
     "train.precision": "fp64",
+    "train.optimizer.name": "adamw",
+    "train.optimizer.lr": "3e-3",
     "train.max_steps": 8,
     "train.micro_batch_size": 2,
     "train.global_batch_size": 8,
@@ -35,8 +37,8 @@ SHORT = {
 
 def script(*arguments):
     """What each rank runs."""
-    sys.argv = ["train_text.py", str(ROOT / "configs/text/tiny.yaml"), *arguments]
-    runpy.run_path(str(ROOT / "examples" / "train_text.py"), run_name="__main__")
+    sys.argv = ["train.py", str(ROOT / "configs/text/tiny.yaml"), *arguments]
+    runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
 
 
 def arguments(corpus, output_dir, options):

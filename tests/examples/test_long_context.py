@@ -21,8 +21,8 @@ SIZES = {
 
 
 def script(*options):
-    sys.argv = ["train_text.py", str(CONFIG), *options]
-    runpy.run_path(str(ROOT / "examples/train_text.py"), run_name="__main__")
+    sys.argv = ["train.py", str(CONFIG), *options]
+    runpy.run_path(str(ROOT / "examples/train.py"), run_name="__main__")
 
 
 def run(corpus, output_dir, ranks, layout):

@@ -51,9 +51,8 @@ def test_a_ready_configuration_trains(name, tmp_path):
     heard = "omni" in name
     prepare(tmp_path, name, sounds=heard)
     argv = arguments(tmp_path, name)
-    script = "train_omni.py" if heard else "train_vlm.py"
-    assert f"examples/{script} configs/multimodal/{name}.yaml" in CONFIGS[name].read_text()
-    run_ranks(run, 1, script, argv, init=False)
+    assert f"examples/train.py configs/multimodal/{name}.yaml" in CONFIGS[name].read_text()
+    run_ranks(run, 1, "train.py", argv, init=False)
 
     losses = [row["loss"] for row in rows(tmp_path / "output")]
     assert len(losses) == 2

@@ -13,8 +13,8 @@ from tests.launch.conftest import Program, clean_environment, wait_until
 STEPS = 60
 LONG = {**SHORT, "train.max_steps": STEPS, "train.checkpoint.save_final": "true"}
 TINY = str(ROOT / "configs/text/tiny.yaml")
-BY_HAND = [sys.executable, str(ROOT / "examples/train_text.py"), TINY]
-BY_TRAIN_SH = ["bash", str(ROOT / "train.sh"), str(ROOT / "examples/train_text.py"), TINY]
+BY_HAND = [sys.executable, str(ROOT / "examples/train.py"), TINY]
+BY_TRAIN_SH = ["bash", str(ROOT / "train.sh"), str(ROOT / "examples/train.py"), TINY]
 TRAIN_SH = {"PYTHON": sys.executable, "NNODES": "1", "NPROC_PER_NODE": "2"}
 
 

@@ -16,7 +16,7 @@ HELP = "run a training script, which starts its own ranks"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.usage = "veomni launch FILE.py CONFIG.yaml [--section.key VALUE ...]"
-    parser.add_argument("script", metavar="FILE.py", help="the script, such as examples/train_text.py")
+    parser.add_argument("script", metavar="FILE.py", help="the script, such as examples/train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its configuration and overrides")
 
 
