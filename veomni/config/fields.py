@@ -17,7 +17,8 @@ _keys: dict[str, str] = {}
 
 def record_keys(schema: type[BaseModel]) -> None:
     """Let :func:`describe` name the keys of ``schema``, because the run was started from a configuration."""
-    _keys.update(_arguments(schema))
+    for argument, key in _arguments(schema):
+        _keys.setdefault(argument, key)
 
 
 def describe(error: InputError) -> str:
