@@ -97,7 +97,10 @@ class Choice:
             return Section()
         if not isinstance(name, str):
             raise PydanticCustomError("missing_name", "a name, or a mapping with a name")
-        return self.section(check_name(self.registry, name)).model_validate(options)
+        section = self.section(check_name(self.registry, name))
+        # null takes an option of another component away: a file names one, the command line chooses this one.
+        known = {key: item for key, item in options.items() if item is not None or key in section.model_fields}
+        return section.model_validate(known)
 
     def _dump(self, value: Section) -> Any:
         plain = value.model_dump()

@@ -89,7 +89,7 @@ def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
         return f"it is now {renamed[key]}"
     parent, _, name = key.rpartition(".")
     if key in all_keys(schema):
-        return f"leave it out, or choose a component of {parent} that has it"
+        return f"leave it out (--{key} null), or choose a component of {parent} that has it"
     elsewhere = [known for known in all_keys(schema) if known.rpartition(".")[2] == name]
     return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, children(schema, parent))
 

@@ -29,7 +29,7 @@ class RecordFormat:
     convert: Callable[[Document, str], Document]
 
 
-FORMATS: Registry[RecordFormat] = Registry("record format")
+FORMATS: Registry[RecordFormat] = Registry("record format", group="veomni.formats")
 """Name to format; ``FORMATS.register("name")(RecordFormat(...))`` adds one."""
 
 _SPEAKERS = {

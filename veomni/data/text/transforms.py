@@ -49,7 +49,7 @@ class Encoded:
 
 Transform = Callable[[Sequence[Document], "PreTrainedTokenizerBase", TransformSettings], list[Encoded]]
 
-TRANSFORMS: Registry[Transform] = Registry("data type")
+TRANSFORMS: Registry[Transform] = Registry("data type", group="veomni.data_types")
 """Name to a function that tokenises a batch of documents."""
 
 
