@@ -17,7 +17,7 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from veomni.models.build.experts import run_experts
-from veomni.ops.experts.layout import find_activation
+from veomni.ops.experts.layout import ACTIVATION, find_activation
 
 ROUNDS = 3
 
@@ -32,7 +32,7 @@ def build(args):
         module = Qwen3MoeExperts(config).bfloat16()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    find_activation(module)
+    setattr(module, ACTIVATION, find_activation(module))
     return module
 
 

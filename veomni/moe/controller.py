@@ -20,7 +20,9 @@ from veomni.batch.documents import token_mask
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, ModelError, NonFiniteError
 from veomni.logging import create_logger
-from veomni.models.transformers_api.experts import drop_own_balance_loss, own_balance_loss
+from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.balance_loss import DropBalanceLoss
+from veomni.models.transformers_api.experts import own_balance_loss
 from veomni.moe.balance import balance_gradient, z_gradient
 from veomni.moe.bias import check_bias, check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
@@ -54,7 +56,7 @@ def install_controller(
     own, aux = own_balance_loss(model), options.aux_loss_coef
     if own is not None and found.readable and not found.unreadable:
         aux = own if aux is None else aux
-        drop_own_balance_loss(model)
+        ModelAdapter.of(model).add(DropBalanceLoss())
         logger.info_rank0("the model's own load-balancing loss, taken on each rank's tokens alone, is off; the one "
                           "taken on the global batch has weight %s", aux)  # fmt: skip
     elif own:

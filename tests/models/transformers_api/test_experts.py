@@ -6,9 +6,10 @@ import torch
 import transformers
 
 from tests.models.tiny import tiny_config
+from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.balance_loss import DropBalanceLoss
 from veomni.models.transformers_api.experts import (
     balances_on_softmax,
-    drop_own_balance_loss,
     own_balance_loss,
     router_logits,
 )
@@ -23,7 +24,7 @@ def test_routers_are_recorded_and_their_own_loss_is_found_and_dropped():
     assert balances_on_softmax(model)
     tokens = torch.arange(8)[None]
     with_aux = model(input_ids=tokens, labels=tokens)
-    drop_own_balance_loss(model)
+    ModelAdapter.of(model).add(DropBalanceLoss())
     without = model(input_ids=tokens, labels=tokens)
     assert without.aux_loss is None
     assert torch.allclose(with_aux.loss - without.loss, 0.5 * with_aux.aux_loss)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ops.experts.modules import ARCHITECTURES, EXPERTS, HIDDEN, experts
 from veomni.ops.experts.forward import experts_forward
-from veomni.ops.experts.layout import find_activation
+from veomni.ops.experts.layout import ACTIVATION, find_activation
 from veomni.ops.experts.routing import route
 from veomni.ops.experts.rows import expert_rows
 from veomni.parallel.plan import ParallelPlan
@@ -211,7 +211,7 @@ def test_selective_recomputation_keeps_the_first_product(mode, products):
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4", "muse_spark"])
 def test_compiles_without_a_break(name, backend, dtype, device):
     module = experts(name, dtype).to(device)
-    find_activation(module)
+    setattr(module, ACTIVATION, find_activation(module))
     torch._dynamo.reset()
     run = torch.compile(ours(module, backend), backend="aot_eager", fullgraph=True)
     assert_close(gradients(module, run, dtype, device=device), truth(module), BOUNDS[dtype])

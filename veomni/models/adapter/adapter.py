@@ -12,6 +12,7 @@ from torch import nn
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, enter_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.models.transformers_api.attention import Implementations
+from veomni.models.weights.source import WeightSource
 
 if TYPE_CHECKING:
     from veomni.models.adapter.passes.token_loss import TokenMeanLoss
@@ -121,6 +122,7 @@ class ModelAdapter:
         sequence: The ranks that share the model's rows; None where rows are whole.
         attention_open: Whether the choice of attention was left to the library.
         experts: The backend that experts were requested to run with.
+        weight_source: Where the model's weights come from.
         towers: How each modality is encoded, by its name.
         traits: What the examination of the model found.
         loss: The loss that the model computes; None where it is its own.
@@ -133,6 +135,7 @@ class ModelAdapter:
         self.sequence: SequenceGroups | None = None
         self.attention_open = False
         self.experts = "auto"
+        self.weight_source = WeightSource()
         self.towers: dict[str, TowerCall] = {}
         self.traits: Any = None
         self.loss: TokenMeanLoss | None = None

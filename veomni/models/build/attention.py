@@ -8,15 +8,13 @@ from torch import nn
 
 from veomni.families.record import family_of
 from veomni.logging import create_logger
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.attention import attention_of, set_attention
 from veomni.models.transformers_api.capabilities import supports_flash_attention
 from veomni.ops.attention.backends import AttentionBackend
 from veomni.ops.attention.varlen import VARLEN, register_attention
 
 logger = create_logger(__name__)
-
-_AUTO = "_veomni_attention_is_auto"
-
 
 def attention_name(choice: str | AttentionBackend) -> str:
     """Return transformers' name of an attention; a backend with a function of its own is registered under its name."""
@@ -30,11 +28,6 @@ def attention_name(choice: str | AttentionBackend) -> str:
     return choice.name
 
 
-def leave_attention_open(model: nn.Module) -> None:
-    """Remember that the attention of ``model`` was asked for as "auto"."""
-    setattr(model, _AUTO, True)
-
-
 def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
     """Give a model whose attention was left open the fastest one that is exact for packed rows.
 
@@ -42,7 +35,7 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
         model: A model from ``build_model``; other modules are left alone.
         varlen: Whether the device runs variable-length attention in the precision of the run.
     """
-    if not getattr(model, _AUTO, False) or not varlen:
+    if not ModelAdapter.of(model).attention_open or not varlen:
         _let_padded_encoders_mask(model)
         return
     reason = _why_not_varlen(model)

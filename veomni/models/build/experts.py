@@ -10,25 +10,18 @@ from functools import partial
 from torch import Tensor, nn
 
 from veomni.logging import create_logger
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.experts import has_experts, register_experts, use_experts
 from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
 from veomni.ops.experts.backends import choose_backend
 from veomni.ops.experts.forward import experts_forward
-from veomni.ops.experts.layout import find_activation, holds_experts
+from veomni.ops.experts.layout import ACTIVATION, find_activation, holds_experts
 from veomni.ops.experts.rows import expert_rows
 
 if TYPE_CHECKING:
     from veomni.strategies.transforms.precision import Precision
 
 logger = create_logger(__name__)
-
-_WANTED = "_veomni_experts"
-
-
-def want_experts(model: nn.Module, backend: str) -> None:
-    """Remember which backend the experts of ``model`` were asked to run with; "auto" leaves it open."""
-    setattr(model, _WANTED, backend)
-
 
 def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[str]) -> None:
     """Run mixture-of-experts layers with the fastest backend that computes in the precision of the run.
@@ -44,9 +37,10 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
     if not has_experts(model):
         return
     modules = [module for module in model.modules() if holds_experts(module)]
-    for module in modules:
-        find_activation(module)  # now: it cannot be tried out in a compiled forward
-    backend = choose_backend(modules, getattr(model, _WANTED, "auto"), available, precision.compute)
+    adapter = ModelAdapter.of(model)
+    for module in modules:  # now: it cannot be tried out in a compiled forward
+        adapter.patch(module, ACTIVATION, find_activation(module))
+    backend = choose_backend(modules, adapter.experts, available, precision.compute)
     name = f"veomni_{backend}"
     register_experts(name, partial(run_experts, backend=backend))
     use_experts(model, name)

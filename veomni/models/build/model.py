@@ -14,14 +14,14 @@ from veomni.logging import create_logger
 from veomni.models.transformers_api.attention import attention_names
 from veomni.models.transformers_api.capabilities import caps_scores, is_pretrained, set_config_flag, supports_sdpa
 from veomni.models.transformers_api.construction import construct
-from veomni.models.build.attention import attention_name, leave_attention_open
+from veomni.models.build.attention import attention_name
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.constructor import registered_on_meta
-from veomni.models.build.experts import want_experts
 from veomni.models.loader import model_class
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.documents import isolate_documents
 from veomni.models.weights.safetensors_files import has_safetensors, refuse_without_safetensors
-from veomni.models.weights.source import WeightSource, set_weight_source
+from veomni.models.weights.source import WeightSource
 from veomni.ops.attention.backends import AttentionBackend
 from veomni.ops.attention.varlen import register_attention
 from veomni.registry import did_you_mean
@@ -69,13 +69,14 @@ def build_model(
     _refuse_quantised(config, origin)
     with torch.device("meta"):
         model = _construct(config, attention, trust_remote_code)
+    adapter = ModelAdapter.of(model)
     if attention == "auto":
-        leave_attention_open(model)
-    want_experts(model, experts)
+        adapter.attention_open = True
+    adapter.experts = experts
     isolate_documents(model)
     if origin is not None:
         _take_generation_config(model, origin)
-    set_weight_source(model, WeightSource(origin, parts))
+    adapter.weight_source = WeightSource(origin, parts)
     return model
 
 

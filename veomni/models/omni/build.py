@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from veomni.errors import ModelError
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.model import build_model
 from veomni.models.weights.safetensors_files import has_safetensors
-from veomni.models.weights.source import WeightSource, set_weight_source
+from veomni.models.weights.source import WeightSource
 
 
 def build_omni_model(
@@ -58,5 +59,5 @@ def build_omni_model(
     model = build_model(config, attention=attention, weights="random")
     directories = {name: find_directory(source) for name, source in given.items()}
     parts = {name: path for name, path in directories.items() if path is not None and has_safetensors(path)}
-    set_weight_source(model, WeightSource(None, parts))
+    ModelAdapter.of(model).weight_source = WeightSource(None, parts)
     return model

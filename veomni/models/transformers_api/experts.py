@@ -84,12 +84,3 @@ def own_balance_loss(model: nn.Module) -> float | None:
 def balances_on_softmax(model: nn.Module) -> bool:
     """Whether transformers defines a load-balancing loss for a model; it is always one of the softmax of the logits."""
     return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
-
-
-def drop_own_balance_loss(model: nn.Module) -> None:
-    """Keep a transformers model from adding a load-balancing loss of its own; its configuration stays as it is."""
-
-    def never(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "output_router_logits": False}
-
-    model.register_forward_pre_hook(never, with_kwargs=True)

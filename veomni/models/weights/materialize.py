@@ -13,13 +13,14 @@ from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.skeleton import skeleton_of
 from veomni.models.weights.gather import plain_name
 from veomni.models.weights.initialize import Initializer
 from veomni.models.weights.part_streams import PartStreams
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.models.weights.shards import allocate_like, copy_into, local_box
-from veomni.models.weights.source import WeightSource, weight_source
+from veomni.models.weights.source import WeightSource
 from veomni.models.weights.stream import WeightStream, broadcast_from_zero
 
 logger = create_logger(__name__)
@@ -60,7 +61,7 @@ class Materializer:
     def __init__(self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None) -> None:
         self.device = device
         skeleton = skeleton_of(model)
-        source = weight_source(model)
+        source = ModelAdapter.of(model).weight_source
         self._initializer = Initializer(skeleton, device, seed) if any(_meta_slots(model, "")) else None
         self._stream = _stream(skeleton, source)
         if self._stream is not None:

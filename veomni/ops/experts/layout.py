@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from veomni.models.transformers_api.experts import apply_gate
 from veomni.ops.experts.activation import SwiGLU, swiglu
 
-_ACTIVATION = "_veomni_expert_activation"
+ACTIVATION = "_veomni_expert_activation"
+"""The attribute of an experts module in which its activation may be kept."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,25 @@ def local_parameter(module: nn.Module, name: str) -> Tensor:
 def expert_layout(module: nn.Module) -> ExpertLayout:
     """Read the layout off a module that :func:`holds_experts`.
 
-    The activation is found once for a module, by trying it out; :func:`find_activation` does that ahead of a run.
+    The activation is what the module keeps in :data:`ACTIVATION`, or is found by :func:`find_activation`.
     """
     experts: Any = module
-    if not hasattr(module, _ACTIVATION):
-        find_activation(module)
     return ExpertLayout(
         has_gate=experts.has_gate,
         is_transposed=experts.is_transposed,
         has_bias=experts.has_bias,
         has_post_expert_norm=getattr(module, "has_post_expert_norm", False),  # since transformers 5.19
-        activation=getattr(module, _ACTIVATION),
+        activation=getattr(module, ACTIVATION) if hasattr(module, ACTIVATION) else find_activation(module),
         local_experts=local_parameter(module, "down_proj").shape[0],
     )
 
 
-def find_activation(module: nn.Module) -> None:
-    """Find out which SwiGLU a module's gating computes, if it does, and remember it on the module.
+def find_activation(module: nn.Module) -> SwiGLU | None:
+    """Return which SwiGLU a module's gating computes; None for another activation.
 
     The module's own function decides: a candidate counts only if it gives the same on numbers inside and far outside
     of every limit.
     """
-    setattr(module, _ACTIVATION, _which_swiglu(module))
-
-
-def _which_swiglu(module: nn.Module) -> SwiGLU | None:
     experts: Any = module
     act_fn = getattr(module, "act_fn", None)
     if not experts.has_gate or (isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters())):
