@@ -26,7 +26,9 @@ def main() -> None:
     eval_loader = config.build_loader(held_out, tokenizer, launcher, train=False) if held_out else None
     answers = train_set.data_type == "multimodal"  # also evaluate which answers are right, word for word
 
-    model = launcher.setup_model(config.build_model(tokenizer))  # meta -> sharded -> weights, block by block
+    model = launcher.setup_model(
+        config.build_model(tokenizer), **config.setup_options()
+    )  # meta -> sharded -> weights, block by block
     optimizer = config.train.optimizer.build(model)  # one for each mesh, behind a single step()
     steps = config.total_steps(loader)
     scheduler = config.train.scheduler.build(optimizer, steps)

@@ -62,6 +62,10 @@ class MediaError(DataError):
     """An image, a video or audio cannot be used; the one type of error that ``on_bad_media="skip"`` skips."""
 
 
+class LoopError(InputError):
+    """A training loop calls the launcher's verbs in a way that cannot be right."""
+
+
 class ModelError(InputError):
     """A model directory, configuration or architecture cannot be used."""
 

@@ -119,14 +119,19 @@ class Config(Section):
             recompute=train.activation_checkpointing,
             compile=train.compile,
             balance_towers=train.balance_encoders,
-            fused_loss=train.fused_loss,
-            router=train.router.build(),
-            broadcast_weights=train.broadcast_weights,
             deterministic=train.deterministic,
             timeout_seconds=train.timeout_seconds,
             reporter=reporter,
             checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
         )
+
+    def setup_options(self) -> dict[str, Any]:
+        """Return what ``Launcher.setup_model`` takes beside the model."""
+        train = self.train
+        return {
+            "fused_loss": train.fused_loss, "router": train.router.build(),
+            "broadcast_weights": train.broadcast_weights,
+        }  # fmt: skip
 
     def open_data(self) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None."""

@@ -61,7 +61,7 @@ def held_out(folder):
 
 
 def evaluated(folder, tokenizer, strategies, micro_batch_size, fused):
-    launcher = Launcher(strategies, accelerator="cpu", precision="fp64", fused_loss=fused)
+    launcher = Launcher(strategies, accelerator="cpu", precision="fp64")
     launcher.launch()
     rank, size = launcher.data_parallel
     loader = make_loader(
@@ -69,7 +69,7 @@ def evaluated(folder, tokenizer, strategies, micro_batch_size, fused):
         micro_batch_size=micro_batch_size, global_batch_size=8, max_seq_len=ROW, cache_dir=folder / "cache",
         pin_memory=False, lookahead=4,
     )  # fmt: skip
-    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager"))
+    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager"), fused_loss=fused)
     twice = [launcher.evaluate(model, loader, answers=True) for _ in range(2)]
     assert twice[0] == twice[1]
     assert "eval_accuracy" not in launcher.evaluate(model, loader)
@@ -141,7 +141,7 @@ def own_loss():
 
 
 def test_a_model_with_a_loss_of_its_own_is_not_scored():
-    with pytest.raises(RankFailed, match="nobody sees what it predicts"):
+    with pytest.raises(RankFailed, match="predictions of Model are unavailable"):
         run_ranks(own_loss, 1, init=False)
 
 

@@ -58,11 +58,11 @@ def loader_of(folder, tokenizer, **options):
 
 def steps_of(folder, tokenizer, strategies, micro_batch_size, fused):
     """Forward and backward through some steps, without an update."""
-    launcher = Launcher(strategies, accelerator="cpu", precision="fp64", fused_loss=fused)
+    launcher = Launcher(strategies, accelerator="cpu", precision="fp64")
     launcher.launch()
     loader = loader_of(folder, tokenizer, parallel=launcher.data_parallel, shard=launcher.sequence_shard,
                        micro_batch_size=micro_batch_size)  # fmt: skip
-    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager"))
+    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager"), fused_loss=fused)
     found = []
     for batch in launcher.track(loader, max_steps=STEPS):
         for micro in launcher.accumulate(model, batch):

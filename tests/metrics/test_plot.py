@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from veomni.accelerators import select_accelerator
-from veomni.batch.micro_batch import StepBatch, StepWork
 from veomni.loop.reporter import Reporter
+from veomni.loop.step import Step
+from veomni.loop.sync import StepTotals
 from veomni.metrics import plot_loss
 from veomni.strategies.transforms.precision import select_precision
 
@@ -112,7 +113,7 @@ def test_the_summary_says_what_was_reached_and_where_it_is(tmp_path: Path, capsy
     reporter.start(0, 3)
     for step, metrics in enumerate(({"loss": 3.0}, {"loss": 2.0}, {"loss": 1.5, "eval_loss": 1.75}), start=1):
         reporter.begin_step()
-        reporter.report(metrics, StepBatch([], 1.0, StepWork(), step))
+        reporter.report(metrics, Step(step, [], StepTotals(), None))
     reporter.close("finished")
     text = stream.getvalue()
     assert f"Linear, 16 parameters; steps 1 to 3; output in {tmp_path}" in text

@@ -16,6 +16,7 @@ from veomni.batch.documents import RowLayout
 from veomni.batch.micro_batch import MicroBatch
 from veomni.launcher import Launcher
 from veomni.models import build_model
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import MoEOptions
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing.documents import IGNORE, Document, global_rows, pack, supervised
@@ -63,11 +64,11 @@ def balanced_step(
     """Gradients, metrics and the tokens of every expert; ``mutate`` breaks something on purpose."""
     launcher = Launcher(
         ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision=precision, recompute=recompute,
-        compile=compile, timeout_seconds=60, router=options,
+        compile=compile, timeout_seconds=60,
     )  # fmt: skip
     launcher.launch()
     config = tiny_config(model_name, **changes)
-    model = launcher.setup_model(build_model(config, weights="random")).train()
+    model = launcher.setup_model(build_model(config, weights="random"), router=options).train()
     if mutate is not None:
         mutate(launcher, model)
     place = launcher.data_parallel
@@ -78,7 +79,7 @@ def balanced_step(
         loss = launcher.global_loss(batch).item()
         gradients = full_gradients(model)
         norm = launcher.clip_grad_norm(model, 1e9).item()
-    controller = launcher._controllers[model]
+    controller = ModelAdapter.of(model).routers
     metrics = {name: value.item() for name, value in controller.metrics().items()}
     load = {} if controller.load is None else dict(
         zip(controller.load.names, (sent.tolist() for sent in controller.load.assignments), strict=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import MoEOptions
 from veomni.moe.routers import Listener
 from veomni.testing.oracle import BOUNDS, check
@@ -129,7 +130,7 @@ def step_with_dropout():
     counters = []
 
     def listen(launcher, model):
-        controller = launcher._controllers[model]
+        controller = ModelAdapter.of(model).routers
         counters.append(CountTrainedOn(controller))
         for router in controller.routers:
             router.listeners.append(counters[0])

@@ -38,11 +38,13 @@ def steps(model_name, layout, count, accumulation=1, output_dir=None, mutate=Non
     schedule = None if output_dir is None else CheckpointSchedule(output_dir / "checkpoints", resume=resume)
     launcher = Launcher(
         ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60,
-        router=MoEOptions(bias_update_rate=RATE), checkpoints=schedule,
+        checkpoints=schedule,
     )  # fmt: skip
     launcher.launch()
     config = any_tiny_config(model_name) if model_name == "laguna" else tiny_config(model_name)
-    model = launcher.setup_model(build_model(config, weights="random")).train()
+    model = launcher.setup_model(
+        build_model(config, weights="random"), router=MoEOptions(bias_update_rate=RATE)
+    ).train()
     if mutate is not None:
         mutate(launcher)
     state = {"model": model}
@@ -120,9 +122,9 @@ def test_a_bias_that_is_a_parameter():
 )
 def test_models_that_cannot_are_refused_by_name(model, options, named):
     def set_up():
-        launcher = Launcher("single", accelerator="cpu", router=options)
+        launcher = Launcher("single", accelerator="cpu")
         launcher.launch()
-        launcher.setup_model(build_model(tiny_config(model), weights="random"))
+        launcher.setup_model(build_model(tiny_config(model), weights="random"), router=options)
 
     with pytest.raises(RankFailed) as failed:
         run_ranks(set_up, 1, init=False)

@@ -18,6 +18,7 @@ from veomni.errors import DataError, NonFiniteError
 from veomni.launcher import Launcher
 from veomni.loop.reporter import Reporter
 from veomni.models import build_model
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import ExpertLoad, MoEOptions
 from veomni.moe.routers import Listener
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
@@ -85,9 +86,9 @@ def test_padding_that_nobody_placed_is_counted_unless_a_loss_depends_on_it():
 
 def vision_language_load(placed, options=None):
     config = tiny_config("qwen3_vl_moe")
-    launcher = Launcher("single", accelerator="cpu", precision="fp32", router=options)
+    launcher = Launcher("single", accelerator="cpu", precision="fp32")
     launcher.launch()
-    model = launcher.setup_model(build_model(config, weights="random")).train()
+    model = launcher.setup_model(build_model(config, weights="random"), router=options).train()
     documents = [
         {"input_ids": torch.arange(2, 2 + length), "labels": torch.arange(2, 2 + length)} for length in (30, 20)
     ]
@@ -97,7 +98,7 @@ def vision_language_load(placed, options=None):
     for step in launcher.track([[batch]]):
         for micro in launcher.accumulate(model, step):
             launcher.backward(model(**micro.inputs).loss, micro)
-    load = launcher._controllers[model].load
+    load = ModelAdapter.of(model).routers.load
     launcher.close()
     return {name: sent.tolist() for name, sent in zip(load.names, load.assignments, strict=True)}
 
@@ -115,10 +116,12 @@ def test_dense_models_report_nothing():
 def reported_run(output_dir, layout, steps, resume_from=0):
     launcher = Launcher(
         LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp32", timeout_seconds=60,
-        router=MoEOptions(log_load_every=2), reporter=Reporter(output_dir, plot=True),
+        reporter=Reporter(output_dir, plot=True),
     )  # fmt: skip
     launcher.launch()
-    model = launcher.setup_model(build_model(tiny_config("qwen3_moe", num_experts=6), weights="random")).train()
+    model = launcher.setup_model(
+        build_model(tiny_config("qwen3_moe", num_experts=6), weights="random"), router=MoEOptions(log_load_every=2)
+    ).train()
     if resume_from:
         launcher.step = resume_from
         launcher.reporter.resume_from(resume_from)
@@ -152,7 +155,7 @@ def test_files_of_a_run(tmp_path):
 
 
 def one_token_breaks(launcher, model):
-    router = launcher._controllers[model].routers[1]
+    router = ModelAdapter.of(model).routers.routers[1]
 
     class Spoil(Listener):
         def choose(self, router, routing):

@@ -74,10 +74,10 @@ def truth(model_name: str) -> tuple[float, dict[str, torch.Tensor]]:
 def replayed_step(model_name, layout, *, recompute="none", accumulation=1, options=None):
     launcher = Launcher(
         ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", recompute=recompute,
-        timeout_seconds=60, router=options,
+        timeout_seconds=60,
     )  # fmt: skip
     launcher.launch()
-    model = launcher.setup_model(build_model(tiny_config(model_name), weights="random")).train()
+    model = launcher.setup_model(build_model(tiny_config(model_name), weights="random"), router=options).train()
     place = launcher.data_parallel
     mine = rows(model_name)[place.rank :: place.size]
     count = len(mine) // accumulation

@@ -56,8 +56,8 @@ def mean_of_micro_batch_means(share, loss, *args):
 
 
 @bug(seams.STEP_SYNC, "ddp2")
-def tokens_counted_on_one_rank_only(sync, **mine):
-    return sync(**{**mine, "loss_weight": mine["loss_weight"] if dist.get_rank() == 0 else 0})
+def tokens_counted_on_one_rank_only(sync, counts):
+    return sync({**counts, "token_weight": counts["token_weight"] if dist.get_rank() == 0 else 0})
 
 
 @bug(seams.GROUP_SIZE, "fsdp2_2")
@@ -71,11 +71,11 @@ def label_shift_lost(shift, labels, fill):
 
 
 @bug(seams.MICRO_BATCHES, "fsdp1_full")
-def first_label_of_a_document_trained(accumulate, launcher, model, batch):
-    for micro in batch.micro_batches:
+def first_label_of_a_document_trained(accumulate, launcher, model, step):
+    for micro in step.micro_batches:
         starts = micro["position_ids"] == 0
         micro["labels"][starts] = micro["input_ids"][starts]
-    return accumulate(launcher, model, batch)
+    return accumulate(launcher, model, step)
 
 
 @bug(seams.DOCUMENTS, "single")
@@ -89,8 +89,8 @@ def ddp_gradients_never_synchronised(grad_sync, strategy, model, last):
 
 
 @bug(seams.MICRO_BATCHES, "ddp2")
-def earlier_micro_batches_forgotten(accumulate, launcher, model, batch):
-    for micro in accumulate(launcher, model, batch):
+def earlier_micro_batches_forgotten(accumulate, launcher, model, step):
+    for micro in accumulate(launcher, model, step):
         model.zero_grad()
         yield micro
 
@@ -129,8 +129,8 @@ def same_rows_on_every_rank(place, launcher):
 
 
 @bug(seams.STEP_LOSS, "fsdp2_2")
-def loss_not_reduced(loss, launcher, batch):
-    return batch.loss
+def loss_not_reduced(loss, launcher, step):
+    return step.of().loss
 
 
 @bug(seams.EXPERT_AVERAGE, "ep2_fsdp2_4", "qwen3_moe")

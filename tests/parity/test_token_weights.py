@@ -102,9 +102,9 @@ def loader(tmp_path, tokenizer):
 
 
 def one_step(make, strategies, micro, streaming=False, fused=True, scale=1.0, precision="fp64"):
-    launcher = Launcher(strategies, accelerator="cpu", precision=precision, fused_loss=fused)
+    launcher = Launcher(strategies, accelerator="cpu", precision=precision)
     launcher.launch()
-    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager")).train()
+    model = launcher.setup_model(build_model(tiny_config("llama"), attention="eager"), fused_loss=fused).train()
     loader = make(scale, streaming, micro, launcher)
     seen = set()
     for batch in launcher.track(loader, max_steps=1):

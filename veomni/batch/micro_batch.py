@@ -78,12 +78,12 @@ class MicroBatch:
         targets: What the loss reads beside labels.
         origin: Where its documents come from.
         args: The model's positional arguments, of loaders that yield tuples or tensors.
+        samples: How many samples were collated; None counts rows. 0 marks a filler, which weighs nothing.
+        index: Its place in the step.
         weight: What its loss is a mean over on this rank (weighted supervised tokens, labels or rows); set by
             ``Launcher.accumulate``.
         last: Whether gradients are synchronised in its backward.
         owner: The step it belongs to.
-        samples: Samples of the dataset in it, where the loader counted them. 0 is a filler: it is computed where a rank
-            has nothing left, and weighs 0.
     """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -91,10 +91,11 @@ class MicroBatch:
     targets: Targets = field(default_factory=Targets)
     origin: Origin = field(default_factory=Origin)
     args: tuple[Any, ...] = ()
+    samples: int | None = None
     weight: float = 0.0
+    index: int = 0
     last: bool = True
     owner: Owner | None = field(default=None, repr=False)
-    samples: int | None = None
 
     def __post_init__(self) -> None:
         self._index()
@@ -113,20 +114,20 @@ class MicroBatch:
     # ---------------------------------------------------------------- made from
 
     @classmethod
-    def of(cls, batch: Any, samples: int | None = None) -> MicroBatch:
+    def of(cls, batch: Any, *, samples: int | None = None) -> MicroBatch:
         """Return what a loader yields for one forward as a micro-batch.
 
         Args:
+            samples: How many samples were collated into it, if that is known; 0 marks a filler.
             batch: A micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do
                 not take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or
                 one such argument: a tensor, nested or not, or an object with a method ``to(device)``.
-            samples: Samples in it; None counts its rows.
 
         Raises:
             DataError: it is none of these.
         """
         if isinstance(batch, MicroBatch):
-            return batch
+            return batch if samples is None else replace(batch, samples=samples)
         named = _named(batch)
         if named is not None:
             return cls.of_fields(named, samples=samples)
@@ -187,6 +188,11 @@ class MicroBatch:
 
     def __iter__(self) -> Iterator[str]:
         raise TypeError("a MicroBatch is not iterable: its keyword arguments are in .inputs, its fields in .fields()")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in it: a filler, or rows of padding alone."""
+        return self.samples == 0 or (self.rows.row_lengths is not None and not self.rows.document_lengths)
 
     def model_kwargs(self) -> dict[str, Any]:
         """Return a copy of the model's keyword arguments, to be changed."""

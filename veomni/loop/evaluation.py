@@ -2,77 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from veomni.batch.counts import sources_of, token_weight
+from veomni.batch.counts import label_count, sources_of, token_weight
 from veomni.batch.documents import document_numbers
 from veomni.batch.fields import IGNORE_INDEX, component_tokens
 from veomni.batch.micro_batch import MicroBatch
-from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
-from veomni.parallel.mesh import ParallelState
+from veomni.launch.world import World
+from veomni.loop.losses import loss_context
+from veomni.loop.step import forward
+from veomni.models.adapter.adapter import ModelAdapter
 
 if TYPE_CHECKING:
-    from veomni.metrics import AnswerAccuracy
-    from veomni.models import LossContext
+    from veomni.metrics import AnswerAccuracy, TokenPerplexity
+    from veomni.models.adapter.passes.loss_context import LossContext
+
+Measure = Callable[[nn.Module, MicroBatch], Tensor | Mapping[str, Tensor]]
+"""Runs a model on a micro-batch and returns means over it: its loss, or numbers by name ("loss", "accuracy")."""
 
 
 class Evaluation:
-    """Adds up losses and right answers, of all held-out data and of each source of a mixture.
+    """Adds up losses and correct answers, of all held-out data and of each source of a mixture.
 
     Args:
-        state: Says which ranks share rows, and which have rows of their own.
-        shard: Which positions of its rows this rank holds.
-        device: Where losses are.
+        model: What ``Launcher.setup_model`` returned.
+        world: The mesh, and where losses are.
         answers: Whether answers are counted.
+        measure: Computes the numbers instead of the model's own loss.
     """
 
-    def __init__(self, state: ParallelState, shard: SequenceShard, device: torch.device, *, answers: bool) -> None:
+    def __init__(self, model: nn.Module, world: World, *, answers: bool, measure: Measure | None = None) -> None:
+        self.model, self._state, self._device, self.answers = model, world.state, world.device, answers
+        self._measure = measure
+        self._shifts = ModelAdapter.of(model).loss is not None
+        self._means: dict[str, TokenPerplexity] = {"loss": self._mean()}
+        if measure is None:
+            self._means |= {f"loss_{name}": self._mean() for name in component_tokens({})}
+        self._sources: tuple[str, ...] = ()
+        self._source_sums = torch.zeros(2, 0, dtype=torch.float64, device=self._device)
+        self._accuracy: AnswerAccuracy | None = None
+        self._seen: set[str] = {"loss"}
+
+    def _mean(self) -> TokenPerplexity:
         from veomni.metrics import TokenPerplexity
 
-        self._state, self._shard, self._device, self.answers = state, shard, device, answers
-        self._loss = TokenPerplexity(process_group=state.group("loss")).to(device)
-        self._parts = {
-            name: TokenPerplexity(process_group=state.group("loss")).to(device) for name in component_tokens({})
-        }
-        self._sources: tuple[str, ...] = ()
-        self._source_sums = torch.zeros(2, 0, dtype=torch.float64, device=device)
-        self._accuracy: AnswerAccuracy | None = None
-        self._seen: set[str] = set()
+        return TokenPerplexity(process_group=self._state.group("loss")).to(self._device)
 
-    def add(self, micro: MicroBatch, output: Any, told: LossContext) -> None:
-        """Add a micro-batch.
+    def add(self, held: MicroBatch) -> None:
+        """Run the model on a micro-batch, and add up what it makes of it.
 
         Args:
-            micro: This rank's shard of it, on the CPU.
-            output: What the model returned; a composed model's losses by part.
-            told: What its loss was told.
+            held: This rank's shard, on the CPU.
 
         Raises:
-            ModelError: answers are counted, and the model takes its loss by itself.
+            ModelError: answers are counted, and the model computes its loss itself; or it returns no loss.
         """
-        losses = dict(getattr(output, "losses", {"text": output.loss}))
-        weight, tokens = token_weight(micro), component_tokens(micro.inputs)
-        self._loss.update(losses.pop("text") * weight, weight)
-        for name, loss in losses.items():
-            self._parts[name].update(loss * tokens[name], tokens[name])
+        micro = held.to(self._device)
+        weight = token_weight(held) if self._shifts else label_count(held)
+        with loss_context(self.model, micro) as context:
+            context.predicts = self.answers
+            if self._measure is not None:
+                found = self._measure(self.model, micro)
+                means = {"loss": found} if isinstance(found, Tensor) else dict(found)
+                weights = dict.fromkeys(means, float(weight))
+            else:
+                means, weights = self._own_losses(forward(self.model, micro), held, weight)
+        for name, mean in means.items():
+            if name not in self._means:
+                self._means[name] = self._mean()
+            self._means[name].update(mean * weights[name], weights[name])
             self._seen.add(name)
-        self._know(tuple(sources_of([micro])))
-        if told.by_source is not None:
-            self._source_sums = self._source_sums + told.by_source.sums
+        self._learn_sources(tuple(sources_of([held])))
+        if context.by_source is not None:
+            self._source_sums = self._source_sums + context.by_source.sums
         if self.answers:
-            if told.predictions is None:
-                raise ModelError(
-                    f"{type(output).__name__}: the model takes its loss by itself, and nobody sees what it predicts",
-                    "evaluate without answers",
-                )
-            self._count(micro, told.predictions.tokens, told.predictions.targets)
+            self._count(held, context)
 
-    def _know(self, names: tuple[str, ...]) -> None:
+    def _own_losses(self, output: Any, held: MicroBatch, weight: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            raise ModelError(
+                f"{type(self.model).__name__} returned no loss to evaluate",
+                "give the data labels, or give evaluate(..., loss=function(model, micro))",
+            )
+        components = dict(getattr(output, "losses", {"text": loss}))
+        means = {"loss": components.pop("text"), **{f"loss_{name}": each for name, each in components.items()}}
+        tokens = {f"loss_{name}": float(count) for name, count in component_tokens(held.inputs).items()}
+        return means, {"loss": weight, **tokens}
+
+    def _learn_sources(self, names: tuple[str, ...]) -> None:
         if self._accuracy is not None:
             return
         from veomni.metrics import AnswerAccuracy
@@ -82,37 +106,39 @@ class Evaluation:
         groups = max(1, len(self._sources))
         self._accuracy = AnswerAccuracy(groups, process_group=self._state.group("loss")).to(self._device)
 
-    def _count(self, micro: MicroBatch, tokens: Tensor, targets: Tensor) -> None:
+    def _count(self, held: MicroBatch, context: LossContext) -> None:
+        if context.predictions is None:
+            raise ModelError(
+                f"predictions of {type(self.model).__name__} are unavailable: it computes its loss itself",
+                "evaluate without answers",
+            )
         assert self._accuracy is not None
-        numbers = document_numbers(micro.inputs, micro.rows).flatten().to(self._device)
-        learned = targets != IGNORE_INDEX
-        wrong_and_learned = torch.zeros(2, len(micro.rows.document_lengths), dtype=torch.int64, device=self._device)
-        amounts = torch.stack([learned & (tokens != targets), learned]).long()
-        wrong_and_learned = wrong_and_learned.index_add(1, numbers[learned], amounts[:, learned])
-        if self._shard.size > 1:  # an answer may lie on several of the ranks that share a row: each of them counts it
-            dist.all_reduce(wrong_and_learned, group=self._state.group("sequence"))
-        sources = micro.origin.document_sources if self._sources else ()
+        tokens, targets = context.predictions.tokens, context.predictions.targets
+        numbers = document_numbers(held.inputs, held.rows).flatten().to(self._device)
+        supervised = targets != IGNORE_INDEX
+        counts = torch.zeros(2, len(held.rows.document_lengths), dtype=torch.int64, device=self._device)
+        amounts = torch.stack([supervised & (tokens != targets), supervised]).long()
+        counts = counts.index_add(1, numbers[supervised], amounts[:, supervised])
+        if held.rows.shard.size > 1:  # an answer may lie on several of the ranks that share a row: each counts it
+            dist.all_reduce(counts, group=self._state.group("sequence"))
+        sources = held.origin.document_sources if self._sources else ()
         group = torch.tensor(sources, dtype=torch.int64, device=self._device) if sources else None
-        wrong, supervised = wrong_and_learned
-        self._accuracy.update(wrong, supervised, group)
+        self._accuracy.update(counts[0], counts[1], group)
 
     def compute(self) -> dict[str, float]:
-        """Return ``eval_loss``, ``perplexity`` and ``eval_accuracy``, equal on all ranks.
-
-        Of a composed model, also ``eval_loss_NAME`` for each decoder; of a mixture, ``eval_loss/NAME`` and
-        ``eval_accuracy/NAME`` for each source.
-        """
-        found = self._loss.compute()
-        metrics = {"eval_loss": found["loss"], "perplexity": found["perplexity"]}
-        metrics |= {f"eval_loss_{name}": self._parts[name].compute()["loss"] for name in sorted(self._seen)}
+        """Return the means as ``eval_NAME``, equal on all ranks; see ``Launcher.evaluate``; collective."""
+        found = {name: self._means[name].compute() for name in ["loss", *sorted(self._seen - {"loss"})]}
+        metrics = {f"eval_{name}": values["loss"] for name, values in found.items()}
+        if self._shifts:
+            metrics["perplexity"] = found["loss"]["perplexity"]
         if self._sources:
             dist.all_reduce(self._source_sums, group=self._state.group("loss"))
             losses, weights = self._source_sums
             metrics |= _by_name("eval_loss", self._sources, losses / weights)
         if self.answers and self._accuracy is not None:
-            right = self._accuracy.compute()
-            metrics |= {"eval_accuracy": right["accuracy"]}
-            metrics |= _by_name("eval_accuracy", self._sources, right["by_group"])
+            correct = self._accuracy.compute()
+            metrics |= {"eval_accuracy": correct["accuracy"]}
+            metrics |= _by_name("eval_accuracy", self._sources, correct["by_group"])
         return {name: float(value) for name, value in metrics.items()}
 
 

@@ -1,73 +1,96 @@
-"""The losses of an optimizer step over all ranks: of every part of a model, and of every source of the data."""
+"""The losses of an optimizer step over all ranks: of every component of a model, and of every source of the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from veomni.batch.counts import sources_of
 from veomni.batch.fields import component_tokens
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
-from veomni.loop.step import StepBatch
+from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.loss_context import LossContext
 from veomni.parallel.mesh import ParallelState
 
+if TYPE_CHECKING:
+    from veomni.loop.step import ModelStep
 
-def shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, batch: StepBatch) -> Tensor:
-    """Return a micro-batch's part of the step's mean loss; parts are remembered in the batch."""
+
+@contextmanager
+def loss_context(model: nn.Module, micro: MicroBatch) -> Iterator[LossContext]:
+    """Provide the loss of ``model``, inside the context, with what the model does not pass on to it.
+
+    Raises:
+        ModelError: tokens have weights, and the model computes its loss itself.
+    """
+    loss = ModelAdapter.of(model).loss
+    if loss is None:
+        if micro.targets.loss_weights is not None:
+            problem = f"the batch has loss_weights, and {type(model).__name__} computes its loss itself"
+            raise ModelError(problem, "leave the weights out of the data, or give each token 0 or 1")
+        yield LossContext()
+        return
+    loss.context = LossContext.of(micro)
+    try:
+        yield loss.context
+    finally:
+        loss.context = LossContext()
+
+
+def shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, step: ModelStep) -> Tensor:
+    """Return a micro-batch's share of the step's mean loss; those of components are added to ``step.losses``."""
     if isinstance(loss, Tensor):
-        return loss * _share("text", micro, batch)
-    shares = {name: part * _share(name, micro, batch) for name, part in loss.items()}
-    for name, part in shares.items():
-        batch.losses[name] = batch.losses.get(name, torch.zeros_like(batch.loss)) + part.detach()
+        return _share("text", loss, micro, step)
+    shares = {name: _share(name, each, micro, step) for name, each in loss.items()}
+    for name, share in shares.items():
+        step.losses[name] = step.losses.get(name, torch.zeros_like(step.loss)) + share.detach()
     return torch.stack(list(shares.values())).sum()
 
 
-def _share(name: str, micro: MicroBatch, batch: StepBatch) -> float:
-    """Return which share a micro-batch has of what a part's loss is the mean over."""
+def _share(name: str, loss: Tensor, micro: MicroBatch, step: ModelStep) -> Tensor:
+    """Return a loss times the micro-batch's share of what the component's loss is the mean over."""
     if name == "text":
-        return micro.weight / (batch.loss_weight or 1.0)
-    if name not in batch.part_tokens:
+        mine, total = micro.weight, step.total
+    elif name in step.totals.components:
+        mine, total = component_tokens(micro.inputs)[name], step.totals.components[name]
+    else:
         raise ModelError(
-            f"a loss called {name!r} is the mean over nobody knows how many tokens",
-            "register a key with Field(counts=...) that tells them (veomni/batch/fields.py)",
+            f"loss {name!r} has no token count",
+            "register a field with Field(counts=...) that counts its tokens (veomni/batch/fields.py)",
         )
-    return component_tokens(micro.inputs)[name] / max(1, batch.part_tokens[name])
+    if not mine:  # the mean over nothing may be NaN
+        return loss.nan_to_num() * 0.0
+    return loss * (mine / total)
 
 
-def summed_parts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return the sums by name over micro-batches; every known part is in it, also without any."""
-    total = component_tokens({})
-    for one in counts:
-        total = {name: total[name] + one[name] for name in total}
-    return total
-
-
-def part_losses(batch: StepBatch, state: ParallelState) -> dict[str, Tensor]:
-    """Return the mean loss of every part over its tokens of the step, equal on all ranks; see ``Launcher``."""
-    names = sorted(batch.losses)
+def component_losses(step: ModelStep, state: ParallelState) -> dict[str, Tensor]:
+    """Return the mean loss of every component over its tokens of the step, equal on all ranks; see ``Launcher``."""
+    names = sorted(step.losses)
     if not names:
         return {}
-    means = torch.stack([batch.losses[name] for name in names])
+    means = torch.stack([step.losses[name] for name in names])
     dist.all_reduce(means, group=state.group("loss"))
     return {f"loss_{name}": mean for name, mean in zip(names, means, strict=True)}
 
 
-def source_metrics(batch: StepBatch, state: ParallelState) -> dict[str, float | int | None]:
+def source_metrics(step: ModelStep, state: ParallelState) -> dict[str, float | int | None]:
     """Return what a mixture's sources have in the step, equal on all ranks; see ``Launcher``."""
-    sources = sources_of(batch.micro_batches)
+    sources = sources_of(step.micro_batches)
     if len(sources) < 2:
         return {}
     counts = torch.tensor(list(sources.values()), dtype=torch.float64).T / state.size("sequence")
-    losses = batch.source_sums
+    losses = step.source_sums
     numbers = torch.cat([torch.zeros(2, len(sources)) if losses is None else losses.cpu(), counts])
     dist.all_reduce(numbers)  # as ranks agree before a step: small, in float64, on the CPU
     found: dict[str, float | int | None] = {}
-    for name, (loss, learned, documents, tokens) in zip(sources, numbers.T.tolist(), strict=True):
+    for name, (loss, supervised, documents, tokens) in zip(sources, numbers.T.tolist(), strict=True):
         if losses is not None:
-            found[f"source_loss/{name}"] = loss / learned if learned else None
+            found[f"source_loss/{name}"] = loss / supervised if supervised else None
         found |= {f"source_samples/{name}": round(documents), f"source_tokens/{name}": round(tokens)}
     return found

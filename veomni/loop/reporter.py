@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
 from veomni.logging import create_logger, current_rank
-from veomni.loop.step import StepBatch, StepWork
 
 if TYPE_CHECKING:
     from veomni.loggers import JsonLines, Logger, LoggerGroup
+    from veomni.loop.step import Step
+    from veomni.loop.sync import StepTotals
     from veomni.metrics import FlopsCounter, Progress, Throughput
     from veomni.moe import ExpertLoad
     from veomni.strategies.transforms.precision import Precision
@@ -79,13 +80,12 @@ class Reporter:
         )
         accelerator.reset_peak_memory()
 
-    def measure(self, micro_batches: Sequence[MicroBatch]) -> StepWork:
-        """Return what this rank computes in a step."""
-        lengths = [length for micro in micro_batches for length in micro.rows.document_lengths]
+    def measure(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
+        """Return the FLOPs of this rank's micro-batches, with causal attention and with full; 0 if not known."""
         if self._flops is None:
-            return StepWork(tokens=sum(lengths))
-        flops = self._flops.step_flops(lengths)
-        return StepWork(sum(lengths), flops.causal, flops.full)
+            return 0.0, 0.0
+        flops = self._flops.step_flops([length for micro in micro_batches for length in micro.rows.document_lengths])
+        return flops.causal, flops.full
 
     def resume_from(self, step: int) -> None:
         """Drop what was reported past ``step``; those steps are taken again."""
@@ -116,23 +116,23 @@ class Reporter:
         if self._throughput is not None:
             self._throughput.mark(section)
 
-    def report(self, metrics: Mapping[str, float | int | Tensor | None], batch: StepBatch) -> None:
+    def report(self, metrics: Mapping[str, float | int | Tensor | None], step: Step) -> None:
         """Send the numbers of a step to the progress bar and the loggers."""
         evaluated = any(name.startswith("eval_") for name in metrics)
-        if not self._active or (batch.index % self.log_every and not evaluated):
+        if not self._active or (step.index % self.log_every and not evaluated):
             return
         numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        numbers |= self._timing(batch.work)
+        numbers |= self._timing(step.totals)
         if self._progress is not None:
-            self._progress.update(batch.index, numbers)
-        self._latest |= {"step": batch.index, **numbers}
-        self._logger_group().log(numbers, batch.index)
+            self._progress.update(step.index, numbers)
+        self._latest |= {"step": step.index, **numbers}
+        self._logger_group().log(numbers, step.index)
 
-    def report_expert_load(self, load: ExpertLoad, batch: StepBatch) -> None:
+    def report_expert_load(self, load: ExpertLoad, step: Step) -> None:
         """Write the number of tokens dispatched to every expert in a step, a line of ``expert_load.jsonl``."""
         if self._writes:
             counts = {name: sent.tolist() for name, sent in zip(load.names, load.assignments, strict=True)}
-            self._expert_load_lines().append({"step": batch.index, "tokens_per_expert": counts})
+            self._expert_load_lines().append({"step": step.index, "tokens_per_expert": counts})
 
     @property
     def _writes(self) -> bool:
@@ -146,13 +146,13 @@ class Reporter:
             self._expert_load = JsonLines(self.output_dir / "expert_load.jsonl")
         return self._expert_load
 
-    def _timing(self, work: StepWork) -> dict[str, float | int | None]:
+    def _timing(self, totals: StepTotals) -> dict[str, float | int | None]:
         if self._throughput is None:
-            return {"tokens": int(work.tokens)}
+            return {"tokens": int(totals.tokens)}
         from veomni.metrics import StepFlops
 
-        flops = StepFlops(work.flops_causal, work.flops_full) if self._flops is not None else None
-        return self._throughput.end_step(int(work.tokens), flops)
+        flops = StepFlops(totals.flops_causal, totals.flops_full) if self._flops is not None else None
+        return self._throughput.end_step(int(totals.tokens), flops)
 
     def end_loop(self) -> None:
         """Close the bar: the loop is over, and what is printed from here on goes below it."""

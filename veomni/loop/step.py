@@ -1,52 +1,253 @@
-"""One optimizer step: its micro-batches and what the ranks agreed on."""
+"""One optimizer step: its micro-batches, what all ranks agreed on, and what each model made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from veomni.batch.counts import label_count, row_count, token_weight
+from veomni.batch.fields import component_tokens
 from veomni.batch.micro_batch import MicroBatch
+from veomni.errors import DataError, LoopError, ModelError
+from veomni.launch.world import World
+from veomni.loop.losses import loss_context, shared_loss
+from veomni.loop.randomness import same_draws_after
+from veomni.loop.sync import StepTotals, sync_step
+from veomni.models.adapter.adapter import ModelAdapter
+
+if TYPE_CHECKING:
+    from veomni.moe import ExpertLoad, RouterController
+
+Weight = Callable[[MicroBatch], float]
+"""Returns what the loss of a micro-batch is a mean over: its share of the step's mean is in proportion."""
+
+GradSync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class StepWork:
-    """How much a step computes.
+class Step:
+    """All micro-batches of one optimizer step on this rank; what ``Launcher.track`` yields.
 
-    Attributes:
-        tokens: Tokens without padding, supervised or not.
-        flops_causal: FLOPs with causal attention counted as such; 0 when they are not known.
-        flops_full: FLOPs with attention counted as the whole square.
-    """
-
-    tokens: float = 0.0
-    flops_causal: float = 0.0
-    flops_full: float = 0.0
-
-
-@dataclass
-class StepBatch:
-    """All micro-batches of one optimizer step on this rank, and what the ranks agreed about them.
-
-    Attributes:
-        micro_batches: This rank's share, on the CPU.
-        loss_weight: The sum of its micro-batches' weights over all ranks.
-        work: Everything computed in the step over all ranks.
+    Args:
         index: The optimizer step, counted from 1 over the whole run.
-        loss: This rank's share of the global token mean, summed by ``Launcher.backward``; a 0-d tensor on the device.
-        part_tokens: By part of a composed model, the tokens of the step over all ranks that its loss is the mean of.
-        losses: This rank's share of each part's global mean, where ``Launcher.backward`` was given losses by part.
-        source_sums: Of a mixture, the summed losses of this rank's supervised tokens, each times its weight, and summed
-            weights, by source; ``[2, sources]`` on the device; None where the model takes its loss by itself.
+        micro_batches: This rank's shards, on the CPU.
+        totals: What the ranks agreed on.
+        world: The process it is taken in.
+
+    Attributes:
+        models: What each model that was accumulated on made of it.
     """
 
-    micro_batches: Sequence[MicroBatch]
-    loss_weight: float
-    work: StepWork
-    index: int
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    part_tokens: Mapping[str, int] = field(default_factory=dict)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    source_sums: Tensor | None = None
+    def __init__(self, index: int, micro_batches: Sequence[MicroBatch], totals: StepTotals, world: World) -> None:
+        self.index, self.micro_batches, self.totals, self.world = index, tuple(micro_batches), totals, world
+        self.models: dict[nn.Module, ModelStep] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        raise LoopError(
+            "a step is not iterated directly", "iterate over launcher.accumulate(model, step), or step.micro_batches"
+        )
+
+    def accumulate(self, model: nn.Module, grad_sync: GradSync, weight: Weight | None) -> ModelStep:
+        """Return the step of a model, to be iterated; see ``Launcher.accumulate``."""
+        if model in self.models:
+            self.models[model].check_complete()
+        self.models[model] = ModelStep(self, model, grad_sync, weight)
+        return self.models[model]
+
+    def of(self, model: nn.Module | None = None) -> ModelStep:
+        """Return the step of a model; None is the only one.
+
+        Raises:
+            LoopError: it was not accumulated on; or there are several, and none is named.
+        """
+        if model is not None and model in self.models:
+            return self.models[model]
+        if model is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        names = ", ".join(type(each).__name__ for each in self.models) or "no model"
+        raise LoopError(f"step {self.index} was accumulated on {names}", "name the model that was accumulated on")
+
+    def routing(self) -> dict[str, Tensor]:
+        """Return the metrics of all models' routers; where several have some, those of later ones are numbered."""
+        found: dict[str, Tensor] = {}
+        for number, each in enumerate(self.models.values()):
+            for name, value in ({} if each.routers is None else each.routers.metrics()).items():
+                found[f"{name}_{number}" if name in found else name] = value
+        return found
+
+    def expert_loads(self) -> list[ExpertLoad]:
+        """Return the load of the experts of every model whose load is to be reported now."""
+        routers = (each.routers for each in self.models.values() if each.routers is not None)
+        return [load for load in (each.load_due(self.index) for each in routers) if load is not None]
+
+    def check_complete(self) -> None:
+        """Check that every micro-batch of every model was backpropagated.
+
+        Raises:
+            LoopError: one was not.
+        """
+        for each in self.models.values():
+            each.check_complete()
+
+
+class ModelStep:
+    """One model's part of a step: the weights of its micro-batches, their losses, its routers.
+
+    Args:
+        step: The step.
+        model: What ``Launcher.setup_model`` returned.
+        grad_sync: Returns the context in which gradients are exchanged, or not.
+        weight: As ``Launcher.accumulate`` takes it.
+
+    Attributes:
+        total: What the step's loss is a mean over: the weights of all micro-batches of all ranks.
+        loss: This rank's share of the step's mean loss, summed by :meth:`backward`; a 0-d tensor on the device.
+        losses: The same by component of a composed model.
+        source_sums: Of a mixture, the summed losses of this rank's supervised tokens, each times its weight, and summed
+            weights, by source; ``[2, sources]`` on the device; None where the model computes its loss itself.
+        routers: What balances and reports the model's routers.
+    """
+
+    def __init__(self, step: Step, model: nn.Module, grad_sync: GradSync, weight: Weight | None) -> None:
+        self._step, self._model, self._grad_sync = step, model, grad_sync
+        self.micro_batches, self.totals, self._device = step.micro_batches, step.totals, step.world.device
+        adapter = ModelAdapter.of(model)
+        self.routers: RouterController | None = adapter.routers
+        self.weights, self.total = self._weights(adapter.loss is not None, weight)
+        self.loss = torch.zeros((), device=self._device)
+        self.losses: dict[str, Tensor] = {}
+        self.source_sums: Tensor | None = None
+        self._context: Any = None
+        self._backpropagated: set[int] = set()
+
+    def _weights(self, shifts: bool, weight: Weight | None) -> tuple[list[float], float]:
+        """Return the weight of each micro-batch, and of all of the step."""
+        if weight is None:
+            weights = [token_weight(micro) if shifts else label_count(micro) for micro in self.micro_batches]
+            total = self.totals.token_weight if shifts else self.totals.labels
+            if not total and not shifts and self.totals.samples:
+                raise DataError(
+                    f"no label of step {self._step.index} counts: all are -100", "give it labels, or leave it out"
+                )
+            return weights, total or 1.0
+        weights = [float(weight(micro)) for micro in self.micro_batches]
+        total = sync_step({"weight": sum(weights)})["weight"]
+        if not total > 0:
+            raise LoopError(
+                f"the weights of step {self._step.index} sum to {total}", "let weight= return what a loss averages over"
+            )
+        return weights, total
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        if self.routers is not None:
+            self._begin_routing(self.routers)
+        for index, (held, weight) in enumerate(zip(self.micro_batches, self.weights, strict=True)):
+            last = index == len(self.micro_batches) - 1
+            micro = replace(held.to(self._device), weight=weight, index=index, last=last, owner=self)
+            watch = nullcontext() if self.routers is None else self.routers.micro_batch(held)
+            with self._grad_sync(self._model, last), watch, loss_context(self._model, micro) as self._context:
+                yield micro
+
+    def _begin_routing(self, routers: RouterController) -> None:
+        routers.begin_step(self.totals.tokens, len(self.micro_batches))
+        if routers.counts_first:
+            with same_draws_after(self._step.world.accelerator):
+                run = lambda held: forward(self._model, held.to(self._device))  # noqa: E731
+                routers.count_first(self.micro_batches, run)
+
+    def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
+        """Add a micro-batch's gradients; see ``Launcher.backward``."""
+        if loss is None:
+            name = type(self._model).__name__
+            raise ModelError(f"{name} returned no loss", "give it labels, or compute the loss from what it returns")
+        if self.routers is not None:
+            self.routers.before_backward()
+        share = shared_loss(loss, micro, self)
+        self.loss = self.loss + share.detach()
+        (share * self._step.world.state.size("loss")).backward()
+        if micro.index not in self._backpropagated and self._context.by_source is not None:
+            sums = self._context.by_source.sums
+            self.source_sums = sums if self.source_sums is None else self.source_sums + sums
+        self._backpropagated.add(micro.index)
+        if self.routers is not None and micro.last:
+            self.routers.end_step()
+
+    def check_complete(self) -> None:
+        """Check that every micro-batch was backpropagated.
+
+        Raises:
+            LoopError: one was not.
+        """
+        count, missing = len(self.micro_batches), len(self.micro_batches) - len(self._backpropagated)
+        if missing:
+            raise LoopError(
+                f"step {self._step.index}: {missing} of {count} micro-batches had no launcher.backward",
+                "call launcher.backward(loss, micro) instead of loss.backward() for every micro-batch that "
+                "launcher.accumulate yields, and do not break out of it",
+            )
+
+
+def forward(model: nn.Module, micro: MicroBatch) -> Any:
+    """Return what a model makes of a micro-batch."""
+    return model(*micro.args, **micro.inputs)
+
+
+def listed(batch: Any) -> list[MicroBatch]:
+    """Return what a loader yields for one step as micro-batches.
+
+    Raises:
+        DataError: it is not a list of them.
+    """
+    if not isinstance(batch, (list, tuple)) or any(isinstance(each, (Tensor, str)) for each in batch):
+        found = f"a {type(batch).__name__}"
+        if isinstance(batch, (list, tuple)) and batch:
+            found += f" of {type(batch[0]).__name__}"
+        raise DataError(
+            f"a loader must yield the list of a step's micro-batches, and yielded {found}",
+            "give a torch DataLoader to launcher.setup_dataloader first, or yield [batch]",
+        )
+    return [MicroBatch.of(each) for each in batch]
+
+
+def counts_of(micro_batches: Sequence[MicroBatch], flops: tuple[float, float], copies: int) -> dict[str, float]:
+    """Return this rank's counts of a step, by the names of :class:`StepTotals`; those of components are prefixed.
+
+    Args:
+        micro_batches: The step's.
+        flops: With causal attention, and with full.
+        copies: Ranks that share each row, and count its work.
+    """
+    tokens = sum(sum(micro.rows.document_lengths) for micro in micro_batches)
+    counts = {
+        "token_weight": _counted(token_weight, micro_batches),
+        "labels": _counted(label_count, micro_batches),
+        "tokens": tokens / copies, "samples": _counted(row_count, micro_batches) / copies,
+        "flops_causal": flops[0] / copies, "flops_full": flops[1] / copies,
+    }  # fmt: skip
+    components = [component_tokens(micro.inputs) for micro in micro_batches]
+    for name in component_tokens({}):
+        counts[f"components.{name}"] = sum(each[name] for each in components)
+    return counts
+
+
+def _counted(count: Callable[[MicroBatch], float], micro_batches: Sequence[MicroBatch]) -> float:
+    """Return a sum over micro-batches; NaN where it cannot be counted, an error only where it is needed."""
+    try:
+        return float(sum(count(micro) for micro in micro_batches))
+    except DataError:
+        return math.nan
+
+
+def totals_of(sums: Mapping[str, float]) -> StepTotals:
+    """Return the sums of :func:`counts_of` over all ranks as totals."""
+    plain = {name: value for name, value in sums.items() if not name.startswith("components.")}
+    components = {name.partition(".")[2]: int(value) for name, value in sums.items() if name not in plain}
+    return StepTotals(**plain, components=components)
+
+
+__all__ = ["ModelStep", "Step", "counts_of", "forward", "listed", "totals_of"]

@@ -1,58 +1,47 @@
-"""What all ranks must agree about before a step: one small reduction on the CPU, and no other collective for it.
+"""What all ranks agree on before a step: one small reduction on the CPU, and no other collective for it.
 
-It ends uneven data together, gives the sum of tokens, or of their weights, that gradients are normalised by, and turns
-a signal to any one process into a decision of all.
+It ends uneven data together, gives the sums that gradients are normalised by, and turns a signal to any one process
+into a decision of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from veomni.loop.step import StepWork
-
 
 @dataclass(frozen=True)
-class Agreement:
-    """What the ranks agreed about; sums are over all ranks.
+class StepTotals:
+    """Sums over all ranks; each is what the loss of some model is a mean over.
 
     Attributes:
-        ranks_with_batch: How many ranks have a batch.
-        loss_weight: Supervised tokens, each as often as it weighs.
-        stop: Whether any rank was asked to stop.
-        work: What is computed.
-        parts: Tokens of the losses of each part.
-        ranks_drained: How many ranks have no document left in what they read.
+        token_weight: Weighted number of supervised tokens, of a loss that shifts its labels.
+        labels: Labels that are not ``IGNORE_INDEX``, of a loss that does not; rows, where there are no labels.
+        tokens: Tokens without padding, supervised or not.
+        samples: Rows.
+        flops_causal: FLOPs with causal attention counted as such; 0 when they are not known.
+        flops_full: FLOPs with attention counted as the whole square.
+        components: Tokens that the loss of each decoder of a composed model is the mean of.
     """
 
-    ranks_with_batch: int
-    loss_weight: float
-    stop: bool
-    work: StepWork
-    parts: dict[str, int]
-    ranks_drained: int = 0
+    token_weight: float = 0.0
+    labels: float = 0.0
+    tokens: float = 0.0
+    samples: float = 0.0
+    flops_causal: float = 0.0
+    flops_full: float = 0.0
+    components: Mapping[str, int] = field(default_factory=dict)
 
 
-def agree(
-    *,
-    has_batch: bool,
-    loss_weight: float,
-    stop: bool,
-    work: StepWork,
-    parts: Mapping[str, int] | None = None,
-    drained: bool = False,
-) -> Agreement:
-    """Sum everything over all ranks and return the result, equal everywhere.
+def sync_step(counts: Mapping[str, float]) -> dict[str, float]:
+    """Return the sum of every count over all ranks; collective.
 
-    It travels as float64, which holds counts exactly up to 2^53. ``parts`` has the same names on every rank.
+    Args:
+        counts: By the same names in the same order on every rank. They travel as float64, exact up to 2^53.
     """
-    own = dict(parts or {})
-    numbers = [has_batch, loss_weight, stop, drained, work.tokens, work.flops_causal, work.flops_full, *own.values()]
-    mine = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(mine)
-    with_batch, total, stopping, drained_ranks, *rest = mine.tolist()
-    counts = dict(zip(own, map(int, rest[3:]), strict=True))
-    return Agreement(int(with_batch), total, stopping > 0, StepWork(*rest[:3]), counts, int(drained_ranks))
+    sums = torch.tensor(list(counts.values()), dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(counts, sums.tolist(), strict=True))

@@ -3,8 +3,8 @@
 A seam is a public function, method or property that every step passes. The library calls it as any other; replacing it
 costs nothing where no test does, and a test names the seam instead of a module, so code can move under it::
 
-    def counted_on_one_rank_only(sync, **mine):
-        return sync(**{**mine, "loss_weight": mine["loss_weight"] if dist.get_rank() == 0 else 0})
+    def counted_on_one_rank_only(sync, counts):
+        return sync({**counts, "token_weight": counts["token_weight"] if dist.get_rank() == 0 else 0})
 
     with replaced(seams.STEP_SYNC, counted_on_one_rank_only):
         ...
@@ -25,7 +25,7 @@ from veomni.batch.shift import shift_left
 from veomni.batch.split import split_fields
 from veomni.launcher import Launcher
 from veomni.loop.losses import shared_loss
-from veomni.loop.sync import agree
+from veomni.loop.sync import sync_step
 from veomni.models.adapter.passes.documents import documents_of
 from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
@@ -81,7 +81,7 @@ def replaced(seam: Seam, around: Callable[..., Any]) -> Iterator[None]:
 
 
 # A step
-STEP_SYNC = Seam(agree)
+STEP_SYNC = Seam(sync_step)
 MICRO_BATCHES = Seam(Launcher.accumulate)
 LOSS_WEIGHT = Seam(token_weight)
 LOSS_SHARE = Seam(shared_loss)

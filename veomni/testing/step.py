@@ -18,6 +18,8 @@ from veomni.testing.documents import Document, global_rows, share
 from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
 from veomni.testing.ranks import run_ranks
 
+_OF_SETUP = ("fused_loss", "router", "broadcast_weights")
+
 
 @dataclass
 class Outcome(Truth):
@@ -51,13 +53,14 @@ def train_step(
         max_norm: What gradients are clipped to.
         weights: As ``build_model`` takes them.
         attention: As ``build_model`` takes it.
-        options: Others of the launcher's; float64 on CPUs is the default.
+        options: Others of the launcher's, or of ``setup_model``; float64 on CPUs is the default.
     """
+    setup = {name: options.pop(name) for name in _OF_SETUP if name in options}
     launcher = Launcher(
         strategies(), **{"accelerator": "cpu", "backend": "gloo", "precision": "fp64", "timeout_seconds": 60, **options}
     )
     launcher.launch()
-    model = launcher.setup_model(build_model(config, weights=weights, attention=attention)).train()
+    model = launcher.setup_model(build_model(config, weights=weights, attention=attention), **setup).train()
     rows = global_rows(config.get_text_config().vocab_size) if rows is None else rows
     place = launcher.data_parallel
     for batch in launcher.track([share(rows, place.rank, place.size, accumulation)]):
