@@ -86,3 +86,42 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert read_yaml(path)[0] == {"a": 1}
+
+
+def extending(tmp_path: Path, **files: str) -> tuple[dict[str, object], dict[str, str]]:
+    for name, text in files.items():
+        path = tmp_path / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    values, places = read_yaml(tmp_path / "top.yaml")
+    return values, {".".join(key): place.removeprefix(f"{tmp_path}/") for key, place in places.items()}
+
+
+def test_a_file_extends_another_and_every_key_keeps_its_place(tmp_path: Path) -> None:
+    values, places = extending(
+        tmp_path,
+        top="extends: base/middle.yaml\na: {x: 1}\nlist: [3]\n",
+        base__middle="extends: low.yaml\na:\n  y: 2\n",
+        base__low="a: {x: 0, y: 0, z: 0}\nlist: [1, 2]\n",
+    )
+    assert values == {"a": {"x": 1, "y": 2, "z": 0}, "list": [3]}
+    assert (places["a.x"], places["a.y"], places["list"]) == ("top.yaml:2", "base/middle.yaml:3", "top.yaml:3")
+    assert places["a.z"] == "base/low.yaml:1"
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"top": "extends: top.yaml\n"}, r"top\.yaml:1: extends goes in a circle"),
+        (
+            {"top": "extends: b.yaml\n", "b": "\nextends: top.yaml\n"},
+            r"b\.yaml:2: .*: top\.yaml -> b\.yaml -> top",
+        ),
+        ({"top": "a: 1\nextends: gone.yaml\n"}, r"top\.yaml:2: extends names .*gone\.yaml, which is no file"),
+        ({"top": "extends: [a.yaml]\n"}, r"top\.yaml:1: extends is \['a\.yaml'\]"),
+        ({"top": "extends: b.yaml\n", "b": "- 1\n"}, r"b\.yaml:1: a list, not a mapping"),
+    ],
+)
+def test_what_cannot_be_extended_is_rejected_with_its_line(tmp_path: Path, files: dict[str, str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        extending(tmp_path, **files)
