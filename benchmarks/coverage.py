@@ -33,7 +33,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.loader import model_class
 from veomni.models.traits.shrink import VOCAB
-from veomni.strategies import DDP, FSDP2, Single, Ulysses
+from veomni.strategies import DDP, FSDP2, ExpertParallel, Single, Ulysses
 from veomni.testing.documents import Document, global_rows, share
 from veomni.testing.oracle import Truth, truth_of
 from veomni.testing.ranks import RankFailed, run_ranks
@@ -115,7 +115,7 @@ MODES = {
         "itself.\nWritten by",
         expert_types,
         partial(any_tiny_config, experts=True),
-        lambda: [FSDP2(expert_parallel_size=2)],
+        lambda: [FSDP2(), ExpertParallel(2)],
         needs_packing=False,
     ),
 }

@@ -80,10 +80,14 @@ def run_veomni(args):
     import torch
 
     from veomni import Launcher, build_model
-    from veomni.strategies import FSDP2, Ulysses
+    from veomni.strategies import FSDP2, ActivationCheckpointing, Compile, Ulysses
 
     strategies = [FSDP2(), Ulysses(1)] if args.ulysses else [FSDP2()]
-    launcher = Launcher(strategies, precision="bf16", devices=1, compile=not args.no_compile, recompute=args.recompute)
+    if args.recompute != "none":
+        strategies.append(ActivationCheckpointing(args.recompute))
+    if not args.no_compile:
+        strategies.append(Compile())
+    launcher = Launcher(strategies, precision="bf16", devices=1)
     launcher.launch()
     model = launcher.setup_model(build_model(config_of(args), weights="random")).train()
     optimizer = launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-5, fused=True)

@@ -1,19 +1,22 @@
 """The contract of a strategy: what it needs of the mesh, and what it does to a model, a batch and the gradients.
 
 Strategies compose. Exactly one of them holds the parameters (:class:`ParameterStrategy`); others split sequences,
-experts or tensors beside it. A strategy reads a :class:`~veomni.parallel.plan.ParallelPlan` and never a model's name.
+experts or tensors beside it, or transform the model. A strategy reads a
+:class:`~veomni.parallel.plan.ParallelPlan` and never a model's name.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import IntEnum, auto
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
@@ -23,20 +26,55 @@ from veomni.parallel.plan import ParallelPlan
 from veomni.registry import Registry
 from veomni.strategies.transforms.precision import Precision
 
+if TYPE_CHECKING:
+    from veomni.models.adapter.adapter import ModelAdapter
+
 Materialize = Callable[[nn.Module, str], None]
 """Gives the meta parameters and buffers under a module (its name in the model second) their storage and values."""
 
 
+class Stage(IntEnum):
+    """The order in which strategies transform a model."""
+
+    FINE_TUNING = auto()
+    TENSORS = auto()
+    EXPERTS = auto()
+    RING = auto()
+    ULYSSES = auto()  # exchanges heads around any attention, the ring too
+    ENCODERS = auto()
+    RECOMPUTATION = auto()
+    COMPILATION = auto()
+    PARAMETERS = auto()
+
+
 @dataclass(frozen=True)
 class SetupContext:
-    """What a strategy may know when it takes a model over."""
+    """What a strategy may read when it transforms a model.
+
+    Attributes:
+        state: The live mesh.
+        accelerator: The kind of device.
+        device: This rank's device.
+        precision: Number formats of the run.
+        plan: Blocks, experts and float32 modules of the model, by name.
+        parameters: The strategy that holds the parameters.
+        materialize: Gives meta parameters their values.
+        placed: Modules, by name, whose parameters another strategy has placed and whose gradients it reduces. A
+            parameter strategy materialises them, and leaves them alone otherwise.
+    """
 
     state: ParallelState
     accelerator: Accelerator
     device: torch.device
     precision: Precision
     plan: ParallelPlan
+    parameters: ParameterStrategy
     materialize: Materialize
+    placed: dict[str, nn.Module] = field(default_factory=dict)
+
+    def placed_parameters(self) -> set[nn.Parameter]:
+        """Return the parameters of all modules in :attr:`placed`."""
+        return {parameter for module in self.placed.values() for parameter in module.parameters()}
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("strategy", group="veomni.strategies", home="veomni.strategies.select")
@@ -44,25 +82,37 @@ STRATEGIES: Registry[type[Strategy]] = Registry("strategy", group="veomni.strate
 
 
 class Strategy(ABC):
-    """One way of spreading work over ranks.
+    """One way of spreading work over ranks, or one transform of the model that ranks work on.
 
     A third-party strategy subclasses this (or :class:`ParameterStrategy`) and names itself in the entry-point group
     ``veomni.strategies``.
+
+    Attributes:
+        stage: When it transforms the model.
+        requires: Traits (``veomni.models.traits``) that the model must have.
     """
 
     name: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.TENSORS
     requires: ClassVar[tuple[type[Trait], ...]] = ()
-    """Traits that a model must have where the strategy spreads work over more than one rank."""
 
     def mesh_axes(self) -> Mapping[str, int]:
         """Return the mesh axes this strategy needs and their sizes; -1 is "the rest of the world"."""
         return {}
 
     def check(self, world_size: int) -> None:
-        """Refuse a world this strategy cannot work in, before any process group exists.
+        """Check that this strategy works in a world of this size, before any process group exists.
 
         Raises:
-            LayoutError: it cannot.
+            LayoutError: it does not.
+        """
+        return
+
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        """Change the model of ``adapter``, which may be on the meta device.
+
+        Raises:
+            ModelError: the model does not support this strategy.
         """
         return
 
@@ -70,19 +120,15 @@ class Strategy(ABC):
         """Return this rank's shard of a micro-batch; strategies that do not split samples return it whole."""
         return micro
 
-    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
-        """Change ``model`` before it is recomputed, compiled and sharded; it may be on the meta device.
-
-        Raises:
-            ModelError: the model cannot be spread this way.
-        """
-        return
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Return the context a micro-batch runs in: gradients are exchanged in it only when it is the ``last``."""
+        return nullcontext()
 
     def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
         """Check the model that users call (``body`` is the one inside its wrapper), once it has its values.
 
         Raises:
-            ModelError: the model cannot be spread this way.
+            ModelError: the model does not support this strategy.
         """
         return
 
@@ -91,7 +137,21 @@ class ParameterStrategy(Strategy):
     """A strategy that owns parameters and gradients.
 
     Gradients after the last backward of a step are the average over the ``loss`` view of the mesh.
+
+    Attributes:
+        casts_parameters: Whether mixed precision casts parameters; otherwise forwards run under autocast.
+        cpu_offload: Whether parameters, gradients and optimizer state live in host memory.
+        reshard_after_forward: Whether gathered parameters are freed between forward and backward.
     """
+
+    stage = Stage.PARAMETERS
+    casts_parameters: ClassVar[bool] = False
+    cpu_offload: bool = False
+    reshard_after_forward: bool = False
+
+    def storage_device(self, device: torch.device) -> torch.device:
+        """Return where parameters of a run on ``device`` live."""
+        return torch.device("cpu") if self.cpu_offload else device
 
     @abstractmethod
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
@@ -104,3 +164,17 @@ class ParameterStrategy(Strategy):
     @abstractmethod
     def grad_norm(self, model: nn.Module) -> Tensor:
         """Return the 2-norm of all gradients as if unsharded: each parameter once, equal on all ranks."""
+
+
+@contextmanager
+def sync_gradients(strategies: Sequence[Strategy], model: nn.Module, last: bool) -> Iterator[None]:
+    """Run a micro-batch of ``model``: every strategy exchanges its gradients only in the ``last`` one."""
+    with ExitStack() as stack:
+        for strategy in strategies:
+            stack.enter_context(strategy.grad_sync(model, last))
+        yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor that may be a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

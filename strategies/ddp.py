@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from veomni.compat.ddp_ignored import ignore_parameters
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.grad_norm import sharded_grad_norm
-from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class DDP(ParameterStrategy):
@@ -38,7 +38,7 @@ class DDP(ParameterStrategy):
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
         context.materialize(model, "")
-        compute_in(model, context.precision, context.device.type, autocast=True)
+        ignore_parameters(model, context.placed_parameters())
         return DistributedDataParallel(
             model.to(context.device),
             device_ids=[context.device] if context.device.index is not None else None,

@@ -1,4 +1,4 @@
-"""Spread the experts of every layer over ranks, beside whatever shards the other parameters.
+"""Spread the experts of every layer over ranks, beside whatever holds the other parameters.
 
 Experts are DTensors: ``Shard(0)`` over ``ep``, and sharded once more by ``fully_shard`` over ``ep_fsdp``, so that any
 checkpoint reshards. Each rank's gradient is the sum over the tokens that its ``ep`` peers sent it, so the average over
@@ -8,14 +8,22 @@ all tokens divides by the ranks of the ``loss`` view, not by those that hold a c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
 from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.errors import LayoutError, ModelError
@@ -23,54 +31,70 @@ from veomni.ops.experts.exchange import EXCHANGE, Dispatch, ExpertExchange
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
+from veomni.strategies.base import SetupContext, Stage, Strategy
+from veomni.strategies.transforms.gathered import FreeWithoutBackward
 from veomni.strategies.transforms.precision import Precision
 
+if TYPE_CHECKING:
+    from veomni.models.adapter.adapter import ModelAdapter
+
+Placement = Literal["adjacent", "strided"]
 ExchangeSize = Literal["exact", "fixed"]
-_FIX = "set train.expert_parallel_size to 1"
+_FIX = "leave expert parallelism out"
 
 
-@dataclass(frozen=True)
-class ExpertParallel:
-    """What FSDP1 and FSDP2 are told about experts.
+class ExpertParallel(Strategy):
+    """Share the experts of every layer between ranks; composes with any strategy that holds parameters.
 
-    Attributes:
-        size: Ranks that share the experts of a layer; divides the ranks that share parameters, and the experts.
-        outside: Whether ranks that share experts are far apart, so that each expert is gathered among neighbours;
-            by default they are neighbours.
-        chunks: Parts of the tokens that travel one behind the other, each while experts work on another.
+    Args:
+        size: Ranks that share the experts of a layer; divides the ranks that share parameters (or is a multiple of
+            them that divides all ranks, as beside DDP), and the experts.
+        placement: "adjacent" ranks share experts, or "strided" ones: then each expert is gathered among neighbours, and
+            tokens are exchanged between nodes.
+        chunks: Parts of the tokens, each exchanged while experts run on another.
         exchange: "exact" sends the rows there are, whose number the host reads once per layer; "fixed" sends buffers
             of the largest possible size and reads nothing.
     """
 
-    size: int = 1
-    outside: bool = False
-    chunks: int = 1
-    exchange: ExchangeSize = "exact"
+    name = "expert_parallel"
+    stage = Stage.EXPERTS
 
-    def __post_init__(self) -> None:
-        for name in ("size", "chunks"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"expert parallelism has {name} {getattr(self, name)}", "give a positive number")
-        if self.exchange not in ("exact", "fixed"):
-            raise LayoutError(f"experts have no exchange {self.exchange!r}", "use exact or fixed")
+    def __init__(
+        self, size: int, *, placement: Placement = "adjacent", chunks: int = 1, exchange: ExchangeSize = "exact"
+    ) -> None:
+        for name, value in (("size", size), ("chunks", chunks)):
+            if value < 1:
+                raise LayoutError(f"expert parallelism has {name} {value}", "give a positive number")
+        if placement not in ("adjacent", "strided"):
+            raise LayoutError(f"experts have no placement {placement!r}", "use adjacent or strided")
+        if exchange not in ("exact", "fixed"):
+            raise LayoutError(f"experts have no exchange {exchange!r}", "use exact or fixed")
+        self.size, self.placement, self.chunks, self.exchange = size, placement, chunks, exchange
 
+    @override
     def mesh_axes(self) -> Mapping[str, int]:
-        """Return what the mesh must know."""
-        return {"ep": self.size, "ep_outside": self.outside}
+        return {"ep" if self.placement == "adjacent" else "ep_strided": self.size}
 
-    def split(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
-        """Leave each rank its experts of every layer, as DTensors; ``model`` may be on the meta device.
+    @override
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        """Leave each rank its shard of its experts of every layer.
 
         Raises:
             ModelError: the model has no experts, or they do not divide.
         """
         if self.size == 1:
             return
-        refuse_experts(model, plan, self.size)
-        for name in plan.experts:
+        model, state = adapter.model, context.state
+        check_experts(model, context.plan, self.size)
+        reshard = context.parameters.reshard_after_forward and state.size("ep_fsdp") > 1
+        units: dict[FSDPModule, bool] = {}
+        for name in context.plan.experts:
             module = model.get_submodule(name)
             _split_experts(module, state)
             setattr(module, EXCHANGE, self._exchange_of(model, name, state))
+            units[_shard_experts(module, context, reshard)] = reshard
+            context.placed[name] = module
+        adapter.add(FreeWithoutBackward(units))
 
     def _exchange_of(self, model: nn.Module, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")
@@ -78,41 +102,16 @@ class ExpertParallel:
         shared = shared_experts_beside(model, name, lambda hidden, index: Dispatch(hidden, index, experts, plain))
         return replace(plain, shared=shared)
 
-    def shard(
-        self,
-        model: nn.Module,
-        plan: ParallelPlan,
-        state: ParallelState,
-        precision: Precision,
-        *,
-        reshard_after_forward: bool,
-        offload_policy: OffloadPolicy,
-    ) -> list[FSDPModule]:
-        """Shard every expert over ``ep_fsdp`` and return the modules that were: one per layer, in order."""
-        if self.size == 1:
-            return []
-        options: dict[str, Any] = {
-            "mp_policy": _policy(precision),
-            "offload_policy": offload_policy,
-            "reshard_after_forward": reshard_after_forward and state.size("ep_fsdp") > 1,
-        }
-        units: list[FSDPModule] = []
-        place = partial(_placement, ranks=state.size("ep_fsdp"))
-        for name in plan.experts:
-            module = model.get_submodule(name)
-            for child in module.children():  # what all experts share (a norm behind them) is no expert
-                if next(child.parameters(), None) is not None:
-                    fully_shard(child, mesh=state.parameter_mesh, **options)
-            fully_shard(module, mesh=state.expert_mesh, shard_placement_fn=place, **options)
-            assert isinstance(module, FSDPModule)
-            average_over(module, state.size("loss"))
-            if state.size("ep_fsdp") == 1:
-                reduce_in_place(module)
-            units.append(module)
-        return units
+    @override
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_requires_gradient_sync(last, recurse=False)
+                unit.set_is_last_backward(last)
+        return nullcontext()
 
 
-def refuse_experts(model: nn.Module, plan: ParallelPlan, size: int) -> None:
+def check_experts(model: nn.Module, plan: ParallelPlan, size: int) -> None:
     """Check that ``size`` ranks can share the experts of every layer; the meta device will do.
 
     Raises:
@@ -125,7 +124,7 @@ def refuse_experts(model: nn.Module, plan: ParallelPlan, size: int) -> None:
         experts = int(module.num_experts)  # type: ignore[arg-type]
         if experts % size:
             raise ModelError(
-                f"the {experts} experts of {name} do not divide by train.expert_parallel_size {size}",
+                f"the {experts} experts of {name} do not divide by expert parallel size {size}",
                 f"use a divisor of {experts}",
             )
         for key, parameter in module.named_parameters(recurse=False):
@@ -142,6 +141,27 @@ def _split_experts(module: nn.Module, state: ParallelState) -> None:
             own, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         module.register_parameter(key, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
+def _shard_experts(module: nn.Module, context: SetupContext, reshard: bool) -> FSDPModule:
+    """Shard each expert over ``ep_fsdp``, and what all of them share (a norm behind them) as other parameters are."""
+    state = context.state
+    offload = CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
+    options: dict[str, Any] = {
+        "mp_policy": _policy(context.precision),
+        "offload_policy": offload if context.parameters.cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": reshard,
+    }
+    for child in module.children():
+        if next(child.parameters(), None) is not None:
+            fully_shard(child, mesh=state.parameter_mesh, **options)
+    place = partial(_placement, ranks=state.size("ep_fsdp"))
+    fully_shard(module, mesh=state.expert_mesh, shard_placement_fn=place, **options)
+    assert isinstance(module, FSDPModule)
+    average_over(module, state.size("loss"))
+    if state.size("ep_fsdp") == 1:
+        reduce_in_place(module)
+    return module
 
 
 def average_over(module: FSDPModule, ranks: int) -> None:
@@ -166,7 +186,7 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
             return Shard(dim)
     raise ModelError(
         f"no dimension of experts {list(parameter.shape)} divides by the {ranks} ranks that share each of them",
-        "use a larger train.expert_parallel_size, or another number of ranks",
+        "use a larger expert parallel size, or another number of ranks",
     )
 
 
@@ -177,4 +197,4 @@ def _policy(precision: Precision) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
 
 
-__all__ = ["ExchangeSize", "ExpertParallel"]
+__all__ = ["ExpertParallel", "average_over", "check_experts"]

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import (
     BackwardPrefetch,
     CPUOffload,
-    CPUOffloadPolicy,
-    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecision,
-    OffloadPolicy,
     ShardingStrategy,
 )
 from torch.distributed.fsdp._runtime_utils import _reshard
@@ -26,13 +23,8 @@ from typing_extensions import override
 
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
-from veomni.parallel.mesh import ParallelState
-from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import ParameterStrategy, SetupContext
-from veomni.strategies.expert_parallel import ExchangeSize, ExpertParallel
-from veomni.strategies.fsdp2 import reshard_without_backward
 from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
-from veomni.strategies.transforms.compute_dtype import compute_in
 
 logger = create_logger(__name__)
 
@@ -53,14 +45,10 @@ class FSDP1(ParameterStrategy):
         sharding: "full" frees parameters after the forward, "grad_op" keeps them until the backward is done.
         cpu_offload: Keep parameters and gradients in host memory.
         forward_prefetch: Gather the next block's parameters before this one's forward has ended.
-        expert_parallel_size: Ranks that share the experts of every layer. Experts are never flattened: they are
-            sharded as FSDP2 shards them.
-        expert_parallel_outside: See :class:`~veomni.strategies.expert_parallel.ExpertParallel`, like the next two.
-        expert_chunks: Parts of the tokens that travel one behind the other.
-        expert_exchange: "exact" or "fixed".
     """
 
     name = "fsdp1"
+    casts_parameters = True
 
     def __init__(
         self,
@@ -69,10 +57,6 @@ class FSDP1(ParameterStrategy):
         sharding: Sharding = "full",
         cpu_offload: bool = False,
         forward_prefetch: bool = False,
-        expert_parallel_size: int = 1,
-        expert_parallel_outside: bool = False,
-        expert_chunks: int = 1,
-        expert_exchange: ExchangeSize = "exact",
     ) -> None:
         if (sharding, replicate > 1) not in _STRATEGIES:
             raise LayoutError(
@@ -82,17 +66,12 @@ class FSDP1(ParameterStrategy):
         self.sharding = sharding
         self.cpu_offload = cpu_offload
         self.forward_prefetch = forward_prefetch
-        self.experts = ExpertParallel(expert_parallel_size, expert_parallel_outside, expert_chunks, expert_exchange)
-        self._expert_units: list[FSDPModule] = []
+        self.reshard_after_forward = sharding == "full"
         self._group: dist.ProcessGroup | None = None
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
-        return {"dp_replicate": self.replicate, "dp_shard": -1, **self.experts.mesh_axes()}
-
-    @override
-    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
-        self.experts.split(model, plan, state)
+        return {"dp_replicate": self.replicate, "dp_shard": -1}
 
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
@@ -101,8 +80,8 @@ class FSDP1(ParameterStrategy):
         for name, module in model.named_modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not list(module.parameters()):
                 context.materialize(module, name)  # FSDP1 materialises only modules that have parameters
-        compute_in(model, context.precision, context.device.type, autocast=False)
-        self._expert_units = self._shard_experts(model, context)
+        for name, module in context.placed.items():  # FSDP1 ignores them
+            context.materialize(module, name)
         wrapped = FullyShardedDataParallel(
             model,
             device_mesh=context.state.parameter_mesh,
@@ -115,24 +94,10 @@ class FSDP1(ParameterStrategy):
             device_id=context.device,
             param_init_fn=lambda module: context.materialize(module, names[id(module)]),
             use_orig_params=True,
-            ignored_states=[parameter for unit in self._expert_units for parameter in unit.parameters()],  # type: ignore[attr-defined]
+            ignored_states=list(context.placed_parameters()),
         )
         wrapped.register_forward_hook(_reshard_units_without_backward)
-        if self._expert_units:
-            wrapped.register_forward_hook(reshard_without_backward)
         return wrapped
-
-    def _shard_experts(self, model: nn.Module, context: SetupContext) -> list[FSDPModule]:
-        offload = CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
-        units = self.experts.shard(
-            model, context.plan, context.state, context.precision,
-            reshard_after_forward=self.sharding == "full",
-            offload_policy=offload if self.cpu_offload else OffloadPolicy(),
-        )  # fmt: skip
-        if units:
-            for name in context.plan.experts:
-                context.materialize(model.get_submodule(name), name)
-        return units
 
     def _offloads(self, context: SetupContext) -> bool:
         if self.cpu_offload and context.device.type == "cpu":  # FSDP1 would pin the memory, which needs an accelerator
@@ -143,9 +108,6 @@ class FSDP1(ParameterStrategy):
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         assert isinstance(model, FullyShardedDataParallel)
-        for unit in self._expert_units:
-            unit.set_requires_gradient_sync(last)
-            unit.set_is_last_backward(last)
         return nullcontext() if last else model.no_sync()
 
     @override

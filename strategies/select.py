@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from veomni.errors import LayoutError
 from veomni.parallel.mesh import ParallelDims
 from veomni.strategies.base import STRATEGIES, ParameterStrategy, Strategy
 from veomni.strategies.ddp import DDP
+from veomni.strategies.expert_parallel import ExpertParallel
 from veomni.strategies.fsdp1 import FSDP1
 from veomni.strategies.fsdp2 import FSDP2
+from veomni.strategies.sequence.context_parallel import ContextParallel
 from veomni.strategies.sequence.ulysses import Ulysses
 from veomni.strategies.single import Single
+from veomni.strategies.transforms.activation_checkpointing import ActivationCheckpointing
+from veomni.strategies.transforms.compile import Compile
+from veomni.strategies.transforms.encoder_balance import EncoderBalance
 
-for _strategy in (Single, DDP, FSDP1, FSDP2):
+_BUILT_IN: tuple[type[Strategy], ...] = (
+    Single, DDP, FSDP1, FSDP2, ExpertParallel, Ulysses, ContextParallel,
+    ActivationCheckpointing, Compile, EncoderBalance,
+)  # fmt: skip
+for _strategy in _BUILT_IN:
     STRATEGIES.register(_strategy.name)(_strategy)
 
 
@@ -31,8 +39,7 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
         return [choice]
     if isinstance(choice, str):
         return [STRATEGIES.get("fsdp2" if choice == "auto" else choice)()]
-    # Ulysses last: it exchanges heads around whatever attends, the ring of context parallelism too.
-    return sorted(choice, key=lambda strategy: isinstance(strategy, Ulysses))
+    return sorted(choice, key=lambda strategy: strategy.stage)
 
 
 def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:
@@ -57,7 +64,4 @@ def mesh_dims(strategies: Sequence[Strategy], world_size: int) -> ParallelDims:
     Raises:
         LayoutError: they do not fit.
     """
-    axes: dict[str, Any] = {}
-    for strategy in strategies:
-        axes.update(strategy.mesh_axes())
-    return ParallelDims(**{"dp_shard": -1 if world_size > 1 else 1, **axes}).resolve(world_size)
+    return ParallelDims.compose((strategy.mesh_axes() for strategy in strategies), world_size)

@@ -10,7 +10,6 @@ from typing_extensions import override
 from veomni.errors import LayoutError
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.grad_norm import sharded_grad_norm
-from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class Single(ParameterStrategy):
@@ -23,13 +22,12 @@ class Single(ParameterStrategy):
         if world_size != 1:
             raise LayoutError(
                 f"strategy single was given {world_size} ranks",
-                "set train.devices to 1, or train.data_parallel_mode to ddp, fsdp1 or fsdp2",
+                "start one process, or use DDP, FSDP1 or FSDP2",
             )
 
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
         context.materialize(model, "")
-        compute_in(model, context.precision, context.device.type, autocast=True)
         return model.to(context.device)
 
     @override

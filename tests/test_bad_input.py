@@ -189,7 +189,7 @@ CASES: dict[str, Case] = {
     "ranks that are no multiple of those that share a row": Case(
         "start a multiple of 2 ranks", (*SHARED, "--train.devices=3", "--train.ulysses_parallel_size=2")
     ),
-    "overlap without exchanges": Case("train.ulysses.async_ True has no meaning", ("--train.ulysses.async_=true",)),
+    "overlap without exchanges": Case("train.ulysses.overlap True has no meaning", ("--train.ulysses.overlap=true",)),
     "unknown override": Case("num_hiden_layers", ("--model.config_overrides={{num_hiden_layers: 2}}",)),
     "more tokens than embeddings": Case(
         "400", ("--model.config_overrides={{vocab_size: 400}}", "--model.train_tokenizer_vocab_size=512")

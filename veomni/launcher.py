@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,8 +45,8 @@ from veomni.loop.step import Step, Weight, counts_of, listed, totals_of
 from veomni.loop.sync import sync_step
 from veomni.parallel.mesh import ParallelState, set_parallel_state
 from veomni.strategies import ParameterStrategy, Strategy
+from veomni.strategies.base import sync_gradients
 from veomni.strategies.select import parameter_strategy, select_strategies
-from veomni.strategies.transforms.activation_checkpointing import Recompute
 from veomni.strategies.transforms.precision import Precision, select_precision
 
 if TYPE_CHECKING:
@@ -67,15 +68,13 @@ class Launcher:
     """Compose strategies and an accelerator, and give a training loop its verbs.
 
     Args:
-        strategy: A strategy, the name of one, or several that compose; "auto" is FSDP2.
+        strategy: A strategy, the name of one, or several that compose, transforms of the model as activation
+            checkpointing among them; "auto" is FSDP2.
         accelerator: An accelerator, the name of one, or "auto".
         precision: "fp64", "fp32" or "bf16" (bf16 compute over fp32 master weights and fp32 gradient reduction).
         devices: Processes on this node; None takes every device, or one process on a CPU.
         backend: Collective backend; "auto" is the accelerator's. "gloo" lets several ranks share one device.
         seed: Of weights, data order and dropout.
-        recompute: Activation checkpointing: "none", "full" or "selective".
-        compile: Compile each block with ``torch.compile``.
-        balance_towers: Balance media encoding across ranks.
         deterministic: Choose reproducible kernels only.
         timeout_seconds: How long a collective waits for the other ranks; overridden by ``NCCL_TIMEOUT``.
         reporter: Where numbers go; None prints and writes nothing.
@@ -98,9 +97,6 @@ class Launcher:
         devices: int | None = None,
         backend: str = "auto",
         seed: int = 0,
-        recompute: Recompute = "none",
-        compile: bool = False,
-        balance_towers: bool = False,
         deterministic: bool = False,
         timeout_seconds: float = 1800.0,
         reporter: Reporter | None = None,
@@ -112,7 +108,6 @@ class Launcher:
         self.precision = precision if isinstance(precision, Precision) else select_precision(precision)
         self.devices, self.seed, self.deterministic = devices, seed, deterministic
         self.backend = self.accelerator.backend if backend == "auto" else backend
-        self.recompute, self.compile, self.balance_towers = recompute, compile, balance_towers
         self.timeout = timedelta(seconds=timeout_seconds)
         self.reporter = reporter or Reporter()
         self.checkpoints = checkpoints or CheckpointSchedule()
@@ -304,7 +299,7 @@ class Launcher:
         if not isinstance(step, Step):
             problem = f"accumulate() was given a {type(step).__name__}"
             raise LoopError(problem, "give it a step that launcher.track(loader) yields")
-        yield from step.accumulate(model, self.parameter_strategy.grad_sync, weight)
+        yield from step.accumulate(model, partial(sync_gradients, self.strategies), weight)
         self.reporter.mark("compute")
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:

@@ -19,7 +19,6 @@ from veomni.models.traits.dry_run import dry_run
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 from veomni.parallel.mesh import ParallelState
-from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import SetupContext, Strategy
 
 _PACKING_BACKENDS = (
@@ -33,24 +32,25 @@ class SequenceStrategy(Strategy):
     Rows are cut once for all such strategies together, as the mesh says; attention is wrapped by each in turn.
 
     Args:
-        check_rows: Check in every micro-batch that the ranks which share a row were given the same one. It costs a
-            small collective, so it is for debugging a loader.
+        validate_batches: Check in every micro-batch that the ranks which share a row hold the same one, for debugging
+            a loader; it costs a small collective.
     """
 
     requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows,)
 
-    def __init__(self, *, check_rows: bool = False) -> None:
-        self.check_rows = check_rows
+    def __init__(self, *, validate_batches: bool = False) -> None:
+        self.validate_batches = validate_batches
 
     @override
     def shard(self, micro: MicroBatch, state: ParallelState) -> MicroBatch:
         cut = micro.split(state.sequence_shard)
-        if self.check_rows and cut.rows.shard.size > 1:
+        if self.validate_batches and cut.rows.shard.size > 1:
             _check_same_rows(cut.rows.digest, state)
         return cut
 
     @override
-    def prepare(self, model: nn.Module, plan: ParallelPlan, state: ParallelState) -> None:
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        model, state = adapter.model, context.state
         if state.size("sequence") == 1:
             return
         backend = text_attention_of(model)
@@ -59,7 +59,6 @@ class SequenceStrategy(Strategy):
                 f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",
                 "set model.attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
             )
-        adapter = ModelAdapter.of(model)
         if adapter.sequence is None:
             adapter.patch(model, UNSPLIT_ATTENTION, backend)
             adapter.sequence = _groups(state)

@@ -10,6 +10,7 @@ from typing_extensions import override
 from veomni.errors import LayoutError
 from veomni.ops.attention.ring import register_ring
 from veomni.parallel.mesh import ParallelState
+from veomni.strategies.base import Stage
 from veomni.strategies.sequence.base import SequenceStrategy
 
 
@@ -22,15 +23,16 @@ class ContextParallel(SequenceStrategy):
 
     Args:
         size: Ranks of the ring.
-        check_rows: See :class:`SequenceStrategy`.
+        validate_batches: See :class:`SequenceStrategy`.
     """
 
     name = "context_parallel"
+    stage = Stage.RING
 
-    def __init__(self, size: int, *, check_rows: bool = False) -> None:
+    def __init__(self, size: int, *, validate_batches: bool = False) -> None:
         if size < 1:
-            raise LayoutError(f"ContextParallel has size {size}", "give a positive size (train.context_parallel_size)")
-        super().__init__(check_rows=check_rows)
+            raise LayoutError(f"ContextParallel has size {size}", "give a positive size")
+        super().__init__(validate_batches=validate_batches)
         self.size = size
 
     @override

@@ -13,6 +13,7 @@ from veomni.models.traits.sequence_layers import text_part
 from veomni.ops.attention.ulysses import register_ulysses
 from veomni.ops.attention.ulysses_async import overlap_projections
 from veomni.parallel.mesh import ParallelState
+from veomni.strategies.base import Stage
 from veomni.strategies.sequence.base import SequenceStrategy
 
 
@@ -24,18 +25,19 @@ class Ulysses(SequenceStrategy):
 
     Args:
         size: Ranks that share each row; must divide the number of attention heads.
-        async_: Send queries while keys are projected, and keys while values are; the backward mirrors it. For attention
-            modules of the standard q/k/v/o form, which most language models have; others are refused by name.
-        check_rows: See :class:`SequenceStrategy`.
+        overlap: Exchange queries while keys are projected, and keys while values are; the backward mirrors it. For
+            attention modules of the standard q/k/v/o form, which most language models have.
+        validate_batches: See :class:`SequenceStrategy`.
     """
 
     name = "ulysses"
+    stage = Stage.ULYSSES
 
-    def __init__(self, size: int, *, async_: bool = False, check_rows: bool = False) -> None:
+    def __init__(self, size: int, *, overlap: bool = False, validate_batches: bool = False) -> None:
         if size < 1:
-            raise LayoutError(f"Ulysses has size {size}", "give a positive size (train.ulysses_parallel_size)")
-        super().__init__(check_rows=check_rows)
-        self.size, self.async_ = size, async_
+            raise LayoutError(f"Ulysses has size {size}", "give a positive size")
+        super().__init__(validate_batches=validate_batches)
+        self.size, self.overlap = size, overlap
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
@@ -43,6 +45,6 @@ class Ulysses(SequenceStrategy):
 
     @override
     def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
-        if self.async_:
+        if self.overlap:
             overlap_projections(text_part(model), state.group("ulysses"), ModelAdapter.of(model).patch)
         return register_ulysses(backend)

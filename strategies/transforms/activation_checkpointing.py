@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from typing_extensions import override
 
 from veomni.batch.forward_call import bind_call
-from veomni.parallel.plan import ParallelPlan
+from veomni.errors import ConfigError
+from veomni.strategies.base import SetupContext, Stage, Strategy
 from veomni.strategies.transforms.compute_dtype import keep_float64
 
-Recompute = Literal["none", "full", "selective"]
+if TYPE_CHECKING:
+    from veomni.models.adapter.adapter import ModelAdapter
+
+Recompute = Literal["full", "selective"]
 
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 _GROUPED = frozenset({"aten::_grouped_mm", "veomni::tiled_matmul", "veomni::loop_matmul"})
@@ -30,23 +34,31 @@ _ATTENTION = (
 )
 
 
-def apply_recompute(model: nn.Module, plan: ParallelPlan, mode: Recompute) -> None:
-    """Make every block of ``plan`` recompute in the backward.
+class ActivationCheckpointing(Strategy):
+    """Recompute the activations of every block in the backward.
 
     Args:
-        model: The model that has the blocks.
-        plan: Names of the blocks.
         mode: "full" keeps only a block's input. "selective" also keeps attention and every second matrix product, the
             per-operation policy of torchtitan: most of the memory for a third of the recomputation.
     """
-    if mode == "none":
-        return
-    for name in plan.blocks:
-        block = model.get_submodule(name)
-        block.forward = _checkpointed(block.forward, mode)
+
+    name = "activation_checkpointing"
+    stage = Stage.RECOMPUTATION
+
+    def __init__(self, mode: Recompute = "full") -> None:
+        if mode not in ("full", "selective"):
+            raise ConfigError(f"activation checkpointing has no mode {mode!r}", "use full or selective")
+        self.mode = mode
+
+    @override
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        for name in context.plan.blocks:
+            block = adapter.model.get_submodule(name)
+            adapter.patch(block, "forward", checkpointed(block.forward, self.mode))
 
 
-def _checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
+def checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
+    """Return ``forward`` with its activations recomputed in the backward."""
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = lambda: create_selective_checkpoint_contexts(_SaveEverySecondMatmul())

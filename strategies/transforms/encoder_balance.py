@@ -14,26 +14,30 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
+from typing_extensions import override
 
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.ops.comm.all_to_all import Splits, all_to_all
 from veomni.ops.encoders.towers import Encode, Items
+from veomni.strategies.base import SetupContext, Stage, Strategy
 
 _FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def balance_towers(model: nn.Module, group: ProcessGroup) -> None:
-    """Let the ranks of a group encode each other's images, clips and sounds; a model without towers is left alone.
+class EncoderBalance(Strategy):
+    """Balance the encoding of images, videos and audio across ranks; a model without encoders is left alone."""
 
-    Args:
-        model: A transformers model whose towers were prepared (``veomni/models/adapter/passes/media.py``).
-        group: All ranks that run the model on different rows, or parts of rows.
-    """
-    if group.size() > 1:
-        for call in ModelAdapter.of(model).towers.values():
-            call.balance = _Balance(group)
+    name = "encoder_balance"
+    stage = Stage.ENCODERS
+
+    @override
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        group = context.state.group("loss")
+        if group.size() > 1:
+            for call in adapter.towers.values():
+                call.balance = _Balance(group)
 
 
 def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:

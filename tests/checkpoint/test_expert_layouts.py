@@ -21,7 +21,7 @@ from veomni.errors import CheckpointError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.optim import build_optimizer, build_scheduler
-from veomni.strategies import FSDP2
+from veomni.strategies import FSDP2, ExpertParallel
 from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import RankFailed, run_ranks
 
@@ -95,7 +95,7 @@ def test_weights_and_optimizer_are_bitwise_and_the_losses_go_on(tmp_path, tmp_pa
 
 
 def resume_with(directory: Path, experts: int, *, save: bool) -> None:
-    launcher = Launcher(FSDP2(expert_parallel_size=2), accelerator="cpu", precision="fp32", timeout_seconds=60)
+    launcher = Launcher([FSDP2(), ExpertParallel(2)], accelerator="cpu", precision="fp32", timeout_seconds=60)
     launcher.launch()
     config = tiny_config("qwen3_moe", num_experts=experts)
     state = {"model": launcher.setup_model(build_model(config, weights="random"))}

@@ -114,7 +114,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
     "two held-out sets": (
         {"data.eval_path": ".", "data.eval_fraction": 0.1}, [], "data.eval_path", "data.eval_fraction",
     ),
-    "overlap alone": ({"train.ulysses.async_": True}, [], "train.ulysses.async_ True has no meaning", "larger size"),
+    "overlap alone": ({"train.ulysses.overlap": True}, [], "train.ulysses.overlap True has no meaning", "larger size"),
     "two warm-ups": ({"train.scheduler": {"warmup_steps": 1, "warmup_ratio": 0.1}}, [], "warmup_ratio", "null"),
     "a warm-up longer than the run": (
         {"train.scheduler.warmup_steps": 9, "train.max_steps": 5}, [], "train.scheduler.warmup_steps 9", "fewer",

@@ -30,7 +30,7 @@ def run(corpus, output_dir, ranks, layout):
     return rows(output_dir)
 
 
-@pytest.mark.parametrize("split", [{}, {"train.ulysses.async_": True}, {"train.context_parallel_size": 2}])
+@pytest.mark.parametrize("split", [{}, {"train.ulysses.overlap": True}, {"train.context_parallel_size": 2}])
 def test_four_ranks_train_as_one_does(corpus, tmp_path, split):
     alone = {"train.data_parallel_mode": "single", "train.ulysses_parallel_size": 1}
     expected = run(corpus, tmp_path / "alone", 1, alone)

@@ -25,7 +25,7 @@ def single(corpus, tmp_path_factory):
         (4, "fsdp2", {}),
         (4, "fsdp2", {"train.data_parallel_replicate_size": 2}),
         (2, "ddp", {"train.ulysses_parallel_size": 2}),
-        (4, "fsdp1", {"train.ulysses_parallel_size": 2, "train.ulysses.async_": True}),
+        (4, "fsdp1", {"train.ulysses_parallel_size": 2, "train.ulysses.overlap": True}),
         (4, "fsdp2", {"train.ulysses_parallel_size": 2, "train.context_parallel_size": 2}),
         (4, "fsdp2", {"train.ulysses_parallel_size": 4, "data.num_workers": 1, "train.validate_batches": True}),
     ],

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tests.models.layouts import materialized, same_files
 from tests.models.multimodal import gradients, worst
+from tests.parity.layouts import beside
 from tests.strategies.test_absent_media import whole_gradients
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.errors import ConfigError, DataError, ModelError
@@ -127,9 +128,8 @@ def truth():
 
 
 def one_step(strategies, balance):
-    launcher = Launcher(
-        strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60, balance_towers=balance
-    )
+    strategies = beside(strategies, balance=balance)
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
     launcher.launch()
     model = launcher.setup_model(build_model(weights())).train()
     collate = MultimodalCollator(build_config(TINY), max_seq_len=ROW, shard=launcher.sequence_shard)

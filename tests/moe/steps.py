@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import tiny_config
-from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, beside, vocabulary
 from veomni.batch.documents import RowLayout
 from veomni.batch.micro_batch import MicroBatch
 from veomni.launcher import Launcher
@@ -63,8 +63,8 @@ def balanced_step(
 ) -> tuple[Outcome, dict[str, float], dict[str, list[int]]]:
     """Gradients, metrics and the tokens of every expert; ``mutate`` breaks something on purpose."""
     launcher = Launcher(
-        ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision=precision, recompute=recompute,
-        compile=compile, timeout_seconds=60,
+        beside(ALL_LAYOUTS[layout][1](), recompute=recompute, compile=compile), accelerator="cpu", backend="gloo",
+        precision=precision, timeout_seconds=60,
     )  # fmt: skip
     launcher.launch()
     config = tiny_config(model_name, **changes)

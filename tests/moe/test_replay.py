@@ -9,7 +9,7 @@ import torch
 
 from tests.models.tiny import tiny_config
 from tests.moe.steps import ALL_LAYOUTS, packed
-from tests.parity.layouts import vocabulary
+from tests.parity.layouts import beside, vocabulary
 from veomni.errors import DataError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -73,7 +73,7 @@ def truth(model_name: str) -> tuple[float, dict[str, torch.Tensor]]:
 
 def replayed_step(model_name, layout, *, recompute="none", accumulation=1, options=None):
     launcher = Launcher(
-        ALL_LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", recompute=recompute,
+        beside(ALL_LAYOUTS[layout][1](), recompute=recompute), accelerator="cpu", backend="gloo", precision="fp64",
         timeout_seconds=60,
     )  # fmt: skip
     launcher.launch()

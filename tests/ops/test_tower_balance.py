@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models.multimodal import FAMILIES, Sampler, family_config, worst
+from tests.parity.layouts import beside
 from tests.strategies import test_absent_media as absent
 from tests.strategies.test_absent_media import ROW, STEPS, step_of, truth, weights_of, whole_gradients
 from veomni.data.multimodal.collate import MultimodalCollator
@@ -29,10 +30,8 @@ LAYOUTS = {
 
 
 def one_step(name, layout, step, frozen, balance):
-    launcher = Launcher(
-        LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60,
-        balance_towers=balance,
-    )  # fmt: skip
+    strategies = beside(LAYOUTS[layout][1](), balance=balance)
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
     launcher.launch()
     model = build_model(weights_of(name))
     freeze(model, frozen)

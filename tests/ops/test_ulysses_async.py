@@ -27,7 +27,7 @@ WIDE = {
 
 
 def launched_model(config):
-    launcher = Launcher([DDP(), Ulysses(2, async_=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
+    launcher = Launcher([DDP(), Ulysses(2, overlap=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
     launcher.launch()
     return launcher, launcher.setup_model(build_model(config, weights="random"))
 
@@ -76,7 +76,7 @@ def test_a_model_is_refused_by_the_name_of_its_layer():
 
 
 def reading_its_hidden_states() -> None:
-    launcher = Launcher([DDP(), Ulysses(2, async_=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
+    launcher = Launcher([DDP(), Ulysses(2, overlap=True)], accelerator="cpu", backend="gloo", timeout_seconds=60)
     launcher.launch()
     model = build_model(tiny_config("llama"), weights="random")
     module = model.model.layers[0].self_attn
@@ -127,7 +127,7 @@ class Projection:
 
 def trace() -> list[tuple[str, int, int]]:
     """Spans of one forward and backward: name, start and end."""
-    launcher = Launcher([DDP(), Ulysses(2, async_=True)], accelerator="cpu", backend="gloo", timeout_seconds=30)
+    launcher = Launcher([DDP(), Ulysses(2, overlap=True)], accelerator="cpu", backend="gloo", timeout_seconds=30)
     launcher.launch()
     model = build_model(tiny_config("llama", **WIDE), weights="random")
     for name in ("q_proj", "k_proj", "v_proj"):

@@ -14,7 +14,10 @@ from veomni.testing.ranks import run_ranks
         ({"dp_replicate": 2}, 8, {"dp_shard": 4, "fsdp": 4, "data": 8}),
         ({"dp_replicate": -1, "dp_shard": 1}, 8, {"dp_replicate": 8, "fsdp": 1}),
         ({"ulysses": 4}, 8, {"dp_shard": 2, "fsdp": 8, "data": 2, "sequence": 4}),
-        ({"ulysses": 2, "cp": 2, "ep": 4}, 8, {"dp_shard": 2, "fsdp": 8, "sequence": 4}),
+        ({"ulysses": 2, "cp": 2, "ep": 4}, 8, {"dp_shard": 2, "fsdp": 8, "sequence": 4, "expert_shards": 2}),
+        ({"dp_replicate": 2, "ep": 2}, 8, {"experts": 2, "expert_shards": 2, "expert_replicas": 2}),
+        ({"dp_replicate": -1, "dp_shard": 1, "ep": 2}, 8, {"experts": 2, "expert_shards": 1, "expert_replicas": 4}),
+        ({"dp_replicate": 2, "ep_strided": 8}, 8, {"experts": 8, "expert_shards": 1, "expert_replicas": 1}),
     ],
 )
 def test_resolve_fills_in_the_rest(sizes, world, expected):
@@ -30,7 +33,7 @@ def test_resolve_fills_in_the_rest(sizes, world, expected):
         ({"dp_shard": 0}, 4, "dp_shard has size 0"),
         ({"tp": -1}, 4, "tp has size -1"),
         ({"dp_replicate": -1}, 4, "both -1"),
-        ({"ep": 3}, 4, "expert_parallel_size 3 does not divide the 4 ranks"),
+        ({"ep": 3}, 4, "expert parallel size 3 does not divide the 4 ranks"),
     ],
 )
 def test_layouts_that_do_not_work_are_refused(sizes, world, message):

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from veomni.strategies import ParameterStrategy
 from veomni.strategies.grad_norm import sharded_grad_norm
-from veomni.strategies.transforms.compute_dtype import compute_in
 
 
 class FlatAllReduce(ParameterStrategy):
@@ -20,7 +19,7 @@ class FlatAllReduce(ParameterStrategy):
 
     def parallelize(self, model, context):
         context.materialize(model, "")
-        compute_in(model, context.precision, context.device.type, autocast=True)
+        self.placed = context.placed_parameters()
         self.group = context.state.group("loss")
         return model.to(context.device)
 
@@ -28,7 +27,7 @@ class FlatAllReduce(ParameterStrategy):
     def grad_sync(self, model, last):
         yield
         if last:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None and p not in self.placed]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat, group=self.group)
             flat /= dist.get_world_size(self.group)

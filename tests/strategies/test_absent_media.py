@@ -16,11 +16,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, Sampler, alone, family_config, family_model, worst
+from tests.parity.layouts import beside
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model, export_hf, freeze
 from veomni.models.weights.gather import plain_name
-from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
+from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ExpertParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing.ranks import RankFailed, run_ranks
 from veomni.testing.step import full_gradients
@@ -51,7 +52,7 @@ LAYOUTS = {
     "ulysses": (4, lambda: [FSDP2(), Ulysses(2)]),
     "ulysses ddp": (4, lambda: [DDP(), Ulysses(2)]),
     "ulysses fsdp1": (4, lambda: [FSDP1(), Ulysses(2)]),
-    "experts": (2, lambda: FSDP2(expert_parallel_size=2)),
+    "experts": (2, lambda: [FSDP2(), ExpertParallel(2)]),
     "ring": (4, lambda: [FSDP1(), ContextParallel(2)]),
 }
 
@@ -101,9 +102,8 @@ def truth(name: str, step: list[Rows], frozen: tuple[str, ...], weighed: bool = 
 
 def one_step(name, layout, step, frozen=(), recompute="none", weighed=False):
     strategies = LAYOUTS[layout][1]() if layout in LAYOUTS else Single()
-    launcher = Launcher(
-        strategies, accelerator="cpu", backend="gloo", precision="fp64", recompute=recompute, timeout_seconds=60
-    )
+    strategies = beside(strategies, recompute=recompute)
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
     launcher.launch()
     model = build_model(weights_of(name))
     freeze(model, frozen)

@@ -8,7 +8,7 @@ import torch
 from tests.models.tiny import tiny_config
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
+from veomni.strategies import DDP, FSDP1, FSDP2, ExpertParallel, Ulysses
 from veomni.testing.documents import global_rows, pack
 from veomni.testing.ranks import run_ranks
 
@@ -17,10 +17,10 @@ LAYOUTS = {
     "fsdp1": (2, "llama", lambda: FSDP1()),
     "fsdp1 grad_op": (2, "llama", lambda: FSDP1(sharding="grad_op")),
     "fsdp1 hybrid": (4, "llama", lambda: FSDP1(replicate=2)),
-    "fsdp1 experts": (2, "qwen3_moe", lambda: FSDP1(expert_parallel_size=2)),
+    "fsdp1 experts": (2, "qwen3_moe", lambda: [FSDP1(), ExpertParallel(2)]),
     "fsdp1 x ulysses": (2, "llama", lambda: [FSDP1(), Ulysses(2)]),
     "fsdp2": (2, "llama", lambda: FSDP2()),
-    "fsdp2 experts": (2, "qwen3_moe", lambda: FSDP2(expert_parallel_size=2)),
+    "fsdp2 experts": (2, "qwen3_moe", lambda: [FSDP2(), ExpertParallel(2)]),
 }
 
 

@@ -15,14 +15,14 @@ from veomni.errors import LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.weights.safetensors_files import SafetensorsFiles
-from veomni.strategies import FSDP1, FSDP2
+from veomni.strategies import FSDP1, FSDP2, ExpertParallel
 from veomni.strategies.fsdp2 import set_prefetch
 from veomni.testing.ranks import RankFailed, run_ranks
 
 STRATEGIES = {
-    "fsdp2": lambda: FSDP2(expert_parallel_size=2),
-    "fsdp1": lambda: FSDP1(expert_parallel_size=2),
-    "hsdp": lambda: FSDP2(expert_parallel_size=2, replicate=2),
+    "fsdp2": lambda: [FSDP2(), ExpertParallel(2)],
+    "fsdp1": lambda: [FSDP1(), ExpertParallel(2)],
+    "hsdp": lambda: [FSDP2(replicate=2), ExpertParallel(2)],
 }
 
 
@@ -72,7 +72,7 @@ def test_a_module_that_has_values_keeps_them(strategy, tmp_path):
 
 
 def placements() -> dict[str, tuple]:
-    launcher = launched(FSDP2(expert_parallel_size=2))
+    launcher = launched([FSDP2(), ExpertParallel(2)])
     model = launcher.setup_model(build_model(tiny_config("gpt_oss"), weights="random"))
     found = {
         name: (parameter.placements, parameter.device_mesh.mesh_dim_names, tuple(parameter.to_local().shape))
@@ -94,7 +94,7 @@ def test_experts_are_sharded_over_ep_and_each_expert_over_ep_fsdp():
 
 def gathering_order() -> tuple[list[str], list[str]]:
     """The units in the order in which the first of a step starts gathering them."""
-    launcher = launched(FSDP2(expert_parallel_size=2))
+    launcher = launched([FSDP2(), ExpertParallel(2)])
     model = launcher.setup_model(build_model(tiny_config("qwen3_moe"), weights="random"))
     names = {id(module): name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     chains = []
@@ -129,15 +129,15 @@ def test_prefetching_nothing_touches_no_unit():
 # ---------------------------------------------------------------- refused
 
 REFUSED = {
-    "a dense model": ("llama", {}, 2, "has no experts", "expert_parallel_size to 1"),
+    "a dense model": ("llama", {}, 2, "has no experts", "leave expert parallelism out"),
     "experts that do not divide": ("qwen3_moe", {"num_experts": 3}, 2, "the 3 experts of", "a divisor of 3"),
     "sizes that do not divide": ("qwen3_moe", {"moe_intermediate_size": 3, "hidden_size": 33, "head_dim": 8}, 2,
-                                 "no dimension of experts", "larger train.expert_parallel_size"),
+                                 "no dimension of experts", "larger expert parallel size"),
 }  # fmt: skip
 
 
 def refused(model: str, changes: dict) -> None:
-    launched(FSDP2(expert_parallel_size=2)).setup_model(build_model(tiny_config(model, **changes), weights="random"))
+    launched([FSDP2(), ExpertParallel(2)]).setup_model(build_model(tiny_config(model, **changes), weights="random"))
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
@@ -154,17 +154,17 @@ def test_models_that_cannot_be_split_are_refused(case):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"expert_parallel_size": 0}, "size 0"),
-        ({"expert_parallel_size": 2, "expert_chunks": 0}, "chunks 0"),
-        ({"expert_parallel_size": 2, "expert_exchange": "some"}, "exchange 'some'"),
+        ({"size": 0}, "size 0"),
+        ({"size": 2, "chunks": 0}, "chunks 0"),
+        ({"size": 2, "exchange": "some"}, "exchange 'some'"),
+        ({"size": 2, "placement": "far"}, "placement 'far'"),
     ],
 )
-@pytest.mark.parametrize("strategy", [FSDP1, FSDP2])
-def test_options_are_checked_when_they_are_given(strategy, options, problem):
+def test_options_are_checked_when_they_are_given(options, problem):
     with pytest.raises(LayoutError, match=problem):
-        strategy(**options)
+        ExpertParallel(**options)
 
 
 def test_a_world_that_does_not_divide_is_refused_before_any_process():
-    with pytest.raises(LayoutError, match="expert_parallel_size 4 does not divide the 2 ranks"):
-        Launcher(FSDP2(expert_parallel_size=4), accelerator="cpu", devices=2).launch()
+    with pytest.raises(LayoutError, match="expert parallel size 4 does not divide the 2 ranks"):
+        Launcher([FSDP2(), ExpertParallel(4)], accelerator="cpu", devices=2).launch()

@@ -20,14 +20,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.models.multimodal import Sampler, family_config
 from tests.models.tiny import tiny_config
-from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
+from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, beside, vocabulary
 from tests.strategies.test_absent_media import ROW
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.optim import build_optimizer
-from veomni.strategies import DDP, FSDP2, Ulysses
+from veomni.strategies import DDP, FSDP2, Single, Ulysses
 from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import run_ranks
 
@@ -82,8 +82,8 @@ def counts(
     strategy: Any, config: Any, rows: Callable[[Launcher], list[dict[str, Any]]], spoil: Callable[[nn.Module], None]
 ) -> list[Counter[str]]:
     """What is alive after each step."""
-    options = {"balance_towers": True} if rows is images else {}
-    launcher = Launcher(strategy, accelerator="cpu", backend="gloo", timeout_seconds=60, **options)
+    strategies = beside(strategy, balance=rows is images)
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", timeout_seconds=60)
     launcher.launch()
     model = launcher.setup_model(build_model(config, weights="random")).train()
     spoil(model)
@@ -165,4 +165,4 @@ def test_balanced_encoders(ranks, strategy):
 
 
 def test_a_planted_leak_is_found():
-    assert growing(counts("single", tiny_config("qwen3"), text_rows, plant_a_circle))
+    assert growing(counts(Single(), tiny_config("qwen3"), text_rows, plant_a_circle))

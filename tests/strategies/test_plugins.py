@@ -7,7 +7,7 @@ import pytest
 
 from tests.models.tiny import tiny_config
 from veomni.errors import ConfigError, LayoutError
-from veomni.strategies import DDP, FSDP1, FSDP2, ParameterStrategy, Single, Strategy
+from veomni.strategies import DDP, FSDP1, FSDP2, ExpertParallel, ParameterStrategy, Single, Strategy
 from veomni.strategies.select import parameter_strategy, select_strategies
 from veomni.testing.step import prove
 
@@ -25,6 +25,11 @@ def installed_plugin(monkeypatch):
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_third_party_strategy_is_found_by_name_and_is_exact(accumulation):
     prove(tiny_config("llama"), lambda: "flat_allreduce", 2, accumulation=accumulation)
+
+
+@pytest.mark.usefixtures("installed_plugin")
+def test_a_third_party_strategy_composes_with_expert_parallelism():
+    prove(tiny_config("qwen3_moe"), lambda: [*select_strategies("flat_allreduce"), ExpertParallel(2)], 2)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("single", Single), ("ddp", DDP), ("fsdp1", FSDP1), ("fsdp2", FSDP2)])

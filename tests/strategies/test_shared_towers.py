@@ -17,7 +17,7 @@ SPECIAL = {"image_token_id": IMAGE, "video_token_id": 121, "vision_start_token_i
 GRIDS = {"three images": [(1, 4, 4), (1, 4, 8), (1, 8, 4)], "one image": [(1, 8, 8)]}
 LAYOUTS = {
     "ulysses2": (2, [DDP(), Ulysses(2)]),
-    "async2": (2, [DDP(), Ulysses(2, async_=True)]),
+    "async2": (2, [DDP(), Ulysses(2, overlap=True)]),
     "ulysses4": (4, [FSDP2(), Ulysses(4)]),
     "ring2": (2, [DDP(), ContextParallel(2)]),
     "ring2 x ulysses2": (4, [DDP(), ContextParallel(2), Ulysses(2)]),

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.models.tiny import tiny_config
+from tests.parity.layouts import beside
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, forward_call
 from veomni.batch.split import SequenceShard
 from veomni.errors import DataError, LayoutError, ModelError
@@ -178,7 +179,7 @@ def test_a_backend_finds_its_own_name_in_the_configuration():
 
 
 def different_rows(check: bool) -> None:
-    launcher = launched([DDP(), Ulysses(2, check_rows=check)])
+    launcher = launched([DDP(), Ulysses(2, validate_batches=check)])
     model = launcher.setup_model(build_model(tiny_config("llama"), weights="random"))
     rows = global_rows(128)
     wrong = [[pack(rows[launcher.rank : launcher.rank + 1])]]  # as a loader that takes ranks for data ranks gives them
@@ -212,7 +213,7 @@ def gradients_of(strategies, length: int, compile: bool = False):
     """One row of ``length`` tokens in two documents, and one that is a single document."""
     from veomni.testing.step import full_gradients
 
-    launcher = launched(strategies, precision="fp32" if compile else "fp64", compile=compile)
+    launcher = launched(beside(strategies, compile=compile), precision="fp32" if compile else "fp64")
     model = launcher.setup_model(build_model(tiny_config("qwen3"), weights="random"))
     ids = torch.randint(1, 128, (2, length), generator=torch.Generator().manual_seed(0))
     positions = torch.stack([torch.cat([torch.arange(5), torch.arange(length - 5)]), torch.arange(length)])

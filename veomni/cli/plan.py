@@ -64,9 +64,10 @@ def _mesh(config: Config, world: int) -> Iterator[tuple[str, str]]:
     yield "ranks", f"{world}"
     yield "mesh", " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES)
     yield "parameters are sharded over", f"{dims.fsdp} ranks ({config.train.data_parallel_mode})"
-    if dims.ep > 1:
-        far = "far apart" if dims.ep_outside else "neighbours"
-        yield "experts are spread over", f"{dims.ep} ranks ({far}), each of them sharded over {dims.fsdp // dims.ep}"
+    if dims.experts > 1:
+        placement = "strided" if dims.ep_strided > 1 else "adjacent"
+        shards = f"each of them sharded over {dims.expert_shards}"
+        yield "experts are spread over", f"{dims.experts} ranks ({placement}), {shards}"
 
 
 def _batch(config: Config, world: int) -> Iterator[tuple[str, str]]:

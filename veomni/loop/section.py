@@ -20,15 +20,13 @@ from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
-from veomni.strategies import ContextParallel, Strategy, Ulysses
+from veomni.strategies import ActivationCheckpointing, Compile, ContextParallel, EncoderBalance, Strategy, Ulysses
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
 from veomni.strategies.select import mesh_dims
 
 AxisSize = Annotated[int, Field(ge=1)]
-_ARGUMENTS = (("data_parallel_replicate_size", "replicate"), ("expert_parallel_size", "expert_parallel_size"))
 _SIZES = ("data_parallel_replicate_size", "tensor_parallel_size", "ulysses_parallel_size", "context_parallel_size")
-_EXPERTS = {"expert_parallel_size": "", "expert_parallel_outside": "", "expert_chunks": "", "expert_exchange": ""}
 
 _EXPERT_OPTIONS = Options(ExpertParallel, size="train.expert_parallel_size")
 _OPTIMIZERS = Choice(OPTIMIZERS, base=OptimizerSection, default="adamw", params="")
@@ -68,7 +66,7 @@ class TrainSection(Section):
     )
     strategy: Annotated[
         ComponentSection,
-        Choice(STRATEGIES, sibling="data_parallel_mode", replicate="train.data_parallel_replicate_size", **_EXPERTS),
+        Choice(STRATEGIES, sibling="data_parallel_mode", replicate="train.data_parallel_replicate_size"),
     ] = configured({}, "Options of the strategy that data_parallel_mode names.")
     data_parallel_replicate_size: AxisSize = Field(
         default=1,
@@ -86,7 +84,7 @@ class TrainSection(Section):
     )
     ulysses: Annotated[
         ComponentSection,
-        Options(Ulysses, size="train.ulysses_parallel_size", check_rows="train.validate_batches"),
+        Options(Ulysses, size="train.ulysses_parallel_size", validate_batches="train.validate_batches"),
     ] = configured({}, "How Ulysses exchanges heads.")
     context_parallel_size: AxisSize = Field(
         default=1, description="Ranks that share each row, exchanging keys and values."
@@ -191,19 +189,16 @@ class TrainSection(Section):
 
     def build_strategies(self) -> list[Strategy]:
         """Return the strategy that holds the parameters, and those beside it."""
-        experts = self.expert_parallel.arguments()
-        given: dict[str, Any] = {
-            "replicate": self.data_parallel_replicate_size,
-            "expert_parallel_size": self.expert_parallel_size,
-            "expert_parallel_outside": experts["outside"],
-            "expert_chunks": experts["chunks"],
-            "expert_exchange": experts["exchange"],
-        }
-        found: list[Strategy] = [self.strategy.build(**given)]
+        found: list[Strategy] = [self.strategy.build(replicate=self.data_parallel_replicate_size)]
+        if self.expert_parallel_size > 1:
+            found.append(self.expert_parallel.build(size=self.expert_parallel_size))
         if self.context_parallel_size > 1:
-            found.append(ContextParallel(self.context_parallel_size, check_rows=self.validate_batches))
+            found.append(ContextParallel(self.context_parallel_size, validate_batches=self.validate_batches))
         if self.ulysses_parallel_size > 1:
-            found.append(self.ulysses.build(size=self.ulysses_parallel_size, check_rows=self.validate_batches))
+            found.append(self.ulysses.build(size=self.ulysses_parallel_size, validate_batches=self.validate_batches))
+        if self.activation_checkpointing != "none":
+            found.append(ActivationCheckpointing(self.activation_checkpointing))
+        found += [Compile()] * self.compile + [EncoderBalance()] * self.balance_encoders
         return [*found, *(section.build() for section in self.strategies)]
 
     def local_processes(self, device_type: str, device_count: int) -> int:
@@ -275,12 +270,14 @@ class TrainSection(Section):
             problem = f"train.tensor_parallel_size is {self.tensor_parallel_size}: there is no tensor parallelism yet"
             yield Problem(problem, "set it to 1")
             return
-        for key, argument in _ARGUMENTS:
-            if getattr(self, key) > 1 and argument not in parameters_of(self.strategy.component):
-                mode = self.data_parallel_mode
-                problem = f"train.{key} {getattr(self, key)} has no meaning with train.data_parallel_mode {mode}"
-                yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
-                return
+        replicas = self.data_parallel_replicate_size
+        if replicas > 1 and "replicate" not in parameters_of(self.strategy.component):
+            mode = self.data_parallel_mode
+            problem = (
+                f"train.data_parallel_replicate_size {replicas} has no meaning with train.data_parallel_mode {mode}"
+            )
+            yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
+            return
         product = self.data_parallel_replicate_size * self.ranks_per_row
         if world % product:
             sizes = " x ".join(f"train.{key} {getattr(self, key)}" for key in _SIZES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,16 +17,13 @@ from veomni.models import (
     prepare_towers,
     resolve_attention,
     resolve_experts,
-    unwrap,
 )
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.documents import remember_leak
-from veomni.models.traits import PassesDocuments, complete, examine_model
+from veomni.models.traits import ModelTraits, PassesDocuments, complete, examine_model
 from veomni.moe import MoEOptions, install_controller
-from veomni.strategies.base import SetupContext
-from veomni.strategies.transforms.activation_checkpointing import apply_recompute
-from veomni.strategies.transforms.compile import compile_blocks
-from veomni.strategies.transforms.encoder_balance import balance_towers
+from veomni.strategies.base import SetupContext, Strategy
+from veomni.strategies.transforms.compute_dtype import compute_in
 
 if TYPE_CHECKING:
     from veomni.launcher import Launcher
@@ -36,47 +34,56 @@ _BUCKET_BYTES = 250 * 1024**2  # DDP's own at the start
 def setup_model(
     launcher: Launcher, model: nn.Module, *, fused_loss: bool, router: MoEOptions | None, broadcast_weights: bool
 ) -> nn.Module:
-    """Shard ``model``, give it its weights and return the module to call; see ``Launcher.setup_model``."""
-    precision, accelerator, state = launcher.precision, launcher.accelerator, launcher.state
-    half = precision.compute is torch.bfloat16
+    """Shard ``model``, give it its weights and return the module to call; see ``Launcher.setup_model``.
+
+    Strategies transform the model in the order of their stages (``veomni.strategies.Stage``).
+    """
+    precision, accelerator, state, device = launcher.precision, launcher.accelerator, launcher.state, launcher.device
+    owner = launcher.parameter_strategy
+    adapter = ModelAdapter.of(model)
+
+    # What the model computes with
     isolate_documents(model)
-    resolve_attention(model, varlen=half and accelerator.supports_varlen_attention)
+    resolve_attention(model, varlen=precision.compute is torch.bfloat16 and accelerator.supports_varlen_attention)
     resolve_experts(model, precision, accelerator.experts_backends)
     _store_in(model, precision.storage)
     _share_values(model)
+
+    # What it must be able to do
     spread = [strategy for strategy in launcher.strategies if {*strategy.mesh_axes().values()} - {1}]
     traits = examine_model(model, [PassesDocuments, *(trait for each in spread for trait in each.requires)])
-    for strategy in spread:
-        traits.require(*strategy.requires, by=type(strategy).__name__)
+    _require(traits, spread)
+
+    # What it gets its values from, later; and what is added to its forward
     plan = derive_plan(model)
-    offloaded = getattr(launcher.parameter_strategy, "cpu_offload", False)
-    storage = torch.device("cpu") if offloaded else launcher.device
     group = dist.group.WORLD if broadcast_weights else None
-    materialize = Materializer(model, device=storage, seed=launcher.seed, group=group)
+    materialize = Materializer(model, device=owner.storage_device(device), seed=launcher.seed, group=group)
     launcher.reporter.describe_model(model, accelerator, precision, launcher.world_size)
-    token_loss = install_token_loss(model, fused=fused_loss)
+    adapter.loss = install_token_loss(model, fused=fused_loss)
     dtype = torch.float64 if precision.name == "fp64" else torch.float32
-    controller = install_controller(model, router or MoEOptions(), state, launcher.device, dtype)
+    adapter.routers = install_controller(model, router or MoEOptions(), state, device, dtype)
     prepare_towers(model)
+
+    # Experts, sequence, encoders, recomputation, compilation; then the parameters, materialised and loaded
+    context = SetupContext(state, accelerator, device, precision, plan, owner, materialize)
     for strategy in launcher.strategies:
-        strategy.prepare(model, plan, state)
-    if launcher.balance_towers:
-        balance_towers(model, state.group("loss"))
-    apply_recompute(model, plan, launcher.recompute)
-    if launcher.compile:
-        compile_blocks(model, plan, precision)
-    context = SetupContext(state, accelerator, launcher.device, precision, plan, materialize)
-    ready = launcher.parameter_strategy.parallelize(model, context)
-    traits = complete(traits, ready, unwrap(ready), launcher.device)
-    for strategy in spread:
-        traits.require(*strategy.requires, by=type(strategy).__name__)
-    remember_leak(unwrap(ready), traits[PassesDocuments].reason if not traits[PassesDocuments].ok else None)
+        strategy.transform(adapter, context)
+    compute_in(model, precision, device.type, autocast=not owner.casts_parameters)
+    ready = owner.parallelize(model, context)
+
+    # What only the real model shows
+    traits = complete(traits, ready, model, device)
+    _require(traits, spread)
+    remember_leak(model, traits[PassesDocuments].reason if not traits[PassesDocuments].ok else None)
     for strategy in launcher.strategies:
-        strategy.verify(ready, unwrap(ready), context)
-    controller.check(ready)
-    adapter = ModelAdapter.of(ready)
-    adapter.loss, adapter.routers = token_loss, controller
+        strategy.verify(ready, model, context)
+    adapter.routers.check(ready)
     return ready
+
+
+def _require(traits: ModelTraits, strategies: Sequence[Strategy]) -> None:
+    for strategy in strategies:
+        traits.require(*strategy.requires, by=type(strategy).__name__)
 
 
 def _store_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,13 +7,15 @@ The order of the axes is fixed, slowest first: ``pp, dp_replicate, dp_shard, uly
 - ``fsdp``: ranks that parameters are sharded over (``dp_shard x ulysses x cp``);
 - ``loss``: ranks that losses and gradients are reduced over (``dp_replicate x fsdp``).
 
-The ranks of ``fsdp`` have a second view for experts, ``ep_fsdp x ep``: ``ep`` ranks share the experts of a layer, and
-each expert is sharded over ``ep_fsdp`` ranks. The design follows torchtitan's ``ParallelDims``.
+The ranks of ``loss`` have a second view for experts, ``ep_replicate x ep_fsdp x ep``: ``ep`` ranks share the experts of
+a layer, each expert is sharded over ``ep_fsdp`` ranks and held ``ep_replicate`` times. The design follows torchtitan's
+``ParallelDims``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -38,9 +40,9 @@ VIEWS = {
 class ParallelDims:
     """Sizes of the mesh axes; at most one of ``dp_replicate`` and ``dp_shard`` may be -1, "the rest of the world".
 
-    ``ep`` is no axis of its own: it divides the ranks of ``fsdp``. Neighbouring ranks share experts, or with
-    ``ep_outside`` those that are ``fsdp / ep`` apart: then each expert is gathered inside a node, and tokens travel
-    between nodes.
+    Experts have no axis of their own: they divide the ranks of ``fsdp``, or where more ranks share them than that, the
+    ranks of ``loss``. With ``ep`` neighbours share experts; with ``ep_strided`` ranks that are far apart, so that each
+    expert is gathered inside a node and tokens are exchanged between nodes.
     """
 
     pp: int = 1
@@ -50,7 +52,19 @@ class ParallelDims:
     cp: int = 1
     tp: int = 1
     ep: int = 1
-    ep_outside: bool = False
+    ep_strided: int = 1
+
+    @classmethod
+    def compose(cls, axes: Iterable[Mapping[str, int]], world_size: int) -> ParallelDims:
+        """Return the resolved sizes of a world in which each strategy declares its axes.
+
+        Raises:
+            LayoutError: see :meth:`resolve`.
+        """
+        sizes = {"dp_shard": -1 if world_size > 1 else 1}
+        for declared in axes:
+            sizes |= declared
+        return cls(**sizes).resolve(world_size)
 
     def resolve(self, world_size: int) -> ParallelDims:
         """Return the same sizes with -1 filled in.
@@ -58,7 +72,7 @@ class ParallelDims:
         Raises:
             LayoutError: a size is not positive, the product is not ``world_size``, or ``ep`` does not divide ``fsdp``.
         """
-        for axis in (*AXES, "ep"):
+        for axis in (*AXES, "ep", "ep_strided"):
             size = getattr(self, axis)
             if size < 1 and not (size == -1 and axis in ("dp_replicate", "dp_shard")):
                 raise LayoutError(f"mesh axis {axis} has size {size}", "give a positive size")
@@ -70,9 +84,9 @@ class ParallelDims:
                 f"the mesh axes multiply to {product} ({shown}) but there are {world_size} ranks",
                 f"start {product} ranks (train.devices) or change the sizes",
             )
-        if dims.fsdp % dims.ep:
+        if dims.fsdp % dims.experts and (dims.experts % dims.fsdp or dims.loss % dims.experts):
             raise LayoutError(
-                f"expert_parallel_size {dims.ep} does not divide the {dims.fsdp} ranks that share parameters",
+                f"expert parallel size {dims.experts} does not divide the {dims.fsdp} ranks that share parameters",
                 f"use a divisor of {dims.fsdp}",
             )
         return dims
@@ -90,6 +104,26 @@ class ParallelDims:
     def fsdp(self) -> int:
         """Ranks that parameters are sharded over."""
         return self.dp_shard * self.ulysses * self.cp
+
+    @property
+    def loss(self) -> int:
+        """Ranks that losses and gradients are reduced over."""
+        return self.dp_replicate * self.fsdp
+
+    @property
+    def experts(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.ep * self.ep_strided
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that each expert is sharded over."""
+        return max(1, self.fsdp // self.experts)
+
+    @property
+    def expert_replicas(self) -> int:
+        """Copies of each expert."""
+        return self.loss // (self.experts * self.expert_shards)
 
     @property
     def data(self) -> int:
@@ -128,7 +162,7 @@ class ParallelState:
             mesh = init_device_mesh(device_type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
             self._parameters = mesh["dp_replicate", "fsdp"]
         self._experts = self._parameters
-        if dims.ep > 1:
+        if dims.experts > 1:
             self._experts = self._expert_views(device_type)
         if timeout is not None:
             self._limit(timeout)
@@ -138,12 +172,14 @@ class ParallelState:
         from torch.distributed.device_mesh import init_device_mesh
 
         dims = self.dims
-        sizes = {"ep_fsdp": dims.fsdp // dims.ep, "ep": dims.ep}
-        inner = ("ep", "ep_fsdp") if dims.ep_outside else ("ep_fsdp", "ep")
-        shape = (dims.pp, dims.dp_replicate, sizes[inner[0]], sizes[inner[1]], dims.tp)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp_replicate", *inner, "tp"))
+        sizes = {"ep_replicate": dims.expert_replicas, "ep_fsdp": dims.expert_shards, "ep": dims.experts}
+        order = ["ep_replicate", "ep_fsdp", "ep"]
+        if dims.ep_strided > 1:
+            order = ["ep", *order[:2]] if dims.experts > dims.fsdp else ["ep_replicate", "ep", "ep_fsdp"]
+        shape = (dims.pp, *(sizes[axis] for axis in order), dims.tp)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("pp", *order, "tp"))
         self._meshes |= {"ep": mesh["ep"], "ep_fsdp": mesh["ep_fsdp"]}
-        return mesh["dp_replicate", "ep_fsdp"] if dims.dp_replicate > 1 else self._meshes["ep_fsdp"]
+        return mesh["ep_replicate", "ep_fsdp"] if dims.expert_replicas > 1 else self._meshes["ep_fsdp"]
 
     def _limit(self, timeout: timedelta) -> None:
         from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -170,7 +206,7 @@ class ParallelState:
 
     @property
     def expert_mesh(self) -> DeviceMesh:
-        """What each expert is sharded over: ``[ep_fsdp]``, or ``[dp_replicate, ep_fsdp]``; all ranks without ``ep``."""
+        """What each expert is sharded over: ``[ep_fsdp]``, or ``[ep_replicate, ep_fsdp]``; all ranks without ``ep``."""
         return self._experts
 
     def size(self, axis: str) -> int:
