@@ -148,7 +148,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         {"train.strategy.cpu_offload": True, "train.data_parallel_mode": "ddp"}, [], "train.strategy.cpu_offload", "ch",
     ),
     "a strategy that holds no parameters": (
-        {"train.data_parallel_mode": "ulysses"}, [], "train.data_parallel_mode", "'fsdp2'",
+        {"train.data_parallel_mode": "ulysses"}, [], "train.data_parallel_mode", "holds parameters",
     ),
     "a name that changed": ({"train.gradient_checkpointing": "full"}, [], "is not a key", "train.activation_checkp"),
     "a group that changed": ({"train.moe": {"z_loss_coef": 0.1}}, [], "train.moe", "train.router"),
@@ -218,18 +218,19 @@ def test_the_value_of_an_unknown_key_is_not_shown(tmp_path: Path) -> None:
 LAYOUTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "tensor": ({"train.tensor_parallel_size": 2}, 2, "train.tensor_parallel_size is 2", "set it to 1"),
     "experts over 3 ranks": (
-        {"train.expert_parallel_size": 2}, 3, "expert_parallel_size 2 does not divide the 3 ranks", "a divisor of 3",
+        {"train.expert_parallel_size": 2}, 3, "expert parallel size 2 does not divide the 3 ranks", "a divisor of 3",
     ),
     "experts over replicas": (
-        {"train.expert_parallel_size": 4, "train.data_parallel_replicate_size": 2}, 4,
-        "expert_parallel_size 4 does not divide the 2 ranks", "a divisor of 2",
+        {"train.expert_parallel_size": 4, "train.data_parallel_replicate_size": 3}, 6,
+        "expert parallel size 4 does not divide the 2 ranks", "a divisor of 2",
     ),
     "experts with ddp": (
-        {"train.expert_parallel_size": 2, "train.data_parallel_mode": "ddp"}, 2, "has no meaning", "fsdp1 or fsdp2",
+        {"train.expert_parallel_size": 2, "train.data_parallel_mode": "ddp"}, 3,
+        "expert parallel size 2 does not divide the 3 ranks", "a divisor of 3",
     ),
     "ulysses": ({"train.ulysses_parallel_size": 4}, 2, "not a multiple of 4", "start a multiple of 4 ranks"),
     "context": ({"train.context_parallel_size": 4}, 2, "train.context_parallel_size 4", "start a multiple of 4 ranks"),
-        "single": ({"train.data_parallel_mode": "single"}, 2, "single was given 2 ranks", "train.devices to 1"),
+        "single": ({"train.data_parallel_mode": "single"}, 2, "single was given 2 ranks", "start one process"),
     "replicas with ddp": (
         {"train.data_parallel_mode": "ddp", "train.data_parallel_replicate_size": 2}, 2, "replicate_size 2", "fsdp2",
     ),

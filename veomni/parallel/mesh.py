@@ -85,10 +85,9 @@ class ParallelDims:
                 f"start {product} ranks (train.devices) or change the sizes",
             )
         if dims.fsdp % dims.experts and (dims.experts % dims.fsdp or dims.loss % dims.experts):
-            raise LayoutError(
-                f"expert parallel size {dims.experts} does not divide the {dims.fsdp} ranks that share parameters",
-                f"use a divisor of {dims.fsdp}",
-            )
+            ranks, which = (dims.loss, "there are") if dims.fsdp == 1 else (dims.fsdp, "that share parameters")
+            problem = f"expert parallel size {dims.experts} does not divide the {ranks} ranks {which}"
+            raise LayoutError(problem, f"use a divisor of {ranks}", field="ExpertParallel.size")
         return dims
 
     def _fill(self, world_size: int) -> ParallelDims:
