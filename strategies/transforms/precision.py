@@ -49,6 +49,10 @@ def select_precision(name: str, *, reduce: str = "fp32") -> Precision:
     Raises:
         ConfigError: there is no such precision.
     """
+    if name in ("fp16", "float16", "half"):
+        raise ConfigError(
+            f"{name} is not supported", "use bf16, which needs no loss scaling", field="Launcher.precision"
+        )
     if name not in PRECISIONS:
         raise ConfigError(f"no precision is called {name!r}", did_you_mean(name, list(PRECISIONS)))
     chosen = PRECISIONS[name]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from veomni.run_config import Config
 
-HELP = "print documents as tokens with those that are learned in colour, and draw how long they are"
+HELP = "print documents as tokens, supervised ones in colour, and draw how long they are"
 TAKES_CONFIG = True
 
 

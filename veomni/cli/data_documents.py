@@ -124,7 +124,7 @@ def _summary(config: Config, console: Console, found: list[_Counted], skipped: i
     from veomni.errors import DataError
 
     if not found:
-        raise DataError(f"none of {skipped} documents can be used", "mend their media")
+        raise DataError(f"none of {skipped} documents can be used", "fix their media")
     capacity = config.data.max_seq_len
     lengths = np.array([one.tokens for one in found])
     total, learned, media = lengths.sum(), sum(one.learned for one in found), sum(one.media_tokens for one in found)

@@ -26,6 +26,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     Raises:
         LaunchError: there is no such file.
     """
+    if arguments.script.endswith((".yaml", ".yml")):
+        rest_of_line = " ".join([arguments.script, *arguments.arguments])
+        raise LaunchError(
+            f"{arguments.script} is a configuration, not a script", f"veomni launch examples/train.py {rest_of_line}"
+        )
     if not Path(arguments.script).is_file():
         raise LaunchError(f"there is no script {arguments.script}", "give the path of a Python file")
     sys.stdout.flush()

@@ -39,8 +39,8 @@ def plot_lengths(groups: Mapping[str, Sequence[int]], capacity: int, out: Path, 
     for share, style in ((50, ":"), (95, "-.")):
         at = float(np.percentile(values, share))
         shown = [at] if at <= end else []
-        told = f"{share} % have at most {at:.0f}"
-        axes.vlines(shown, 0, 1, transform=axes.get_xaxis_transform(), colors="black", linestyles=style, label=told)
+        label = f"{share} % have at most {at:.0f}"
+        axes.vlines(shown, 0, 1, transform=axes.get_xaxis_transform(), colors="black", linestyles=style, label=label)
     if beyond:
         axes.plot([], [], " ", label=f"last bar: {beyond} longer than {end},\nthe longest {values.max()}")
     axes.set_xlim(0, end * 1.01)

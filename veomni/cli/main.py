@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments after the program's name; None takes them from the command line.
     """
-    arguments, rest = _parser().parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
+        _parser().print_help()
+        return
+    arguments, rest = _parser().parse_known_args(given)
     command = _COMMANDS[arguments.command]
     if rest and not getattr(command, "TAKES_CONFIG", False):
         raise ConfigError(f"veomni {arguments.command}: unknown argument {rest[0]!r}", "see its --help")

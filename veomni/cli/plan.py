@@ -109,5 +109,19 @@ def _memory(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str,
     where = "host" if config.train.strategy.arguments().get("cpu_offload") else "device"
     for name in ("parameters", "gradients", "optimizer", "gathered", "total"):
         place = "device" if name == "gathered" else "host and device" if name == "total" and where == "host" else where
-        yield f"{name} per rank", f"{getattr(memory, name) / _GIB:.3f} GiB ({place})"
+        yield f"{name} per rank", f"{_size(getattr(memory, name))} ({place})"
     yield "besides", "activations, which depend on train.activation_checkpointing, are not counted"
+    yield from _verdict(config, memory.total)
+
+
+def _size(count: float) -> str:
+    return f"{count / _GIB:.3f} GiB" if count >= _GIB / 10 else f"{count * 1024 / _GIB:.3f} MiB"
+
+
+def _verdict(config: Config, needed: float) -> Iterator[tuple[str, str]]:
+    accelerator = config.train.accelerator.build()
+    if not accelerator.is_available():
+        return
+    there = accelerator.total_memory()
+    left = f"leaves {_size(there - needed)} for activations" if there > needed else "does not fit"
+    yield "a device here", f"{accelerator.name}, {_size(there)}: {left}"

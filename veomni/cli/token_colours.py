@@ -1,4 +1,4 @@
-"""Tokens for a terminal: green is learned, grey is read only, what stands for media is counted."""
+"""Tokens for a terminal: green is supervised, grey is context, what stands for media is counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.text import Text
 
-LEGEND = "green is learned, grey is read only"
+LEGEND = "green is supervised, grey is context"
 _COUNTED_FROM = 4
 
 

@@ -1,6 +1,6 @@
 """Sections made from components: the arguments of a constructor are the keys, its docstring describes them.
 
-So a component states its options once. Whoever writes Python and whoever writes YAML find the same names and defaults.
+So a component states its options once, and Python and YAML have the same names and defaults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line that starts this very program again, as another rank."""
+"""The command line that starts this program again, as another rank."""
 
 from __future__ import annotations
 

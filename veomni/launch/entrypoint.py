@@ -66,7 +66,7 @@ def _end(error: BaseException) -> NoReturn:
         _record(outcome)
         _leave_process_group()
         raise error
-    if not _record(outcome) and not isinstance(error, SystemExit) and _first_to_say(outcome):
+    if not _record(outcome) and not isinstance(error, SystemExit) and _claim_report(outcome):
         print(outcome.text, file=sys.stderr)
     if _process_group_size() == 1:
         _leave_process_group()
@@ -82,7 +82,7 @@ def _end(error: BaseException) -> NoReturn:
 
 
 def _record(outcome: Failure) -> bool:
-    """Leave the failure for whoever watches; return whether they will print it."""
+    """Leave the failure for the supervisor; return whether it will print it."""
     try:
         if outcome.exit_code not in (0, EXIT_PREEMPTED):
             failure.leave_for_torchelastic(outcome)
@@ -95,7 +95,7 @@ def _record(outcome: Failure) -> bool:
     return True
 
 
-def _first_to_say(outcome: Failure) -> bool:
+def _claim_report(outcome: Failure) -> bool:
     """Whether no other rank of this node has printed the same; ranks under plain torchrun share one log directory."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if outcome.traceback or not path:

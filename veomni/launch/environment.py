@@ -29,7 +29,7 @@ class Environment:
         node_rank: Position of this node among all.
         master_addr: Host of rank 0.
         master_port: TCP port of the rendezvous store on that host; 0 in a single process: any free port will do.
-        kind: Who started the process: nobody ("single"), torchrun or what sets its variables, Slurm's srun,
+        kind: What started the process: nothing ("single"), torchrun or what sets its variables, Slurm's srun,
             or :func:`veomni.launch.join_or_start` ("child").
     """
 
@@ -72,7 +72,7 @@ SINGLE = Environment(0, 0, 1, 1, 0, "127.0.0.1", 0, "single")
 
 
 def detect_environment(env: Mapping[str, str] | None = None) -> Environment | None:
-    """Return what a launcher of ranks has told this process, or None if it was started by hand.
+    """Return this process's place as its launcher set it, or None if it was started by hand.
 
     Args:
         env: Environment variables, by default this process's. torchrun's go before Slurm's: it runs inside Slurm jobs.

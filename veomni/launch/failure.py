@@ -1,4 +1,4 @@
-"""How a rank ended, left as a small JSON file for whoever watches the ranks."""
+"""How a rank ended, left as a small JSON file for the supervisor of the ranks."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ logger = create_logger(__name__)
 
 
 def join_or_start(devices: int | None) -> Environment:
-    """Return this process's place among the ranks, having started them if nobody else has.
+    """Return this process's place among the ranks, having started them if nothing else has.
 
     Under torchrun or srun, joins. Started by hand with ``devices`` above one, becomes the supervisor: runs this program
     again that many times, one rank each, and never returns, but exits with the run's code. The variables that
@@ -91,8 +91,8 @@ def _variables(environment: Environment, failures: Path) -> dict[str, str]:
 def _held_port() -> Iterator[int]:
     """Reserve a port for rank 0's store.
 
-    Linux lets rank 0 listen on it while this socket stays bound without listening, and gives it to nobody who asks for
-    any free port. Elsewhere the port is only known to have been free.
+    Linux lets rank 0 listen on it while this socket stays bound without listening, and gives it to no process that asks
+    for any free port. Elsewhere the port is only known to have been free.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

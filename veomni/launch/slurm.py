@@ -56,7 +56,7 @@ def expand_node_list(text: str) -> list[str]:
 
 
 def _is_shell(env: Mapping[str, str]) -> bool:
-    """Whether this is a batch script or an interactive shell: srun alone tells its tasks of their step."""
+    """Whether this is a batch script or an interactive shell: only srun sets the variables of a step."""
     in_step = any(env.get(name) for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NODELIST"))
     return not in_step and (env.get("ENVIRONMENT") == "BATCH" or env.get("SLURM_JOB_NAME") in ("bash", "interactive"))
 

@@ -52,7 +52,7 @@ class StopSignal:
         self.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked data worker must still end when it is told to
+        if os.getpid() != self._process:  # a forked data worker must still end on a signal
             self._take_default(number)
         elif not self.requested:
             self.requested, self.signal_name, self._since = True, signal.Signals(number).name, time.monotonic()

@@ -1,7 +1,7 @@
 """What ``train.sh`` runs: torchrun, with the exit codes and signals of this package.
 
 torchrun alone turns every failure into exit code 1, and kills ranks that are still saving 30 s after a SIGTERM. Here
-signals go straight to the ranks, which save and end by themselves, and what they leave behind makes the exit code.
+signals go straight to the ranks, which save and end; what they leave behind makes the exit code.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
     """Run ``FILE ARGS...`` under torchrun; exit with 0, 70, 75 or 78."""
     if len(sys.argv) < 2:
         raise LaunchError("no training script is named", "bash train.sh FILE CONFIG [--key value ...]")
-    collective_timeout(os.environ)  # refused here, before torchrun starts anything
+    collective_timeout(os.environ)  # rejected here, before torchrun starts anything
     arguments = torchrun_arguments(os.environ, tied_to_this_process([sys.executable, *sys.argv[1:]]))
     with failure.directory() as failures:
         os.environ.update(failure.variables(failures))

@@ -18,7 +18,7 @@ class RankEnd:
         rank: Its number.
         pid: Its process.
         status: Exit code, or the negative number of the signal that killed it, as :mod:`subprocess` gives it.
-        stopped: Whether it was told to end because another rank had failed.
+        stopped: Whether it was stopped because another rank had failed.
         seen: When the end was noticed, in seconds since the epoch.
         failure: What it left behind.
     """

@@ -64,7 +64,7 @@ class RankWatch:
 
     def _wait(self, rank: int, pid: int, local_rank: int) -> None:
         status = 0
-        with contextlib.suppress(ChildProcessError):  # reaped in the same instant: torchrun tells of it then
+        with contextlib.suppress(ChildProcessError):  # reaped in the same instant: torchrun reports it then
             state = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             status = (state.si_status if state.si_code == os.CLD_EXITED else -state.si_status) if state else 0
         with self._lock:

@@ -178,6 +178,13 @@ class TrainSection(Section):
         "a mapping of its name and options.",
     )
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _is_supported(cls, name: Any) -> Any:
+        if name in ("fp16", "float16"):
+            raise PydanticCustomError("fp16", "'fp64', 'fp32' or 'bf16': fp16 is not supported, use 'bf16'")
+        return name
+
     @field_validator("data_parallel_mode")
     @classmethod
     def _holds_parameters(cls, name: str) -> str:

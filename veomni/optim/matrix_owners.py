@@ -77,7 +77,7 @@ class Holders:
     """The ranks that hold shards, and copies, of the same matrices.
 
     Attributes:
-        mesh: What the parameters live on; None for plain tensors, which every rank works on by itself.
+        mesh: What the parameters live on; None for plain tensors, which every rank works on alone.
         shards: The mesh's axis that matrices are sharded over, or None.
         replicas: The axis with copies, or None.
     """
@@ -130,14 +130,14 @@ def _holders(parameter: nn.Parameter) -> tuple[Holders, int | None]:
         elif type(placement) is not Shard:
             raise ModelError(
                 f"muon cannot gather a matrix {list(parameter.shape)} placed {parameter.placements}",
-                "use train.optimizer.name adamw with this layout",
+                "use AdamW with this layout",
             )
         elif placement.dim >= behind:
             sharded.append((axis, placement.dim - behind))
     if len(sharded) > 1:
         raise ModelError(
             f"muon cannot gather a matrix {list(parameter.shape)} sharded over several axes, {parameter.placements}",
-            "use train.optimizer.name adamw with this layout",
+            "use AdamW with this layout",
         )
     replicas = copied[0] if copied else None
     if not sharded:

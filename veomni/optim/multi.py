@@ -55,7 +55,7 @@ class MultiOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """What the members remember of each parameter; a parameter nobody knows has an empty memory, as in PyTorch."""
+        """The state that members keep of each parameter; a parameter of none has an empty state, as in PyTorch."""
         kept: defaultdict[Tensor, Any] = defaultdict(dict)
         for member in self.members.values():
             kept.update(member.state)
@@ -67,7 +67,7 @@ class MultiOptimizer(Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a group that is no member's: nothing would step it.
+        """Reject a group that is no member's: nothing would step it.
 
         Raises:
             ModelError: it is not.

@@ -85,7 +85,7 @@ class Muon(Optimizer):
             if parameter.ndim not in (2, 3):
                 raise ModelError(
                     f"muon updates matrices and stacks of them; a parameter has the shape {list(parameter.shape)}",
-                    "give the others to AdamW, as train.optimizer.name muon does; FSDP1's flat shards have lost their "
+                    "give the others to AdamW, as build_optimizer's muon does; FSDP1's flat shards have lost their "
                     "shapes: use FSDP2",
                 )
         meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in everyone}

@@ -43,7 +43,7 @@ def plain_name(name: str) -> str:
 
 
 def matching(names: Iterable[str], patterns: Sequence[str], key: str, *, may_miss: Sequence[str] = ()) -> set[str]:
-    """Return the names that shell patterns match, by themselves or as the module that the parameter is in.
+    """Return the names that shell patterns match, in full or as the module that the parameter is in.
 
     Args:
         names: Of parameters.
