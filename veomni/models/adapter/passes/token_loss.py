@@ -7,6 +7,7 @@ around a stand-in for its body: if the loss receives the very tensor the head re
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,8 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
     if getattr(owner, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
         return None
+    if _predicts_labels_in_place(owner):
+        return None
     if family_of(getattr(owner, "config", None)).loss_in_forward:
         logger.info_rank0("the loss of %s is taken on its logits, not in its forward", type(owner).__name__)
         adapter.loss = TokenMeanLoss(None)
@@ -118,6 +121,12 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
         adapter.patch(head, "forward", _PassOrProject(head.forward))
         adapter.add(PassHiddenStates(), on=owner)
     return adapter.loss
+
+
+def _predicts_labels_in_place(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder that computes its loss in its forward, on labels that are not shifted."""
+    called = inspect.unwrap(type(model).forward).__code__.co_names
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "loss_function" not in called
 
 
 def _why_not_fused(model: nn.Module, head: Any) -> str | None:

@@ -1,0 +1,214 @@
+"""A step: two models in one loop, what a loop must not leave out, and that only losses decide gradients."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models.tiny import tiny_config
+from veomni.batch.micro_batch import MicroBatch
+from veomni.errors import DataError, InputError, LoopError, ModelError
+from veomni.launcher import Launcher
+from veomni.loop.reporter import Reporter
+from veomni.loop.step import listed
+from veomni.models import build_model
+from veomni.moe import MoEOptions
+from veomni.strategies import FSDP2
+from veomni.testing.documents import global_rows, share
+from veomni.testing.ranks import run_cases, run_ranks
+from veomni.testing.step import full_gradients
+
+ROUTER = MoEOptions(aux_loss_coef=0.3, z_loss_coef=0.02)
+
+
+def moe_model(launcher, seed):
+    model = build_model(tiny_config("qwen3_moe", num_experts=4 + 2 * seed), weights="random")
+    return launcher.setup_model(model, router=ROUTER).train()
+
+
+def step_of(launcher, models, interleaved):
+    """Gradients of a step with three micro-batches, for each model: interleaved, or one model after the other."""
+    place = launcher.data_parallel
+    losses, gradients = [], []
+    for step in launcher.track([share(global_rows(128), place.rank, place.size, 3)]):
+        if interleaved:
+            for micros in zip(*(launcher.accumulate(model, step) for model in models), strict=False):
+                for model, micro in zip(models, micros, strict=True):
+                    launcher.backward(model(**micro.inputs).loss, micro)
+        else:
+            for model in models:
+                for micro in launcher.accumulate(model, step):
+                    launcher.backward(model(**micro.inputs).loss, micro)
+        losses = [launcher.global_loss(step, model).item() for model in models]
+        for model in models:
+            launcher.clip_grad_norm(model, 1e9)
+        launcher.log({})
+        gradients = [full_gradients(model) for model in models]
+    return losses, gradients
+
+
+def models_together(together):
+    launcher = Launcher(FSDP2(), accelerator="cpu", precision="fp64", backend="gloo")
+    launcher.launch()
+    models = [moe_model(launcher, 0), moe_model(launcher, 1)]
+    found = step_of(launcher, models, together)
+    launcher.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_models_with_routers_interleaved_in_one_loop(ranks):
+    together, apart = ([run_ranks(models_together, ranks, mode, init=False)] for mode in (True, False))
+    for (losses, gradients), (expected, truth) in zip(together[0], apart[0], strict=True):
+        assert losses == expected
+        for own, other in zip(gradients, truth, strict=True):
+            assert own.keys() == other.keys()
+            assert all(torch.equal(own[name], other[name]) for name in own)
+            assert any(own[name].any() for name in own if "gate" in name)
+
+
+class Doubled(Reporter):
+    """A reporter that reports what is not so."""
+
+    def measure(self, micro_batches):
+        causal, full = super().measure(micro_batches)
+        return 2 * causal + 1, 2 * full + 1
+
+
+def reported(reporter):
+    launcher = Launcher("single", accelerator="cpu", precision="fp64", reporter=reporter())
+    launcher.launch()
+    found = step_of(launcher, [moe_model(launcher, 0)], False)
+    launcher.close()
+    return found
+
+
+def test_a_reporter_changes_no_gradient():
+    ((losses, (gradients,)),) = run_ranks(reported, 1, Doubled, init=False)
+    ((expected, (truth,)),) = run_ranks(reported, 1, Reporter, init=False)
+    assert losses == expected
+    assert all(torch.equal(gradients[name], truth[name]) for name in truth)
+
+
+# ---------------------------------------------------------------- loops that cannot be right
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def loop(body, steps=2):
+    launcher = Launcher("single", accelerator="cpu")
+    launcher.launch()
+    model = launcher.setup_model(Plain())
+    for step in launcher.track([[torch.ones(3, 2)[None].unbind(0), {"x": torch.ones(1, 2)}] * 2] * steps):
+        body(launcher, model, step)
+
+
+def loss_of(model, micro):
+    return model(*micro.args, **micro.inputs).sum()
+
+
+def left_by_break(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        launcher.backward(loss_of(model, micro), micro)
+        if micro.index == 1:
+            break
+    launcher.clip_grad_norm(model, 1.0)
+
+
+def forgotten_backward(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        if micro.index != 2:
+            launcher.backward(loss_of(model, micro), micro)
+
+
+def plain_backward(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        loss_of(model, micro).backward()
+    launcher.log({"loss": 0.0})
+
+
+def iterated(launcher, model, step):
+    for _ in step:
+        pass
+
+
+def no_loss(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        launcher.backward(None, micro)
+
+
+def foreign_micro_batch(launcher, model, step):
+    launcher.backward(torch.ones(()), step.micro_batches[0])
+
+
+def batch_for_a_step(launcher, model, step):
+    next(launcher.accumulate(model, step.micro_batches))
+
+
+def unknown_model(launcher, model, step):
+    launcher.global_loss(step)
+
+
+def unweighted(launcher, model, step):
+    next(launcher.accumulate(model, step, weight=lambda micro: 0))
+
+
+BAD_LOOPS = {
+    left_by_break: (LoopError, "step 1: 2 of 4 micro-batches had no launcher.backward"),
+    forgotten_backward: (LoopError, "step 1: 1 of 4 micro-batches had no launcher.backward"),
+    plain_backward: (LoopError, "step 1: 4 of 4 micro-batches had no launcher.backward"),
+    iterated: (LoopError, "launcher.accumulate"),
+    no_loss: (ModelError, "Plain returned no loss"),
+    foreign_micro_batch: (LoopError, "of no step"),
+    batch_for_a_step: (LoopError, "accumulate.. was given a tuple"),
+    unknown_model: (LoopError, "no model"),
+    unweighted: (LoopError, "sum to 0"),
+}
+
+
+def outcome(body):
+    try:
+        loop(body)
+    except InputError as error:
+        return type(error), f"{error}"
+    return None
+
+
+def test_loops_that_cannot_be_right_are_errors():
+    bodies = list(BAD_LOOPS)
+    cases = [functools.partial(outcome, body) for body in bodies]
+    for body, (found,) in zip(bodies, run_cases(cases, 1, init=False), strict=True):
+        kind, message = BAD_LOOPS[body]
+        assert found is not None, body.__name__
+        assert found[0] is kind, (body.__name__, found)
+        assert re.search(message, found[1]), (body.__name__, found)
+
+
+def test_what_is_used_before_launch_is_named():
+    launcher = Launcher("single", accelerator="cpu")
+    with pytest.raises(LoopError, match=r"launcher.world_size is known once"):
+        print(launcher.world_size)
+    with pytest.raises(LoopError, match=r"call launcher.launch\(\) first"):
+        next(launcher.track([[]]))
+    with pytest.raises(LoopError, match="before the first step"):
+        launcher.log({})
+    with pytest.raises(AttributeError):
+        print(launcher.worldsize)
+
+
+@pytest.mark.parametrize("batch", [{"x": 1}, torch.ones(2), [torch.ones(2)], "text"])
+def test_a_loader_must_yield_lists(batch):
+    with pytest.raises(DataError, match="setup_dataloader"):
+        listed(batch)
+    assert isinstance(listed([{"x": torch.ones(2)}])[0], MicroBatch)
