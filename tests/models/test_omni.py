@@ -190,7 +190,7 @@ def test_packed_equals_unpacked():
 
 def test_each_part_has_a_plan_of_its_own():
     model = build_model(TINY)
-    assert model.part_names == PARTS
+    assert model.component_names == PARTS
     blocks = derive_plan(model).blocks
     assert {"foundation.model.layers.1", "decoders.latents.layers.0"} <= set(blocks)
     assert sum(block.startswith("image_encoder") for block in blocks) == 2
@@ -226,7 +226,7 @@ def test_a_model_is_composed_from_parts_that_exist():
     )  # fmt: skip
     Materializer(composed, device=torch.device("cpu"), seed=0)(composed)
     model = materialized(directory)
-    assert composed.part_names == ["foundation", "image_encoder", "image_projector", "decoders.codes"]
+    assert composed.component_names == ["foundation", "image_encoder", "image_projector", "decoders.codes"]
     for name, parameter in composed.named_parameters():
         if name.startswith(("foundation", "image_encoder")):
             assert torch.equal(parameter, model.get_parameter(name)), name

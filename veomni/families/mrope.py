@@ -1,4 +1,4 @@
-"""Position ids of a document with images, videos and sounds, by the rule of its model family."""
+"""Position ids of a document with images, videos and audio, by the rule of its model family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _RENAMED = {"second_per_grids": "video_second_per_grid"}
-_HEARS = "use_audio_in_video"
+_AUDIO_FLAG = "use_audio_in_video"
 FRACTIONS = "position_fractions"
 """Key of what positions have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of one; see `DocumentPositions`.
 
@@ -76,7 +76,7 @@ class DocumentPositions:
         except (RuntimeError, IndexError, StopIteration, TypeError, ValueError) as error:
             raise DataError(
                 f"the placeholders of a document do not fit its media ({type(error).__name__}: {error})",
-                "give every image, video and sound its placeholders, and their sizes, as the processor does",
+                "give every image, video and audio clip its placeholders, and their sizes, as the processor does",
             ) from error
         whole = axes.floor().to(text.dtype) if axes.is_floating_point() else axes.to(text.dtype)
         made = {"position_ids": torch.cat([text[None], whole])}
@@ -86,21 +86,21 @@ class DocumentPositions:
     def _axes(self, given: Mapping[str, Any]) -> Tensor:
         """Return time, height and width ``[3, seq]``.
 
-        The rule is told once whether the videos of a document are heard. Where some are and some are not, it is asked
-        for each video, with what precedes it; each begins behind the largest position before it, as all media do.
+        The rule takes one flag for the audio of all videos of a document. Where some have audio and some do not, it is
+        applied to each video with what precedes it; each begins behind the largest position before it, as all media do.
         """
-        if _HEARS not in self._takes:
-            return self._asked(given)
-        heard, silent = self._videos(given["input_ids"])
-        if not (heard and silent):
-            return self._asked({**given, _HEARS: bool(heard)})
+        if _AUDIO_FLAG not in self._takes:
+            return self._applied(given)
+        audible, silent = self._videos(given["input_ids"])
+        if not (audible and silent):
+            return self._applied({**given, _AUDIO_FLAG: bool(audible)})
         found: list[Tensor] = []
         for piece in self._pieces(given):
             start = found[-1].max() + 1 if found else 0
-            found.append(self._asked({**piece, _HEARS: bool(self._videos(piece["input_ids"])[0])}) + start)
+            found.append(self._applied({**piece, _AUDIO_FLAG: bool(self._videos(piece["input_ids"])[0])}) + start)
         return torch.cat(found, dim=1)
 
-    def _asked(self, given: Mapping[str, Any]) -> Tensor:
+    def _applied(self, given: Mapping[str, Any]) -> Tensor:
         ids = given["input_ids"]
         per_token = {name: given[name][None] for name in ("input_ids", "mm_token_type_ids") if name in given}
         per_token["attention_mask"] = torch.ones_like(ids)[None]
@@ -114,7 +114,7 @@ class DocumentPositions:
         return (follows & (ids[:-1] == self._config.vision_start_token_id)).nonzero().flatten().tolist()
 
     def _videos(self, ids: Tensor) -> tuple[int, int]:
-        """Return the number of videos whose sound is among their tokens, and of the others."""
+        """Return the number of videos whose audio is among their tokens, and of the others."""
         return len(self._begins(ids, "audio_start_token_id")), len(self._begins(ids, "video_token_id"))
 
     def _pieces(self, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -127,8 +127,8 @@ class DocumentPositions:
         for start, stop in pairwise([0, *cuts, len(ids)]):
             piece = ids[start:stop]
             seen = sum(self._videos(piece))
-            sounds = int((piece == self._config.audio_start_token_id).sum())
-            counts = [len(self._begins(piece, "image_token_id")), seen, seen, sounds]
+            clips = int((piece == self._config.audio_start_token_id).sum())
+            counts = [len(self._begins(piece, "image_token_id")), seen, seen, clips]
             media = {}
             for (name, first), count in zip(list(done.items()), counts, strict=True):
                 if count:
@@ -145,7 +145,7 @@ class DocumentPositions:
         images, videos = (ids == getattr(self._config, f"{kind}_token_id") for kind in ("image", "video"))
         if document.get("video_grid_thw") is not None and not bool(videos.any()):
             raise DataError(
-                "a document with a video has no video placeholder, and no mm_token_type_ids that would tell it",
+                "a document with a video has no video placeholder, and no mm_token_type_ids",
                 "keep the mm_token_type_ids that the processor returns",
             )
         return images.long() + 2 * videos.long()

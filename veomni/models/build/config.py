@@ -37,7 +37,7 @@ def build_config(
         trust_remote_code: Run the Python files that a model directory brings along.
 
     Raises:
-        ModelError: the source does not exist, is no configuration, names code that it wants run, has an unknown type,
+        ModelError: the source does not exist, is no configuration, names code to run, has an unknown type,
             or an override is no key of it.
     """
     directory = find_directory(source)
@@ -92,7 +92,7 @@ def _thinker_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
 def _from_values(
     values: dict[str, Any], overrides: dict[str, Any], path: Path, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    _refuse_orders(values, path)
+    _check_no_orders(values, path)
     if trust_remote_code and "auto_map" in values:
         from transformers import AutoConfig
 
@@ -104,13 +104,13 @@ def _from_values(
     return config
 
 
-def _refuse_orders(values: Any, path: Path) -> None:
-    """Refuse keys that choose code instead of describing a model; only the caller may choose code."""
+def _check_no_orders(values: Any, path: Path) -> None:
+    """Reject keys that choose code instead of describing a model; only the caller may choose code."""
     for key, value in values.items():
         if key in _NOT_DATA and value is not None:
-            raise ModelError(f"{path} sets {key}, which is the caller's to choose", f"remove {key} from the file")
+            raise ModelError(f"{path} sets {key}, which only the caller may choose", f"remove {key} from the file")
         if isinstance(value, dict):
-            _refuse_orders(value, path)
+            _check_no_orders(value, path)
 
 
 def _remote_free_type(values: dict[str, Any], path: Path) -> str:
@@ -140,7 +140,7 @@ def _construct(cls: type[Any], values: dict[str, Any], overrides: dict[str, Any]
 
 
 def _merge(values: dict[str, Any], overrides: Mapping[str, Any], defaults: Any, source: str) -> dict[str, Any]:
-    """Return ``values`` with ``overrides`` on top, refusing keys that neither the file nor the class has."""
+    """Return ``values`` with ``overrides`` on top, rejecting keys that neither the file nor the class has."""
     known = {*values, *defaults.to_dict(), *defaults.attribute_map} - {"model_type", "transformers_version"}
     merged = dict(values)
     for key, value in overrides.items():

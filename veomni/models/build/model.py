@@ -20,7 +20,7 @@ from veomni.models.build.constructor import registered_on_meta
 from veomni.models.loader import model_class
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.documents import isolate_documents
-from veomni.models.weights.safetensors_files import has_safetensors, refuse_without_safetensors
+from veomni.models.weights.safetensors_files import has_safetensors, require_safetensors
 from veomni.models.weights.source import WeightSource
 from veomni.ops.attention.backends import AttentionBackend
 from veomni.ops.attention.varlen import register_attention
@@ -66,7 +66,7 @@ def build_model(
     composed = hasattr(config, "decoders") and config.model_type == "omni"
     parts = weight_parts(weights, directory) if composed else {}
     origin = None if composed else _weight_directory(weights, directory)
-    _refuse_quantised(config, origin)
+    _check_quantisation(config, origin)
     with torch.device("meta"):
         model = _construct(config, attention, trust_remote_code)
     adapter = ModelAdapter.of(model)
@@ -87,14 +87,14 @@ def _weight_directory(weights: str | Path, directory: Path | None) -> Path | Non
         if directory is None or has_safetensors(directory):
             return directory
         if any(directory.glob("*.bin")):
-            refuse_without_safetensors(directory)
+            require_safetensors(directory)
         logger.info_rank0("%s holds no weights: the model starts from random ones", directory)
         return None
     chosen = find_directory(weights)
     if chosen is None:
         raise ModelError(f"{weights} is no directory", "give a directory with safetensors, 'auto' or 'random'")
     if not has_safetensors(chosen):
-        refuse_without_safetensors(chosen)
+        require_safetensors(chosen)
     return chosen
 
 
@@ -109,7 +109,7 @@ def weight_parts(weights: str | Path, directory: Path | None) -> dict[str, Path]
     return {".".join(path.relative_to(chosen).parts): path for path in found if path != chosen}
 
 
-def _refuse_quantised(config: PreTrainedConfig, origin: Path | None) -> None:
+def _check_quantisation(config: PreTrainedConfig, origin: Path | None) -> None:
     method = getattr(config, "quantization_config", None)
     if origin is not None and method is not None:
         raise ModelError(

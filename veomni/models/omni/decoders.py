@@ -1,7 +1,7 @@
 """Decoders of a composed model: what it generates besides text, token by token after the foundation.
 
-A decoder places its inputs at their tokens, and learns from the foundation's hidden states what comes next. Its loss is
-a mean over its own tokens: a document says where they are by a key that is negative elsewhere (``Field.counts``).
+A decoder places its inputs at their tokens, and predicts from the foundation's hidden states what comes next. Its loss
+is a mean over its own tokens, where a field of the document is not negative (``Field.counts``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veomni.registry import Registry
 
 
 class Decoder(nn.Module):
-    """One kind of thing that is generated.
+    """What a composed model generates beside text.
 
     Attributes:
         keys: Keys of a batch that are its own.
@@ -121,10 +121,10 @@ class Codes(Decoder):
         targets = batch.get("codes_next")
         if targets is None:
             targets = torch.full(hidden.shape[:2], IGNORE_INDEX, device=hidden.device)
-        learned = targets >= 0
-        logits = self.head(self.norm(hidden[learned]))
+        supervised = targets >= 0
+        logits = self.head(self.norm(hidden[supervised]))
         wide = logits if logits.dtype is torch.float64 else logits.float()
-        return F.cross_entropy(wide, targets[learned], reduction="sum") / learned.sum().clamp(min=1)
+        return F.cross_entropy(wide, targets[supervised], reduction="sum") / supervised.sum().clamp(min=1)
 
 
 @DECODERS.register("latents")
@@ -133,7 +133,7 @@ class Latents(Decoder):
 
     Rectified flow (Liu et al., 2022, arXiv:2209.03003) with a small network per token (Li et al., 2024,
     arXiv:2406.11838): between noise ``n`` at time 0 and the latent ``x`` at time 1 the point ``(1 - t) n + t x`` moves
-    with the velocity ``x - n``, which is what is learned.
+    with the velocity ``x - n``, which is predicted.
 
     A document brings ``latents`` float32 ``[seq, channels]`` and ``latents_time`` float32 ``[seq]``: any number that is
     not negative at the tokens of latents, negative elsewhere.
@@ -206,19 +206,19 @@ class Latents(Decoder):
         """Return the squared error of the velocity, averaged over channels and tokens."""
         time = batch.get("latents_time")
         time = hidden.new_full(hidden.shape[:2], -1.0) if time is None else time
-        learned = time >= 0
+        supervised = time >= 0
         channels = self.projection.in_features
         next_, noise = (
-            batch[key][learned].to(hidden.dtype) if key in batch else hidden.new_zeros(0, channels)
+            batch[key][supervised].to(hidden.dtype) if key in batch else hidden.new_zeros(0, channels)
             for key in ("latents_next", "latents_noise")
         )  # fmt: skip
-        moment = time[learned].to(hidden.dtype)[:, None]
-        state = self.noisy((1 - moment) * noise + moment * next_) + self.condition(hidden[learned])
+        moment = time[supervised].to(hidden.dtype)[:, None]
+        state = self.noisy((1 - moment) * noise + moment * next_) + self.condition(hidden[supervised])
         state = state + self.time(_waves(moment, self.time.in_features))
         for layer in self.layers:
             state = layer(state)
         error = self.velocity(F.silu(state)) - (next_ - noise)
-        return error.square().mean(-1).sum() / learned.sum().clamp(min=1)
+        return error.square().mean(-1).sum() / supervised.sum().clamp(min=1)
 
 
 class _Residual(nn.Module):

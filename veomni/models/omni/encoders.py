@@ -23,7 +23,7 @@ class Encoder:
 
     Attributes:
         encode: Does it.
-        image_processor: transformers' class that makes its pixels, without "Pil"; None where it hears sounds.
+        image_processor: transformers' class that makes its pixels, without "Pil"; None for audio.
     """
 
     encode: Encode
@@ -52,14 +52,14 @@ def encode_patches(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> 
     return list(output.pooler_output.split(counts))
 
 
-def encode_sounds(encoder: Any, input_features: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Encode mel features ``[sounds, mels, frames]`` that are padded to the encoder's span."""
+def encode_audio(encoder: Any, input_features: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Encode mel features ``[clips, mels, frames]`` that are padded to the encoder's span."""
     assert mask is not None
     frames, counts = padded_audio_lengths(encoder, mask)
     places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=mask.device)
     seen = bidirectional_mask(encoder.config, places < frames[:, None], _dtype(encoder))
     hidden = encoder(input_features.to(_dtype(encoder)), attention_mask=seen).last_hidden_state
-    return [sound[:count] for sound, count in zip(hidden, counts.tolist(), strict=True)]
+    return [clip[:count] for clip, count in zip(hidden, counts.tolist(), strict=True)]
 
 
 ENCODERS.register("siglip_vision_model")(Encoder(encode_square, "SiglipImageProcessor"))
@@ -68,7 +68,7 @@ ENCODERS.register("clip_vision_model")(Encoder(encode_square_with_class_token, "
 ENCODERS.register("dinov2")(Encoder(encode_square_with_class_token, "BitImageProcessor"))
 ENCODERS.register("qwen2_5_vl_vision")(Encoder(encode_patches, "Qwen2VLImageProcessor"))
 ENCODERS.register("qwen3_vl_vision")(Encoder(encode_patches, "Qwen2VLImageProcessor"))
-ENCODERS.register("qwen2_audio_encoder")(Encoder(encode_sounds))
+ENCODERS.register("qwen2_audio_encoder")(Encoder(encode_audio))
 
 
 def feature_channels(config: Any) -> int:

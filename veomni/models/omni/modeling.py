@@ -1,8 +1,8 @@
 """A model composed of encoders, a language foundation and decoders.
 
 Features of an encoder are projected and take the places of their placeholder tokens in the foundation's embeddings;
-decoders learn from its hidden states. Encoders, rows that several ranks share and ranks without an image are handled as
-in transformers' own vision-language models: by the names that the methods here have in common with them.
+decoders are trained on its hidden states. Methods have the names of those of transformers' vision-language models, so
+that shared rows and ranks without an image are handled in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class OmniOutput:
 
     Attributes:
         loss: The sum of all losses of this micro-batch; None without labels.
-        losses: By part: "text", then the decoders'; each the mean over its own tokens; for
+        losses: By component: "text", then the decoders'; each the mean over its own tokens; for
             ``Launcher.backward``.
         logits: The foundation's, ``[batch, seq, vocab]``.
     """
@@ -77,14 +77,14 @@ class OmniModel(PreTrainedModel):
         self.post_init()
 
     @property
-    def part_names(self) -> list[str]:
-        """The parts, by their names as modules: what is saved, loaded and sharded by itself."""
+    def component_names(self) -> list[str]:
+        """The components, by their names as modules: each is saved, loaded and sharded separately."""
         names = [name for name, _ in self.named_children() if name != "decoders"]
         return [*names, *(f"decoders.{name}" for name in self.decoders)]
 
     def get_parallel_plan(self) -> ParallelPlan:
-        """Return the plans of all parts, each derived by itself."""
-        plans = {name: derive_plan(self.get_submodule(name)) for name in self.part_names}
+        """Return the plans of all components, each derived separately."""
+        plans = {name: derive_plan(self.get_submodule(name)) for name in self.component_names}
         return ParallelPlan(
             **{
                 field.name: tuple(
@@ -115,7 +115,7 @@ class OmniModel(PreTrainedModel):
         return SimpleNamespace(pooler_output=self._projected(self.image_projector, pieces))
 
     def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor | None = None) -> Any:
-        """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each sound."""
+        """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each audio clip."""
         encode = ENCODERS.get(self.config.audio_config.model_type).encode
         pieces = encode(self.audio_encoder, input_features, feature_attention_mask)
         return SimpleNamespace(pooler_output=self._projected(self.audio_projector, pieces))
@@ -130,7 +130,7 @@ class OmniModel(PreTrainedModel):
         if int(places.sum()) != len(features):
             raise DataError(
                 f"the batch has {int(places.sum())} placeholders (token {token}) for {len(features)} features",
-                "give each image and sound as many placeholders as its encoder makes features",
+                "give each image and audio clip as many placeholders as its encoder makes features",
             )
         return places.unsqueeze(-1)
 
@@ -157,15 +157,15 @@ class OmniModel(PreTrainedModel):
             pixel_values: As the image encoder takes them.
             image_grid_thw: Sizes of images given as patches, ``[images, 3]``.
             input_features: As the audio encoder takes them.
-            feature_attention_mask: Which frames hold something, ``[sounds, frames]``.
+            feature_attention_mask: Which frames hold something, ``[clips, frames]``.
             past_key_values: As the foundation takes it.
             kwargs: The decoders' keys; the rest goes to the foundation.
         """
         assert input_ids is not None
         embeds = self.get_input_embeddings()(input_ids)
         if input_features is not None:
-            sounds = self.get_audio_features(input_features, feature_attention_mask)
-            embeds = self._place(embeds, input_ids, self.config.audio_token_id, sounds)
+            clips = self.get_audio_features(input_features, feature_attention_mask)
+            embeds = self._place(embeds, input_ids, self.config.audio_token_id, clips)
         if pixel_values is not None:
             images = self.get_image_features(pixel_values, image_grid_thw)
             embeds = self._place(embeds, input_ids, self.config.image_token_id, images)

@@ -53,7 +53,7 @@ def export_hf(
         ModelError: the directory holds something else.
     """
     inner, output_dir = unwrap(model), Path(output_dir)
-    names = getattr(inner, "part_names", None)
+    names = getattr(inner, "component_names", None)
     if names is not None:
         parts = {name: full_tensors(model, name) for name in names}
         _write_on_rank_zero(parts, lambda: _export_parts(inner, parts, output_dir, tokenizer, dtype, max_shard_size))

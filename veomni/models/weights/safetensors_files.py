@@ -79,11 +79,11 @@ def _index(directory: Path) -> dict[str, str]:
                 return dict.fromkeys(file.keys(), SINGLE_NAME)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{directory / SINGLE_NAME} is damaged: {error}", _AGAIN) from error
-    refuse_without_safetensors(directory)
+    require_safetensors(directory)
     return {}
 
 
-def refuse_without_safetensors(directory: Path) -> None:
+def require_safetensors(directory: Path) -> None:
     """Raise the ModelError that fits a model directory without safetensors."""
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:

@@ -1,9 +1,9 @@
-"""How a model calls its towers: every image, clip or sound an item, every call one that ranks can share.
+"""Calls of encoders: every image, video or audio clip is an item, and ranks can share the items of a call.
 
-A tower's features enter a transformers model through one method per modality (``get_image_features`` ...). On the
-instance each is replaced by a :class:`TowerCall`, which knows the items it is given and can encode any of them; who
-encodes which is an :data:`Exchange`. A call without an item encodes the smallest legal dummy and returns no feature of
-it: nothing is added anywhere, and yet every collective and every gradient of the tower takes place.
+Features enter a transformers model through one method per modality (``get_image_features`` ...). On the instance each
+is replaced by a :class:`TowerCall`, which can encode any of its items; an :data:`Exchange` chooses them. A call without
+an item encodes the smallest legal dummy and returns no feature of it: nothing is added anywhere, and yet every
+collective and every gradient of the encoder takes place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Exchange = Callable[["Items", Encode], list[Tensor]]
 """Encodes this rank's items with other ranks; returns each stream's ``[tokens, hidden]`` for this rank's tokens."""
 
 Balance = Callable[["Items", Encode], list[list[Tensor]]]
-"""Encodes this rank's items where there is least to do; returns what ``Encode`` does, at least an empty piece each."""
+"""Encodes this rank's items on the least loaded ranks; returns what ``Encode`` does, at least an empty piece each."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TowerKind:
             itself has an entry per item.
         patches: ``values`` is ``[patches, channels]``, with ``sizes`` as (frames, height, width) of every item.
         token: The configuration's name of the placeholder token.
-        token_type: What ``mm_token_type_ids`` calls this modality, where placeholder tokens do not tell it apart.
+        token_type: The modality's number in ``mm_token_type_ids``, where modalities share a placeholder token.
     """
 
     modality: str
@@ -59,10 +59,10 @@ class TowerKind:
 
 @dataclass
 class Items:
-    """What one call of a tower encodes, one item after another.
+    """The items of one call.
 
     Attributes:
-        kind: Of which modality.
+        kind: The modality.
         values: ``[patches, channels]`` or ``[items, ...]``.
         sizes: ``[items, 3]`` or ``[items, frames]``; None where there are none.
     """
@@ -95,7 +95,7 @@ class Items:
 
     @property
     def costs(self) -> list[int]:
-        """What encoding each item costs, in patches: attention sees the whole of a frame, the rest patch by patch."""
+        """The cost of encoding each item, in patches: quadratic in a frame for attention, linear for the rest."""
         if not self.kind.patches:
             return [int(self.values[0].numel())] * len(self) if len(self) else []
         assert self.sizes is not None
@@ -104,7 +104,7 @@ class Items:
 
 
 class TowerCall:
-    """What is called instead of a tower's own method.
+    """Replaces the method of an encoder's owner.
 
     Args:
         encode: The owner's own method.
@@ -113,9 +113,9 @@ class TowerCall:
         counts: From items to the features of each; needed only where the method returns them in one piece.
 
     Attributes:
-        exchange: Who encodes which items of rows that ranks share; None where rows are whole.
-        balance: Who encodes which items of all rows; None where each rank encodes its own.
-        precomputed: Arguments for all items of the batch in hand that were computed from their sizes beforehand.
+        exchange: Encodes the items of rows that ranks share; None where rows are whole.
+        balance: Spreads the items of all rows over ranks; None where each rank encodes its own.
+        precomputed: Arguments for all items of the current batch that were computed from their sizes beforehand.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TowerCall:
     balance: Balance | None
 
     def stand_in(self, device: torch.device) -> Tensor:
-        """Return what to give the model as values where it has none: the call will know it again."""
+        """Return a dummy to pass to the model as values; the call recognises it by identity."""
         self._absent = self._make_dummy(device).values
         return self._absent
 
@@ -196,7 +196,7 @@ class TowerCall:
 
 
 class _Encoder:
-    """Encodes any items in one call of the tower, and remembers the output."""
+    """Encodes any items in one call of the encoder, and keeps the output."""
 
     def __init__(self, call: TowerCall, arguments: dict[str, Any]) -> None:
         self.call, self.arguments = call, arguments
@@ -228,6 +228,6 @@ class _Encoder:
 
 
 def _in_one_piece(kind: TowerKind, output: Any) -> bool:
-    """Whether the owner reads features from the last hidden state: transformers' models that hear do, and Llama 4."""
+    """Whether the owner reads features from the last hidden state: transformers' audio models do, and Llama 4."""
     read = kind.modality == "audio" or getattr(output, "pooler_output", None) is None
     return read and hasattr(output, "last_hidden_state")

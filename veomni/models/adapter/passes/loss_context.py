@@ -1,4 +1,4 @@
-"""What the loss is told about a micro-batch beside the labels, which are all that a model passes on to it."""
+"""What the loss of a micro-batch depends on beside the labels, which are all that a model passes on to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veomni.models.adapter.passes.source_losses import SourceLosses
 
 @dataclass
 class Predictions:
-    """What the loss saw of each token, for whoever counts right answers.
+    """What was predicted for each token, for counting right answers.
 
     Attributes:
         tokens: The likeliest token, int64 ``[tokens]``.
@@ -26,14 +26,14 @@ class Predictions:
 
 @dataclass
 class LossContext:
-    """What is known of the tokens of one micro-batch, on the device of the loss.
+    """The context of one micro-batch's loss, on its device.
 
     Attributes:
-        token_weights: What the loss of each token weighs, ``[batch, seq]``, aligned with the shifted labels; None
-            weighs every supervised token 1.
-        by_source: Is told the loss of every token, where a mixture's sources are taken apart.
-        predicts: Whether the loss keeps :attr:`predictions`.
-        predictions: What the loss saw.
+        token_weights: Weight of each token's loss, ``[batch, seq]``, aligned with the shifted labels; None weighs every
+            supervised token 1.
+        by_source: Sums the losses of a mixture's sources; None for other data.
+        predicts: Whether the loss sets :attr:`predictions`.
+        predictions: What was predicted.
     """
 
     token_weights: Tensor | None = None
@@ -43,7 +43,7 @@ class LossContext:
 
     @classmethod
     def of(cls, micro: MicroBatch) -> LossContext:
-        """Return what the loss of a micro-batch, on the device of the loss, depends on beside its labels."""
+        """Return the context of a micro-batch that is on the device of the loss."""
         context = cls()
         weights = micro.targets.loss_weights
         if weights is not None:

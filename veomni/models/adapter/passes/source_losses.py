@@ -1,4 +1,4 @@
-"""The loss of each source of a mixture, taken apart while the loss of all is computed."""
+"""The loss of each source of a mixture, summed while the loss of all is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SourceLosses:
         self.sums = torch.zeros(2, sources, device=ids.device)
 
     def add(self, losses: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> None:
-        """Add up what the micro-batch gives.
+        """Add the losses of a micro-batch.
 
         Args:
             losses: ``[tokens]``; zero where there is no target.

@@ -178,7 +178,7 @@ def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
 
 
 class TakeLossOver(InputPass):
-    """Keeps labels from a forward that would average over them by itself, NaN where there are none."""
+    """Takes the loss on the logits of a model whose own loss would be NaN where nothing is supervised."""
 
     stage = Stage.LOSS
 
@@ -221,7 +221,7 @@ class PassShiftedLabels(InputPass):
         """
         if call.shift_labels is not None and getattr(output, "loss", None) is not None:
             raise ModelError(
-                f"{self.name} computes its loss by itself, and would shift labels that are shifted already",
+                f"{self.name} computes its own loss, and would shift labels that are shifted already",
                 "use no sequence parallelism: leave out Ulysses and ContextParallel, or set their size to 1",
             )
         return output
