@@ -19,7 +19,6 @@ from veomni.models import (
     resolve_experts,
 )
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.adapter.passes.documents import remember_leak
 from veomni.models.traits import ModelTraits, PassesDocuments, complete, examine_model
 from veomni.moe import MoEOptions, install_controller
 from veomni.strategies.base import SetupContext, Strategy
@@ -51,8 +50,8 @@ def setup_model(
 
     # What it must be able to do
     spread = [strategy for strategy in launcher.strategies if {*strategy.mesh_axes().values()} - {1}]
-    traits = examine_model(model, [PassesDocuments, *(trait for each in spread for trait in each.requires)])
-    _require(traits, spread)
+    adapter.traits = examine_model(model, [PassesDocuments, *(trait for each in spread for trait in each.requires)])
+    _require(adapter.traits, spread)
 
     # What it gets its values from, later; and what is added to its forward
     plan = derive_plan(model)
@@ -72,9 +71,8 @@ def setup_model(
     ready = owner.parallelize(model, context)
 
     # What only the real model shows
-    traits = complete(traits, ready, model, device)
-    _require(traits, spread)
-    remember_leak(model, traits[PassesDocuments].reason if not traits[PassesDocuments].ok else None)
+    adapter.traits = complete(adapter.traits, ready, model, device)
+    _require(adapter.traits, spread)
     for strategy in launcher.strategies:
         strategy.verify(ready, model, context)
     adapter.routers.check(ready)

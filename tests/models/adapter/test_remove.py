@@ -95,7 +95,21 @@ def same_output(plain: nn.Module, fresh: nn.Module) -> None:
     assert torch.equal(mine.loss, truth.loss)
 
 
-@pytest.mark.parametrize("layout", ["single", "ddp"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_remove_gives_back_the_plain_model(name: str, layout: str) -> None:
     run_ranks(partial(removed_is_plain, name, layout), LAYOUTS[layout][0], init=False)
+
+
+def root_hooks(name: str, layout: str) -> list[int]:
+    launcher, model = ready(name, layout)
+    own = [
+        [hook for hook in hooks.values() if "veomni" in getattr(hook, "__module__", "")]
+        for hooks in (model._forward_pre_hooks, model._forward_hooks)
+    ]
+    launcher.close()
+    return [len(hooks) for hooks in own]
+
+
+def test_the_root_of_a_vision_language_model_under_fsdp2_and_ulysses_has_two_hooks() -> None:
+    assert run_ranks(partial(root_hooks, "qwen3_vl", "fsdp2_ulysses2"), 2, init=False) == [[1, 1]] * 2

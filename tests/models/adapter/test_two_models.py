@@ -12,7 +12,7 @@ from torch import nn
 from tests.models.tiny import tiny_config
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
+from veomni.strategies import DDP, FSDP2, ActivationCheckpointing, ContextParallel, Ulysses
 from veomni.testing.documents import global_rows, share
 from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
 from veomni.testing.ranks import run_ranks
@@ -21,20 +21,19 @@ from veomni.testing.step import full_gradients
 PAIRS: dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]] = {
     "ulysses4_and_ulysses2": (4, lambda: [FSDP2(), Ulysses(4)], lambda: [FSDP2(), Ulysses(2)]),
     "ring4_and_ring2": (4, lambda: [FSDP2(), ContextParallel(4)], lambda: [FSDP2(), ContextParallel(2)]),
-    "ulysses2_and_whole_rows": (2, lambda: [FSDP2(), Ulysses(2)], lambda: DDP()),
+    "ulysses2_and_whole_rows": (2, lambda: [FSDP2(), Ulysses(2)], lambda: [DDP()]),
 }
 
 
-def set_up(strategies: Any, **options: Any) -> tuple[Launcher, nn.Module]:
-    launcher = Launcher(
-        strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60, **options
-    )  # fmt: skip
+def set_up(strategies: list[Any]) -> tuple[Launcher, nn.Module]:
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
     launcher.launch()
     return launcher, launcher.setup_model(build_model(tiny_config("qwen3"), weights="random")).train()
 
 
-def interleaved(first: Callable[[], Any], second: Callable[[], Any], **options: Any) -> list[Truth]:
-    pairs = [set_up(strategies(), **options) for strategies in (first, second)]
+def interleaved(first: Callable[[], Any], second: Callable[[], Any], recompute: bool) -> list[Truth]:
+    more = [ActivationCheckpointing()] if recompute else []
+    pairs = [set_up([*strategies(), *more]) for strategies in (first, second)]
     rows = global_rows(tiny_config("qwen3").vocab_size)
     steps, micros = [], []
     for launcher, model in pairs:
@@ -53,11 +52,11 @@ def interleaved(first: Callable[[], Any], second: Callable[[], Any], **options: 
     return found
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_each_model_uses_its_own_groups(pair: str, recompute: str) -> None:
+def test_each_model_uses_its_own_groups(pair: str, recompute: bool) -> None:
     ranks, first, second = PAIRS[pair]
     truth = truth_of(tiny_config("qwen3"))
-    for found in run_ranks(partial(interleaved, first, second, recompute=recompute), ranks, init=False):
+    for found in run_ranks(partial(interleaved, first, second, recompute), ranks, init=False):
         for outcome in found:
             check(outcome, truth, BOUNDS["fp64"])

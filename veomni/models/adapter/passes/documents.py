@@ -18,7 +18,9 @@ from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
+from veomni.models.traits.documents import PassesDocuments
 from veomni.models.traits.sequence_layers import layer_outside_attention
+from veomni.models.traits.verdict import Verdict
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.masks import (
     counted_from,
@@ -50,9 +52,6 @@ class IsolateDocuments(InputPass):
 
     Args:
         model: A transformers model.
-
-    Attributes:
-        leak: Why packed rows are rejected; None where they are not.
     """
 
     stage = Stage.DOCUMENTS
@@ -61,8 +60,7 @@ class IsolateDocuments(InputPass):
         parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
         text = type(model.config.get_text_config())
         self.encoders = frozenset(type(part) for part in parts if part is not None) - {text}
-        layer = layer_outside_attention(model)
-        self.leak = f"{layer} carries state from one document of a packed row into the next" if layer else None
+        self.layer = layer_outside_attention(model)
 
     def before(self, call: ForwardCall) -> None:
         """Set the documents of the call.
@@ -73,16 +71,16 @@ class IsolateDocuments(InputPass):
         found = documents_of(call.kwargs)
         if found is None:
             return
-        if found.numbers is not None and self.leak is not None:
-            raise ModelError(self.leak, "set data.packing to none, so that every row is one document")
+        if found.numbers is not None and (reason := self._leak(call.owner.traits)) is not None:
+            raise ModelError(reason, PassesDocuments.fix)
         call.documents = replace(found, encoders=self.encoders)
 
-
-def remember_leak(model: nn.Module, reason: str | None) -> None:
-    """Make ``model`` reject packed rows for ``reason``; None makes it take them."""
-    documents = ModelAdapter.of(model).find(IsolateDocuments)
-    if documents is not None:
-        documents.leak = reason
+    def _leak(self, traits: Mapping[type[Any], Verdict] | None) -> str | None:
+        """Return why the model cannot keep documents apart; None where it can, or was not examined."""
+        verdict = None if traits is None else traits.get(PassesDocuments)
+        if verdict is not None:
+            return None if verdict.ok else verdict.reason
+        return f"{self.layer} carries state from one document into the next" if self.layer else None
 
 
 def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
