@@ -14,10 +14,11 @@ from tests.models.any_tiny import any_tiny_config
 from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
+from veomni.launcher import Launcher
 from veomni.models import Materializer, build_model
 from veomni.models.build.constructor import constructor_values
 from veomni.models.weights.gather import full_tensors
-from veomni.testing.ranks import run_ranks
+from veomni.testing.ranks import RankFailed, run_ranks
 
 
 def normally(config: transformers.PreTrainedConfig, like: nn.Module) -> nn.Module:
@@ -215,3 +216,35 @@ def _build_after_sharding():
 
 def test_a_sharded_model_is_refused():
     run_ranks(_build_after_sharding, 1)
+
+
+class Stack(transformers.PreTrainedModel):
+    """A transformers model of one's own, with experts that nothing initialises."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        super().__init__(config)
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.Parameter(torch.empty(4, 8, 8))
+        self.scale = nn.Parameter(torch.full((8,), 0.5))
+        self.post_init()
+
+
+def set_up_stack(strategy: str) -> None:
+    launcher = Launcher(strategy, accelerator="cpu", backend="gloo", timeout_seconds=60)
+    launcher.launch()
+    with torch.device("meta"):
+        model = Stack(transformers.LlamaConfig())
+    launcher.setup_model(model)
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("fsdp2", 2)])
+def test_memory_that_nothing_initialises_is_rejected_by_name(strategy, ranks):
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(set_up_stack, ranks, strategy, init=False)
+    assert caught.value.exceptions.keys() == set(range(ranks))
+    for error in caught.value.exceptions.values():
+        assert isinstance(error, ModelError)
+        assert error.problem.startswith("nothing initialises experts:")
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils import deterministic
 
 from veomni.models.transformers_api.construction import construct_again
 
@@ -57,10 +59,26 @@ def constructor_values(model: nn.Module, names: Collection[str]) -> dict[str, Te
         names: Names of parameters and buffers.
 
     Returns:
-        Their values by name; those that the class does not construct are missing.
+        Their values by name; those that the class does not construct, or leaves uninitialised, are missing.
     """
     wanted = {(type(model.get_submodule(path)), key) for path, _, key in (name.rpartition(".") for name in names)}
-    with torch.device("cpu"), torch.no_grad(), registered_on_meta(lambda module, key: (type(module), key) in wanted):
+    keep = registered_on_meta(lambda module, key: (type(module), key) in wanted)
+    with torch.device("cpu"), torch.no_grad(), _uninitialised_as_nan(), keep:
         again = construct_again(model)
     made = {**dict(again.named_parameters()), **dict(again.named_buffers())}
-    return {name: made[name].detach() for name in names if name in made and not made[name].is_meta}
+    found = {name: made[name].detach() for name in names if name in made and not made[name].is_meta}
+    return {name: value for name, value in found.items() if not value.isnan().any()}
+
+
+@contextmanager
+def _uninitialised_as_nan() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN."""
+    flags: Any = deterministic  # its flag is a property of the module's class
+    mode, fills = torch.get_deterministic_debug_mode(), flags.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    flags.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        flags.fill_uninitialized_memory = fills
