@@ -26,8 +26,6 @@ NOT_YET: dict[str, set[str]] = {
     "veomni/models/weights/initialize.py": {"_buffers", "_cdata", "_parameters", "_python_dispatch", "_schema"},
     "veomni/models/weights/materialize.py": {"_buffers", "_parameters"},
     "veomni/models/weights/shards.py": {"_utils"},
-    "veomni/moe/recomputation.py": {"_C", "_current_graph_task_id"},
-    "veomni/moe/routers.py": {"_forward_hooks", "_forward_pre_hooks"},
     "veomni/ops/attention/block.py": {
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward",
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward",

@@ -10,7 +10,7 @@ import torch
 from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import MoEOptions
-from veomni.moe.routers import Listener
+from veomni.moe.routers import RouterHook
 from veomni.testing.oracle import BOUNDS, check
 from veomni.testing.ranks import run_ranks
 
@@ -111,16 +111,16 @@ def test_no_weight_no_loss():
         assert "aux_loss" not in metrics
 
 
-class CountTrainedOn(Listener):
+class CountTrainedOn(RouterHook):
     """Counts the choices of forwards with gradients, without the counting pass."""
 
     def __init__(self, controller):
         self.controller = controller
         self.counts: dict[str, torch.Tensor] = {}
 
-    def see(self, router, routing, training):
+    def observe(self, router, decision, training):
         if training:
-            mask = self.controller._mask
+            mask = self.controller.mask
             real = routing.indices if mask is None else routing.indices[mask]
             counted = torch.bincount(real.flatten(), minlength=router.experts)
             self.counts[router.name] = self.counts.get(router.name, 0) + counted
@@ -133,7 +133,7 @@ def step_with_dropout():
         controller = ModelAdapter.of(model).routers
         counters.append(CountTrainedOn(controller))
         for router in controller.routers:
-            router.listeners.append(counters[0])
+            router.hooks.append(counters[0])
 
     _, _, load = balanced_step(
         "qwen3_moe", "single", MoEOptions(aux_loss_coef=AUX), accumulation=3, attention_dropout=0.3,

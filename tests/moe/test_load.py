@@ -20,7 +20,7 @@ from veomni.loop.reporter import Reporter
 from veomni.models import build_model
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import ExpertLoad, MoEOptions
-from veomni.moe.routers import Listener
+from veomni.moe.routers import RouterHook
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing.documents import global_rows
 from veomni.testing.oracle import initial_model
@@ -157,12 +157,12 @@ def test_files_of_a_run(tmp_path):
 def one_token_breaks(launcher, model):
     router = ModelAdapter.of(model).routers.routers[1]
 
-    class Spoil(Listener):
+    class Spoil(RouterHook):
         def choose(self, router, routing):
             if launcher.rank == 1:
                 routing.logits[3, 2] = float("inf")
 
-    router.listeners.append(Spoil())
+    router.hooks.append(Spoil())
 
 
 @pytest.mark.parametrize(("layout", "accumulation"), [("ddp2", 1), ("ulysses2_fsdp2", 3)])

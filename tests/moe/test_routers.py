@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from tests.models.any_tiny import any_tiny_config
 from tests.models.tiny import tiny_config
 from veomni.moe import find_routers
-from veomni.moe.routers import Listener
+from veomni.moe.router_hooks import hooked_routers
+from veomni.moe.routers import RouterHook
 from veomni.moe.scoring import Scoring
-from veomni.moe.tap import watch_routers
 
 SOFTMAX = Scoring("softmax", normalized=False, scale=1.0)
 SHARES = Scoring("softmax", normalized=True, scale=1.0)
@@ -100,27 +100,30 @@ def test_looking_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_watching_twice_is_watching_once():
+def test_hooking_twice_is_hooking_once():
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    router = watch_routers(model).readable[0]
-    assert watch_routers(model).readable[0] is router
-    heard = Hear()
-    router.listeners.append(heard)
+    observed = Observe()
+    with hooked_routers(model) as outer, hooked_routers(model) as inner:
+        assert inner.readable[0] is outer.readable[0]
+        inner.readable[0].hooks.append(observed)
+        model(input_ids=torch.arange(6)[None])
     model(input_ids=torch.arange(6)[None])
-    assert len(heard) == 1
-    assert [tuple(part.shape) for part in vars(heard[0]).values()] == [(6, 4), (6, 2), (6, 2)]
+    assert len(observed) == 1
+    assert [tuple(part.shape) for part in vars(observed[0]).values()] == [(6, 4), (6, 2), (6, 2)]
 
 
-def test_a_copy_has_listeners_of_its_own():
+def test_a_copy_has_hooks_of_its_own():
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))
-    heard = [Hear(), Hear()]
-    watch_routers(model).readable[0].listeners.append(heard[0])
-    copy = deepcopy(model)
-    watch_routers(copy).readable[0].listeners.append(heard[1])
-    copy(input_ids=torch.arange(6)[None])
-    assert [len(listener) for listener in heard] == [0, 1]
+    observed = [Observe(), Observe()]
+    with hooked_routers(model) as routers:
+        routers.readable[0].hooks.append(observed[0])
+        copy = deepcopy(model)
+        with hooked_routers(copy) as others:
+            others.readable[0].hooks.append(observed[1])
+            copy(input_ids=torch.arange(6)[None])
+    assert [len(hook) for hook in observed] == [0, 1]
 
 
-class Hear(Listener, list):
-    def see(self, router, routing, training):
-        self.append(routing)
+class Observe(RouterHook, list):
+    def observe(self, router, decision, training):
+        self.append(decision)

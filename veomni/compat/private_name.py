@@ -15,7 +15,7 @@ class PrivateName:
     parameters, on both ends of the supported range.
 
     Attributes:
-        path: ``module:qualified.name``.
+        path: ``module:qualified.name``; of an attribute that only instances have, ``module:Class().name``.
         reason: What it is used for.
         without: What happens under a release that lacks it.
         parameters: The parameters that are passed, by name.
@@ -37,5 +37,6 @@ class PrivateName:
         module, _, names = self.path.partition(":")
         found: Any = importlib.import_module(module)
         for name in names.split("."):
-            found = getattr(found, name)
+            found = getattr(found, name.removesuffix("()"))
+            found = found() if name.endswith("()") else found
         return found

@@ -1,10 +1,11 @@
 """Mixture-of-experts routing: balancing losses, correction bias, load of experts, replay of choices."""
 
-from veomni.moe.controller import RouterController, install_controller
+from veomni.moe.controller import RouterController
+from veomni.moe.install import install_controller
 from veomni.moe.load import ExpertLoad
 from veomni.moe.options import BalanceScope, MoEOptions
 from veomni.moe.replay import RoutingLog, record_routing, replay_routing
-from veomni.moe.routers import Router, Routers, find_routers
+from veomni.moe.routers import Router, RouterHook, Routers, RouterScoring, RoutingDecision, find_routers
 
 __all__ = [
     "BalanceScope",
@@ -12,7 +13,10 @@ __all__ = [
     "MoEOptions",
     "Router",
     "RouterController",
+    "RouterHook",
+    "RouterScoring",
     "Routers",
+    "RoutingDecision",
     "RoutingLog",
     "find_routers",
     "install_controller",

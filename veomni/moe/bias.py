@@ -12,7 +12,7 @@ from veomni.moe.routers import Router
 
 
 def check_bias(router: Router) -> None:
-    """Refuse a router without a correction bias.
+    """Check that a router has a correction bias.
 
     Raises:
         ModelError: it has none.
@@ -20,12 +20,12 @@ def check_bias(router: Router) -> None:
     if router.bias is None:
         raise ModelError(
             f"{router.name} ({type(router.module).__name__}) has no correction bias that bias_update_rate could move",
-            "set train.moe.bias_update_rate to 0, and train.moe.aux_loss_coef to balance with a loss",
+            "set bias_update_rate of the router options to 0, and aux_loss_coef to balance with a loss",
         )
 
 
 def check_sharded_bias(router: Router, model: nn.Module) -> None:
-    """Refuse a bias that cannot be moved any more now that ``model`` is sharded.
+    """Check that a correction bias can be moved now that ``model`` is sharded.
 
     Raises:
         ModelError: it has become a part of FSDP1's flat parameters.
@@ -33,7 +33,7 @@ def check_sharded_bias(router: Router, model: nn.Module) -> None:
     if isinstance(_bias(router), nn.Parameter) and isinstance(model, FullyShardedDataParallel):
         raise ModelError(
             f"the correction bias of {router.name} is a parameter, and fsdp1 flattens parameters",
-            "use train.data_parallel_mode fsdp2, or train.moe.aux_loss_coef instead of train.moe.bias_update_rate",
+            "use FSDP2, or aux_loss_coef instead of bias_update_rate",
         )
 
 

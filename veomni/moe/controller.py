@@ -1,4 +1,4 @@
-"""What the launcher does with the routers of one model: count, balance, check, move the bias, once per step.
+"""What happens to the routers of one model in a step: count, balance, check, move the bias.
 
 The order within a step: :meth:`RouterController.begin_step`, then for every micro-batch a forward inside
 :meth:`RouterController.micro_batch`, :meth:`RouterController.before_backward`, the backward, and after the last one
@@ -7,7 +7,7 @@ The order within a step: :meth:`RouterController.begin_step`, then for every mic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,124 +16,65 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from veomni.batch.documents import token_mask
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import DataError, ModelError, NonFiniteError
+from veomni.compat.backward_pass import in_backward
+from veomni.errors import ModelError, NonFiniteError
 from veomni.logging import create_logger
-from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.adapter.passes.balance_loss import DropBalanceLoss
-from veomni.models.transformers_api.experts import own_balance_loss
 from veomni.moe.balance import balance_gradient, z_gradient
-from veomni.moe.bias import check_bias, check_sharded_bias, move_bias
+from veomni.moe.bias import check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
 from veomni.moe.options import MoEOptions
-from veomni.moe.recomputation import recomputing
-from veomni.moe.routers import Listener, Router, Routers, Routing
-from veomni.moe.scoring import probabilities, wide
-from veomni.moe.tap import watch_routers
+from veomni.moe.routers import Router, RouterHook, Routers, RoutingDecision
+from veomni.moe.statistics import RouterStatistics
 from veomni.parallel.mesh import ParallelState
 
 logger = create_logger(__name__)
 
 
-def install_controller(
-    model: nn.Module, options: MoEOptions, state: ParallelState, device: torch.device, dtype: torch.dtype
-) -> RouterController:
-    """Find the routers of a model and watch them; a model without any is left alone.
-
-    Args:
-        model: The model, before it is recomputed, compiled and sharded.
-        options: What is asked of the routers.
-        state: The mesh.
-        device: Where the model will run.
-        dtype: What losses are summed in.
-
-    Raises:
-        ModelError: an option cannot be honoured by this model.
-    """
-    found = watch_routers(model)
-    _check_found(model, found, options)
-    own, aux = own_balance_loss(model), options.aux_loss_coef
-    if own is not None and found.readable and not found.unreadable:
-        aux = own if aux is None else aux
-        ModelAdapter.of(model).add(DropBalanceLoss())
-        logger.info_rank0("the model's own load-balancing loss, taken on each rank's tokens alone, is off; the one "
-                          "taken on the global batch has weight %s", aux)  # fmt: skip
-    elif own:
-        logger.warning_rank0("the model adds its own load-balancing loss, taken on each rank's tokens alone: "
-                             "what its routers decide cannot be read")  # fmt: skip
-    for router in found.readable:
-        _check_losses(router, aux or 0.0, options.z_loss_coef)
-    return RouterController(found.readable, options, aux or 0.0, state, device, dtype)
-
-
-def _check_found(model: nn.Module, found: Routers, options: MoEOptions) -> None:
-    asked = options.asked_for
-    if asked is None:
-        return
-    fix = f"set train.moe.{asked} to 0"
-    if found.unreadable:
-        raise ModelError(f"what {found.unreadable[0]} of {type(model).__name__} decides cannot be read", fix)
-    if not found.readable:
-        raise ModelError(f"{type(model).__name__} has no router that train.moe.{asked} could work on", fix)
-    for router in found.readable if options.bias_update_rate else ():
-        check_bias(router)
-
-
-def _check_losses(router: Router, aux: float, z: float) -> None:
-    if aux and router.balance is None:
-        problem = f"{router.name} scores experts in a way that nobody has defined a load-balancing loss for"
-        raise ModelError(problem, "set train.moe.aux_loss_coef to 0")
-    if z and router.balance == "identity":
-        problem = f"{router.name} gives out probabilities, and a z-loss needs logits"
-        raise ModelError(problem, "set train.moe.z_loss_coef to 0")
-
-
-class RouterController(Listener):
-    """Watches the routers of one model.
+class RouterController(RouterHook):
+    """Balances and reports the routers of one model.
 
     Attributes:
+        found: All routers of the model.
+        routers: Those whose decisions can be read; without any, every method does nothing.
         load: The load of all experts in the last step; None before the first, and without routers.
 
     Args:
-        routers: The routers; without any, every method does nothing.
-        options: What is asked of them.
-        aux_loss_coef: Weight of the load-balancing loss.
+        found: The routers, hooked.
+        options: How they are balanced; ``aux_loss_coef`` is a number.
         state: The mesh.
         device: Where the model runs.
         dtype: What losses are summed in.
     """
 
     def __init__(
-        self,
-        routers: Sequence[Router],
-        options: MoEOptions,
-        aux_loss_coef: float,
-        state: ParallelState,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, found: Routers, options: MoEOptions, state: ParallelState, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.routers, self.options, self.aux_loss_coef = routers, options, aux_loss_coef
+        self.found, self.routers, self.options = found, found.readable, options
+        self.aux_loss_coef = options.aux_loss_coef or 0.0
         self.load: ExpertLoad | None = None
-        self._state, self._device, self._dtype = state, device, dtype
-        self._step, self._micro = LoadCounter(routers, device), LoadCounter(routers, device)
-        self._sizes = [router.experts for router in routers]
-        sizes = [size for size in self._sizes for _ in range(size)]
+        self._state, self._dtype = state, dtype
+        self._step, self._micro = (
+            LoadCounter(self.routers, device),
+            RouterStatistics(self.routers, options, device, dtype),
+        )
+        sizes = [size for size in self._step.sizes for _ in range(size)]
         self._size_of_own = torch.tensor(sizes, device=device, dtype=dtype)
-        self._probability_sums = torch.zeros(sum(self._sizes), device=device, dtype=dtype)
-        self._z_sum = torch.zeros((), device=device, dtype=dtype)
         self._losses = torch.zeros(2, device=device, dtype=dtype)  # balance and z, this rank's share of the step's
         self._fractions: tuple[Tensor, ...] = ()
         self._tokens, self._micro_batches = 1.0, 1
-        self._watching = self._counting = self._counted = False
-        self._mask: Tensor | None = None
-        self._positions: int | None = None
-        self._position = {router: position for position, router in enumerate(routers)}
-        for router in routers:
-            router.listeners.append(self)
+        self._inside = self._counting = self._counted = False
+        self._place = {router: place for place, router in enumerate(self.routers)}
+        for router in self.routers:
+            router.hooks.append(self)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The tokens of the current micro-batch that are not padding, bool ``[tokens]``; None where all are."""
+        return self._micro.mask
 
     def check(self, model: nn.Module) -> None:
-        """Check what can only be known of the model once it is sharded.
+        """Check what sharding decides.
 
         Args:
             model: The model to call, with its wrapper.
@@ -168,7 +109,7 @@ class RouterController(Listener):
         """
         logger.warning_once(
             "the load-balancing loss is one of the whole step: its %s micro-batches run forward once more, to count; "
-            "train.moe.balance_scope micro_batch saves that",
+            "balance_scope 'micro_batch' saves that",
             self._micro_batches,
         )
         self._counting = True
@@ -176,57 +117,39 @@ class RouterController(Listener):
             for inputs in micro_batches:
                 with self.micro_batch(inputs):
                     run(inputs)
-                self._step.add(self._micro)
+                self._step.add(self._micro.load)
         finally:
             self._counting = False
         self._finish_counting()
 
     @contextmanager
     def micro_batch(self, micro: MicroBatch) -> Iterator[None]:
-        """Watch the forward, and the backward, of a micro-batch inside the context."""
+        """Observe the forward, and the backward, of a micro-batch inside the context."""
         if not self.routers:
             yield
             return
-        mask = self._real_tokens(micro)
-        self._mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
-        self._positions = positions_of(micro.inputs)
-        self._micro.clear()
-        self._probability_sums.zero_()
-        self._z_sum.zero_()
-        self._watching = True
+        self._micro.begin(micro)
+        self._inside = True
         try:
             yield
         finally:
-            self._watching = False
-
-    def _real_tokens(self, micro: MicroBatch) -> Tensor | None:
-        try:
-            return token_mask(micro.inputs, micro.rows)
-        except DataError as error:
-            if self._balances:
-                raise
-            logger.warning_once("the load of experts is counted with padding: %s", error.problem)
-            return None
-
-    @property
-    def _balances(self) -> bool:
-        return bool(self.aux_loss_coef or self.options.z_loss_coef or self.options.bias_update_rate)
+            self._inside = False
 
     def before_backward(self) -> None:
-        """Make the loads known that the gradients in the coming backward depend on, and add up the losses."""
+        """Sum the loads that the gradients in the coming backward depend on, and add up the losses."""
         if not self.routers:
             return
         if not self._counted:
-            self._step.add(self._micro)
+            self._step.add(self._micro.load)
             if self.aux_loss_coef and self._micro_batches == 1:
                 self._finish_counting()
             elif self.aux_loss_coef:
-                self._micro.reduce(self._state.group("loss"))
-                self._fractions = self._micro.fractions(self._dtype).split(self._sizes)
+                self._micro.load.reduce(self._state.group("loss"))
+                self._fractions = self._micro.load.fractions(self._dtype).split(self._step.sizes)
         if self.aux_loss_coef:
-            share = torch.cat(self._fractions) * self._probability_sums * self._size_of_own
+            share = torch.cat(self._fractions) * self._micro.probabilities * self._size_of_own
             self._losses[0] += share.sum() / self._per_token
-        self._losses[1] += self._z_sum / self._per_token
+        self._losses[1] += self._micro.z / self._per_token
 
     def end_step(self) -> None:
         """Finish the step when its gradients are complete and no parameter has changed yet.
@@ -240,7 +163,7 @@ class RouterController(Listener):
             self._finish_counting()
         if self.aux_loss_coef or self.options.z_loss_coef:
             dist.all_reduce(self._losses, group=self._state.group("loss"))
-        self._refuse_broken()
+        self._check_finite()
         loads = tuple(load.clone() for load in self._step.by_router())
         for router, load in zip(self.routers, loads, strict=True):
             if self.options.bias_update_rate:
@@ -273,82 +196,41 @@ class RouterController(Listener):
 
     def _finish_counting(self) -> None:
         self._step.reduce(self._state.group("loss"))
-        self._fractions = self._step.fractions(self._dtype).split(self._sizes)
+        self._fractions = self._step.fractions(self._dtype).split(self._step.sizes)
         self._counted = True
 
-    def _refuse_broken(self) -> None:
-        broken = self._step.broken.tolist()  # the one value the host waits for in a step
-        names = [router.name for router, count in zip(self.routers, broken, strict=True) if count]
+    def _check_finite(self) -> None:
+        counts = self._step.nonfinite.tolist()  # the one value the host waits for in a step
+        names = [router.name for router, count in zip(self.routers, counts, strict=True) if count]
         if names:
             raise NonFiniteError(
                 f"the router logits of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''} are not finite "
-                f"({max(broken)} tokens): the step was refused on all ranks and no parameter changed; look at the last "
+                f"({max(counts)} tokens): the step was stopped on all ranks and no parameter changed; look at the last "
                 "batch, the learning rate and the precision"
             )
 
     # ---------------------------------------------------------------- in the forward and backward
 
     @override
-    def see(self, router: Router, routing: Routing, training: bool) -> None:
+    def observe(self, router: Router, decision: RoutingDecision, training: bool) -> None:
         # What is recomputed has been counted.
-        if self._watching and (training or self._counting) and not recomputing():
-            self._collect(router, routing)
-
-    @torch.no_grad()
-    def _collect(self, router: Router, routing: Routing) -> None:
-        position, tokens = self._position[router], len(routing.indices)
-        mask = self._mask
-        if self._positions not in (None, tokens):
-            self._refuse_subset(router, tokens)
-            mask = None
-        if not self._counted:
-            self._micro.count(position, routing, mask)
-        if self._counting:
-            return
-        logits = wide(routing.logits)
-        if self.aux_loss_coef:
-            assert router.balance is not None
-            shares = probabilities(router.balance, logits)
-            self._probability_sums.split(self._sizes)[position].add_(_total(shares, mask))
-        if self.options.z_loss_coef:
-            self._z_sum += _total(logits.logsumexp(dim=-1).square(), mask)
-
-    def _refuse_subset(self, router: Router, tokens: int) -> None:
-        problem = f"{router.name} routes {tokens} tokens of a micro-batch of {self._positions}"
-        if self._balances:
-            raise ModelError(
-                f"{problem}: nobody knows which of them are padding",
-                "set train.moe.aux_loss_coef, z_loss_coef and bias_update_rate to 0",
-            )
-        logger.warning_once("%s: the load of its experts is counted with padding", router.name)
+        if self._inside and (training or self._counting) and not in_backward():
+            self._micro.add(router, decision, load=not self._counted, losses=not self._counting)
 
     @override
     def gradient(self, router: Router, logits: Tensor) -> Tensor | None:
-        if not self._watching or not (self.aux_loss_coef or self.options.z_loss_coef):
+        if not self._inside or not (self.aux_loss_coef or self.options.z_loss_coef):
             return None
         total = torch.zeros_like(logits)
         if self.aux_loss_coef:
-            assert self._fractions, "call launcher.backward, not loss.backward: it makes the experts' load known"
+            if not self._fractions:
+                problem = "the experts' load is not known in the backward"
+                raise ModelError(problem, "call launcher.backward(loss, micro) instead of loss.backward()")
             assert router.balance is not None
-            fractions = self._fractions[self._position[router]]
+            fractions = self._fractions[self._place[router]]
             total += self.aux_loss_coef * balance_gradient(router.balance, logits, fractions)
         if self.options.z_loss_coef:
             total += self.options.z_loss_coef * z_gradient(logits)
-        if self._mask is not None:
-            total = torch.where(self._mask[:, None], total, 0.0)
+        if self.mask is not None:
+            total = torch.where(self.mask[:, None], total, 0.0)
         return total * (self._state.size("loss") / self._per_token)  # strategies average over that view
-
-
-def positions_of(inputs: Mapping[str, Any]) -> int | None:
-    """Return how many positions a micro-batch holds on this rank, padding included; None where it does not say."""
-    for name in ("input_ids", "inputs_embeds"):
-        value = inputs.get(name)
-        if isinstance(value, Tensor):
-            return int(value.shape[0] * value.shape[1])
-    return None
-
-
-def _total(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        values = torch.where(mask.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
-    return values.sum(dim=0)

@@ -9,40 +9,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from veomni.moe.routers import Router, Routing
+from veomni.moe.routers import Router, RoutingDecision
 
 
 class LoadCounter:
-    """Counts on the device, without telling the host: one vector, which one reduction sums over ranks.
+    """Counts on the device, without waiting for it: one vector, which one reduction sums over ranks.
 
     Attributes:
         assignments: int64 ``[experts of all routers]``, the tokens sent to each expert.
         tokens: int64 ``[routers]``, the tokens that were routed.
-        broken: int64 ``[routers]``, those of them with logits that are not finite.
+        nonfinite: int64 ``[routers]``, those of them with logits that are not finite.
+        sizes: Experts of every router.
 
     Args:
-        routers: Whose decisions are counted.
+        routers: The routers whose decisions are counted.
         device: Where they run.
     """
 
     def __init__(self, routers: Sequence[Router], device: torch.device) -> None:
-        self._sizes = [router.experts for router in routers]
-        total, count = sum(self._sizes), len(routers)
+        self.sizes = [router.experts for router in routers]
+        total, count = sum(self.sizes), len(routers)
         self._all = torch.zeros(total + 2 * count, dtype=torch.int64, device=device)
-        self.assignments, self.tokens, self.broken = self._all.split([total, count, count])
-        self._owners = torch.arange(count).repeat_interleave(torch.tensor(self._sizes, dtype=torch.int64)).to(device)
+        self.assignments, self.tokens, self.nonfinite = self._all.split([total, count, count])
+        self._owners = torch.arange(count).repeat_interleave(torch.tensor(self.sizes, dtype=torch.int64)).to(device)
 
-    def count(self, position: int, routing: Routing, mask: Tensor | None) -> None:
+    def count(self, position: int, decision: RoutingDecision, mask: Tensor | None) -> None:
         """Add the decisions of the router at ``position``; ``mask``, bool ``[tokens]``, leaves out padding."""
-        real = torch.ones_like(routing.indices[:, 0], dtype=torch.bool) if mask is None else mask
-        sent = real[:, None].expand_as(routing.indices).long()
-        self.by_router()[position].scatter_add_(0, routing.indices.flatten().long(), sent.flatten())
+        real = torch.ones_like(decision.indices[:, 0], dtype=torch.bool) if mask is None else mask
+        sent = real[:, None].expand_as(decision.indices).long()
+        self.by_router()[position].scatter_add_(0, decision.indices.flatten().long(), sent.flatten())
         self.tokens[position] += real.sum()
-        self.broken[position] += (real & ~routing.logits.isfinite().all(dim=-1)).sum()
+        self.nonfinite[position] += (real & ~decision.logits.isfinite().all(dim=-1)).sum()
 
     def by_router(self) -> tuple[Tensor, ...]:
         """Return the assignments of every router, int64 ``[experts]`` each, as views."""
-        return self.assignments.split(self._sizes)
+        return self.assignments.split(self.sizes)
 
     def fractions(self, dtype: torch.dtype) -> Tensor:
         """Return ``[experts of all routers]``, assignments divided by their router's tokens: they add up to top_k."""

@@ -1,4 +1,4 @@
-"""What a run asks of its routers."""
+"""How a run balances and reports its routers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MoEOptions:
             raise ConfigError(f"log_load_every is {self.log_load_every}", "give at least 1, or None for no reports")
 
     @property
-    def asked_for(self) -> str | None:
-        """The name of an option that only a model with readable routers can honour, or None."""
+    def needs_routers(self) -> str | None:
+        """The name of an option that only a model with readable routers satisfies, or None."""
         names = ("aux_loss_coef", "z_loss_coef", "bias_update_rate")
         return next((name for name in names if getattr(self, name)), None)

@@ -2,7 +2,7 @@
 
 Reinforcement learning needs it: between the engine that sampled a text and the model that is trained on it, rounding
 alone sends some tokens to other experts (arXiv:2510.11370). Only the choice is replayed; the weights of the chosen
-experts are computed anew from the logits, so that gradients reach the router.
+experts are computed from the logits, so that gradients reach the router.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from veomni.batch.split import SequenceShard
+from veomni.compat.backward_pass import in_backward
 from veomni.errors import DataError, ModelError
 from veomni.models import unwrap
-from veomni.moe.recomputation import recomputing
-from veomni.moe.routers import Listener, Router, Routing
-from veomni.moe.tap import watch_routers
+from veomni.moe.router_hooks import hooked_routers
+from veomni.moe.routers import Router, RouterHook, RouterScoring, RoutingDecision
 
 
 @dataclass
@@ -105,7 +105,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
 
     hook = body.register_forward_pre_hook(begin)
     try:
-        with _listening(_Record(log), _routers(body)):
+        with _readable_routers(body) as routers, _attached(_Record(log), routers):
             yield log
     finally:
         hook.remove()
@@ -126,35 +126,28 @@ def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
         DataError: the log is one of other routers, experts or tokens, or of fewer forwards.
     """
     body = unwrap(model)
-    routers = _routers(body)
-    unknown = next((router for router in routers if router.scoring is None), None)
-    if unknown is not None:
-        raise ModelError(
-            f"how {unknown.name} ({type(unknown.module).__name__}) weighs experts is not known: no other choice can "
-            "be put in the place of its own",
-            "train this model without replay",
-        )
-    _check(log, routers)
     replay = _Replay(log)
     hook = body.register_forward_pre_hook(replay.begin)
     try:
-        with _listening(replay, routers):
-            yield
+        with _readable_routers(body) as routers:
+            _check(log, routers)
+            with _attached(replay, routers):
+                yield
     finally:
         hook.remove()
 
 
-class _Record(Listener):
+class _Record(RouterHook):
     def __init__(self, log: RoutingLog) -> None:
         self.log = log
 
     @override
-    def see(self, router: Router, routing: Routing, training: bool) -> None:
-        if self.log.forwards and not recomputing():
-            self.log.forwards[-1][router.name] = routing.indices.to(torch.int16)
+    def observe(self, router: Router, decision: RoutingDecision, training: bool) -> None:
+        if self.log.forwards and not in_backward():
+            self.log.forwards[-1][router.name] = decision.indices.to(torch.int16)
 
 
-class _Replay(Listener):
+class _Replay(RouterHook):
     def __init__(self, log: RoutingLog) -> None:
         self.log = log
         self.number = -1
@@ -170,17 +163,17 @@ class _Replay(Listener):
             )
 
     @override
-    def choose(self, router: Router, routing: Routing) -> Tensor | None:
-        if recomputing():
+    def choose(self, router: Router, decision: RoutingDecision) -> Tensor | None:
+        if in_backward():
             self._begin_backward()
         indices = self.log.forwards[self.number][router.name]
-        if indices.shape != routing.indices.shape:
+        if indices.shape != decision.indices.shape:
             raise DataError(
                 f"the recorded choice of {router.name} is {list(indices.shape)} and the forward makes one of "
-                f"{list(routing.indices.shape)} [tokens, top_k] (forward {self.number} of the log)",
+                f"{list(decision.indices.shape)} [tokens, top_k] (forward {self.number} of the log)",
                 "replay the micro-batches that were recorded, in their order (RoutingLog.shard cuts shared rows)",
             )
-        return indices.to(routing.indices.device, routing.indices.dtype)
+        return indices.to(decision.indices.device, decision.indices.dtype)
 
     def _begin_backward(self) -> None:
         if self.waiting > 1:
@@ -191,29 +184,37 @@ class _Replay(Listener):
         self.waiting = 0
 
 
-def _routers(body: nn.Module) -> tuple[Router, ...]:
-    found = watch_routers(body)
-    if found.unreadable or not found.readable:
-        which = found.unreadable[0] if found.unreadable else type(body).__name__
-        raise ModelError(
-            f"the routing of {which} can be neither recorded nor replayed: it has no router that can be read",
-            "use a mixture-of-experts model whose routers return logits, weights and experts",
-        )
-    return found.readable
+@contextmanager
+def _readable_routers(body: nn.Module) -> Iterator[tuple[Router, ...]]:
+    with hooked_routers(body) as found:
+        if found.unreadable or not found.readable:
+            which = found.unreadable[0] if found.unreadable else type(body).__name__
+            raise ModelError(
+                f"the routing of {which} can be neither recorded nor replayed: it has no router that can be read",
+                RouterScoring.fix,
+            )
+        yield found.readable
 
 
 @contextmanager
-def _listening(listener: Listener, routers: Sequence[Router]) -> Iterator[None]:
+def _attached(hook: RouterHook, routers: Sequence[Router]) -> Iterator[None]:
     for router in routers:
-        router.listeners.append(listener)
+        router.hooks.append(hook)
     try:
         yield
     finally:
         for router in routers:
-            router.listeners.remove(listener)
+            router.hooks.remove(hook)
 
 
 def _check(log: RoutingLog, routers: Sequence[Router]) -> None:
+    unknown = next((router for router in routers if router.scoring is None), None)
+    if unknown is not None:
+        raise ModelError(
+            f"how {unknown.name} ({type(unknown.module).__name__}) weighs experts is not known: its choice cannot be "
+            "replaced",
+            "train this model without replay",
+        )
     names = {router.name for router in routers}
     experts = {router.name: router.experts for router in routers}
     for number, forward in enumerate(log.forwards):
