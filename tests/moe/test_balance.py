@@ -121,7 +121,7 @@ class CountTrainedOn(RouterHook):
     def observe(self, router, decision, training):
         if training:
             mask = self.controller.mask
-            real = routing.indices if mask is None else routing.indices[mask]
+            real = decision.indices if mask is None else decision.indices[mask]
             counted = torch.bincount(real.flatten(), minlength=router.experts)
             self.counts[router.name] = self.counts.get(router.name, 0) + counted
 
