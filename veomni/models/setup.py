@@ -19,8 +19,8 @@ from veomni.models import (
     resolve_experts,
 )
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.traits import ModelTraits, PassesDocuments, complete, examine_model
-from veomni.moe import MoEOptions, install_controller
+from veomni.models.traits import FusesHead, ModelTraits, PassesDocuments, complete, examine_model
+from veomni.moe import MoEOptions, RouterScoring, install_controller
 from veomni.strategies.base import SetupContext, Strategy
 from veomni.strategies.transforms.compute_dtype import compute_in
 
@@ -50,7 +50,8 @@ def setup_model(
 
     # What it must be able to do
     spread = [strategy for strategy in launcher.strategies if {*strategy.mesh_axes().values()} - {1}]
-    adapter.traits = examine_model(model, [PassesDocuments, *(trait for each in spread for trait in each.requires)])
+    required = {trait for each in spread for trait in each.requires}
+    adapter.traits = examine_model(model, [PassesDocuments, FusesHead, RouterScoring, *required])
     _require(adapter.traits, spread)
 
     # What it gets its values from, later; and what is added to its forward
@@ -58,9 +59,9 @@ def setup_model(
     group = dist.group.WORLD if broadcast_weights else None
     materialize = Materializer(model, device=owner.storage_device(device), seed=launcher.seed, group=group)
     launcher.reporter.describe_model(model, accelerator, precision, launcher.world_size)
-    adapter.loss = install_token_loss(model, fused=fused_loss)
+    install_token_loss(model, fused=fused_loss)
     dtype = torch.float64 if precision.name == "fp64" else torch.float32
-    adapter.routers = install_controller(model, router or MoEOptions(), state, device, dtype)
+    controller = install_controller(model, router or MoEOptions(), state, device, dtype)
     prepare_towers(model)
 
     # Experts, sequence, encoders, recomputation, compilation; then the parameters, materialised and loaded
@@ -75,7 +76,7 @@ def setup_model(
     _require(adapter.traits, spread)
     for strategy in launcher.strategies:
         strategy.verify(ready, model, context)
-    adapter.routers.check(ready)
+    controller.check(ready)
     return ready
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veomni.models.traits.inputs import FIRST, LENGTH, displacement, influence
 from veomni.models.traits.sequence_layers import layer_outside_attention
@@ -26,11 +26,17 @@ class PassesDocuments:
             return Verdict(True, f"{trial.name} is not a language model of transformers: it is not run")
         if not trial.takes("input_ids", "position_ids"):
             return Verdict(False, f"{trial.name} takes no position_ids, so it cannot tell documents apart")
-        layer = layer_outside_attention(trial.subject)
-        if layer is not None:
-            return Verdict(False, f"{layer} carries state from one document of a packed row into the next")
+        carried = carried_state(trial.subject)
+        if not carried.ok:
+            return carried
         with trial.attention():
             return trial.attempt(_examine, f"{trial.name} does not run on packed tokens alone")
+
+
+def carried_state(model: nn.Module) -> Verdict:
+    """Return whether no layer of a model carries a state along the row."""
+    layer = layer_outside_attention(model)
+    return Verdict(not layer, f"{layer} carries state from one document of a packed row into the next" if layer else "")
 
 
 def _examine(trial: Trial) -> Verdict:

@@ -21,8 +21,8 @@ class FusesHead:
 
     def examine(self, trial: Trial) -> Verdict:
         """Run the forward on the meta device around a stand-in for the body, and see what the loss receives."""
-        model: Any = trial.subject
-        model = model.get_submodule(model.loss_part) if hasattr(model, "loss_part") else model
+        component = getattr(trial.subject, "loss_component", None)  # of a composed model
+        model: Any = trial.subject if component is None else trial.subject.get_submodule(component)
         head = model.get_output_embeddings() if hasattr(model, "loss_function") else None
         if type(head) is not nn.Linear:
             return Verdict(False, f"the head is a {type(head).__name__}, not a Linear")

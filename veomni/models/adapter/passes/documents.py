@@ -18,9 +18,7 @@ from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
-from veomni.models.traits.documents import PassesDocuments
-from veomni.models.traits.sequence_layers import layer_outside_attention
-from veomni.models.traits.verdict import Verdict
+from veomni.models.traits.documents import PassesDocuments, carried_state
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.masks import (
     counted_from,
@@ -52,6 +50,9 @@ class IsolateDocuments(InputPass):
 
     Args:
         model: A transformers model.
+
+    Attributes:
+        unexamined: Whether it keeps documents apart, as far as its layers say; used until it is examined.
     """
 
     stage = Stage.DOCUMENTS
@@ -60,7 +61,7 @@ class IsolateDocuments(InputPass):
         parts = (getattr(model.config, name, None) for name in model.config.sub_configs)
         text = type(model.config.get_text_config())
         self.encoders = frozenset(type(part) for part in parts if part is not None) - {text}
-        self.layer = layer_outside_attention(model)
+        self.unexamined = carried_state(model)
 
     def before(self, call: ForwardCall) -> None:
         """Set the documents of the call.
@@ -71,16 +72,10 @@ class IsolateDocuments(InputPass):
         found = documents_of(call.kwargs)
         if found is None:
             return
-        if found.numbers is not None and (reason := self._leak(call.owner.traits)) is not None:
-            raise ModelError(reason, PassesDocuments.fix)
+        verdict = (call.owner.traits or {}).get(PassesDocuments, self.unexamined)
+        if found.numbers is not None and not verdict.ok:
+            raise ModelError(verdict.reason, PassesDocuments.fix)
         call.documents = replace(found, encoders=self.encoders)
-
-    def _leak(self, traits: Mapping[type[Any], Verdict] | None) -> str | None:
-        """Return why the model cannot keep documents apart; None where it can, or was not examined."""
-        verdict = None if traits is None else traits.get(PassesDocuments)
-        if verdict is not None:
-            return None if verdict.ok else verdict.reason
-        return f"{self.layer} carries state from one document into the next" if self.layer else None
 
 
 def documents_of(inputs: Mapping[str, Any]) -> Documents | None:

@@ -1,8 +1,7 @@
 """The training loss of language models: the mean over supervised tokens, fused with the head where that is exact.
 
 The fused path lets the head pass hidden states through and does the projection inside the loss. It is right only when
-nothing happens between head and loss (Gemma 2 caps logits, Cohere scales them), so the model's own forward is run once
-around a stand-in for its body: if the loss receives the very tensor the head returned, the two can be fused.
+nothing happens between head and loss: :class:`~veomni.models.traits.FusesHead`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from veomni.families.record import family_of
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.adapter.passes.loss_context import LossContext, Predictions
+from veomni.models.traits import FusesHead, examine_model
 from veomni.models.transformers_api.loss import LOSS_FUNCTION
 from veomni.ops.loss.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
@@ -109,11 +109,10 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
         adapter.loss = TokenMeanLoss(None)
         adapter.add(TakeLossOver(adapter.loss), on=owner)
         return adapter.loss
-    head = owner.get_output_embeddings() if fused else None  # type: ignore[operator]
-    reason = _why_not_fused(owner, head) if fused else None
-    if reason:
-        logger.warning_rank0("the loss is not fused with the head: %s", reason)
-        head = None
+    verdict = (adapter.traits or examine_model(model, [FusesHead]))[FusesHead]
+    if fused and not verdict.ok:
+        logger.warning_rank0("the loss is not fused with the head: %s", verdict.reason)
+    head = owner.get_output_embeddings() if fused and verdict.ok else None  # type: ignore[operator]
     adapter.loss = TokenMeanLoss(head)
     adapter.patch(owner, LOSS_FUNCTION, adapter.loss)
     adapter.add(PassShiftedLabels(type(owner).__name__), on=owner)
@@ -127,54 +126,6 @@ def _predicts_labels_in_place(model: nn.Module) -> bool:
     """Whether a model is an encoder-decoder that computes its loss in its forward, on labels that are not shifted."""
     called = inspect.unwrap(type(model).forward).__code__.co_names
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "loss_function" not in called
-
-
-def _why_not_fused(model: nn.Module, head: Any) -> str | None:
-    if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}, not a Linear"
-    try:
-        touched = _logits_are_touched(model, head)
-    except Exception as error:  # whatever a model's own forward raises, the plain loss is right
-        return f"the model's forward does not run around a stand-in ({type(error).__name__}: {str(error)[:120]})"
-    return "the model changes its logits after the head" if touched else None
-
-
-class _BodyOutput:
-    """What a model's body returns, with nothing in it but hidden states."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.last_hidden_state
-
-
-def _logits_are_touched(model: nn.Module, head: nn.Linear) -> bool:
-    body: nn.Module = model.base_model  # type: ignore[assignment]
-    returned: list[Tensor] = []
-    received: list[Tensor] = []
-
-    def receive(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        received.append(logits)
-        return logits.sum()
-
-    weight = head.weight
-    hidden = torch.zeros(1, 4, head.in_features, dtype=weight.dtype, device=weight.device)
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device=weight.device)
-    hook = head.register_forward_hook(lambda module, args, output: returned.append(output))
-    body.forward = lambda *args, **kwargs: _BodyOutput(hidden)
-    model.loss_function = receive  # type: ignore[assignment]
-    try:
-        with torch.no_grad():
-            model(input_ids=tokens, labels=tokens)
-    finally:
-        hook.remove()
-        del body.forward
-        delattr(model, LOSS_FUNCTION)
-    return not (len(returned) == len(received) == 1 and returned[0] is received[0])
 
 
 class TakeLossOver(InputPass):
