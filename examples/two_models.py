@@ -41,8 +41,8 @@ def main() -> None:
     launcher.launch()
 
     batches = DataLoader(spirals(), batch_size=32 // launcher.data_parallel.size, shuffle=True)
-    loader = launcher.setup_dataloader(batches, accumulate=2, epochs=8)
-    teacher, student = launcher.setup_model(mlp(64)), launcher.setup_model(mlp(12))
+    loader = launcher.setup_dataloader(batches, accumulate=2, epochs=16)
+    teacher, student = launcher.setup_model(mlp(64)), launcher.setup_model(mlp(32))
     optimizers = [launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-2) for model in (teacher, student)]
 
     for step in launcher.track(loader):
@@ -56,7 +56,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses = [launcher.global_loss(step, model).item() for model in (teacher, student)]
-        if launcher.is_rank_zero and step.index % 24 == 0:
+        if launcher.is_rank_zero and step.index % 48 == 0:
             print(f"step {step.index}: teacher {losses[0]:.4f}, student {losses[1]:.4f}", flush=True)
     launcher.close()
 

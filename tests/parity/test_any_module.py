@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from veomni import Launcher
 from veomni.strategies import DDP, FSDP1, FSDP2, Single
@@ -145,3 +145,32 @@ def test_the_truth_is_the_mean_over_samples():
     batch = GraphNet.collate(loader.dataset)
     loss = (model(batch["graphs"]) - batch["target"]).square().mean().item()
     assert truth(GraphNet, 2, 2).loss == pytest.approx(loss, rel=1e-14)
+
+
+class Numbers(IterableDataset):
+    """As many items as its length; the ranks cannot share them evenly."""
+
+    def __iter__(self):
+        return iter(torch.arange(1.0, 12.0, dtype=torch.float64)[:, None])
+
+
+def sums_of_a_stream():
+    launcher = Launcher(DDP(), accelerator="cpu", precision="fp64", timeout_seconds=60)
+    launcher.launch()
+    model = launcher.setup_model(nn.Linear(1, 1).double())
+    loader = launcher.setup_dataloader(DataLoader(Numbers(), batch_size=2), accumulate=2)
+    found = []
+    for step in launcher.track(loader):
+        for micro in launcher.accumulate(model, step):
+            (x,) = micro.args
+            launcher.backward((model(x) * 0 + x).mean(), micro)
+        found.append((launcher.global_loss(step).item() * step.totals.samples, step.totals.samples))
+    launcher.close()
+    return found, loader.epoch
+
+
+def test_a_stream_ends_on_all_ranks_when_every_item_was_trained_on():
+    for found, epoch in run_ranks(sums_of_a_stream, 2, init=False):
+        assert sum(total for total, _ in found) == pytest.approx(66, rel=1e-14)
+        assert sum(samples for _, samples in found) == 11
+        assert epoch == 1

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
-_OUTPUTS = ("metrics.jsonl", "loss.png", "expert_load.png", "checkpoints", "hf")
-
 
 class Reporter:
     """Report the numbers of a step; files, bars and messages on rank 0 only.
@@ -147,12 +145,15 @@ class Reporter:
         return self._expert_load
 
     def _timing(self, totals: StepTotals) -> dict[str, float | int | None]:
+        counted: dict[str, float | int | None] = {"tokens": int(totals.tokens)}
+        if not totals.tokens:  # rows of something else
+            counted |= {"tokens": None, "samples": int(totals.samples)}
         if self._throughput is None:
-            return {"tokens": int(totals.tokens)}
+            return counted
         from veomni.metrics import StepFlops
 
         flops = StepFlops(totals.flops_causal, totals.flops_full) if self._flops is not None else None
-        return self._throughput.end_step(int(totals.tokens), flops)
+        return self._throughput.end_step(int(totals.tokens), flops) | counted
 
     def end_loop(self) -> None:
         """Close the bar: the loop is over, and what is printed from here on goes below it."""
@@ -179,7 +180,7 @@ class Reporter:
         logger.info_rank0("finished step %s in %s min %s s: %s", self._latest.get("step"), minutes, seconds,
                           ", ".join(losses))  # fmt: skip
         if self.output_dir is not None:
-            written = [name for name in _OUTPUTS if (self.output_dir / name).exists()]
+            written = sorted(path.name for path in self.output_dir.iterdir() if not path.name.startswith("."))
             logger.info_rank0("in %s: %s", self.output_dir, ", ".join(written))
 
     def _draw(self) -> None:
