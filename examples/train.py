@@ -63,7 +63,7 @@ def main() -> None:
     if config.train.export.hf:
         exported = launcher.export(model, Path(config.train.output_dir) / "hf", tokenizer=tokenizer)
         if launcher.is_rank_zero and held_out:
-            show_sample(exported, held_out, text_key=config.data.text_key, chat_template=config.data.chat_template)
+            show_sample(exported, held_out.indexed, chat_template=config.data.chat_template)
     launcher.close()
 
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veomni.data.protocols import Documents
 
 _CONTEXT_LINES = 6
 
 
 def show_sample(
     directory: Path | str,
-    held_out: Any,
+    documents: Documents | None,
     *,
-    text_key: str = "text",
     chat_template: str | None = None,
     max_new_tokens: int = 100,
 ) -> None:
     """Print a prompt of the first held-out document, and what the model generates from it; for one rank to call.
 
     The prompt of a conversation is all but its last message, through the chat template; that of a text is some lines
-    before its middle. Of other data, of media and of mixtures nothing is printed.
+    before its middle. Of other data, of media and of streams nothing is printed.
 
     Args:
         directory: An exported language model with its tokenizer.
-        held_out: The held-out documents, by index.
-        text_key: Field of a document that holds its text.
+        documents: The held-out documents.
         chat_template: Name of a chat template, or the template; None takes the tokenizer's.
         max_new_tokens: Longest answer.
     """
@@ -33,17 +34,18 @@ def show_sample(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    if held_out.data_type not in ("plaintext", "conversation") or not hasattr(held_out, "__getitem__"):
+    if documents is None or documents.schema.data_type not in ("plaintext", "conversation"):
         return
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    prompt = _prompt(held_out[0].record, tokenizer, text_key, chat_template)
+    document = documents[0]
+    prompt = _prompt(document.record, tokenizer, documents.schema.text_key, chat_template)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     torch.manual_seed(0)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.6, top_p=0.9)
     generated = tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(f"--- held out, from {held_out[0].where}:\n{prompt}\n--- {directory} continues:\n{generated}", flush=True)
+    print(f"--- held out, from {document.where}:\n{prompt}\n--- {directory} continues:\n{generated}", flush=True)
 
 
 def _prompt(record: Mapping[str, Any], tokenizer: Any, text_key: str, chat_template: str | None) -> str:
