@@ -1,8 +1,9 @@
-"""Experts spread over ranks: loss, norm and gradients of one process, and the same parameters after three steps."""
+"""Experts spread over ranks: choices that leave some without a token, and the same parameters after three steps."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.models.tiny import tiny_config
 from tests.parity.layouts import EXPERT_LAYOUTS, one_step, oracle, vocabulary
+from tests.together import Job
 from veomni.launcher import Launcher
 from veomni.models import Materializer, build_model
 from veomni.testing import seams
@@ -20,48 +22,12 @@ from veomni.testing.documents import global_rows, share
 from veomni.testing.oracle import BOUNDS, Truth, backward_of, check, initial_model
 from veomni.testing.ranks import run_ranks
 from veomni.testing.seams import replaced
+from veomni.testing.step import Outcome
 
-ARCHITECTURES = ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "olmoe", "minimax"]
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.5}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
 }
-
-
-@functools.cache
-def truth(name: str) -> Truth:
-    return oracle(name)
-
-
-def run(model: str, layout: str, **options) -> None:
-    precision = options.get("precision", "fp64")
-    for outcome in run_ranks(one_step, EXPERT_LAYOUTS[layout][0], model, layout, init=False, **options):
-        check(outcome, truth(model), BOUNDS[precision])
-
-
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("layout", list(EXPERT_LAYOUTS))
-def test_every_layout(layout, accumulation):
-    run("qwen3_moe", layout, accumulation=accumulation)
-
-
-@pytest.mark.parametrize("layout", ["ep2_fsdp2_4", "ep4_chunks", "ep2_fsdp1_4", "ep4_ulysses2"])
-@pytest.mark.parametrize("model", [name for name in ARCHITECTURES if name != "qwen3_moe"])
-def test_every_architecture(model, layout):
-    run(model, layout, accumulation=3)
-
-
-# A choice is discrete: a token for which rounding changes it has other gradients. In these models, none has.
-@pytest.mark.parametrize(("model", "precision"), [("qwen3_moe", "fp32"), ("olmoe", "bf16"), ("glm4_moe", "bf16")])
-@pytest.mark.parametrize("layout", ["ep2_fsdp2_4", "ep4_fixed", "ep2_fsdp1_4", "ep2_hsdp"])
-def test_lower_precisions(layout, model, precision):
-    run(model, layout, precision=precision, accumulation=3)
-
-
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-@pytest.mark.parametrize("layout", ["ep2_fsdp2_4", "ep4_chunks", "ep2_fsdp1_4", "ep4_ulysses2"])
-def test_recomputation_changes_nothing(layout, recompute):
-    run("deepseek_v3", layout, recompute=recompute, accumulation=3)
 
 
 # ---------------------------------------------------------------- uneven choices
@@ -84,14 +50,37 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("layout", ["ep2_fsdp2", "ep4_chunks", "ep4_fixed", "ep2_fsdp1_4", "ep4_ulysses2"])
-@pytest.mark.parametrize("choice", list(CHOICES))
-def test_experts_without_a_token_get_zero_gradients(choice, layout, tmp_path):
-    weights = biased(tmp_path, CHOICES[choice])
-    expected = oracle("deepseek_v3", weights=weights)
+@functools.cache
+def favouring(choice: str) -> tuple[str, Truth]:
+    """A directory with weights, and the true step with them."""
+    weights = biased(Path(tempfile.mkdtemp()), CHOICES[choice])
+    return weights, oracle("deepseek_v3", weights=weights)
+
+
+def step_with(choice: str, layout: str) -> Outcome:
+    return one_step("deepseek_v3", layout, weights=favouring(choice)[0])
+
+
+UNEVEN = [
+    Job(EXPERT_LAYOUTS[layout][0], step_with, (choice, layout))
+    for layout in ("ep2_fsdp2", "ep4_chunks", "ep4_fixed", "ep2_fsdp1_4", "ep4_ulysses2")
+    for choice in CHOICES
+]
+
+
+@pytest.fixture(scope="module")
+def _written():
+    for choice in CHOICES:
+        favouring(choice)  # before the ranks are forked
+
+
+@pytest.mark.usefixtures("_written")
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+def test_experts_without_a_token_get_zero_gradients(case, outcomes):
+    choice, _ = case.given
     dead = slice(2, 4) if choice == "all_to_one_rank" else slice(0, 2)
-    for outcome in run_ranks(one_step, EXPERT_LAYOUTS[layout][0], "deepseek_v3", layout, init=False, weights=weights):
-        check(outcome, expected, BOUNDS["fp64"])
+    for outcome in outcomes(case):
+        check(outcome, favouring(choice)[1], BOUNDS["fp64"])
         experts = {name: grad for name, grad in outcome.gradients.items() if ".experts." in name}
         assert experts
         assert all(not grad[dead].any() and grad.any() for grad in experts.values())
@@ -101,15 +90,14 @@ def skip_experts_without_rows(run, module, rows, offsets, backend):
     return run(module, rows, offsets, backend) if int(offsets[-1]) else rows * 0
 
 
-def test_experts_that_are_skipped_without_a_token_are_noticed(tmp_path):
-    weights = biased(tmp_path, CHOICES["all_to_one_rank"])
-    expected = oracle("deepseek_v3", weights=weights)
+def test_experts_that_are_skipped_without_a_token_are_noticed():
+    choice, layout = UNEVEN[0].given
+    _, expected = favouring(choice)
 
     def check_all() -> None:
-        for outcome in run_ranks(one_step, 2, "deepseek_v3", "ep2_fsdp2", init=False, weights=weights):
+        for outcome in run_ranks(step_with, 2, choice, layout, init=False):
             check(outcome, expected, BOUNDS["fp64"])
 
-    check_all()
     with replaced(seams.EXPERT_ROWS, skip_experts_without_rows), pytest.raises(AssertionError):
         check_all()  # the gradients are not equal, or the ranks do not even gather the same ones
 
@@ -170,13 +158,19 @@ def expected_after_three_steps(optimizer: str) -> tuple[dict[str, torch.Tensor],
     return dict(model.named_parameters()), norms
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize(
-    "layout", ["ep2_fsdp2_4", "ep4_chunks", "ep2_hsdp", "ep2_fsdp1", "ep2_fsdp1_4", "ep4_ulysses2"]
-)
-def test_parameters_after_three_steps(layout, optimizer):
-    expected, norms = expected_after_three_steps(optimizer)
-    for found, seen in run_ranks(three_steps, EXPERT_LAYOUTS[layout][0], layout, optimizer, init=False):
+STEPS = [
+    Job(EXPERT_LAYOUTS[layout][0], three_steps, (layout, optimizer))
+    for layout, optimizer in [
+        *((layout, "adamw") for layout in ("ep2_fsdp2_4", "ep4_chunks", "ep2_hsdp", "ep2_fsdp1", "ep4_ulysses2")),
+        *((layout, "sgd") for layout in ("ep2_fsdp2_4", "ep2_fsdp1_4")),
+    ]
+]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_parameters_after_three_steps(case, outcomes):
+    expected, norms = expected_after_three_steps(case.given[1])
+    for found, seen in outcomes(case):
         assert found.keys() == expected.keys()
         for name, parameter in expected.items():
             assert (found[name] - parameter).norm() <= 1e-11 * parameter.norm(), name

@@ -22,13 +22,15 @@ class Document:
     Attributes:
         tokens: int64 ``[length]``.
         labels: int64 ``[length]``, unshifted; ``IGNORE`` where no loss is taken.
+        weights: float32 ``[length]``, of the loss of each label; None weighs all of them 1.
     """
 
     tokens: Tensor
     labels: Tensor
+    weights: Tensor | None = None
 
 
-def global_rows(vocab: int, rows: int = ROWS) -> list[list[Document]]:
+def global_rows(vocab: int, rows: int = ROWS, *, weighted: bool = False) -> list[list[Document]]:
     """Return rows of documents, the same for every layout.
 
     Row 3 has no label at all, row 5 is one document that fills it, row 7 ends in one token.
@@ -36,6 +38,7 @@ def global_rows(vocab: int, rows: int = ROWS) -> list[list[Document]]:
     Args:
         vocab: Number of tokens that are drawn from.
         rows: Number of rows; a multiple of data ranks times micro-batches.
+        weighted: Give labels weights: small ones in all rows but the first two, alternating 0 and 1 in row 4.
     """
     generator = torch.Generator().manual_seed(11)
     shapes = [(7, 13, 17), (5, 31), (3, 2, 29), (11, 20), (19, 8, 6), (ROW,), (1, 9, 25), (21, 17, 1)]
@@ -50,17 +53,29 @@ def global_rows(vocab: int, rows: int = ROWS) -> list[list[Document]]:
                 labels[:] = IGNORE
             documents.append(Document(tokens, labels))
         packed.append(documents)
+    for row, documents in enumerate(packed if weighted else ()):
+        for document in documents:
+            drawn = torch.rand(len(document.tokens), generator=generator) * (8.0 if row < 2 else 0.5)
+            document.weights = torch.arange(len(drawn)).remainder(2).float() if row == 4 else drawn
     return packed
 
 
-def supervised(documents: list[Document]) -> int:
-    """Return how many tokens of documents a loss is taken on: all labels but each document's first."""
-    return sum(int((document.labels[1:] != IGNORE).sum()) for document in documents)
+def supervised(documents: list[Document]) -> float:
+    """Return how many tokens of documents a loss is taken on, weighted: all labels but each document's first."""
+    return sum(float(weights_of(document)[1:].sum()) for document in documents)
+
+
+def weights_of(document: Document) -> Tensor:
+    """Return the weight of every label, 0 where no loss is taken; float64 ``[length]``."""
+    weights = torch.ones(len(document.tokens)) if document.weights is None else document.weights
+    return torch.where(document.labels == IGNORE, 0.0, weights.double())
 
 
 def pack(rows: list[list[Document]]) -> dict[str, Any]:
     """Return one micro-batch ``[len(rows), ROW]`` as ``veomni/batch/micro_batch.py`` describes it."""
     keys: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
+    if any(document.weights is not None for documents in rows for document in documents):
+        keys["loss_weights"] = []
     lengths: list[int] = []
     for documents in rows:
         tail = ROW - sum(len(document.tokens) for document in documents)
@@ -70,6 +85,9 @@ def pack(rows: list[list[Document]]) -> dict[str, Any]:
             label[:1] = IGNORE
         keys["input_ids"].append(torch.cat(tokens))
         keys["labels"].append(torch.cat(labels))
+        if "loss_weights" in keys:
+            weights = [torch.ones(len(d.tokens)) if d.weights is None else d.weights for d in documents]
+            keys["loss_weights"].append(torch.cat([*weights, torch.ones(tail)]))
         keys["position_ids"].append(torch.cat([torch.arange(len(part)) for part in tokens]))
         lengths += [len(part) for part in tokens if len(part)]
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veomni.models import Materializer, build_model
 from veomni.models.transformers_api.experts import has_experts, use_experts
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
-from veomni.testing.documents import IGNORE, Document, global_rows, supervised
+from veomni.testing.documents import IGNORE, Document, global_rows, supervised, weights_of
 
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
 """What a step may be off by in each precision: relative, for every tensor."""
@@ -32,7 +32,7 @@ class Truth:
     """A step.
 
     Attributes:
-        loss: The mean over all supervised tokens of the global batch.
+        loss: The (weighted) mean over all supervised tokens of the global batch.
         grad_norm: The 2-norm of all gradients.
         gradients: By name of the parameter, whole and on the CPU; those that have one.
     """
@@ -75,9 +75,9 @@ def backward_of(model: nn.Module, rows: list[list[Document]], device: str = "cpu
     with Float64Throughout():
         for document in (document for documents in rows for document in documents):
             logits = model(input_ids=document.tokens[None].to(device), use_cache=False).logits[0]
-            part = F.cross_entropy(
-                logits[:-1].double(), document.labels[1:].to(device), ignore_index=IGNORE, reduction="sum"
-            )
+            labels, weights = document.labels[1:].to(device), weights_of(document)[1:].to(device)
+            each = F.cross_entropy(logits[:-1].double(), labels, ignore_index=IGNORE, reduction="none")
+            part = (each * weights).sum()
             (part / total).backward()
             loss += part.detach() / total
     return Truth(loss.item(), *norm_and_gradients(model))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -15,11 +16,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+_TOGETHER = 10  # cases of one fork: every case leaves groups behind, and each has threads and sockets
 _GRACE = 3.0  # seconds that the peers of a dead rank have to write their own error
 
 
@@ -36,10 +39,12 @@ class RankFailed(AssertionError):  # noqa: N818  (a test fails by it)
 
 
 def free_port() -> int:
-    """Return a TCP port of this host that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a TCP port of this host that is free, and that no outgoing connection is given meanwhile."""
+    while True:
+        with socket.socket() as sock, suppress(OSError):
+            port = 10000 + secrets.randbelow(20000)  # below the kernel's range for outgoing connections
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(
@@ -70,7 +75,7 @@ def run_ranks(
 def run_cases(
     cases: Sequence[Callable[[], Any]], world_size: int, *, init: bool = True, timeout: float = 90.0
 ) -> list[list[Any] | RankFailed]:
-    """Run many cases one after the other on the same forked ranks; each has a process group of its own.
+    """Run many cases one after the other on the same forked ranks, which share the default process group.
 
     A case that fails ends its ranks, and those behind it run on new ones.
 
@@ -86,7 +91,8 @@ def run_cases(
     found: list[list[Any] | RankFailed] = []
     while len(found) < len(cases):
         with tempfile.TemporaryDirectory() as scratch:
-            found += _Ranks(cases[len(found) :], world_size, Path(scratch), init, timeout).run()
+            together = cases[len(found) : len(found) + _TOGETHER]
+            found += _Ranks(together, world_size, Path(scratch), init, timeout).run()
     return found
 
 
@@ -97,7 +103,7 @@ class _Ranks:
         self, cases: Sequence[Callable[[], Any]], world_size: int, scratch: Path, init: bool, timeout: float
     ) -> None:
         self.cases, self.world_size, self.scratch, self.init, self.timeout = cases, world_size, scratch, init, timeout
-        self.ports = [free_port() for _ in cases]
+        self.port = free_port()
 
     def run(self) -> list[list[Any] | RankFailed]:
         sys.stdout.flush()
@@ -124,42 +130,38 @@ class _Ranks:
         gc.freeze()  # what a rank inherits is not searched for garbage, so its pages stay shared
         code = 1
         try:
-            for number in range(len(self.cases)):
-                if not self._run_case(number, rank):
-                    break
-            else:
+            if self._run_cases(rank):
                 code = 0
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 
-    def _run_case(self, number: int, rank: int) -> bool:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world_size),
-            LOCAL_WORLD_SIZE=str(self.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.ports[number]),
-            GLOO_SOCKET_IFNAME="lo",
-        )  # fmt: skip
-        try:
-            _write(self._file(number, rank), pickle.dumps(self._result_of(self.cases[number])))
-        except BaseException as error:
-            _write(self._file(number, rank, "error"), _pickled(error))
-            return False
-        return True
-
-    def _result_of(self, case: Callable[[], Any]) -> Any:
+    def _run_cases(self, rank: int) -> bool:
         import torch
         import torch.distributed as dist
 
         torch.set_num_threads(1)
-        if self.init:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout))
-        result = case()
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        gc.collect()
-        return result
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.world_size),
+            LOCAL_WORLD_SIZE=str(self.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port),
+            GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        for number, case in enumerate(self.cases):
+            try:
+                if self.init and not dist.is_initialized():
+                    dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout))
+                result = case()
+                if dist.is_initialized():
+                    dist.barrier()
+                    if case is self.cases[-1]:
+                        dist.destroy_process_group()
+                _write(self._file(number, rank), pickle.dumps(result))
+            except BaseException as error:
+                _write(self._file(number, rank, "error"), _pickled(error))
+                return False
+            gc.collect()
+        return True
 
     # ---------------------------------------------------------------- in the test process
 

@@ -1,0 +1,138 @@
+"""Every pair of what a step can be composed of: how parameters, rows and experts are laid out, of which model, and how.
+
+A case is one step on some ranks; all cases of one number of ranks run in the same forked processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tests.models.tiny import tiny_config
+from tests.pairwise import Matrix, Rule
+from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
+from veomni.testing.documents import global_rows
+from veomni.testing.step import Outcome, train_step
+
+PARAMETERS: dict[str, Any] = {
+    "single": Single,
+    "ddp": DDP,
+    "fsdp1": FSDP1,
+    "fsdp1_grad_op": partial(FSDP1, sharding="grad_op"),
+    "fsdp1_hybrid": partial(FSDP1, replicate=2),
+    "fsdp2": FSDP2,
+    "fsdp2_hybrid": partial(FSDP2, replicate=2),
+    "fsdp2_keep_gathered": partial(FSDP2, reshard_after_forward=False, reshard_after_backward=False, prefetch=1),
+    "fsdp2_offload": partial(FSDP2, cpu_offload=True),
+}
+ROWS: dict[str, tuple[Any, ...]] = {
+    "whole": (),
+    "ulysses2": (partial(Ulysses, 2),),
+    "ulysses4": (partial(Ulysses, 4),),
+    "async2": (partial(Ulysses, 2, async_=True),),
+    "async4": (partial(Ulysses, 4, async_=True),),
+    "ring2": (partial(ContextParallel, 2),),
+    "ring4": (partial(ContextParallel, 4),),
+    "ring2_ulysses2": (partial(ContextParallel, 2), partial(Ulysses, 2)),
+    "ring2_async2": (partial(ContextParallel, 2), partial(Ulysses, 2, async_=True)),
+}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "together": {},
+    "ep2": {"expert_parallel_size": 2},
+    "ep2_chunks": {"expert_parallel_size": 2, "expert_chunks": 2},
+    "ep2_fixed": {"expert_parallel_size": 2, "expert_exchange": "fixed"},
+    "ep2_strided": {"expert_parallel_size": 2, "expert_parallel_outside": True},
+    "ep4_chunks": {"expert_parallel_size": 4, "expert_chunks": 2},
+    "ep4_fixed": {"expert_parallel_size": 4, "expert_chunks": 3, "expert_exchange": "fixed"},
+}
+DENSE = ["qwen3", "llama", "gemma3_text"]
+SPARSE = ["qwen3_moe", "gpt_oss", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe", "olmoe", "minimax"]
+FUSED_PROJECTIONS = ("deepseek_v3", "olmoe")  # low-rank, or normalised over all heads: exchanges cannot overlap
+
+MAX_NORM = 0.01
+"""Every step clips its gradients to it, after they have been compared."""
+
+# A choice is discrete: a token for which rounding changes it has other gradients. In these models, none has.
+STABLE_CHOICES = {("qwen3_moe", "fp32"), ("olmoe", "bf16"), ("glm4_moe", "bf16")}
+
+
+def _ranks_of_row(rows: str) -> int:
+    size = 1
+    for strategy in ROWS[rows]:
+        size *= strategy.args[0]
+    return size
+
+
+def _fits(parameters: str, rows: str, experts: str, ranks: int) -> bool:
+    if (parameters == "single") != (ranks == 1) and parameters in ("single", "ddp", "fsdp1", "fsdp1_grad_op"):
+        return False
+    replicas = 2 if "hybrid" in parameters else 1
+    size = EXPERTS[experts].get("expert_parallel_size", 1)
+    smallest = 2 * replicas if replicas > 1 else 1  # shards that are replicated are several
+    return ranks >= smallest and ranks % (replicas * _ranks_of_row(rows)) == 0 and ranks // replicas % size == 0
+
+
+MATRIX = Matrix(
+    {
+        "parameters": list(PARAMETERS), "rows": list(ROWS), "experts": list(EXPERTS), "model": DENSE + SPARSE,
+        "ranks": (1, 2, 4), "precision": ("fp64", "fp32", "bf16"), "recompute": ("none", "full", "selective"),
+        "accumulation": (1, 3), "weighted": (False, True),
+    },
+    [
+        Rule(("parameters", "rows", "experts", "ranks"), _fits),
+        Rule(("parameters", "experts"), lambda parameters, experts: experts == "together" or "fsdp" in parameters),
+        Rule(("experts", "model"), lambda experts, model: experts == "together" or model in SPARSE),
+        Rule(("rows", "model"), lambda rows, model: not ("ring" in rows and model == "gpt_oss")),  # its sinks
+        Rule(("rows", "model"), lambda rows, model: not ("async" in rows and model in FUSED_PROJECTIONS)),
+        Rule(("model", "precision"), lambda model, precision: (
+            precision == "fp64" or model in DENSE or (model, precision) in STABLE_CHOICES
+        )),
+    ],
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step."""
+
+    parameters: str
+    rows: str
+    experts: str
+    model: str
+    ranks: int
+    precision: str
+    recompute: str
+    accumulation: int
+    weighted: bool
+
+    def __str__(self) -> str:
+        parts = (self.parameters, self.rows, self.experts, self.model, self.ranks, self.precision, self.recompute)
+        return "-".join([*map(str, parts), f"x{self.accumulation}", *["weighted"] * self.weighted])
+
+    def strategies(self) -> list[Any]:
+        return [PARAMETERS[self.parameters](**EXPERTS[self.experts]), *(make() for make in ROWS[self.rows])]
+
+    def run(self) -> Outcome:
+        config = tiny_config(self.model)
+        return train_step(
+            config, self.strategies, rows=global_rows(config.vocab_size, weighted=self.weighted),
+            accumulation=self.accumulation, precision=self.precision, recompute=self.recompute, max_norm=MAX_NORM,
+        )  # fmt: skip
+
+
+def plain(parameters: str, ranks: int, model: str = "qwen3", *, rows: str = "whole", experts: str = "together") -> Case:
+    """Return a case in fp64 with three micro-batches and nothing else."""
+    return Case(parameters, rows, experts, model, ranks, "fp64", "none", 3, False)
+
+
+SEEDED = [
+    plain("single", 1), plain("ddp", 2), plain("fsdp1", 2), plain("fsdp2", 2), plain("fsdp2_hybrid", 4),
+    plain("fsdp2", 4, "qwen3_moe", experts="ep2"), plain("fsdp1", 2, "qwen3_moe", experts="ep2"),
+    plain("fsdp2_hybrid", 4, "qwen3_moe", experts="ep2"), plain("fsdp2", 4, "qwen3_moe", experts="ep4_chunks"),
+    plain("fsdp2", 2, "qwen3_moe", experts="ep2"), plain("fsdp2", 2, rows="ulysses2"),
+    plain("fsdp2", 4, rows="ring2_ulysses2"), plain("fsdp2", 4, "olmoe", experts="ep2"),
+]  # fmt: skip
+"""Bugs are seeded in these (``bugs.py``): that they pass without a bug is their place in the matrix."""
+
+CASES = [Case(**case) for case in MATRIX.cover([vars(case) for case in SEEDED])]
