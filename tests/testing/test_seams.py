@@ -46,7 +46,8 @@ def test_a_module_imported_meanwhile_is_put_back_too(monkeypatch):
 
     late = ModuleType("veomni.late")
     with replaced(seams.LOSS_WEIGHT, lambda *args: "replaced"):
-        late.weight = sys.modules["veomni.batch.micro_batch"].loss_weight
+        owner = sys.modules[seams.LOSS_WEIGHT.function.__module__]
+        late.weight = getattr(owner, seams.LOSS_WEIGHT.function.__name__)
         monkeypatch.setitem(sys.modules, "veomni.late", late)
         assert late.weight({}) == "replaced"
     assert late.weight is seams.LOSS_WEIGHT.target
