@@ -5,13 +5,23 @@ A case is one step on some ranks; all cases of one number of ranks run in the sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from tests.models.tiny import tiny_config
 from tests.pairwise import Matrix, Rule
-from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
+from veomni.strategies import (
+    DDP,
+    FSDP1,
+    FSDP2,
+    ActivationCheckpointing,
+    ContextParallel,
+    ExpertParallel,
+    Single,
+    Ulysses,
+)  # fmt: skip
 from veomni.testing.documents import global_rows
 from veomni.testing.step import Outcome, train_step
 
@@ -30,21 +40,21 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "whole": (),
     "ulysses2": (partial(Ulysses, 2),),
     "ulysses4": (partial(Ulysses, 4),),
-    "async2": (partial(Ulysses, 2, async_=True),),
-    "async4": (partial(Ulysses, 4, async_=True),),
+    "async2": (partial(Ulysses, 2, overlap=True),),
+    "async4": (partial(Ulysses, 4, overlap=True),),
     "ring2": (partial(ContextParallel, 2),),
     "ring4": (partial(ContextParallel, 4),),
     "ring2_ulysses2": (partial(ContextParallel, 2), partial(Ulysses, 2)),
-    "ring2_async2": (partial(ContextParallel, 2), partial(Ulysses, 2, async_=True)),
+    "ring2_async2": (partial(ContextParallel, 2), partial(Ulysses, 2, overlap=True)),
 }
-EXPERTS: dict[str, dict[str, Any]] = {
-    "together": {},
-    "ep2": {"expert_parallel_size": 2},
-    "ep2_chunks": {"expert_parallel_size": 2, "expert_chunks": 2},
-    "ep2_fixed": {"expert_parallel_size": 2, "expert_exchange": "fixed"},
-    "ep2_strided": {"expert_parallel_size": 2, "expert_parallel_outside": True},
-    "ep4_chunks": {"expert_parallel_size": 4, "expert_chunks": 2},
-    "ep4_fixed": {"expert_parallel_size": 4, "expert_chunks": 3, "expert_exchange": "fixed"},
+EXPERTS: dict[str, tuple[Any, ...]] = {
+    "together": (),
+    "ep2": (partial(ExpertParallel, 2),),
+    "ep2_chunks": (partial(ExpertParallel, 2, chunks=2),),
+    "ep2_fixed": (partial(ExpertParallel, 2, exchange="fixed"),),
+    "ep2_strided": (partial(ExpertParallel, 2, placement="strided"),),
+    "ep4_chunks": (partial(ExpertParallel, 4, chunks=2),),
+    "ep4_fixed": (partial(ExpertParallel, 4, chunks=3, exchange="fixed"),),
 }
 DENSE = ["qwen3", "llama", "gemma3_text"]
 SPARSE = ["qwen3_moe", "gpt_oss", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe", "olmoe", "minimax"]
@@ -57,20 +67,15 @@ MAX_NORM = 0.01
 STABLE_CHOICES = {("qwen3_moe", "fp32"), ("olmoe", "bf16"), ("glm4_moe", "bf16")}
 
 
-def _ranks_of_row(rows: str) -> int:
-    size = 1
-    for strategy in ROWS[rows]:
-        size *= strategy.args[0]
-    return size
+def _size(strategies: tuple[Any, ...]) -> int:
+    return math.prod(strategy.args[0] for strategy in strategies)
 
 
 def _fits(parameters: str, rows: str, experts: str, ranks: int) -> bool:
-    if (parameters == "single") != (ranks == 1) and parameters in ("single", "ddp", "fsdp1", "fsdp1_grad_op"):
-        return False
-    replicas = 2 if "hybrid" in parameters else 1
-    size = EXPERTS[experts].get("expert_parallel_size", 1)
-    smallest = 2 * replicas if replicas > 1 else 1  # shards that are replicated are several
-    return ranks >= smallest and ranks % (replicas * _ranks_of_row(rows)) == 0 and ranks // replicas % size == 0
+    if parameters == "single":
+        return ranks == 1 and experts == "together" and rows == "whole"
+    replicas, least = (2, 4) if "hybrid" in parameters else (1, 1 if "fsdp2" in parameters else 2)
+    return ranks >= least and ranks % (replicas * _size(ROWS[rows])) == 0 and ranks % _size(EXPERTS[experts]) == 0
 
 
 MATRIX = Matrix(
@@ -81,7 +86,6 @@ MATRIX = Matrix(
     },
     [
         Rule(("parameters", "rows", "experts", "ranks"), _fits),
-        Rule(("parameters", "experts"), lambda parameters, experts: experts == "together" or "fsdp" in parameters),
         Rule(("experts", "model"), lambda experts, model: experts == "together" or model in SPARSE),
         Rule(("rows", "model"), lambda rows, model: not ("ring" in rows and model == "gpt_oss")),  # its sinks
         Rule(("rows", "model"), lambda rows, model: not ("async" in rows and model in FUSED_PROJECTIONS)),
@@ -111,13 +115,15 @@ class Case:
         return "-".join([*map(str, parts), f"x{self.accumulation}", *["weighted"] * self.weighted])
 
     def strategies(self) -> list[Any]:
-        return [PARAMETERS[self.parameters](**EXPERTS[self.experts]), *(make() for make in ROWS[self.rows])]
+        recompute = [] if self.recompute == "none" else [ActivationCheckpointing(self.recompute)]
+        beside = (make() for make in (*EXPERTS[self.experts], *ROWS[self.rows]))
+        return [PARAMETERS[self.parameters](), *beside, *recompute]
 
     def run(self) -> Outcome:
         config = tiny_config(self.model)
         return train_step(
             config, self.strategies, rows=global_rows(config.vocab_size, weighted=self.weighted),
-            accumulation=self.accumulation, precision=self.precision, recompute=self.recompute, max_norm=MAX_NORM,
+            accumulation=self.accumulation, precision=self.precision, max_norm=MAX_NORM,
         )  # fmt: skip
 
 

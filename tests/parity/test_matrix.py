@@ -22,7 +22,8 @@ def truth(model: str, weighted: bool) -> Truth:
 
 def known(case):
     """A bug that this matrix found: the order of shared experts changes between forward and recomputation."""
-    return case.model == "qwen2_moe" and case.recompute == "selective" and case.experts != "together"
+    shared = case.model == "qwen2_moe" and case.experts != "together"
+    return shared and case.recompute == "selective" and "fsdp2" in case.parameters
 
 
 FOUND = pytest.mark.xfail(raises=RankFailed, strict=True, reason="matrix products are saved in another order")
