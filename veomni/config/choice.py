@@ -49,6 +49,7 @@ class Choice:
         base: Keys and methods that all its sections share.
         default: Name that a mapping without one means.
         sibling: Key beside this one that holds the name; None where the value holds it.
+        kind: Class that the components must be of.
         supplied: As for :class:`Options`.
     """
 
@@ -59,9 +60,11 @@ class Choice:
         base: type[ComponentSection] = ComponentSection,
         default: str | None = None,
         sibling: str | None = None,
+        kind: type = object,
         **supplied: str,
     ) -> None:
         self.registry, self.base, self.default, self.sibling = registry, base, default, sibling
+        self.kind = kind
         self.supplied = supplied
         self.by_name = sibling is None
 
@@ -81,9 +84,13 @@ class Choice:
     def _loadable(self) -> Iterator[tuple[str, type[Section]]]:
         for name in self.registry:
             try:
-                yield name, self.section(name)
+                section = self.section(name)
             except ConfigError:
                 continue
+            if self.kind is object or (
+                isinstance(section.component, type) and issubclass(section.component, self.kind)
+            ):
+                yield name, section
 
     def _validate(self, value: Any, info: ValidationInfo) -> Section:
         if isinstance(value, Section):

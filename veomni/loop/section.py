@@ -9,25 +9,29 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
-from veomni.accelerators.base import ACCELERATORS, Accelerator
+from veomni.accelerators.base import ACCELERATORS
 from veomni.config.base import PathText, Section
 from veomni.config.choice import Choice, Options, check_name, configured
 from veomni.config.paths import is_directory, is_writable
 from veomni.config.problems import Problem
-from veomni.config.section import ComponentSection, parameters_of
-from veomni.errors import InputError
+from veomni.config.section import ComponentSection
 from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.loop.section_problems import contradictions, layout_problems
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
 from veomni.strategies import ActivationCheckpointing, Compile, ContextParallel, EncoderBalance, Strategy, Ulysses
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
-from veomni.strategies.select import mesh_dims
 
 AxisSize = Annotated[int, Field(ge=1)]
-_SIZES = ("data_parallel_replicate_size", "tensor_parallel_size", "ulysses_parallel_size", "context_parallel_size")
 
+_PARAMETERS = Choice(
+    STRATEGIES,
+    sibling="data_parallel_mode",
+    kind=ParameterStrategy,
+    replicate="train.data_parallel_replicate_size",
+)
 _EXPERT_OPTIONS = Options(ExpertParallel, size="train.expert_parallel_size")
 _OPTIMIZERS = Choice(OPTIMIZERS, base=OptimizerSection, default="adamw", params="")
 
@@ -64,10 +68,9 @@ class TrainSection(Section):
         description="The registered strategy that holds the parameters: single process, replicated (ddp), sharded "
         "(fsdp1 flattens them, fsdp2 shards each one), or another package's.",
     )
-    strategy: Annotated[
-        ComponentSection,
-        Choice(STRATEGIES, sibling="data_parallel_mode", replicate="train.data_parallel_replicate_size"),
-    ] = configured({}, "Options of the strategy that data_parallel_mode names.")
+    strategy: Annotated[ComponentSection, _PARAMETERS] = configured(
+        {}, "Options of the strategy that data_parallel_mode names."
+    )
     data_parallel_replicate_size: AxisSize = Field(
         default=1,
         description="Replicas of the sharded model (HSDP), with fsdp1 and fsdp2; the rest of the ranks share one.",
@@ -245,71 +248,4 @@ class TrainSection(Section):
 
     @override
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
-        if world is not None:
-            yield from self._layout_problems(world)
-            return
-        if self.data_parallel_mode == "single" and self.devices not in ("auto", 1):
-            yield Problem(
-                f"train.data_parallel_mode single runs in one process, but train.devices is {self.devices}",
-                "set train.devices to 1, or train.data_parallel_mode to ddp, fsdp1 or fsdp2",
-            )
-        family = self.accelerator.component
-        if isinstance(family, type) and issubclass(family, Accelerator):
-            backends = dict.fromkeys(("auto", family.backend, "gloo"))
-            if self.backend not in backends:
-                problem = f"train.backend {self.backend} does not serve train.accelerator {family.name}"
-                yield Problem(problem, f"use {' or '.join(backends)}")
-        if self.reduce_dtype == "bf16" and self.precision != "bf16":
-            problem = f"train.reduce_dtype bf16 has no meaning with train.precision {self.precision}"
-            yield Problem(problem, "leave it out, or set train.precision to bf16")
-        yield from self._unused_problems()
-
-    def _unused_problems(self) -> Iterator[Problem]:
-        for axis, size in (("expert_parallel", self.expert_parallel_size), ("ulysses", self.ulysses_parallel_size)):
-            key = "train.expert_parallel_size" if axis == "expert_parallel" else "train.ulysses_parallel_size"
-            changed = getattr(self, axis).model_dump(exclude_defaults=True)
-            if size == 1 and changed:
-                names = ", ".join(f"train.{axis}.{name} {value}" for name, value in changed.items())
-                yield Problem(f"{names} has no meaning with {key} 1", "leave it out, or use a larger size")
-
-    def _layout_problems(self, world: int) -> Iterator[Problem]:
-        if self.tensor_parallel_size > 1:
-            problem = f"train.tensor_parallel_size is {self.tensor_parallel_size}: there is no tensor parallelism yet"
-            yield Problem(problem, "set it to 1")
-            return
-        replicas = self.data_parallel_replicate_size
-        if replicas > 1 and "replicate" not in parameters_of(self.strategy.component):
-            mode = self.data_parallel_mode
-            problem = (
-                f"train.data_parallel_replicate_size {replicas} has no meaning with train.data_parallel_mode {mode}"
-            )
-            yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
-            return
-        product = self.data_parallel_replicate_size * self.ranks_per_row
-        if world % product:
-            sizes = " x ".join(f"train.{key} {getattr(self, key)}" for key in _SIZES)
-            yield Problem(
-                f"the {world} ranks are not a multiple of {product} = {sizes}",
-                f"start a multiple of {product} ranks (train.devices), or change the sizes",
-            )
-            return
-        try:
-            strategies = self.build_strategies()
-            for strategy in strategies:
-                strategy.check(world)
-            mesh_dims(strategies, world)
-        except InputError as error:
-            yield Problem(error.problem, error.fix)
-            return
-        yield from self._batch_problems(world)
-
-    def _batch_problems(self, world: int) -> Iterator[Problem]:
-        ranks = self.data_ranks(world)
-        rows = self.micro_batch_size * ranks
-        if self.global_batch_size % rows:
-            problem = (
-                f"train.global_batch_size {self.global_batch_size} is not a multiple of {rows} = "
-                f"train.micro_batch_size {self.micro_batch_size} x {ranks} data ranks"
-            )
-            above = -(-self.global_batch_size // rows) * rows
-            yield Problem(problem, f"set train.global_batch_size to {above}, or change train.micro_batch_size")
+        return contradictions(self) if world is None else layout_problems(self, world)

@@ -1,0 +1,78 @@
+"""Keys of the section ``train`` that contradict each other, or the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from veomni.accelerators.base import Accelerator
+from veomni.config.problems import Problem
+from veomni.config.section import parameters_of
+from veomni.errors import InputError
+from veomni.strategies.select import mesh_dims
+
+if TYPE_CHECKING:
+    from veomni.loop.section import TrainSection
+
+_SIZES = ("data_parallel_replicate_size", "tensor_parallel_size", "ulysses_parallel_size", "context_parallel_size")
+
+
+def contradictions(train: TrainSection) -> Iterator[Problem]:
+    """Yield what is wrong for any number of ranks."""
+    if train.data_parallel_mode == "single" and train.devices not in ("auto", 1):
+        yield Problem(
+            f"train.data_parallel_mode single runs in one process, but train.devices is {train.devices}",
+            "set train.devices to 1, or train.data_parallel_mode to ddp, fsdp1 or fsdp2",
+        )
+    family = train.accelerator.component
+    backends = ("auto", getattr(family, "backend", ""), "gloo")
+    if isinstance(family, type) and issubclass(family, Accelerator) and train.backend not in backends:
+        problem = f"train.backend {train.backend} does not serve train.accelerator {family.name}"
+        yield Problem(problem, f"use {' or '.join(dict.fromkeys(backends))}")
+    if train.reduce_dtype == "bf16" and train.precision != "bf16":
+        problem = f"train.reduce_dtype bf16 has no meaning with train.precision {train.precision}"
+        yield Problem(problem, "leave it out, or set train.precision to bf16")
+    for key, size in (("expert_parallel", train.expert_parallel_size), ("ulysses", train.ulysses_parallel_size)):
+        changed = getattr(train, key).model_dump(exclude_defaults=True)
+        if size == 1 and changed:
+            names = ", ".join(f"train.{key}.{name} {value}" for name, value in changed.items())
+            size_key = f"train.{key.removesuffix('_parallel')}_parallel_size"
+            yield Problem(f"{names} has no meaning with {size_key} 1", "leave it out, or use a larger size")
+
+
+def layout_problems(train: TrainSection, world: int) -> Iterator[Problem]:
+    """Yield the first thing that keeps ``world`` ranks from being laid out."""
+    product = train.data_parallel_replicate_size * train.ranks_per_row
+    if train.tensor_parallel_size > 1:
+        problem = f"train.tensor_parallel_size is {train.tensor_parallel_size}: there is no tensor parallelism yet"
+        yield Problem(problem, "set it to 1")
+    elif train.data_parallel_replicate_size > 1 and "replicate" not in parameters_of(train.strategy.component):
+        problem = f"train.data_parallel_replicate_size {train.data_parallel_replicate_size} has no meaning with "
+        problem += f"train.data_parallel_mode {train.data_parallel_mode}"
+        yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
+    elif world % product:
+        sizes = " x ".join(f"train.{key} {getattr(train, key)}" for key in _SIZES)
+        yield Problem(
+            f"the {world} ranks are not a multiple of {product} = {sizes}",
+            f"start a multiple of {product} ranks (train.devices), or change the sizes",
+        )
+    else:
+        try:
+            strategies = train.build_strategies()
+            for strategy in strategies:
+                strategy.check(world)
+            mesh_dims(strategies, world)
+        except InputError as error:
+            yield Problem(error.problem, error.fix)
+        else:
+            yield from _batch_problems(train, world)
+
+
+def _batch_problems(train: TrainSection, world: int) -> Iterator[Problem]:
+    ranks = train.data_ranks(world)
+    rows = train.micro_batch_size * ranks
+    if train.global_batch_size % rows:
+        problem = f"train.global_batch_size {train.global_batch_size} is not a multiple of {rows} = "
+        problem += f"train.micro_batch_size {train.micro_batch_size} x {ranks} data ranks"
+        above = -(-train.global_batch_size // rows) * rows
+        yield Problem(problem, f"set train.global_batch_size to {above}, or change train.micro_batch_size")
