@@ -14,7 +14,7 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, InputError, LoopError, ModelError
 from veomni.launcher import Launcher
 from veomni.loop.reporter import Reporter
-from veomni.loop.step import listed
+from veomni.loop.step_reader import listed
 from veomni.models import build_model
 from veomni.moe import MoEOptions
 from veomni.strategies import FSDP2

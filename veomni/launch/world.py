@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from veomni.accelerators import Accelerator
+from veomni.batch.split import SequenceShard
+from veomni.errors import LoopError
 from veomni.launch.collective_timeout import collective_timeout
 from veomni.launch.environment import detect_environment
 from veomni.launch.join import join_or_start
+from veomni.launch.stop_signal import StopSignal
 from veomni.logging import create_logger
 from veomni.parallel.mesh import ParallelState, set_parallel_state
 from veomni.parallel.processes import init_process_group
@@ -72,3 +78,101 @@ def join_world(
     state = ParallelState(dims, device.type, timeout=timeout)
     set_parallel_state(state)
     return World(state, accelerator, device, environment.rank, environment.world_size, environment.local_rank)
+
+
+class DataParallel(NamedTuple):
+    """This process's place among the ranks that read different rows."""
+
+    rank: int
+    size: int
+
+
+class Processes:
+    """The processes of a run, and this one among them.
+
+    Args:
+        strategies: Decide the mesh.
+        accelerator: What runs models.
+        devices: Processes on this node; None takes every device, or one process on a CPU.
+        backend: Collective backend; "auto" is the accelerator's.
+        timeout: How long a collective waits for the other ranks; overridden by ``NCCL_TIMEOUT``.
+
+    Attributes:
+        world: This process among all ranks; its attributes are also this object's, once it is launched.
+    """
+
+    world: World
+    state: ParallelState
+    device: torch.device
+    rank: int
+    world_size: int
+    local_rank: int
+    signal: StopSignal
+
+    def __init__(
+        self,
+        strategies: Sequence[Strategy],
+        accelerator: Accelerator,
+        *,
+        devices: int | None,
+        backend: str,
+        timeout: timedelta,
+    ) -> None:
+        self.strategies, self.accelerator, self.devices, self.timeout = strategies, accelerator, devices, timeout
+        self.backend = accelerator.backend if backend == "auto" else backend
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("world", "state", "device", "rank", "world_size", "local_rank", "signal"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            if "world" not in vars(self):
+                raise LoopError(f"launcher.{name} is known once processes are joined", "call launcher.launch() first")
+            return getattr(self.world, name)
+
+    def launch(self) -> None:
+        """Join the launch this process is part of, or start ``devices`` processes and supervise them.
+
+        In the process that people start, this does not return when it has to start others.
+
+        Raises:
+            InputError: the environment, the strategies and the devices contradict each other; nothing was started.
+        """
+        self.world = join_world(
+            self.strategies, self.accelerator, devices=self.devices, backend=self.backend, timeout=self.timeout
+        )
+        self.signal = StopSignal()
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def data_parallel(self) -> DataParallel:
+        """This process's place among the ranks that read different rows, for a loader."""
+        return DataParallel(self.state.rank("data"), self.state.size("data"))
+
+    @property
+    def sequence_shard(self) -> SequenceShard:
+        """Which positions of every row this process holds, for a loader that splits rows in its workers."""
+        return self.state.sequence_shard
+
+    def barrier(self) -> None:
+        """Wait for all ranks; collective."""
+        dist.barrier()
+
+    @contextmanager
+    def rank_zero_first(self) -> Iterator[None]:
+        """Run the body on rank 0, then on the others: for work whose result rank 0 leaves on disk; collective."""
+        if not self.is_rank_zero:
+            self.barrier()
+        yield
+        if self.is_rank_zero:
+            self.barrier()
+
+    def leave(self) -> None:
+        """Put the process back as it was before :meth:`launch`."""
+        if "signal" in vars(self):
+            self.signal.close()
+        set_parallel_state(None)

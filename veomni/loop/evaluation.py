@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,9 @@ from veomni.errors import ModelError
 from veomni.launch.world import World
 from veomni.loop.losses import loss_context
 from veomni.loop.step import forward
+from veomni.loop.step_reader import listed, shard
 from veomni.models.adapter.adapter import ModelAdapter
+from veomni.strategies import Strategy
 
 if TYPE_CHECKING:
     from veomni.metrics import AnswerAccuracy, TokenPerplexity
@@ -25,6 +27,27 @@ if TYPE_CHECKING:
 
 Measure = Callable[[nn.Module, MicroBatch], Tensor | Mapping[str, Tensor]]
 """Runs a model on a micro-batch and returns means over it: its loss, or numbers by name ("loss", "accuracy")."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    world: World,
+    strategies: Sequence[Strategy],
+    *,
+    answers: bool,
+    measure: Measure | None,
+) -> dict[str, float]:
+    """Return what ``model`` makes of a held-out loader; see ``Launcher.evaluate``."""
+    total = Evaluation(model, world, answers=answers, measure=measure)
+    training = model.training
+    model.eval()
+    for batch in loader:
+        for micro in listed(batch):
+            total.add(shard(micro, strategies, world.state))
+    model.train(training)
+    return total.compute()
 
 
 class Evaluation:

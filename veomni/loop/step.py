@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from veomni.batch.counts import label_count, row_count, token_weight
-from veomni.batch.fields import component_tokens
+from veomni.batch.counts import label_count, token_weight
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, LoopError, ModelError
 from veomni.launch.world import World
@@ -197,57 +195,4 @@ def forward(model: nn.Module, micro: MicroBatch) -> Any:
     return model(*micro.args, **micro.inputs)
 
 
-def listed(batch: Any) -> list[MicroBatch]:
-    """Return what a loader yields for one step as micro-batches.
-
-    Raises:
-        DataError: it is not a list of them.
-    """
-    if not isinstance(batch, (list, tuple)) or any(isinstance(each, (Tensor, str)) for each in batch):
-        found = f"a {type(batch).__name__}"
-        if isinstance(batch, (list, tuple)) and batch:
-            found += f" of {type(batch[0]).__name__}"
-        raise DataError(
-            f"a loader must yield the list of a step's micro-batches, and yielded {found}",
-            "give a torch DataLoader to launcher.setup_dataloader first, or yield [batch]",
-        )
-    return [MicroBatch.of(each) for each in batch]
-
-
-def counts_of(micro_batches: Sequence[MicroBatch], flops: tuple[float, float], copies: int) -> dict[str, float]:
-    """Return this rank's counts of a step, by the names of :class:`StepTotals`; those of components are prefixed.
-
-    Args:
-        micro_batches: The step's.
-        flops: With causal attention, and with full.
-        copies: Ranks that share each row, and count its work.
-    """
-    tokens = sum(sum(micro.rows.document_lengths) for micro in micro_batches)
-    counts = {
-        "token_weight": _counted(token_weight, micro_batches),
-        "labels": _counted(label_count, micro_batches),
-        "tokens": tokens / copies, "samples": _counted(row_count, micro_batches) / copies,
-        "flops_causal": flops[0] / copies, "flops_full": flops[1] / copies,
-    }  # fmt: skip
-    components = [component_tokens(micro.inputs) for micro in micro_batches]
-    for name in component_tokens({}):
-        counts[f"components.{name}"] = sum(each[name] for each in components)
-    return counts
-
-
-def _counted(count: Callable[[MicroBatch], float], micro_batches: Sequence[MicroBatch]) -> float:
-    """Return a sum over micro-batches; NaN where it cannot be counted, an error only where it is needed."""
-    try:
-        return float(sum(count(micro) for micro in micro_batches))
-    except DataError:
-        return math.nan
-
-
-def totals_of(sums: Mapping[str, float]) -> StepTotals:
-    """Return the sums of :func:`counts_of` over all ranks as totals."""
-    plain = {name: value for name, value in sums.items() if not name.startswith("components.")}
-    components = {name.partition(".")[2]: int(value) for name, value in sums.items() if name not in plain}
-    return StepTotals(**plain, components=components)
-
-
-__all__ = ["ModelStep", "Step", "counts_of", "forward", "listed", "totals_of"]
+__all__ = ["ModelStep", "Step", "forward"]
