@@ -172,7 +172,7 @@ class Sampler:
         if "omni" in self.name:
             media.setdefault("video_second_per_grid", []).append(torch.tensor([0.7]))  # no whole positions of Qwen3's
         token = IMAGE if self.name == "glm4v" else VIDEO
-        if self.name in ("glm4v", "qwen3_vl", "qwen3_vl_moe"):  # each frame by itself, after its timestamp
+        if self.name in ("glm4v", "qwen3_vl", "qwen3_vl_moe"):  # each frame alone, after its timestamp
             frame: list[tuple[list[int], int]] = [
                 ([7, 8], 0), ([VISION_START], 0), ([token] * (tokens // grid[0]), 2), ([VISION_END], 0)
             ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models and configurations from names, files and directories, and what is refused."""
+"""Models and configurations from names, files and directories, and what is rejected."""
 
 from __future__ import annotations
 

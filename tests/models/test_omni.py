@@ -100,7 +100,7 @@ def text_weights(sample):
 
 
 def truth():
-    """One process, each document by itself, each loss written out and averaged over its own tokens of the step."""
+    """One process, each document alone, each loss written out and averaged over its own tokens of the step."""
     model = double_model()
     samples = [sample for rank in documents() for row in rank for sample in row]
     collate = MultimodalCollator(build_config(TINY), max_seq_len=ROW)

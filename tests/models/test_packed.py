@@ -44,7 +44,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 
 
 def weigh(logits: torch.Tensor, start: int) -> torch.Tensor:
-    """A loss that tells every position and token apart; the tail is not learned from."""
+    """A loss that differs for every position and token; the tail is unsupervised."""
     generator = torch.Generator().manual_seed(start)
     return (logits * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)).sum()
 

@@ -1,6 +1,6 @@
 """Documents with media, packed into a row, train exactly as alone: logits and every gradient, for every family.
 
-The truth is transformers' own forward of each document by itself, with position ids that the model computes.
+The truth is transformers' own forward of each document alone, with position ids that the model computes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def samples_of(name):
 
 
 def weigh(logits, number):
-    """A loss that tells every position and token apart."""
+    """A loss that differs for every position and token."""
     generator = torch.Generator().manual_seed(number)
     return (logits * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)).sum()
 

@@ -113,12 +113,6 @@ def current_groups() -> SequenceGroups:
     return call.sequence
 
 
-def enter_call(call: ForwardCall) -> Callable[[], None]:
-    """Make ``call`` the current one, and return what makes the one before it current again."""
-    token = _current.set(call)
-    return lambda: _current.reset(token)
-
-
 @contextmanager
 def forward_call(call: ForwardCall | None) -> Iterator[None]:
     """Run the body in ``call``."""

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyRecord:
     """One family of models, or of encoders; read by the side of models and by the side of data.
 
     Attributes:
@@ -17,7 +17,7 @@ class Family:
         shared_placeholder: Images and videos have the same placeholder token; ``mm_token_type_ids`` distinguishes them.
         any_size: The encoder takes images of any size, with arguments of its own for them.
         padded_audio: The encoder takes mel features that are padded to its whole span, and masks the padding.
-        audio_seconds: The longest audio clip that the model takes, where its files do not say.
+        audio_seconds: The longest audio clip that the encoder takes, where the model's files do not say.
         after_last_norm: Features of layer -1 are what comes after the last norm.
         unread: Parts of names of parameters that no forward reads, though checkpoints have them.
     """
@@ -28,28 +28,27 @@ class Family:
     shared_placeholder: bool = False
     any_size: bool = False
     padded_audio: bool = False
-    audio_seconds: int | None = None
+    audio_seconds: int = 30
     after_last_norm: bool = False
     unread: tuple[str, ...] = ()
 
 
-_OMNI_SECONDS = 300
-_FAMILIES = (
-    Family(("glm4v", "glm4v_moe"), shared_placeholder=True),
-    Family(("internvl",), after_last_norm=True),
-    Family(("pixtral",), any_size=True),
-    Family(("qwen2_audio",), loss_in_forward=True),
-    Family(("qwen2_audio_encoder",), padded_audio=True),
-    Family(("qwen2_5_omni",), thinker="qwen2_5_omni_thinker"),
-    Family(("qwen2_5_omni_thinker",), audio_seconds=_OMNI_SECONDS, unread=("audio_bos_eos_token.",)),
-    Family(("qwen3_omni_moe",), thinker="qwen3_omni_moe_thinker"),
-    Family(("qwen3_omni_moe_thinker",), audio_seconds=_OMNI_SECONDS),
+_ALL = (
+    FamilyRecord(("glm4v", "glm4v_moe"), shared_placeholder=True),
+    FamilyRecord(("internvl",), after_last_norm=True),
+    FamilyRecord(("pixtral",), any_size=True),
+    FamilyRecord(("qwen2_audio",), loss_in_forward=True),
+    FamilyRecord(("qwen2_audio_encoder",), padded_audio=True),
+    FamilyRecord(("qwen2_5_omni",), thinker="qwen2_5_omni_thinker"),
+    FamilyRecord(("qwen2_5_omni_thinker",), unread=("audio_bos_eos_token.",)),
+    FamilyRecord(("qwen2_5_omni_audio_encoder", "qwen3_omni_moe_audio_encoder"), audio_seconds=300),
+    FamilyRecord(("qwen3_omni_moe",), thinker="qwen3_omni_moe_thinker"),
 )
-FAMILIES = {model_type: family for family in _FAMILIES for model_type in family.model_types}
+RECORDS = {model_type: family for family in _ALL for model_type in family.model_types}
 """Model type to its family; a model that needs no record has none."""
 
 
-def family_of(config: Any) -> Family:
+def family_record(config: Any) -> FamilyRecord:
     """Return the family of a configuration, or of a model type by its name; one without differences for others."""
     model_type = config if isinstance(config, str) else getattr(config, "model_type", "")
-    return FAMILIES.get(model_type, Family((model_type,)))
+    return RECORDS.get(model_type, FamilyRecord((model_type,)))

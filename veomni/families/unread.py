@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from veomni.families.record import family_of
+from veomni.families.record import family_record
 
 _HEADS = (
     "vision_tower.head.", "vision_tower.vision_model.head.", "image_encoder.head.", "image_encoder.vision_model.head.",
@@ -19,7 +19,7 @@ def unread_parameters(owner: Any) -> list[nn.Parameter]:
     They are the layers after the one whose features are taken (LLaVA takes the last but one), heads of encoders whose
     output is not used, and what a family keeps for its checkpoints alone.
     """
-    family = family_of(owner.config)
+    family = family_record(owner.config)
     names = (*_HEADS, *family.unread)
     found = [parameter for name, parameter in owner.named_parameters() if any(part in name for part in names)]
     encoder: Any = getattr(owner, "image_encoder", None)

@@ -31,8 +31,7 @@ def show_sample(
         max_new_tokens: Longest answer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     if documents is None or documents.schema.data_type not in ("plaintext", "conversation"):
         return

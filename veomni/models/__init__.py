@@ -6,23 +6,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veomni.models.adapter.passes.documents import isolate_documents
-    from veomni.models.adapter.passes.loss_context import LossContext
-    from veomni.models.adapter.passes.media import prepare_towers
-    from veomni.models.adapter.passes.token_loss import TokenMeanLoss, install_token_loss
-    from veomni.models.build.attention import resolve_attention
-    from veomni.models.build.config import build_config
-    from veomni.models.build.experts import resolve_experts
-    from veomni.models.build.freeze import freeze
-    from veomni.models.build.model import build_model
-    from veomni.models.build.plan import derive_plan
-    from veomni.models.build.tokenizer import build_processor, build_tokenizer
-    from veomni.models.loader import MODEL_CONFIG_REGISTRY, MODEL_PROCESSOR_REGISTRY, MODELING_REGISTRY
-    from veomni.models.omni import build_omni_model
-    from veomni.models.weights.export import export_hf, export_tensors, export_tensors_hf
-    from veomni.models.weights.gather import unwrap
-    from veomni.models.weights.materialize import Materializer
-    from veomni.models.weights.source import WeightSource
+    from veomni.models.adapter.passes.documents import isolate_documents as isolate_documents
+    from veomni.models.adapter.passes.loss_context import LossContext as LossContext
+    from veomni.models.adapter.passes.media import prepare_towers as prepare_towers
+    from veomni.models.adapter.passes.token_loss import (
+        TokenMeanLoss as TokenMeanLoss,
+    )
+    from veomni.models.adapter.passes.token_loss import (
+        install_token_loss as install_token_loss,
+    )
+    from veomni.models.build.attention import resolve_attention as resolve_attention
+    from veomni.models.build.config import build_config as build_config
+    from veomni.models.build.experts import resolve_experts as resolve_experts
+    from veomni.models.build.freeze import freeze as freeze
+    from veomni.models.build.model import build_model as build_model
+    from veomni.models.build.plan import derive_plan as derive_plan
+    from veomni.models.build.tokenizer import build_processor as build_processor
+    from veomni.models.build.tokenizer import build_tokenizer as build_tokenizer
+    from veomni.models.loader import (
+        MODEL_CONFIG_REGISTRY as MODEL_CONFIG_REGISTRY,
+    )
+    from veomni.models.loader import (
+        MODEL_PROCESSOR_REGISTRY as MODEL_PROCESSOR_REGISTRY,
+    )
+    from veomni.models.loader import (
+        MODELING_REGISTRY as MODELING_REGISTRY,
+    )
+    from veomni.models.omni import build_omni_model as build_omni_model
+    from veomni.models.weights.export import (
+        export_hf as export_hf,
+    )
+    from veomni.models.weights.export import (
+        export_tensors as export_tensors,
+    )
+    from veomni.models.weights.export import (
+        export_tensors_hf as export_tensors_hf,
+    )
+    from veomni.models.weights.gather import unwrap as unwrap
+    from veomni.models.weights.materialize import Materializer as Materializer
+    from veomni.models.weights.source import WeightSource as WeightSource
 
 # Importing a name imports its module, and nothing before that: ``veomni.ops`` uses ``transformers_api`` alone.
 _HOMES = {
@@ -50,32 +72,6 @@ _HOMES = {
     "resolve_experts": "veomni.models.build.experts",
     "unwrap": "veomni.models.weights.gather",
 }
-
-__all__ = [
-    "MODELING_REGISTRY",
-    "MODEL_CONFIG_REGISTRY",
-    "MODEL_PROCESSOR_REGISTRY",
-    "LossContext",
-    "Materializer",
-    "TokenMeanLoss",
-    "WeightSource",
-    "build_config",
-    "build_model",
-    "build_omni_model",
-    "build_processor",
-    "build_tokenizer",
-    "derive_plan",
-    "export_hf",
-    "export_tensors",
-    "export_tensors_hf",
-    "freeze",
-    "install_token_loss",
-    "isolate_documents",
-    "prepare_towers",
-    "resolve_attention",
-    "resolve_experts",
-    "unwrap",
-]
 
 
 def __getattr__(name: str) -> Any:

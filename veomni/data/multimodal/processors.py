@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from veomni.data.multimodal.family import Family, FamilyParts, family_of
 from veomni.data.multimodal.frames import VideoDecoder, usable_decoder
 from veomni.errors import ConfigError, ModelError
+from veomni.families.record import family_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -30,7 +31,6 @@ _GEOMETRY = {
     "temporal_patch_size": "temporal_patch_size",
     "merge_size": "spatial_merge_size",
 }
-_OMNI_SECONDS = 300  # of sound that Qwen's omni models hear
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,10 @@ def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -
     values = _file(directory, "feature_extractor")
     if "feature_size" in values:
         return WhisperFeatureExtractor.from_dict(values)
-    extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=_OMNI_SECONDS)
-    if audio.model_type == "qwen2_audio_encoder":  # its tower takes sounds of one length only
+    extractor = WhisperFeatureExtractor(
+        feature_size=audio.num_mel_bins, chunk_length=family_record(audio).audio_seconds
+    )
+    if family_record(audio).padded_audio:
         extractor.nb_max_frames = 2 * audio.max_source_positions
         extractor.n_samples = extractor.nb_max_frames * extractor.hop_length
     return extractor

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, auto
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
-from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, enter_call
+from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, forward_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.models.transformers_api.attention import Implementations
 from veomni.models.weights.source import WeightSource
@@ -78,7 +79,7 @@ class _Site:
     adapter: ModelAdapter
     module: nn.Module
     passes: list[InputPass] = field(default_factory=list)
-    leaving: list[Callable[[], None]] = field(default_factory=list)
+    entered: list[AbstractContextManager[None]] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         outer = current_call()
@@ -86,14 +87,15 @@ class _Site:
             call = replace(outer, args=args, kwargs=dict(kwargs), entered=[])
         else:
             call = ForwardCall(self.adapter, args, dict(kwargs), MicroBatch.of_call(kwargs), self.adapter.sequence)
-        self.leaving.append(enter_call(call))
+        self.entered.append(forward_call(call))
+        self.entered[-1].__enter__()
         for each in self.passes:
             call.entered.append(each)
             each.before(call)
         return call.args, call.kwargs
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.leaving:  # a hook before this one's failed
+        if not self.entered:  # a hook before this one's failed
             return output
         call = current_call()
         assert call is not None
@@ -104,7 +106,7 @@ class _Site:
             while call.entered:
                 call.entered.pop().close(call)
             call.args, call.kwargs = (), {}  # a recomputation binds the call, and must not keep its inputs alive
-            self.leaving.pop()()
+            self.entered.pop().__exit__(None, None, None)
         return output
 
 

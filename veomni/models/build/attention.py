@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from veomni.families.record import family_of
+from veomni.families.record import family_record
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.attention import attention_of, set_attention
@@ -51,7 +51,7 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
 def _let_padded_encoders_mask(model: nn.Module) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if family_of(config).padded_audio and attention_of(module) == VARLEN:
+        if family_record(config).padded_audio and attention_of(module) == VARLEN:
             set_attention(config, "sdpa")
 
 

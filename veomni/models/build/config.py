@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veomni.errors import ModelError
-from veomni.families.record import family_of
+from veomni.families.record import family_record
 from veomni.logging import create_logger
 from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.models.loader import config_class
@@ -49,7 +49,7 @@ def build_config(
     elif len(path.parts) > 1 or str(source).startswith((".", "~")):
         raise ModelError(f"{source} is no model directory", "give a directory with a config.json; download it first")
     else:
-        config = _construct(config_class(family_of(str(source)).thinker or str(source)), {}, overrides, str(source))
+        config = _construct(config_class(family_record(str(source)).thinker or str(source)), {}, overrides, str(source))
     set_config_flag(config, "use_cache", False)
     return config
 
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _thinker_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    thinker = family_of(values["model_type"]).thinker
+    thinker = family_record(values["model_type"]).thinker
     if thinker is None:
         return values
     logger.info_rank0("%s: the thinker is built, without talker and speech decoder", path)

@@ -136,9 +136,11 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
             logger.info_rank0("%s does not support sdpa attention: eager is used", cls.__name__)
     register_attention()
     if attention not in attention_names():
-        raise ModelError(f"no attention is called {attention!r}", did_you_mean(attention, attention_names()))
+        fix = did_you_mean(attention, attention_names())
+        raise ModelError(f"no attention is called {attention!r}", fix, "build_model.attention")
     if attention == "sdpa" and caps_scores(config):
-        raise ModelError(f"{cls.__name__} caps its attention scores, which sdpa cannot", "set model.attention to auto")
+        problem = f"{cls.__name__} caps its attention scores, which sdpa cannot"
+        raise ModelError(problem, 'use attention="auto"', "build_model.attention")
     config.architectures = [cls.__name__]  # an export, and whatever rebuilds the model from its config, needs the class
     try:
         with registered_on_meta():

@@ -65,33 +65,29 @@ class Items:
         kind: The modality.
         values: ``[patches, channels]`` or ``[items, ...]``.
         sizes: ``[items, 3]`` or ``[items, frames]``; None where there are none.
+        lengths: Rows of ``values`` that each item has.
     """
 
     kind: TowerKind
     values: Tensor
     sizes: Tensor | None
-    _lengths: list[int] = field(init=False)
+    lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.kind.patches:
             assert self.sizes is not None
-            self._lengths = self.sizes.prod(-1).tolist()
+            self.lengths = self.sizes.prod(-1).tolist()
         else:
-            self._lengths = [1] * len(self.values)
+            self.lengths = [1] * len(self.values)
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __getitem__(self, chosen: Sequence[int]) -> Items:
         """Return the items at the given places, in that order."""
-        parts = self.values.split(self._lengths)
+        parts = self.values.split(self.lengths)
         values = torch.cat([parts[place] for place in chosen]) if chosen else self.values[:0]
         return Items(self.kind, values, None if self.sizes is None else self.sizes[list(chosen)])
-
-    @property
-    def lengths(self) -> list[int]:
-        """Rows of ``values`` that each item has."""
-        return self._lengths
 
     @property
     def costs(self) -> list[int]:

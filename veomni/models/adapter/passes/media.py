@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veomni.batch.forward_call import ForwardCall
 from veomni.families.audio import EncodeAudio, PlaceAudio, mask_audio_padding, merges_audio_itself
-from veomni.families.record import family_of
+from veomni.families.record import family_record
 from veomni.families.unread import unread_parameters
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
@@ -109,7 +109,7 @@ def _owner(model: nn.Module) -> nn.Module | None:
 def _kinds(owner: Any) -> list[TowerKind]:
     config = owner.config
     grids = hasattr(getattr(config, "vision_config", None), "spatial_merge_size")
-    shared = family_of(config).shared_placeholder
+    shared = family_record(config).shared_placeholder
     found = []
     for modality, method, values, sizes in _KINDS:
         if hasattr(owner, method) and _has_encoder(config, modality):
@@ -162,7 +162,7 @@ def _smallest(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items] | 
             kind, torch.zeros(side * side, channels, device=device), torch.tensor([[1, side, side]], device=device)
         )
     size = getattr(vision, "image_size", None)
-    if size is None or family_of(vision).any_size:
+    if size is None or family_record(vision).any_size:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return lambda device: Items(kind, torch.zeros(1, vision.num_channels, height, width, device=device), None)
@@ -170,7 +170,7 @@ def _smallest(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items] | 
 
 def _smallest_clip(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items]:
     audio = owner.config.audio_config
-    frames = 2 * audio.max_source_positions if family_of(audio).padded_audio else 8
+    frames = 2 * audio.max_source_positions if family_record(audio).padded_audio else 8
 
     def make(device: torch.device) -> Items:
         mask = torch.zeros(1, frames, dtype=torch.int64, device=device)

@@ -17,7 +17,7 @@ from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.forward_call import ForwardCall, current_call
 from veomni.batch.shift import shift_left
 from veomni.errors import ModelError
-from veomni.families.record import family_of
+from veomni.families.record import family_record
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.adapter.passes.loss_context import LossContext, Predictions
@@ -104,7 +104,7 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
         return None
     if _predicts_labels_in_place(owner):
         return None
-    if family_of(getattr(owner, "config", None)).loss_in_forward:
+    if family_record(getattr(owner, "config", None)).loss_in_forward:
         logger.info_rank0("the loss of %s is taken on its logits, not in its forward", type(owner).__name__)
         adapter.loss = TokenMeanLoss(None)
         adapter.add(TakeLossOver(adapter.loss), on=owner)
