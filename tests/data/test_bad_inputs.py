@@ -33,10 +33,13 @@ def answer(**fields):
     return lines({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]})
 
 
-IDS, TOKENS = {"data_type": "tokenized"}, {"input_ids": [5, 6, 7]}
+IDS, TOKENS = {"data_type": "pretokenized"}, {"input_ids": [5, 6, 7]}
 PARQUET = pa.BufferOutputStream()
 pq.write_table(pa.table({"text": ["a", None]}), PARQUET)
 NULL_PARQUET = PARQUET.getvalue().to_pybytes()
+PARQUET = pa.BufferOutputStream()
+pq.write_table(pa.table({"instruction": ["a"], "output": ["b"]}), PARQUET)
+ALPACA_PARQUET = PARQUET.getvalue().to_pybytes()
 
 CASES = {
     "malformed line": ("t.jsonl", lines(GOOD, "", '{"text": '), {}, DataError, r"t\.jsonl, line 3: not JSON"),
@@ -82,7 +85,7 @@ CASES = {
                                          r"line 1: weight 2 in field 'loss_weights' is None"),
     "weight of a question": (
         "t.jsonl", lines({"messages": [{"role": "user", "content": "x", "weight": 1}]}), CHAT, DataError,
-        r"message 1: a weight, and only what the assistant says"),
+        r"message 1: a weight, and only the assistant's messages"),
     "every weight 0": ("t.jsonl", answer(weight=0), CHAT, DataError, r"line 1: the chat template leaves no token"),
     "call without a name": ("t.jsonl", answer(tool_calls=[{}]), CHAT, DataError, r"tool call without the name"),
     "calls as text": ("t.jsonl", answer(tool_calls="f()"), CHAT, DataError, r"message 2: tool_calls are a list"),
@@ -97,7 +100,18 @@ CASES = {
         "t.jsonl", lines({"messages": GOOD_CHAT, "tools": {"a": 1}}), CHAT, DataError, r"'tools' is no list of obj"),
     "tools without a place": (
         "t.jsonl", lines({"messages": GOOD_CHAT, "tools": [{"name": "f"}]}), CHAT, DataError, r"has tools, and"),
-    "text read as conversations": ("t.txt", b"x", CHAT, DataError, r"no field 'messages'"),
+    "text read as conversations": ("t.txt", b"x", CHAT, DataError, r"no field 'messages'(.|\n)*data_type 'plaintext'"),
+    "conversations read as text": (
+        "t.jsonl", chat("user", "assistant"), {}, DataError, r"data_type 'conversation' and format 'messages': set"),
+    "ShareGPT read as messages": (
+        "t.jsonl", lines({"conversations": []}), CHAT, DataError, r"data_type 'conversation' and format 'sharegpt'"),
+    "Alpaca in Parquet read as text": ("t.parquet", ALPACA_PARQUET, {}, DataError, r"'conversation' and .* 'alpaca'"),
+    "conversations with images read as text": (
+        "t.jsonl", lines({"messages": [], "images": ["a.png"]}), {}, DataError, r"data_type 'multimodal' and format"),
+    "pairs read as text": ("t.jsonl", lines({"chosen": "x", "rejected": "y"}), {}, DataError, r"type 'preference'"),
+    "token ids read as text": ("t.jsonl", lines(TOKENS), {}, DataError, r"data_type 'pretokenized'"),
+    "comma-separated values": ("t.csv", b"text\nx\n", {}, DataError, r"t\.csv: \.csv tables are not (.|\n)*JSONL"),
+    "tab-separated values": ("t.tsv", b"text\nx\n", {}, DataError, r"\.tsv tables are not supported"),
 }  # fmt: skip
 
 

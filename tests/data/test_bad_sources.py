@@ -18,7 +18,7 @@ from veomni.errors import ConfigError, DataError
 USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
 SHARE = {"data_type": "conversation", "format": "sharegpt"}
 ALPACA = {"data_type": "conversation", "format": "alpaca"}
-TOKENS, PAIRS = {"data_type": "tokenized"}, {"data_type": "preference"}
+TOKENS, PAIRS = {"data_type": "pretokenized"}, {"data_type": "preference"}
 GOOD_TURNS = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
 
 
@@ -150,7 +150,7 @@ MIXTURES = {
         {"sources": [("a", 1), ("b", 1)], "of_b": {"data_type": "multimodal"}}, ConfigError,
         r"need a model's processor"),
     "split pairs": (
-        {"sources": [("pairs", 1)], "on_overflow": "split", **PAIRS}, ConfigError, r"cuts preference pairs apart"),
+        {"sources": [("pairs", 1)], "on_overflow": "split", **PAIRS}, ConfigError, r"cut preference records apart"),
     "unknown policy": ({"sources": [("a", 1)], "on_overflow": "cut"}, ConfigError, r"no policy is called 'cut'"),
 }  # fmt: skip
 
@@ -203,6 +203,6 @@ def test_a_column_of_the_wrong_type_in_parquet(tokenizer, tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"input_ids": [[1, 2], [3, 999]]}), tmp_path / "t.parquet")
-    dataset = dataset_of(str(tmp_path / "t.parquet"), data_type="tokenized", streaming=True)
+    dataset = dataset_of(str(tmp_path / "t.parquet"), data_type="pretokenized", streaming=True)
     with pytest.raises(DataError, match=r"t\.parquet, record 2: token 999"):
         list(make_loader(dataset, tokenizer, epochs=1, stream_shards=1, cache_dir=tmp_path, shuffle=False))

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 def held_out(folder):
-    sources = [DataSource(str(folder / f"{name}.jsonl"), name, schema=RecordSchema("tokenized")) for name in COUNTS]
+    sources = [DataSource(str(folder / f"{name}.jsonl"), name, schema=RecordSchema("pretokenized")) for name in COUNTS]
     return build_mixture(sources, streaming=False, cache_dir=folder / "cache")
 
 
@@ -83,7 +83,7 @@ def truth(folder):
     sums, answers = defaultdict(lambda: [0.0, 0]), defaultdict(list)
     dataset = held_out(folder)
     for source in dataset.sources:
-        loaded = dataset_of(str(folder / f"{source.name}.jsonl"), data_type="tokenized")
+        loaded = dataset_of(str(folder / f"{source.name}.jsonl"), data_type="pretokenized")
         for document in loaded:
             ids, labels = (torch.tensor(document.record[key]) for key in ("input_ids", "labels"))
             logits, targets = predictable(model, ids)[:-1], labels[1:]

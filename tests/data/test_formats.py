@@ -95,7 +95,7 @@ def test_tokens_are_taken_as_they_are(streaming, tokenizer, tmp_path):
         {"input_ids": [9, 10, 11], "labels": [IGNORE_INDEX, 10, 11]},
         {"input_ids": [12, 13, 14], "labels": [IGNORE_INDEX, IGNORE_INDEX, 14]},
     ]
-    dataset = dataset_of(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="tokenized", streaming=streaming)
+    dataset = dataset_of(str(jsonl(tmp_path / "t.jsonl", rows)), data_type="pretokenized", streaming=streaming)
     loader = make_loader(
         dataset, tokenizer, max_seq_len=4, epochs=1, strategy="none", shuffle=False, pin_memory=False, stream_shards=1,
         cache_dir=tmp_path / "cache",

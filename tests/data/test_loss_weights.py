@@ -17,7 +17,7 @@ from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.split import SequenceShard
 from veomni.data import CHAT_TEMPLATES
 from veomni.data.sources.records import Document, conversation_of
-from veomni.data.text.conversation import tokenize_conversations
+from veomni.data.text.tokenize_chat import tokenize_conversations
 
 TURNS = [
     {"role": "user", "content": "Where do rows end?"},
@@ -75,7 +75,7 @@ def documents_of(micro):
             yield tuple(micro["input_ids"][row, start:stop].tolist()), pairs
 
 
-def loader_of(folder, tokenizer, rows, *, data_type="tokenized", streaming=False, **options):
+def loader_of(folder, tokenizer, rows, *, data_type="pretokenized", streaming=False, **options):
     dataset = dataset_of(str(jsonl(folder / "t.jsonl", rows)), data_type=data_type, streaming=streaming)
     options = {"max_seq_len": 32, "global_batch_size": 4, "micro_batch_size": 2, "epochs": 1, **options}
     return make_loader(dataset, tokenizer, stream_shards=2, pin_memory=False, cache_dir=folder / "cache",

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 def loader_of(folder, tokenizer, **options):
     sources = [
-        DataSource(str(folder / f"{name}.jsonl"), name, weight, RecordSchema("tokenized"))
+        DataSource(str(folder / f"{name}.jsonl"), name, weight, RecordSchema("pretokenized"))
         for name, weight in zip(SOURCES, (4, 3, 0.4), strict=True)
     ]
     stopping = options.pop("stopping", "repeat")

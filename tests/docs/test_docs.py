@@ -125,14 +125,14 @@ def _is_data(block: Block) -> None:
     assert len(dataset) == len(block.text.splitlines())
     if kind != "multimodal":
         _becomes_rows(dataset, block)
-    if options["data_type"] != "tokenized":
+    if options["data_type"] != "pretokenized":
         assert all(dataset.texts())
 
 
 def _becomes_rows(dataset: IndexedDataset, block: Block) -> None:
     """Load every sample as a run would, indexed or streamed."""
     tokenizer = build_tokenizer("my-model")
-    renders = dataset.schema.data_type in ("conversation", "preference")
+    renders = dataset.schema.type.renders
     template = ("qwen3" if "call" in block.text else "chatml") if renders else None
     loader = build_dataloader(
         dataset,

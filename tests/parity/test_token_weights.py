@@ -91,7 +91,7 @@ def loader(tmp_path, tokenizer):
         if launcher.is_rank_zero:
             jsonl(path, records(scale))
         launcher.barrier()
-        dataset = dataset_of(str(path), data_type="tokenized", streaming=streaming)
+        dataset = dataset_of(str(path), data_type="pretokenized", streaming=streaming)
         return make_loader(
             dataset, tokenizer, global_batch_size=ROWS, micro_batch_size=micro, max_seq_len=ROW, stream_shards=2,
             cache_dir=tmp_path / "cache", pin_memory=False, epochs=1, parallel=launcher.data_parallel,

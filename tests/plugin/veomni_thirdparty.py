@@ -12,8 +12,8 @@ from annotated_types import Ge, Lt
 from torch.optim import Optimizer
 
 from veomni.accelerators import CPU
+from veomni.data import DATA_TYPES
 from veomni.data.sources.formats import MESSAGES, RecordFormat
-from veomni.data.text.transforms import plaintext
 from veomni.loggers import Logger
 from veomni.ops.attention.backends import AttentionBackend
 from veomni.optim import Shape
@@ -92,9 +92,13 @@ def _question_answer(document, key):
 QUESTION_ANSWER = RecordFormat(("question", "answer"), _question_answer)
 
 
-def reversed_text(documents, tokenizer, settings):
-    """Texts from their end to their beginning."""
-    return [replace(encoded, ids=encoded.ids[::-1]) for encoded in plaintext(documents, tokenizer, settings)]
+def reversed_text(documents, tokenizer, options):
+    """Token ids of a text from the last to the first."""
+    encode = DATA_TYPES.get("plaintext").encode
+    return [replace(encoded, ids=encoded.ids[::-1]) for encoded in encode(documents, tokenizer, options)]
+
+
+REVERSED = replace(DATA_TYPES.get("plaintext"), encode=reversed_text, marks=())
 
 
 class ScaledAttention(AttentionBackend):

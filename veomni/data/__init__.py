@@ -1,5 +1,6 @@
 """Data: sources, tokenizing, packing, and a loader whose order no layout changes and any layout resumes."""
 
+from veomni.data.data_type import DATA_TYPES, DataType, Encoded, EncodeOptions
 from veomni.data.loading.build_dataloader import build_dataloader
 from veomni.data.loading.encoder import Encoder
 from veomni.data.loading.options import BatchShape, Order, Packing, Workers
@@ -15,18 +16,20 @@ from veomni.data.sources.mixture import DataSource, Mixture, build_mixture
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.byte_bpe import cached_byte_bpe, train_byte_bpe
 from veomni.data.text.chat_templates import CHAT_TEMPLATES
-from veomni.data.text.transforms import TRANSFORMS
 
 __all__ = [
     "CHAT_TEMPLATES",
     "CORPORA",
+    "DATA_TYPES",
     "FORMATS",
     "PYTHON_STDLIB",
-    "TRANSFORMS",
     "BatchShape",
     "DataSource",
+    "DataType",
     "DocumentStream",
     "Documents",
+    "EncodeOptions",
+    "Encoded",
     "Encoder",
     "IndexedDataset",
     "Loader",

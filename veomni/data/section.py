@@ -12,16 +12,16 @@ from veomni.config.base import PathText, Section
 from veomni.config.choice import Name
 from veomni.config.paths import exists, is_writable
 from veomni.config.problems import Problem
+from veomni.data.data_type import DATA_TYPES
 from veomni.data.multimodal.section import MediaSection
 from veomni.data.sources.corpora import CORPORA
 from veomni.data.sources.formats import FORMATS
-from veomni.data.text.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
     from veomni.data import DocumentStream, Order, PackedLoader, Packing, StreamLoader
     from veomni.launcher import Launcher
 
-DataType = Annotated[str, Name(TRANSFORMS, "multimodal")]
+DataType = Annotated[str, Name(DATA_TYPES)]
 RecordFormat = Annotated[str, Name(FORMATS)]
 _RECORD_KEYS = ("data_type", "format", "text_key", "messages_key")
 
@@ -42,7 +42,7 @@ class SourceSection(Section):
 class DataSection(Section):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
-    configures = ("build_dataset", "build_dataloader")
+    configures = ("RecordSchema", "build_dataset", "build_mixture", "Encoder", "Packing", "Order", "Workers")
 
     train_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
         default=None,
@@ -95,7 +95,7 @@ class DataSection(Section):
     data_type: DataType = Field(
         default="plaintext",
         description="plaintext learns every token; conversation applies a chat template, learns replies; multimodal "
-        "does so with images, videos and sounds; tokenized takes ids as they are; preference takes pairs of answers.",
+        "does so with images, videos and sounds; pretokenized takes token ids; preference takes pairs of answers.",
     )
     format: RecordFormat = Field(
         default="messages",
@@ -200,7 +200,7 @@ class DataSection(Section):
         section, (rank, size) = config.train, launcher.data_parallel
         repeats = self.stopping_strategy == "repeat" or not (self.streaming or self.sources)
         epochs = None if section.max_steps is not None and repeats else section.num_train_epochs
-        media = any(source.schema.data_type == "multimodal" for source in dataset.sources)
+        media = any(source.schema.type.encode is None for source in dataset.sources)
         shape = BatchShape(
             section.micro_batch_size, section.global_batch_size, rank, size, launcher.sequence_shard, self.balance
         )

@@ -61,7 +61,7 @@ class LoggingSection(Section):
 class TrainSection(Section):
     """Layout, arithmetic, length and outputs of a run."""
 
-    configures = ("Launcher", "build_dataloader")
+    configures = ("Launcher", "BatchShape")
 
     data_parallel_mode: str = Field(
         default="fsdp2",

@@ -62,7 +62,7 @@ def test_pixels_are_kept_in_8_bits(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("qwen2_vl", {"image_max_pixels": 9000}), ("qwen2_vl", {"video_fps": 3.0}), ("qwen2_5_vl", {}), ("llava", {}),
-     (OMNI, {"sound_in_video": True})],
+     (OMNI, {"use_audio_in_video": True})],
 )  # fmt: skip
 def test_other_settings_have_other_names(name, settings, tmp_path):
     first, second = transform_for("qwen2_vl" if name != OMNI else OMNI), transform_for(name, **settings)

@@ -67,7 +67,7 @@ MIXED = {
 def transform_of(name, config, fps=3.0):
     """At three frames a second, positions of Qwen3-Omni are no whole numbers."""
     settings = MediaSettings(
-        image_min_pixels=64, image_max_pixels=1200, video_max_pixels=4000, video_fps=fps, sound_in_video=True
+        image_min_pixels=64, image_max_pixels=1200, video_max_pixels=4000, video_fps=fps, use_audio_in_video=True
     )
     family = build_family(config, tokenizer_of(name), None, settings)
     return MultimodalTransform(family, tokenizer_of(name), CHAT_TEMPLATES.get(SPECS[name]["template"]))
@@ -107,7 +107,7 @@ def rule_of(config):
 @pytest.mark.parametrize("also", [False, True])
 @pytest.mark.parametrize("name", OMNI)
 def test_inputs_are_those_of_transformers(name, also, seconds, fps):
-    transform = transform_for(name, sound_in_video=True, video_fps=fps)
+    transform = transform_for(name, use_audio_in_video=True, video_fps=fps)
     asked = [{"type": "audio"}] * also + [{"type": "video"}, {"type": "text", "text": "what?"}]
     turns = [{"role": "user", "content": asked},
              {"role": "assistant", "content": [{"type": "text", "text": "some words"}]}]  # fmt: skip

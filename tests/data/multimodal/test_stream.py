@@ -301,7 +301,7 @@ def documents_by_name(loader, count, kinds):
 
 def test_texts_mix_with_media(setup, folder, tmp_path):
     """A text becomes in a mixture with media what it becomes without, whatever its kind."""
-    kinds = {"plain": "plaintext", "tokenized": "tokenized", "preference": "preference"}
+    kinds = {"plain": "plaintext", "tokenized": "pretokenized", "preference": "preference"}
     texts = [
         {"path": str(jsonl(tmp_path / f"{name}.jsonl", rows)), "name": name, "data_type": kinds[name]}
         for name, rows in TEXTS.items()

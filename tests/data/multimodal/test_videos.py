@@ -245,7 +245,7 @@ def test_inputs_equal_those_of_transformers(name):
 @pytest.mark.parametrize("name", [name for name in VIDEOS if "omni" in name])
 @pytest.mark.parametrize("seconds", [0.5, 2.7, 5.0])
 def test_video_and_sound_take_turns_as_in_transformers(name, seconds):
-    transform = transform_for(name, sound_in_video=True)
+    transform = transform_for(name, use_audio_in_video=True)
     wave = tone(440, seconds, 16_000)[:, 0] / 2
     sample = transform(Document({"messages": SEEN, "videos": [video_bytes(FRAMES, sound=wave)]}, "a"))
     processor = oracle(name, transform.family, VideoProcessor(sample, transform.family))

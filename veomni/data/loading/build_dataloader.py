@@ -50,7 +50,7 @@ def build_dataloader(
     """
     packing, order, cache = packing or Packing(), (order or Order()).resolved(), cache_directory(cache_dir)
     shape, workers = shape or BatchShape(), workers or Workers()
-    if dataset.indexed is not None and dataset.indexed.schema.data_type not in ("multimodal", "preference"):
+    if dataset.indexed is not None and dataset.indexed.schema.type.cached:
         batches, digests = _tokenized(dataset.indexed, encoder, packing, shape, cache)
         return PackedLoader(batches, packing, order, shape, workers, digests)
     plan = _stream_plan(dataset, encoder, packing, order, shape)
@@ -83,7 +83,7 @@ def _stream_plan(
         for source in sources:
             if source.weight and len(source.units) < shards:
                 problem = f"source {source.name!r}: {len(source.units)} records for {shards} virtual shards"
-                raise DataError(problem, "give it more records, or lower data.stream_shards")
+                raise DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
     return StreamPlan(sources, samples, packing, order, mixing, passes)
 
 
@@ -97,6 +97,7 @@ def _ending(dataset: DocumentStream, order: Order) -> tuple[Mixing, int]:
     if len(dataset.sources) > 1:
         raise ConfigError(
             "a mixture that repeats its sources has no epochs",
-            "set stopping_strategy to first_exhausted, all_exhausted or once, or leave epochs out (train.max_steps)",
+            "set stopping_strategy to first_exhausted, all_exhausted or once, or epochs to None",
+            "build_mixture.stopping_strategy",
         )
     return Mixing(sampling, "all_exhausted"), order.epochs

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 from veomni.batch.split import SequenceShard
 from veomni.data.loading.options import Packing
 from veomni.data.sources.digests import digest, tokenizer_digest
-from veomni.data.sources.formats import MESSAGES
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.chat_templates import find_chat_template
 from veomni.data.text.samples import SampleMaker, TextSamples
-from veomni.data.text.transforms import TransformSettings
 from veomni.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,31 +54,35 @@ class Encoder:
             ConfigError: there are media and no processor for them, or documents cannot be cut as ``packing`` says.
             DataError: there is no chat template.
         """
-        kinds = [schema.data_type for schema in schemas]
-        if "multimodal" not in kinds:
+        if all(schema.type.encode is not None for schema in schemas):
             return self._text_samples(schemas, packing, shard)
         from veomni.data.multimodal import MediaSamples, settings_of
         from veomni.data.multimodal.collate import MultimodalCollator
 
         if self.media is None:
-            raise ConfigError("conversations with media need a model's processor", "give Encoder(media=...)")
-        texts = None if set(kinds) == {"multimodal"} else self._text_samples(schemas, packing, shard)
+            problem = "conversations with media need a model's processor"
+            raise ConfigError(problem, "give Encoder(media=...)", "Encoder.media")
+        has_texts = any(schema.type.encode is not None for schema in schemas)
         family = self.media.family
-        collator = MultimodalCollator(
-            family.parts.config, max_seq_len=packing.max_seq_len, pad_token_id=self.pad_token_id, shard=shard
-        )
-        digests = self._digests(self.media.chat_template, schemas) | {"media": digest(settings_of(family))}
         return MediaSamples(
-            self.media, collator, skipping=self.skip_bad_media, kinds=kinds, texts=texts, overlong=packing.on_overflow,
-            digests=digests,
-        )  # fmt: skip
+            self.media,
+            MultimodalCollator(
+                family.parts.config, max_seq_len=packing.max_seq_len, pad_token_id=self.pad_token_id, shard=shard
+            ),
+            skipping=self.skip_bad_media,
+            schemas=schemas,
+            texts=self._text_samples(schemas, packing, shard) if has_texts else None,
+            on_overflow=packing.on_overflow,
+            digests=self._digests(self.media.chat_template, schemas) | {"media": digest(settings_of(family))},
+        )
 
     def _text_samples(self, schemas: Sequence[RecordSchema], packing: Packing, shard: SequenceShard) -> TextSamples:
-        renders = any(schema.data_type in ("conversation", "preference") for schema in schemas)
+        renders = any(schema.type.renders and schema.type.encode is not None for schema in schemas)
         template = find_chat_template(self.chat_template, self.tokenizer) if renders else ""
-        transforms = [(schema.data_type, TransformSettings(schema.text_key, MESSAGES, template)) for schema in schemas]
-        digests = self._digests(template, schemas)
-        return TextSamples(self.tokenizer, transforms, packing.max_seq_len, packing.on_overflow, shard, digests)
+        return TextSamples(
+            self.tokenizer, schemas, template, packing.max_seq_len, packing.on_overflow, shard,
+            self._digests(template, schemas),
+        )  # fmt: skip
 
     def _digests(self, template: str, schemas: Sequence[RecordSchema]) -> dict[str, str]:
         return {

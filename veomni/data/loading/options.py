@@ -39,8 +39,8 @@ class Packing:
 
     def __post_init__(self) -> None:
         if self.strategy not in PACKINGS:
-            problem = f"data.packing: no packing is called {self.strategy!r}"
-            raise ConfigError(problem, did_you_mean(self.strategy, list(PACKINGS)))
+            problem = f"no packing strategy is called {self.strategy!r}"
+            raise ConfigError(problem, did_you_mean(self.strategy, list(PACKINGS)), "Packing.strategy")
         check_policy(self.on_overflow)
 
     @property
@@ -99,9 +99,10 @@ class BatchShape:
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.size * self.micro_batch_size):
             raise LayoutError(
-                f"train.global_batch_size {self.global_batch_size} is no multiple of "
-                f"{self.size} data ranks x train.micro_batch_size {self.micro_batch_size}",
+                f"global_batch_size {self.global_batch_size} is no multiple of "
+                f"{self.size} data ranks x micro_batch_size {self.micro_batch_size}",
                 f"use a multiple of {self.size * self.micro_batch_size}",
+                "BatchShape.global_batch_size BatchShape.micro_batch_size",
             )
 
 

@@ -158,7 +158,7 @@ class SourceCursor:
     def _useless(self, verb: str) -> DataError:
         shards = self.plan.order.stream_shards
         problem = f"source {self.source.name!r}: no record of virtual shard {self.shard} of {shards} {verb}"
-        return DataError(problem, "give it more records, or lower data.stream_shards")
+        return DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
 
     # ---------------------------------------------------------------- going back
 

@@ -48,7 +48,7 @@ class FamilyParts:
         image_processor: One of transformers', or None.
         feature_extractor: One of transformers', or None.
         video: Settings of the model's video processor: sizes, mean and standard deviation, sampling.
-        sound_in_video: Hear a video's sound as well (omni models).
+        use_audio_in_video: Hear a video's sound as well (omni models).
         video_decoder: Who decodes the frames of videos.
     """
 
@@ -57,7 +57,7 @@ class FamilyParts:
     image_processor: Any = None
     feature_extractor: Any = None
     video: Mapping[str, Any] = field(default_factory=dict)
-    sound_in_video: bool = False
+    use_audio_in_video: bool = False
     video_decoder: VideoDecoder = "pyav"
 
 

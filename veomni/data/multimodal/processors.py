@@ -44,7 +44,7 @@ class MediaSettings:
         video_min_frames: Least frames of a video.
         video_max_frames: Most frames of a video.
         video_max_pixels: Most pixels: of a frame (Qwen2-VL, Qwen2.5-VL, omni) or of all (Qwen3-VL, GLM-4V).
-        sound_in_video: Hear a video's sound as well (omni models).
+        use_audio_in_video: Hear a video's sound as well (omni models).
         video_decoder: Who decodes the frames of videos; torchcodec only where it can be loaded.
     """
 
@@ -54,7 +54,7 @@ class MediaSettings:
     video_min_frames: int | None = None
     video_max_frames: int | None = None
     video_max_pixels: int | None = None
-    sound_in_video: bool = False
+    use_audio_in_video: bool = False
     video_decoder: VideoDecoder = "pyav"
 
 
@@ -81,7 +81,7 @@ def build_family(
     family = family_of(config.model_type)
     parts = FamilyParts(
         config, tokenizer, _image_processor(family, config, directory, settings), _feature_extractor(config, directory),
-        _video_settings(family, config, directory, settings), settings.sound_in_video,
+        _video_settings(family, config, directory, settings), settings.use_audio_in_video,
         usable_decoder(settings.video_decoder),
     )  # fmt: skip
     return family(parts)
@@ -95,7 +95,8 @@ def settings_of(family: Family) -> dict[str, Any]:
     return {
         "family": type(family).__name__, "model": {key: config[key] for key in sorted(config) if key.endswith("_id")},
         "placeholders": family.placeholders, "processors": json.loads(json.dumps(processors, default=str)),
-        "video": dict(parts.video), "sound_in_video": parts.sound_in_video, "video_decoder": parts.video_decoder,
+        "video": dict(parts.video), "use_audio_in_video": parts.use_audio_in_video,
+        "video_decoder": parts.video_decoder,
     }  # fmt: skip
 
 

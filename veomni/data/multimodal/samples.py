@@ -17,7 +17,8 @@ from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.skipping import SkipBadMedia
 from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument, PlannedMedia
 from veomni.data.sources.records import Document
-from veomni.data.text.on_overflow import refuse_overlong
+from veomni.data.sources.schema import RecordSchema
+from veomni.data.text.on_overflow import raise_overflow
 from veomni.data.text.samples import Made, Piece, Row, Sample, TextSamples, documents_of, name_documents
 from veomni.data.text.token_weights import TokenWeights
 from veomni.errors import ConfigError
@@ -33,10 +34,10 @@ class MediaSamples:
         transform: From a record to a model's inputs.
         collator: Packs them.
         skipping: Leaves records out whose media cannot be used; None makes them errors.
-        kinds: Data type of each source that is mixed.
-        texts: Makes samples of the sources that are not ``multimodal``.
-        overlong: What happens to conversations longer than a row: ``error`` or ``drop``; other policies are for texts,
-            and such a conversation is an error.
+        schemas: What the records of each source hold.
+        texts: Makes samples of the sources without media.
+        on_overflow: What happens to conversations longer than a row: ``error`` or ``drop``; under the other policies,
+            which are for texts, they are errors.
         digests: What samples depend on beside the data, by name.
 
     Raises:
@@ -51,16 +52,17 @@ class MediaSamples:
         collator: MultimodalCollator,
         *,
         skipping: SkipBadMedia | None = None,
-        kinds: Sequence[str] = ("multimodal",),
+        schemas: Sequence[RecordSchema],
         texts: TextSamples | None = None,
-        overlong: str = "error",
+        on_overflow: str = "error",
         digests: Mapping[str, str],
     ) -> None:
-        if overlong not in ("error", "drop") and texts is None:
-            raise ConfigError(f"data.overlong {overlong} would cut media apart", "set data.overlong to error or drop")
+        if on_overflow not in ("error", "drop") and texts is None:
+            problem = f"on_overflow {on_overflow} would cut media apart"
+            raise ConfigError(problem, "set on_overflow to error or drop", "Packing.on_overflow")
         self._transform, self._collator, self._skipping = transform, collator, skipping
-        self._kinds, self._texts, self.digests = kinds, texts, digests
-        self._drops = overlong == "drop"
+        self._schemas, self._texts, self.digests = schemas, texts, digests
+        self._drops = on_overflow == "drop"
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Tokenise records, and see how large their media are.
@@ -68,7 +70,7 @@ class MediaSamples:
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.
         """
-        if self._texts is not None and self._kinds[source] != "multimodal":
+        if self._texts is not None and self._schemas[source].type.encode is not None:
             return self._texts.make(documents, source)
         return [self._made(document) for document in documents]
 
@@ -79,7 +81,7 @@ class MediaSamples:
         tokens = len(planned.ids)
         if tokens > self._collator.max_seq_len:
             if not self._drops:
-                refuse_overlong(document.where, tokens, self._collator.max_seq_len, helps="drop")
+                raise_overflow(document.where, tokens, self._collator.max_seq_len, policies="drop")
             return Made([])
         seen = [self._transform.family.media_tokens(media.text) for media in planned.media]
         cost = tokens * tokens + sum(self._patches(media) ** 2 for media in planned.media)
@@ -114,14 +116,14 @@ class MediaSamples:
         return name_documents(self._collator(packed), rows)
 
     def _documents(self, sample: Sample) -> list[dict[str, Any]]:
-        if self._kinds[sample.ref.source] == "multimodal":
+        if self._schemas[sample.ref.source].type.encode is None:
             content = sample.piece.content.items()
             found = [
                 {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content}
             ]
         else:
             found = [self._text(*document) for document in documents_of(sample.piece)]
-        if len(self._kinds) > 1:
+        if len(self._schemas) > 1:
             for document in found:
                 document["source_ids"] = torch.full_like(document["input_ids"], sample.ref.source)
         return found

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class MediaSection(Section):
     """Where media are, how large they may be, and what the model sees; null keeps what the model's files say."""
 
-    configures = ("MediaSettings", "MediaLimits", "MediaReader", "Fetch")
+    configures = ("MediaReader", "MediaLimits", "MediaSettings", "SkipBadMedia", "Fetch")
 
     root: PathText = Field(
         default=".",
@@ -98,7 +98,7 @@ class MediaSection(Section):
         from veomni.data.text.chat_templates import find_chat_template
         from veomni.models.build.config import find_directory
 
-        values = {**self.model_dump(), "sound_in_video": self.use_audio_in_video}
+        values = self.model_dump()
         settings = MediaSettings(**{field.name: values[field.name] for field in fields(MediaSettings)})
         limits = MediaLimits(**{field.name: values[field.name] for field in fields(MediaLimits)})
         given = (find_directory(path) for path in (config.model.tokenizer_path, config.model.model_path) if path)

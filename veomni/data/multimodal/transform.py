@@ -28,8 +28,8 @@ from veomni.data.multimodal.sounds import Sound, load_sound, mono
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.sources.media_records import MediaItem, media_conversation
 from veomni.data.sources.records import Conversation, Document
-from veomni.data.text.conversation import tokenize_rendered
 from veomni.data.text.rendering import render_conversation
+from veomni.data.text.tokenize_chat import tokenize_rendered
 from veomni.errors import DataError, MediaError
 from veomni.models.omni import DECODERS
 from veomni.models.transformers_api.chat import render_chat
@@ -259,7 +259,7 @@ class MultimodalTransform:
         if kind == "audio":
             return self._audio(load_sound(content, name, self.family.sampling_rate, self.reader.limits))
         family = self.family
-        rate = family.sampling_rate if family.parts.sound_in_video else None
+        rate = family.sampling_rate if family.parts.use_audio_in_video else None
         reading = VideoReading(family.sample_frames, family.frame_size, rate, family.parts.video_decoder)
         video = load_video(content, name, reading, self.reader.limits)
         heard = "" if video.sound is None else f", with {len(video.sound.samples) / video.sound.rate:.2f} s of sound"

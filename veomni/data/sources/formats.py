@@ -21,16 +21,18 @@ class RecordFormat:
 
     Attributes:
         keys: Fields that are read, beside that of the messages.
-        convert: Returns the record with its conversation in the field :data:`MESSAGES`, or one that is not a list of
-            well-formed messages: that is found by whoever reads it. It is told the field of the messages.
+        convert: Given a record and the field of the messages, returns it with the messages in the field
+            :data:`MESSAGES`; these are validated when they are read.
+        marks: Fields by which such records are recognised, for the message about a missing field.
     """
 
     keys: tuple[str, ...]
     convert: Callable[[Document, str], Document]
+    marks: tuple[str, ...] = ()
 
 
 FORMATS: Registry[RecordFormat] = Registry("record format", group="veomni.formats")
-"""Name to format; ``FORMATS.register("name")(RecordFormat(...))`` adds one."""
+"""Name to format; ``FORMATS.register("name")(RecordFormat(...))`` or an entry point adds one."""
 
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -41,19 +43,19 @@ _SPEAKERS = {
 
 def as_messages(document: Document, key: str) -> Document:
     """Return a record of OpenAI's form: ``{key: [{role, content}, ...]}``."""
-    return _with_messages(document, field_of(document, key, "data.messages_key"))
+    return _with_messages(document, field_of(document, key, "RecordSchema.messages_key"))
 
 
 def sharegpt(document: Document, key: str) -> Document:
     """Return a record of ShareGPT's form: ``{conversations: [{from, value}, ...], system: ..., tools: ...}``.
 
-    The field is ``conversations``, unless ``data.messages_key`` names another.
+    The field is ``conversations``, unless ``messages_key`` names another.
 
     Raises:
         DataError: there is no such field, it is no list of turns, or a speaker is unknown.
     """
     field = "conversations" if key == MESSAGES else key
-    turns = field_of(document, field, "data.messages_key")
+    turns = field_of(document, field, "RecordSchema.messages_key")
     if not isinstance(turns, list):
         raise DataError(f"{document.where}: field {field!r} is not a list", "make it a list of {from, value}")
     messages = [_turn(turn, f"{document.where}, message {number}") for number, turn in enumerate(turns, start=1)]
@@ -64,7 +66,7 @@ def alpaca(document: Document, key: str) -> Document:
     """Return a record of Alpaca's form: ``{instruction, input, output, system, history: [[question, answer], ...]}``.
 
     Raises:
-        DataError: a field is missing or holds the wrong kind of thing.
+        DataError: a field is missing or has a wrong type.
     """
     question, answer = _text(document, "instruction", True), _text(document, "output", True)
     given = _text(document, "input", False)
@@ -81,9 +83,11 @@ def alpaca(document: Document, key: str) -> Document:
     return _with_messages(document, _with_system(document, messages))
 
 
-FORMATS.register("messages")(RecordFormat((), as_messages))
-FORMATS.register("sharegpt")(RecordFormat(("conversations", "system"), sharegpt))
-FORMATS.register("alpaca")(RecordFormat(("instruction", "input", "output", "system", "history"), alpaca))
+FORMATS.register("messages")(RecordFormat((), as_messages, (MESSAGES,)))
+FORMATS.register("sharegpt")(RecordFormat(("conversations", "system"), sharegpt, ("conversations",)))
+FORMATS.register("alpaca")(
+    RecordFormat(("instruction", "input", "output", "system", "history"), alpaca, ("instruction", "output"))
+)
 
 
 def _with_messages(document: Document, messages: Any) -> Document:
@@ -96,7 +100,7 @@ def _with_system(document: Document, messages: list[Message]) -> list[Message]:
 
 
 def _text(document: Document, key: str, required: bool) -> str:
-    value = field_of(document, key, "data.format") if required else document.record.get(key)
+    value = field_of(document, key, "RecordSchema.format") if required else document.record.get(key)
     if value is None and not required:
         return ""
     if not isinstance(value, str):

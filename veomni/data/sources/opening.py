@@ -19,6 +19,9 @@ logger = create_logger(__name__)
 TABLES = frozenset({".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".tar"})
 """Suffixes of files that hold many records; a ``.json`` file does where nothing else is there."""
 
+_UNSUPPORTED = frozenset({".csv", ".tsv", ".xlsx", ".xls"})
+"""Suffixes of tables that would be read as one plain text each."""
+
 
 @dataclass(frozen=True)
 class FoundData:
@@ -111,6 +114,10 @@ def _chosen(found: list[DataFile], path: str) -> FoundData:
     visible = [file for file in found if not any(part.startswith(".") for part in PurePosixPath(file.relative).parts)]
     visible = visible if len(found) > 1 else found
     chosen = [file for file in visible if file.suffix in TABLES] or visible
+    unsupported = next((file for file in chosen if file.suffix in _UNSUPPORTED), None)
+    if unsupported is not None:
+        fix = "convert it, for example pandas.read_csv(path).to_parquet(...), to Parquet or JSONL"
+        raise DataError(f"{unsupported}: {unsupported.suffix} tables are not supported", fix)
     if len(chosen) < len(found):
         example = next(file for file in found if file not in set(chosen))
         logger.info_rank0("%s: %s files are not data and ignored (%s)", shown(path), len(found) - len(chosen), example)

@@ -11,7 +11,7 @@ from veomni.errors import DataError
 
 Message = dict[str, Any]
 
-# Who may speak after whom; None is the start of the conversation.
+# Roles, and those they may follow; None is the start of the conversation.
 _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "system": (None,),
     "developer": (None, "system"),
@@ -22,14 +22,14 @@ _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
 
 
 TOOLS_KEY = "tools"
-"""Field of a record that holds the functions a conversation may call."""
+"""Field of a record that holds the functions of a conversation."""
 
 MEDIA_KEYS = {"image": "images", "video": "videos", "audio": "audios"}
-"""Kinds of media, and the fields of a record that list those its messages mark with ``<image>`` and so on."""
+"""Kinds of media, and the fields of a record that list those marked by ``<image>`` and so on in its messages."""
 
 _HEAVIEST = 3.4028234663852886e38  # of float32
 
-_THINKING = ("reasoning_content", "thinking", "reasoning")  # names that templates and data sets have for it
+_THINKING = ("reasoning_content", "thinking", "reasoning")  # its names in templates and data sets
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def text_of(document: Document, key: str) -> str:
     Raises:
         DataError: the field is missing, null or not text.
     """
-    value = field_of(document, key, "data.text_key")
+    value = field_of(document, key, "RecordSchema.text_key")
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise DataError(
@@ -77,7 +77,8 @@ def conversation_of(document: Document, key: str) -> Conversation:
     """Return the conversation in field ``key`` with the functions in field ``tools``, if there is one.
 
     Raises:
-        DataError: the field is missing or no list of messages, a role is unknown or out of order, or nobody answers;
+        DataError: the field is missing or no list of messages, a role is unknown or out of order, or no message is the
+            assistant's;
             or a message or a tool is malformed.
     """
     return Conversation(messages_of(document, key), _tools(document))
@@ -87,9 +88,10 @@ def messages_of(document: Document, key: str) -> list[Message]:
     """Return the messages in field ``key``, without the fields that are null.
 
     Raises:
-        DataError: the field is missing or no list of messages, a role is unknown or out of order, or nobody answers.
+        DataError: the field is missing or no list of messages, a role is unknown or out of order, or no message is the
+            assistant's.
     """
-    value = field_of(document, key, "data.messages_key")
+    value = field_of(document, key, "RecordSchema.messages_key")
     if not isinstance(value, list):
         raise DataError(f"{document.where}: field {key!r} is not a list", "make it a list of {role, content}")
     if not value:
@@ -99,24 +101,31 @@ def messages_of(document: Document, key: str) -> list[Message]:
         where = f"{document.where}, message {number}"
         messages.append(_message(message, messages[-1]["role"] if messages else None, where))
     if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{document.where}: no message is the assistant's, so nothing is learned", "remove the record")
+        raise DataError(
+            f"{document.where}: no message is the assistant's, so nothing is supervised", "remove the record"
+        )
     return messages
+
+
+class MissingFieldError(DataError):
+    """A record lacks a field."""
 
 
 def field_of(document: Document, key: str, option: str) -> Any:
     """Return the value of field ``key``.
 
     Raises:
-        DataError: there is no such field; names those there are, and the ``option`` that chooses it.
+        MissingFieldError: there is no such field; names those there are, and the ``option`` that chooses it.
     """
     if key not in document.record:
         found = ", ".join(sorted(document.record)) or "none"
-        raise DataError(f"{document.where}: no field {key!r} (fields: {found})", f"set {option} to the right field")
+        problem, (_, _, argument) = f"{document.where}: no field {key!r} (fields: {found})", option.partition(".")
+        raise MissingFieldError(problem, f"set {argument} to the right one", option)
     return document.record[key]
 
 
 def is_weight(value: Any) -> bool:
-    """Whether a value can be what the loss of a message or a token weighs: a finite number that is not negative."""
+    """Whether a value is a valid weight in the loss: a finite number that is not negative."""
     return isinstance(value, int | float) and 0 <= value <= _HEAVIEST
 
 
@@ -146,9 +155,9 @@ def _with_weight(message: Message, where: str) -> Message:
     if weight is None:
         return message
     if not is_weight(weight):
-        raise DataError(f"{where}: weight {weight!r}", "use 0 (the message is not learned) or a positive number")
+        raise DataError(f"{where}: weight {weight!r}", "use 0 (the message is not supervised) or a positive number")
     if message["role"] != "assistant":
-        raise DataError(f"{where}: a weight, and only what the assistant says is learned", "remove the weight")
+        raise DataError(f"{where}: a weight, and only the assistant's messages are supervised", "remove the weight")
     return message
 
 
@@ -158,7 +167,7 @@ def _with_calls(message: Message, where: str) -> Message:
     if calls is None:
         return message
     if message["role"] != "assistant" or not isinstance(calls, list):
-        raise DataError(f"{where}: tool_calls are a list in a message of the assistant", "mend the message")
+        raise DataError(f"{where}: tool_calls are a list in a message of the assistant", "correct the message")
     return {**message, "tool_calls": [_call(call, where) for call in calls]}
 
 
@@ -170,7 +179,9 @@ def _call(call: Any, where: str) -> Any:
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError as error:
-        raise DataError(f"{where}: the arguments of {function['name']} are not JSON: {error}", "mend them") from error
+        raise DataError(
+            f"{where}: the arguments of {function['name']} are not JSON: {error}", "correct them"
+        ) from error
     if not isinstance(arguments, Mapping):
         raise DataError(f"{where}: the arguments of {function['name']} are no object", "write {name: value, ...}")
     return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}
@@ -182,7 +193,7 @@ def _with_thinking(message: Message, where: str) -> Message:
     if not found:
         return message
     if not isinstance(found[0], str) or message["role"] != "assistant":
-        raise DataError(f"{where}: thinking is text in a message of the assistant", "mend the message")
+        raise DataError(f"{where}: thinking is text in a message of the assistant", "correct the message")
     return {**message, "reasoning_content": found[0], "thinking": found[0]}
 
 

@@ -1,19 +1,16 @@
-"""What records of a source hold, and in which fields."""
+"""What the records of a source hold, and in which fields."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from veomni.data.data_type import DATA_TYPES, DataType
 from veomni.data.sources.formats import FORMATS, MESSAGES, RecordFormat
-from veomni.data.sources.media_records import texts_of
-from veomni.data.sources.records import MEDIA_KEYS, TOOLS_KEY, Document, field_of, messages_of, text_of
-from veomni.data.text.preference import PREFERENCE_KEYS, pair_of
-from veomni.data.text.transforms import TRANSFORMS
-from veomni.errors import DataError
-
-_TOKENS = ("input_ids", "labels", "loss_weights")
+from veomni.data.sources.records import MEDIA_KEYS, Document, MissingFieldError
 
 
 @dataclass(frozen=True)
@@ -21,13 +18,13 @@ class RecordSchema:
     """What records hold.
 
     Attributes:
-        data_type: Name of the transform, or ``multimodal``.
-        format: Name of the record format of conversations.
+        data_type: Name of a registered data type: plaintext, conversation, multimodal, pretokenized, preference.
+        format: Name of the record format of conversations: messages, sharegpt, alpaca.
         text_key: Field that holds the text (plaintext).
         messages_key: Field that holds the messages (conversation, multimodal).
 
     Raises:
-        ConfigError: no transform or format has that name.
+        ConfigError: no data type or format has that name.
     """
 
     data_type: str = "plaintext"
@@ -37,69 +34,81 @@ class RecordSchema:
 
     def __post_init__(self) -> None:
         FORMATS.get(self.format)
-        if self.data_type != "multimodal":
-            TRANSFORMS.get(self.data_type)
+        DATA_TYPES.get(self.data_type)
+
+    @cached_property
+    def type(self) -> DataType:
+        """The data type."""
+        return DATA_TYPES.get(self.data_type)
+
+    @cached_property
+    def record_format(self) -> RecordFormat:
+        """The record format."""
+        return FORMATS.get(self.format)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that are read from tables."""
-        if self.data_type == "tokenized":
-            return _TOKENS
-        if self.data_type == "preference":
-            return (*PREFERENCE_KEYS, TOOLS_KEY)
-        return (self.text_key, self.messages_key, TOOLS_KEY, *MEDIA_KEYS.values(), *self._format.keys)
-
-    @property
-    def talks(self) -> bool:
-        """Whether records hold conversations."""
-        return self.data_type in ("conversation", "multimodal")
-
-    @cached_property
-    def _format(self) -> RecordFormat:
-        return FORMATS.get(self.format)
+        return self.type.columns(self)
 
     def converted(self, document: Document) -> Document:
-        """Return a record with its conversation in the field ``messages``.
+        """Return a record with its conversation, if it has one, in the field ``messages``.
 
         Raises:
             DataError: it lacks a field, or is malformed.
         """
-        if not self.talks or (self.format == "messages" and self.messages_key == MESSAGES):
+        if not self.type.converts or (self.format == "messages" and self.messages_key == MESSAGES):
             return document
-        return self._format.convert(document, self.messages_key)
+        with self._suggesting(document):
+            return self.record_format.convert(document, self.messages_key)
 
     def check(self, document: Document) -> None:
-        """Look whether a converted record has its fields.
+        """Check that a converted record has its fields.
 
         Raises:
-            DataError: it does not.
+            DataError: it does not; the message says which data type its fields are those of.
         """
-        if self.data_type == "tokenized":
-            field_of(document, _TOKENS[0], "data.data_type")
-        else:
-            next(self.texts(document), None)
+        with self._suggesting(document):
+            if self.type.check is not None:
+                self.type.check(document, self)
+            else:
+                next(iter(self.texts(document)), None)
 
-    def texts(self, document: Document) -> Iterator[str]:
-        """Yield the texts of a converted record: what a tokenizer is trained on.
+    def texts(self, document: Document) -> Iterable[str]:
+        """Return the texts of a converted record: what a tokenizer is trained on.
 
         Raises:
             DataError: a field is missing or malformed, or the data has no text.
         """
-        if self.data_type == "conversation":
-            messages = messages_of(document, MESSAGES)
-            yield from (message["content"] for message in messages if "content" in message)  # calls have none
-        elif self.data_type == "multimodal":
-            yield from texts_of(document, MESSAGES)
-        elif self.data_type == "preference":
-            yield from (message["content"] for side in pair_of(document) for message in side.messages)
-        elif self.data_type == "tokenized":
-            fix = "give the tokenizer that made them (model.tokenizer_path)"
-            raise DataError("no tokenizer can be trained on data that is tokenised already", fix)
-        else:
-            yield text_of(document, self.text_key)
+        return self.type.texts(document, self)
 
     def facts(self) -> list[str]:
         """Return what the documents made of a record depend on."""
-        # The default format is left out: what was tokenised before there were others stays valid.
-        known = [self.data_type, self.text_key, self.messages_key]
-        return known if self.format == "messages" else [*known, self.format]
+        return [self.data_type, self.text_key, self.messages_key, self.format]
+
+    @contextmanager
+    def _suggesting(self, document: Document) -> Iterator[None]:
+        """Name the schema that the fields of a record fit, where one of this schema's is missing."""
+        try:
+            yield
+        except MissingFieldError as error:
+            fitting = _fitting(document.record, self)
+            if fitting is None:
+                raise
+            named = f"data_type {fitting.data_type!r}"
+            named += f" and format {fitting.format!r}" if fitting.type.converts else ""
+            field = "RecordSchema.data_type RecordSchema.format"
+            raise MissingFieldError(error.problem, f"its fields are those of {named}: set these", field) from error
+
+
+def _fitting(record: Mapping[str, Any], schema: RecordSchema) -> RecordSchema | None:
+    """Return another schema that has all of its marks in a record, or None."""
+    present = {name for name, value in record.items() if value is not None}
+    media = present & set(MEDIA_KEYS.values())
+    types = [name for name in DATA_TYPES if (marks := DATA_TYPES.get(name).marks) and present.issuperset(marks)]
+    chats = [name for name in FORMATS if (marks := FORMATS.get(name).marks) and present.issuperset(marks)]
+    kind = "multimodal" if media or schema.data_type == "multimodal" else "conversation"
+    found = [RecordSchema(name) for name in types] + [RecordSchema(kind, format=name) for name in chats]
+    return next(
+        (one for one in reversed(found) if (one.data_type, one.format) != (schema.data_type, schema.format)), None
+    )

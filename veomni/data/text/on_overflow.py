@@ -1,4 +1,4 @@
-"""Documents longer than a row: refuse, cut, split or leave out, and say how many."""
+"""Documents longer than a row: an error, truncated, split or dropped; the log counts them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from veomni.registry import did_you_mean
 
 logger = create_logger(__name__)
 
-OVERLONG_POLICIES = ("error", "truncate", "split", "drop")
+_FIELDS = "Packing.max_seq_len Packing.on_overflow"
+OVERFLOW_POLICIES = ("error", "truncate", "split", "drop")
 
 
 @dataclass(frozen=True)
@@ -51,37 +52,36 @@ def cut_to_rows(lengths: NDArray[np.int64], capacity: int, policy: str, where: C
         ConfigError: the policy is unknown.
     """
     check_policy(policy)
-    overlong = np.flatnonzero(lengths > capacity)
+    longer = np.flatnonzero(lengths > capacity)
     documents = np.arange(len(lengths))
-    if not len(overlong):
+    if not len(longer):
         return Samples(documents, np.zeros_like(documents), lengths)
     if policy == "error":
-        refuse_overlong(where(int(overlong[0])), int(lengths[overlong[0]]), capacity, len(overlong))
-    lost = int((lengths[overlong] - capacity).sum())
+        raise_overflow(where(int(longer[0])), int(lengths[longer[0]]), capacity, len(longer))
+    lost = int((lengths[longer] - capacity).sum())
     if policy == "split":
-        logger.info_rank0("split %s documents longer than %s tokens into rows", len(overlong), capacity)
+        logger.info_rank0("split %s documents longer than %s tokens into rows", len(longer), capacity)
         return _split(lengths, capacity)
     if policy == "truncate":
-        logger.warning_rank0("truncated %s documents to %s tokens: %s tokens lost", len(overlong), capacity, lost)
+        logger.warning_rank0("truncated %s documents to %s tokens: %s tokens lost", len(longer), capacity, lost)
         return Samples(documents, np.zeros_like(documents), np.minimum(lengths, capacity))
-    kept = np.delete(documents, overlong)
+    kept = np.delete(documents, longer)
     if not len(kept):
-        raise DataError(
-            f"every document is longer than data.max_seq_len {capacity}", "raise it, or set data.overlong to split"
-        )
-    logger.warning_rank0("dropped %s documents longer than %s tokens", len(overlong), capacity)
+        problem = f"every document is longer than max_seq_len {capacity}"
+        raise DataError(problem, "raise it, or set on_overflow to split", _FIELDS)
+    logger.warning_rank0("dropped %s documents longer than %s tokens", len(longer), capacity)
     return Samples(kept, np.zeros_like(kept), lengths[kept])
 
 
 def check_policy(policy: str) -> None:
-    """Raise ConfigError unless ``policy`` is one of ``OVERLONG_POLICIES``."""
-    if policy not in OVERLONG_POLICIES:
-        fix = did_you_mean(policy, list(OVERLONG_POLICIES))
-        raise ConfigError(f"data.overlong: no policy is called {policy!r}", fix)
+    """Raise ConfigError unless ``policy`` is one of ``OVERFLOW_POLICIES``."""
+    if policy not in OVERFLOW_POLICIES:
+        fix = did_you_mean(policy, list(OVERFLOW_POLICIES))
+        raise ConfigError(f"on_overflow: no policy is called {policy!r}", fix, "Packing.on_overflow")
 
 
-def refuse_overlong(
-    where: str, tokens: int, capacity: int, documents: int | None = None, *, helps: str = "split, truncate or drop"
+def raise_overflow(
+    where: str, tokens: int, capacity: int, documents: int | None = None, *, policies: str = "split, truncate or drop"
 ) -> NoReturn:
     """Raise DataError for the document called ``where``.
 
@@ -89,12 +89,12 @@ def refuse_overlong(
         where: File and record.
         tokens: Of the document.
         capacity: Tokens of a row.
-        documents: How many are like it, if that is known.
-        helps: Policies under which it would be no error.
+        documents: Number of such documents, if it is known.
+        policies: Policies under which it would be no error.
     """
     such = f" ({documents} such documents)" if documents is not None else ""
-    problem = f"{where}: {tokens} tokens, more than data.max_seq_len {capacity}{such}"
-    raise DataError(problem, f"raise data.max_seq_len, or set data.overlong to {helps}")
+    problem = f"{where}: {tokens} tokens, more than max_seq_len {capacity}{such}"
+    raise DataError(problem, f"raise max_seq_len, or set on_overflow to {policies}", _FIELDS)
 
 
 def _split(lengths: NDArray[np.int64], capacity: int) -> Samples:

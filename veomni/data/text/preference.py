@@ -26,7 +26,7 @@ def pair_of(document: Document) -> Pair:
     prompt = _messages(document, "prompt", "user") if document.record.get("prompt") is not None else []
     sides = []
     for key in ("chosen", "rejected"):
-        field_of(document, key, "data.data_type")
+        field_of(document, key, "RecordSchema.data_type")
         messages = [*prompt, *_messages(document, key, "assistant")]
         record = {"messages": messages, TOOLS_KEY: document.record.get(TOOLS_KEY)}
         sides.append(conversation_of(Document(record, f"{document.where}, {key}"), "messages"))
@@ -40,7 +40,7 @@ def pair_of(document: Document) -> Pair:
         if side.messages[-1]["role"] != "assistant":
             raise DataError(f"{document.where}, {name}: the last message is not the assistant's", "end in the answer")
         if side.messages[-1].get("weight") == 0:
-            problem = f"{document.where}, {name}: the answer has weight 0, so nothing is learned"
+            problem = f"{document.where}, {name}: the answer has weight 0, so nothing is supervised"
             raise DataError(problem, "give it another weight, or remove the record")
     return chosen, rejected
 

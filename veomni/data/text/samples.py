@@ -12,11 +12,12 @@ from torch import Tensor
 
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
+from veomni.data.data_type import Encoded, EncodeOptions
 from veomni.data.packing.rows import DocumentTokens, pack_rows
 from veomni.data.sources.records import Document
-from veomni.data.text.on_overflow import refuse_overlong
+from veomni.data.sources.schema import RecordSchema
+from veomni.data.text.on_overflow import raise_overflow
 from veomni.data.text.token_weights import token_weights
-from veomni.data.text.transforms import TRANSFORMS, Encoded, TransformSettings
 from veomni.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,9 +125,10 @@ class TextSamples:
 
     Args:
         tokenizer: What texts are tokenised with.
-        transforms: Name of the transform and its settings, for each source.
+        schemas: What the records of each source hold.
+        chat_template: Jinja source; empty where no source holds conversations.
         capacity: Tokens of a row.
-        overlong: What happens to documents longer than a row.
+        on_overflow: What happens to documents longer than a row.
         shard: Which positions of the rows are given out.
         digests: What tokens depend on beside the data.
     """
@@ -136,18 +138,21 @@ class TextSamples:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        transforms: Sequence[tuple[str, TransformSettings]],
+        schemas: Sequence[RecordSchema],
+        chat_template: str,
         capacity: int,
-        overlong: str,
+        on_overflow: str,
         shard: SequenceShard,
         digests: Mapping[str, str],
     ) -> None:
-        self._tokenizer, self._capacity, self._overlong, self._shard = tokenizer, capacity, overlong, shard
-        self._transforms, self.digests = transforms, digests
+        self._tokenizer, self._capacity, self._on_overflow, self._shard = tokenizer, capacity, on_overflow, shard
+        self._schemas, self._chat_template, self.digests = schemas, chat_template, digests
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = int(pad or 0)
-        if overlong == "split" and any(name == "preference" for name, _ in transforms):
-            raise ConfigError("data.overlong split cuts preference pairs apart", "use error, truncate or drop")
+        unsplittable = [schema.data_type for schema in schemas if not schema.type.splittable and schema.type.encode]
+        if on_overflow == "split" and unsplittable:
+            problem = f"on_overflow split would cut {unsplittable[0]} records apart"
+            raise ConfigError(problem, "use error, truncate or drop", "Packing.on_overflow")
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Tokenise records, and cut what is too long.
@@ -155,8 +160,9 @@ class TextSamples:
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.
         """
-        name, settings = self._transforms[source]
-        encoded = TRANSFORMS.get(name)(documents, self._tokenizer, settings)
+        schema = self._schemas[source]
+        assert schema.type.encode is not None, "records with media have their own samples"
+        encoded = schema.type.encode(documents, self._tokenizer, EncodeOptions(schema.text_key, self._chat_template))
         return [self._cut(one, document.where) for one, document in zip(encoded, documents, strict=True)]
 
     def _cut(self, encoded: Encoded, where: str) -> Made:
@@ -168,12 +174,12 @@ class TextSamples:
             return Made([])
         if len(ids) <= self._capacity:
             return Made([_piece(documents)])
-        if self._overlong == "error":
-            refuse_overlong(where, len(ids), self._capacity)
-        if self._overlong == "drop":
+        if self._on_overflow == "error":
+            raise_overflow(where, len(ids), self._capacity)
+        if self._on_overflow == "drop":
             return Made([])
         room = self._capacity // len(documents)
-        if self._overlong == "truncate":
+        if self._on_overflow == "truncate":
             kept = [(tokens[:room], None if part is None else part[:room]) for tokens, part in documents]
             return Made([_piece(kept)], len(ids) - sum(len(tokens) for tokens, _ in kept))
         cuts = range(0, len(ids), self._capacity)
@@ -188,7 +194,7 @@ class TextSamples:
         """Return a micro-batch of rows."""
         documents = [[part for sample in row for part in documents_of(sample.piece)] for row in rows]
         batch = name_documents(pack_rows(documents, self._capacity, self._pad), rows)
-        if len(self._transforms) > 1:
+        if len(self._schemas) > 1:
             batch = replace(batch, targets=replace(batch.targets, source_ids=self._sources_of(rows)))
         return batch.split(self._shard)
 

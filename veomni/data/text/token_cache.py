@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from veomni.data.data_type import Encoded, EncodeOptions
 from veomni.data.protocols import Documents
 from veomni.data.sources.build_once import build_once
 from veomni.data.sources.digests import digest, tokenizer_digest
-from veomni.data.sources.formats import MESSAGES
 from veomni.data.sources.records import Document
 from veomni.data.text.chat_templates import find_chat_template
 from veomni.data.text.token_weights import TokenWeights, token_weights
-from veomni.data.text.transforms import TRANSFORMS, Encoded, TransformSettings
 from veomni.errors import DataError
 from veomni.logging import create_logger
 
@@ -110,28 +109,26 @@ def tokenize(
     Raises:
         DataError: a document cannot be used, or none has two tokens.
     """
-    template = find_chat_template(chat_template, tokenizer) if dataset.schema.data_type == "conversation" else ""
+    template = find_chat_template(chat_template, tokenizer) if dataset.schema.type.renders else ""
     digests = {
         "documents": dataset.fingerprint(cache_dir),
         "tokenizer": tokenizer_digest(tokenizer),
         "chat template": digest(template),
     }
     directory = cache_dir / digest([_FORMAT, digests])
-    settings = TransformSettings(dataset.schema.text_key, MESSAGES, template)
-    build_once(directory, lambda path: _write(path, dataset, tokenizer, settings), _problem)
+    options = EncodeOptions(dataset.schema.text_key, template)
+    build_once(directory, lambda path: _write(path, dataset, tokenizer, options), _problem)
     return TokenizedDocuments(directory), digests
 
 
-def _write(
-    directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
-) -> None:
+def _write(directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> None:
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     lengths, source, weighted, some_masked, stored = [], [], [], False, 0
     files = (directory / name for name in ("tokens.bin", "learned.bin", "weights.bin"))
     with ExitStack() as stack:
         tokens, learned, weights = (stack.enter_context(file.open("wb")) for file in files)
-        for index, encoded in _encoded(dataset, tokenizer, settings):
+        for index, encoded in _encoded(dataset, tokenizer, options):
             if len(encoded.ids) < 2:  # nothing follows the first token
                 continue
             tokens.write(np.array(encoded.ids, dtype).tobytes())
@@ -146,7 +143,11 @@ def _write(
             lengths.append(len(encoded.ids))
             source.append(index)
     if not lengths:
-        raise DataError("every document is empty after tokenising", "check data.train_path and data.text_key")
+        raise DataError(
+            "every document is empty after tokenising",
+            "check the files and text_key",
+            "build_dataset.paths RecordSchema.text_key",
+        )
     if not some_masked:
         (directory / "learned.bin").unlink()
     if stored:
@@ -164,13 +165,14 @@ def _write(
 
 
 def _encoded(
-    dataset: Documents, tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+    dataset: Documents, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Iterator[tuple[int, Encoded]]:
-    transform = TRANSFORMS.get(dataset.schema.data_type)
+    encode = dataset.schema.type.encode
+    assert encode is not None, "only types that encode text are tokenized"
     for start in range(0, len(dataset), _BATCH):
         stop = min(start + _BATCH, len(dataset))
         documents: list[Document] = [dataset[index] for index in range(start, stop)]
-        yield from enumerate(transform(documents, tokenizer, settings), start)
+        yield from enumerate(encode(documents, tokenizer, options), start)
 
 
 def _problem(directory: Path) -> str | None:

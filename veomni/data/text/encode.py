@@ -1,63 +1,30 @@
-"""What a document becomes: token ids, and what the loss of each weighs. One transform per ``data.data_type``."""
+"""Texts, conversations, token ids and preference pairs as token ids, and the weight of each in the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from veomni.batch.fields import IGNORE_INDEX
+from veomni.data.data_type import Encoded, EncodeOptions
+from veomni.data.sources.formats import MESSAGES
 from veomni.data.sources.records import Document, conversation_of, field_of, is_weight, text_of
-from veomni.data.text.conversation import tokenize_conversations
 from veomni.data.text.preference import Pair, pair_of
+from veomni.data.text.tokenize_chat import tokenize_conversations
 from veomni.errors import DataError
-from veomni.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class TransformSettings:
-    """What transforms are told.
-
-    Attributes:
-        text_key: Field that holds the text.
-        messages_key: Field that holds the messages.
-        chat_template: Jinja source; empty where no conversation is rendered.
-    """
-
-    text_key: str
-    messages_key: str
-    chat_template: str = ""
+TOKEN_KEYS = ("input_ids", "labels", "loss_weights")
+"""Fields of a pretokenized record."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A tokenised document.
-
-    Attributes:
-        ids: Token ids.
-        weights: What the loss of each token weighs, 0 where none is taken; None weighs all 1.
-        first: Of a pair of documents that stay together, the tokens of the first; None for one document.
-    """
-
-    ids: list[int]
-    weights: list[float] | None = None
-    first: int | None = None
-
-
-Transform = Callable[[Sequence[Document], "PreTrainedTokenizerBase", TransformSettings], list[Encoded]]
-
-TRANSFORMS: Registry[Transform] = Registry("data type", group="veomni.data_types")
-"""Name to a function that tokenises a batch of documents."""
-
-
-@TRANSFORMS.register("plaintext")
 def plaintext(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> list[Encoded]:
-    """Tokenise texts as the tokenizer does by itself, and end each in its end-of-sequence token; learn every token.
+    """Tokenize texts with the tokenizer's own special tokens, each ended by its end-of-sequence token.
 
     Raises:
         DataError: a field is missing or no text, or the tokenizer has no end-of-sequence token.
@@ -65,33 +32,29 @@ def plaintext(
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError("the tokenizer has no eos_token, so documents have no end", "set tokenizer.eos_token")
-    texts = [text_of(document, settings.text_key) for document in documents]
+    texts = [text_of(document, options.text_key) for document in documents]
     batch = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     return [Encoded(ids if ids and ids[-1] == end else [*ids, end]) for ids in batch["input_ids"]]
 
 
-@TRANSFORMS.register("conversation")
 def conversation(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> list[Encoded]:
-    """Render conversations with the chat template and learn what the assistant says, by the weights of its messages.
+    """Render conversations with the chat template; supervise the assistant's messages, by their weights.
 
     Raises:
         DataError: a conversation is malformed, or the template cannot render it.
     """
-    conversations = [conversation_of(document, settings.messages_key) for document in documents]
+    conversations = [conversation_of(document, MESSAGES) for document in documents]
     where = [document.where for document in documents]
-    encoded = tokenize_conversations(conversations, where, tokenizer, settings.chat_template)
+    encoded = tokenize_conversations(conversations, where, tokenizer, options.chat_template)
     return [Encoded(ids, weights) for ids, weights in encoded]
 
 
-@TRANSFORMS.register("tokenized")
-def tokenized(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+def pretokenized(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> list[Encoded]:
-    """Take token ids as they are (``input_ids``), and ``labels``, if there are any, as what is learned of them.
-
-    ``loss_weights``, if there are any, are what the loss of each token weighs as what is to be predicted.
+    """Return given ``input_ids``, supervised where ``labels`` are not ``IGNORE_INDEX``, weighted by ``loss_weights``.
 
     Raises:
         DataError: a field is no list of the tokenizer's ids, labels are neither the ids nor ``IGNORE_INDEX``, or a
@@ -100,11 +63,10 @@ def tokenized(
     return [_given_tokens(document, len(tokenizer)) for document in documents]
 
 
-@TRANSFORMS.register("preference")
 def preference(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, settings: TransformSettings
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> list[Encoded]:
-    """Render pairs of conversations that end in a better and a worse answer, and learn those answers.
+    """Render pairs of conversations that end in a better and a worse answer; supervise those answers.
 
     Raises:
         DataError: a pair is malformed, or the template cannot render it.
@@ -113,7 +75,7 @@ def preference(
     sides = [
         tokenize_conversations(
             [pair[side] for pair in pairs], [f"{document.where}, {name}" for document in documents], tokenizer,
-            settings.chat_template,
+            options.chat_template,
         )
         for side, name in enumerate(("chosen", "rejected"))
     ]  # fmt: skip
@@ -124,18 +86,18 @@ def preference(
 
 
 def _last_run(weights: Sequence[float]) -> list[float]:
-    """Return weights without all but the last run of those that are not 0: the answer that the pair is about."""
+    """Return weights with all but the last run of nonzero ones set to 0: the answer that the pair is about."""
     stop = len(weights) - next(index for index, one in enumerate(reversed(weights)) if one)
     start = next((index + 1 for index in range(stop - 1, -1, -1) if not weights[index]), 0)
     return [0.0] * start + [*weights[start:stop]] + [0.0] * (len(weights) - stop)
 
 
 def _given_tokens(document: Document, vocabulary: int) -> Encoded:
-    ids = _integers(document, "input_ids", field_of(document, "input_ids", "data.data_type"))
+    ids = _integers(document, "input_ids", field_of(document, "input_ids", "RecordSchema.data_type"))
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
     if wrong is not None:
         problem = f"{document.where}: token {wrong} in field 'input_ids', and the tokenizer has {vocabulary}"
-        raise DataError(problem, "use the tokenizer that made the ids (model.tokenizer_path)")
+        raise DataError(problem, "use the tokenizer that made the ids", field="build_tokenizer.path")
     weights = _given_weights(document, len(ids))
     if document.record.get("labels") is None:
         return Encoded(ids, weights)
@@ -160,7 +122,7 @@ def _given_weights(document: Document, count: int) -> list[float] | None:
     for at, weight in enumerate(value):
         if not is_weight(weight):
             problem = f"{document.where}: weight {at} in field {'loss_weights'!r} is {weight!r}"
-            raise DataError(problem, "use 0 (the token is not learned) or a positive number")
+            raise DataError(problem, "use 0 (the token is not supervised) or a positive number")
     return value
 
 
