@@ -170,10 +170,10 @@ CASES: dict[str, Case] = {
     ),
     "a chat template for plain text": Case("data.chat_template", ("--data.chat_template=chatml",)),
     "sample longer than a row": Case(
-        "more than data.max_seq_len 64", ("--data.on_overflow=error",), corpus_of("a.txt", WORDS * 99)
+        "more than max_seq_len 64", ("--data.on_overflow=error",), corpus_of("a.txt", WORDS * 99)
     ),
     "sample longer than a row, two ranks": Case(
-        "more than data.max_seq_len 64", ("--data.on_overflow=error",), corpus_of("a.txt", WORDS * 99), ranks=2
+        "more than max_seq_len 64", ("--data.on_overflow=error",), corpus_of("a.txt", WORDS * 99), ranks=2
     ),
     "no vocabulary for all bytes": Case("train_tokenizer_vocab_size", ("--model.train_tokenizer_vocab_size=100",)),
     # --- the model

@@ -322,7 +322,7 @@ def test_texts_mix_with_media(setup, folder, tmp_path):
     assert max(len(ids) for ids, _, _ in found.values()) == 900, "a text is cut"
     assert {weight for _, _, weights in found.values() for weight in weights} == {None, 0.5, 1.0, 2.0}
     with pytest.raises(
-        DataError, match=r"more than data\.max_seq_len.*\n.*set data\.overlong to drop$"
+        DataError, match=r"more than max_seq_len.*\n.*set on_overflow to drop$"
     ):  # media are not
         list(itertools.islice(loader_of(setup, sources=[media, *texts], max_seq_len=150, **options), 30))
 
@@ -365,7 +365,7 @@ def test_an_empty_row_is_only_padding(setup):
 
 
 def test_what_is_too_long_is_an_error_or_left_out_and_counted(setup):
-    with pytest.raises(DataError, match=r"talks\.jsonl, line \d+: \d+ tokens, more than data.max_seq_len 60"):
+    with pytest.raises(DataError, match=r"talks\.jsonl, line \d+: \d+ tokens, more than max_seq_len 60"):
         list(itertools.islice(loader_of(setup, max_seq_len=60), 2))
     loader = loader_of(setup, max_seq_len=200, on_overflow="drop")
     list(itertools.islice(loader, 3))
