@@ -321,9 +321,7 @@ def test_texts_mix_with_media(setup, folder, tmp_path):
     assert len(found) == 12 + 12 + 24
     assert max(len(ids) for ids, _, _ in found.values()) == 900, "a text is cut"
     assert {weight for _, _, weights in found.values() for weight in weights} == {None, 0.5, 1.0, 2.0}
-    with pytest.raises(
-        DataError, match=r"more than max_seq_len.*\n.*set on_overflow to drop$"
-    ):  # media are not
+    with pytest.raises(DataError, match=r"more than max_seq_len.*\n.*set on_overflow to drop$"):  # media are not
         list(itertools.islice(loader_of(setup, sources=[media, *texts], max_seq_len=150, **options), 30))
 
 
