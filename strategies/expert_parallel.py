@@ -118,7 +118,11 @@ def check_experts(model: nn.Module, plan: ParallelPlan, size: int) -> None:
         ModelError: the model has no experts, they do not divide, or a layer's parameters are no stacks of experts.
     """
     if not plan.experts:
-        raise ModelError(f"{type(model).__name__} has no experts that run through transformers' interface", _FIX)
+        raise ModelError(
+            f"{type(model).__name__} has no experts that run through transformers' interface",
+            _FIX,
+            "ExpertParallel.size",
+        )
     for name in plan.experts:
         module = model.get_submodule(name)
         experts = int(module.num_experts)  # type: ignore[arg-type]
@@ -129,7 +133,11 @@ def check_experts(model: nn.Module, plan: ParallelPlan, size: int) -> None:
             )
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.shape[0] != experts:
-                raise ModelError(f"{name}.{key} {list(parameter.shape)} is not a stack of {experts} experts", _FIX)
+                raise ModelError(
+                    f"{name}.{key} {list(parameter.shape)} is not a stack of {experts} experts",
+                    _FIX,
+                    "ExpertParallel.size",
+                )
 
 
 def _split_experts(module: nn.Module, state: ParallelState) -> None:

@@ -256,7 +256,7 @@ CASES: dict[str, Case] = {
     "a rank that is no number": Case("LOCAL_RANK", (), environment={**TORCHRUN, "LOCAL_RANK": "x"}),
     "a rank outside the world": Case("RANK=5", (), environment={**TORCHRUN, "RANK": "5", "LOCAL_WORLD_SIZE": "2"}),
     "devices against torchrun": Case(
-        "train.devices is 3",
+        "in the configuration: train.devices",
         ("--train.devices=3", "--train.data_parallel_mode=ddp", "--train.global_batch_size=12"),
         environment={**TORCHRUN, "LOCAL_WORLD_SIZE": "2"},
     ),

@@ -57,7 +57,8 @@ class SequenceStrategy(Strategy):
         if not backend.endswith(_PACKING_BACKENDS):
             raise ModelError(
                 f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",
-                "set model.attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
+                "set attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
+                field="build_model.attention",
             )
         if adapter.sequence is None:
             adapter.patch(model, UNSPLIT_ATTENTION, backend)

@@ -74,9 +74,9 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("joined")
 def test_joining_agrees_with_the_devices_asked_for() -> None:
     assert join_or_start(4) == join_or_start(None) == detect_environment(TORCHRUN)
-    with pytest.raises(LaunchError, match=r"train\.devices is 8 but 4 torchrun processes"):
+    with pytest.raises(LaunchError, match=r"devices is 8 but 4 torchrun processes"):
         join_or_start(8)
-    with pytest.raises(LaunchError, match=r"train\.devices is 1"):
+    with pytest.raises(LaunchError, match=r"devices is 1"):
         join_or_start(1)
 
 

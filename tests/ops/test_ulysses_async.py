@@ -72,7 +72,7 @@ def test_a_model_is_refused_by_the_name_of_its_layer():
     error = caught.value.exceptions[0]
     assert isinstance(error, ModelError)
     assert "layers.0.self_attn (Phi3Attention)" in str(error)
-    assert "ulysses_async" in error.fix
+    assert error.field == "Ulysses.overlap"
 
 
 def reading_its_hidden_states() -> None:

@@ -45,7 +45,7 @@ def two_attention_heads() -> None:
 def test_heads_that_do_not_divide_are_refused():
     error = refusal(two_attention_heads, 4)
     assert isinstance(error, ModelError)
-    assert "2 attention heads cannot be shared by train.ulysses_parallel_size 4" in str(error)
+    assert "2 attention heads cannot be shared by 4 ranks (Ulysses.size)" in str(error)
     assert "use one of 1, 2" in str(error)
 
 
@@ -76,7 +76,7 @@ def test_sinks_are_refused_on_a_ring():
     error = refusal(on_a_ring, 2, "gpt_oss")
     assert isinstance(error, ModelError)
     assert "s_aux" in str(error)
-    assert "train.ulysses_parallel_size" in error.fix
+    assert "Ulysses.size" in error.fix
 
 
 def test_a_ring_needs_no_heads_that_divide():

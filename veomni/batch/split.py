@@ -101,7 +101,8 @@ def row_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
             return int(inputs[name].shape[0]), int(inputs[name].shape[1])
     raise DataError(
         "the batch has neither input_ids nor inputs_embeds: its rows cannot be shared by several ranks",
-        "set train.ulysses_parallel_size and train.context_parallel_size to 1",
+        "set Ulysses.size and ContextParallel.size to 1",
+        field="Ulysses.size ContextParallel.size",
     )
 
 
@@ -153,7 +154,8 @@ def _check_rows(inputs: Mapping[str, Any], batch: int, length: int, shard: Seque
     if length < shard.multiple:
         raise DataError(
             f"a row of {length} tokens is too short for {shard.size} ranks: each needs a shard of it",
-            f"use rows of at least {shard.multiple} tokens (data.max_seq_len), or fewer ranks per row",
+            f"use rows of at least {shard.multiple} tokens (max_seq_len), or fewer ranks per row",
+            field="build_dataloader.max_seq_len",
         )
     for name, value in inputs.items():
         per_token = isinstance(value, Tensor) and tuple(value.shape[:2]) == (batch, length)
@@ -161,7 +163,8 @@ def _check_rows(inputs: Mapping[str, Any], batch: int, length: int, shard: Seque
             raise DataError(
                 f"the batch holds {name} {list(value.shape)}, which has no sharding rule",
                 "leave it out, register it in veomni.batch.fields.FIELDS, or set "
-                "train.ulysses_parallel_size and train.context_parallel_size to 1",
+                "Ulysses.size and ContextParallel.size to 1",
+                field="Ulysses.size ContextParallel.size",
             )
 
 

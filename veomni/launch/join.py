@@ -36,7 +36,7 @@ def join_or_start(devices: int | None) -> Environment:
         LaunchError: the environment is incomplete or contradicts ``devices``, or this program cannot be run again.
     """
     if devices is not None and devices < 1:
-        raise LaunchError(f"train.devices is {devices}", "ask for at least one")
+        raise LaunchError(f"devices is {devices}", "ask for at least one", field="Launcher.devices")
     environment = detect_environment(os.environ)
     if environment is not None:
         return _join(environment, devices)
@@ -48,8 +48,9 @@ def join_or_start(devices: int | None) -> Environment:
 def _join(environment: Environment, devices: int | None) -> Environment:
     if devices is not None and devices != environment.local_world_size:
         raise LaunchError(
-            f"train.devices is {devices} but {environment.local_world_size} {environment.kind} processes run here",
-            f"leave train.devices out, or start {devices} processes per node",
+            f"devices is {devices} but {environment.local_world_size} {environment.kind} processes run here",
+            f"leave devices out, or start {devices} processes per node",
+            field="Launcher.devices",
         )
     environment.export(os.environ)
     return environment

@@ -82,7 +82,8 @@ class ParallelDims:
             shown = " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES if getattr(dims, axis) > 1) or "1"
             raise LayoutError(
                 f"the mesh axes multiply to {product} ({shown}) but there are {world_size} ranks",
-                f"start {product} ranks (train.devices) or change the sizes",
+                f"start {product} ranks (devices) or change the sizes",
+                field="Launcher.devices",
             )
         if dims.fsdp % dims.experts and (dims.experts % dims.fsdp or dims.loss % dims.experts):
             ranks, which = (dims.loss, "there are") if dims.fsdp == 1 else (dims.fsdp, "that share parameters")

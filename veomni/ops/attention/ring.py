@@ -29,7 +29,7 @@ from veomni.ops.comm.ring import RingStep
 
 RING = "ring"
 MASK_RULE = "mask_rule"
-_FIX = "use train.ulysses_parallel_size instead of train.context_parallel_size"
+_FIX = "use Ulysses instead of ContextParallel"
 _SPLIT_ELSEWHERE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -245,9 +245,15 @@ class RingAttention:
         """
         if not isinstance(attention_mask, MaskRule):
             given = "no mask rule" if attention_mask is None else "a mask that the model built by itself"
-            raise ModelError(f"{type(module).__name__} gives ring attention {given}", _FIX)
+            raise ModelError(
+                f"{type(module).__name__} gives ring attention {given}", _FIX, "ContextParallel.size Ulysses.size"
+            )
         if dropout and module.training:
-            raise ModelError(f"ring attention has no dropout (the model asks for {dropout})", _FIX)
+            raise ModelError(
+                f"ring attention has no dropout (the model asks for {dropout})",
+                _FIX,
+                "ContextParallel.size Ulysses.size",
+            )
         _refuse_options(kwargs)
         query, key, value = in_autocast_dtype(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -259,7 +265,11 @@ def _refuse_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         unknown = isinstance(value, Tensor) and name not in _SPLIT_ELSEWHERE
         if unknown or (name in ("s_aux", "sinks", "softcap") and value is not None):
-            raise ModelError(f"ring attention does not support {name}, which this model uses", _FIX)
+            raise ModelError(
+                f"ring attention does not support {name}, which this model uses",
+                _FIX,
+                "ContextParallel.size Ulysses.size",
+            )
 
 
 def _ring_group() -> ProcessGroup:
@@ -323,9 +333,17 @@ def make_whole_row_rule(
     if attention_mask is not None:
         raise ModelError("ring attention was given a padding mask", "pack the documents and leave attention_mask out")
     if q_length != kv_length or q_offset or kv_offset:
-        raise ModelError("ring attention was called for other keys than those of the current row", _FIX)
+        raise ModelError(
+            "ring attention was called for other keys than those of the current row",
+            _FIX,
+            "ContextParallel.size Ulysses.size",
+        )
     if use_vmap:
-        raise ModelError("the model adds a rule to its mask that is defined on this rank's shard only", _FIX)
+        raise ModelError(
+            "the model adds a rule to its mask that is defined on this rank's shard only",
+            _FIX,
+            "ContextParallel.size Ulysses.size",
+        )
     # SDPA may put is_causal in place of the mask when this is set, so transformers sets it for causal rules only;
     # a window or chunk reaches SDPA in another way.
     causal = allow_is_causal_skip or is_plain_causal(mask_function)

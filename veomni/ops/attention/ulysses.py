@@ -111,7 +111,11 @@ class UlyssesAttention:
         # Eager attention is not in the registry: each modeling file brings its own.
         eager = eager_attention(module)
         if eager is None:
-            raise ModelError(f"{type(module).__name__} has no eager attention", "set model.attention to sdpa")
+            raise ModelError(
+                f"{type(module).__name__} has no eager attention",
+                "set attention to sdpa",
+                field="build_model.attention",
+            )
         return eager
 
 
@@ -144,7 +148,8 @@ def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
         if name not in _PER_HEAD:
             raise ModelError(
                 f"the model passes {name} to its attention, which Ulysses does not know how to split",
-                "set train.ulysses_parallel_size to 1",
+                "set Ulysses.size to 1",
+                field="Ulysses.size",
             )
         options[name] = value[heads]
     return options
@@ -156,7 +161,8 @@ def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any
     if mask.shape[-2:] != (query.shape[2], query.shape[2]):
         raise ModelError(
             f"the model's attention mask is {list(mask.shape)}, not of the whole row of {query.shape[2]} positions",
-            "set train.ulysses_parallel_size to 1: this model builds masks of its own",
+            "set Ulysses.size to 1: this model builds masks of its own",
+            field="Ulysses.size",
         )
     return mask[:, local.heads] if mask.shape[1] == heads > 1 else mask
 
@@ -170,8 +176,9 @@ def refuse_heads(heads: int, size: int) -> None:
     if heads % size:
         divisors = [str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0]
         raise ModelError(
-            f"{heads} attention heads cannot be shared by train.ulysses_parallel_size {size} ranks",
-            f"use one of {', '.join(divisors)}, or train.context_parallel_size",
+            f"{heads} attention heads cannot be shared by {size} ranks (Ulysses.size)",
+            f"use one of {', '.join(divisors)}, or ContextParallel.size",
+            field="Ulysses.size ContextParallel.size",
         )
 
 

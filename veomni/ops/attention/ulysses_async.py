@@ -25,7 +25,7 @@ from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_s
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
-_FIX = "set train.ulysses_async to false"
+_FIX = "leave Ulysses.overlap out"
 
 PatchAttribute = Callable[[Any, str, Any], None]
 """Replaces the attribute of an object, to be undone by the adapter of the model."""
@@ -46,7 +46,9 @@ def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttri
     for name, module in attention_modules(model):
         reason = why_not_overlapped(module)
         if reason:
-            raise ModelError(f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", _FIX)
+            raise ModelError(
+                f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", _FIX, "Ulysses.overlap"
+            )
         _Overlapped(module, group, tables, patch)
 
 
@@ -148,7 +150,7 @@ class _RotaryTables:
 
     def whole(self, tables: Any) -> tuple[Tensor, ...]:
         if not (isinstance(tables, tuple) and all(isinstance(table, Tensor) for table in tables)):
-            raise ModelError("the model's rotary embedding is not a pair of cosines and sines", _FIX)
+            raise ModelError("the model's rotary embedding is not a pair of cosines and sines", _FIX, "Ulysses.overlap")
         return tuple(self._gathered(table) for table in tables)
 
     def _gathered(self, table: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def _varlen_takes(argument: str) -> bool:
 
 
 def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
-    fix = "set model.attention to sdpa or eager"
+    fix = "set attention to sdpa or eager"
     if attention_mask is not None:
         raise ModelError("attention varlen was given a mask: it takes packed rows, not padded ones", fix)
     if dropout:
@@ -136,7 +136,9 @@ def refuse_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     """Stand in for transformers' mask maker: packed rows need no mask, and a padding mask would be ignored silently."""
     if attention_mask is not None:
         raise ModelError(
-            "attention varlen was given a padding mask", "pack the documents, or set model.attention to sdpa"
+            "attention varlen was given a padding mask",
+            "pack the documents, or set attention to sdpa",
+            field="build_model.attention",
         )
 
 

@@ -32,11 +32,17 @@ def choose_backend(
         return next(name for name in available if _why_not(modules, name, compute) is None)
     if wanted not in available:
         raise ModelError(
-            f"experts {wanted} does not run on this device", f"set model.experts to auto or {' or '.join(available)}"
+            f"experts {wanted} does not run on this device",
+            f"set experts to auto or {' or '.join(available)}",
+            field="build_model.experts",
         )
     reason = _why_not(modules, wanted, compute)
     if reason is not None:
-        raise ModelError(f"experts {wanted} cannot run this model: {reason}", "set model.experts to auto or loop")
+        raise ModelError(
+            f"experts {wanted} cannot run this model: {reason}",
+            "set experts to auto or loop",
+            field="build_model.experts",
+        )
     return wanted
 
 
