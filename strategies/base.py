@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
@@ -173,8 +172,3 @@ def sync_gradients(strategies: Sequence[Strategy], model: nn.Module, last: bool)
         for strategy in strategies:
             stack.enter_context(strategy.grad_sync(model, last))
         yield
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor that may be a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,13 +16,14 @@ from torch.distributed.fsdp import (
     MixedPrecision,
     ShardingStrategy,
 )
-from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from veomni.compat.fsdp1_units import HYBRID_SHARD_GRAD_OP, free_without_backward
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
+from veomni.parallel.tensors import wide_dtype
 from veomni.strategies.base import ParameterStrategy, SetupContext
 from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
 
@@ -33,7 +34,7 @@ _STRATEGIES = {
     ("full", False): ShardingStrategy.FULL_SHARD,
     ("grad_op", False): ShardingStrategy.SHARD_GRAD_OP,
     ("full", True): ShardingStrategy.HYBRID_SHARD,
-    ("grad_op", True): ShardingStrategy._HYBRID_SHARD_ZERO2,
+    ("grad_op", True): HYBRID_SHARD_GRAD_OP,
 }
 
 
@@ -96,7 +97,7 @@ class FSDP1(ParameterStrategy):
             use_orig_params=True,
             ignored_states=list(context.placed_parameters()),
         )
-        wrapped.register_forward_hook(_reshard_units_without_backward)
+        wrapped.register_forward_hook(free_without_backward)
         return wrapped
 
     def _offloads(self, context: SetupContext) -> bool:
@@ -118,22 +119,12 @@ class FSDP1(ParameterStrategy):
         parameters = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
         device = _collective_device(model)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters) else torch.float32
+        wide = wide_dtype(parameters[0].dtype) if parameters else torch.float32
         total = square_sum(gradients, device).to(wide)
         dist.all_reduce(total, group=self._group)
         if experts:
             total += sharded_grad_norm(experts, device).to(wide).square()
         return total.sqrt()
-
-
-def _reshard_units_without_backward(model: nn.Module, args: Any, output: Any) -> None:
-    """Free what FSDP1 leaves gathered for a backward that does not come: an optimizer would step on the copies."""
-    if torch.is_grad_enabled():
-        return
-    for unit in FullyShardedDataParallel.fsdp_modules(model):
-        handle = unit._handle
-        if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
-            _reshard(unit, handle, free_unsharded_flat_param=True)
 
 
 def _collective_device(model: nn.Module) -> torch.device:

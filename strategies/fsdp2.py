@@ -17,7 +17,6 @@ from torch.distributed.fsdp import (
 )
 from typing_extensions import override
 
-from veomni.compat.fsdp_copy_in import copy_one_by_one
 from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.strategies.base import ParameterStrategy, SetupContext
@@ -65,7 +64,6 @@ class FSDP2(ParameterStrategy):
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
         self._device = context.device
-        copy_one_by_one()
         options: dict[str, Any] = {"mesh": context.state.parameter_mesh, "offload_policy": self._offload(context)}
         policy = _policy(context)
         units: dict[FSDPModule, bool] = {}

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from veomni.compat.foreach import multiply
 from veomni.errors import NonFiniteError
+from veomni.parallel.tensors import local_shard, wide_dtype
 
 
 def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return the sum of squares of local tensors as a 0-d tensor on ``device``, in float32 or better."""
-    norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad.dtype)) for grad in gradients if grad.numel()]
+    norms = [torch.linalg.vector_norm(grad, dtype=wide_dtype(grad.dtype)) for grad in gradients if grad.numel()]
     if not norms:
         return torch.zeros((), device=device)
     return torch.stack([norm.to(device) for norm in norms]).square().sum()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
@@ -37,11 +35,10 @@ def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) 
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
-        wide = _wide(parameter.dtype)
+        wide = wide_dtype(parameter.dtype)
         members = groups[sharding_of(parameter)]
         if parameter.grad is not None:
-            grad = parameter.grad
-            members.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+            members.append(local_shard(parameter.grad))
     total = torch.zeros((), device=device, dtype=wide)
     for (mesh, sharded_axes), gradients in groups.items():
         part = square_sum(gradients, device).to(wide)
@@ -72,13 +69,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
             "look at the last batch, the learning rate and the precision"
         )
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    local = [_local_gradient(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    local = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for gradient in local:
         by_device[gradient.device].append(gradient)
     for device, gradients in by_device.items():
-        torch._foreach_mul_(gradients, coefficient.to(device))
-
-
-def _local_gradient(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        multiply(gradients, coefficient.to(device))

@@ -17,22 +17,8 @@ OWN = ("self", "cls", "ctx")
 ACCESS = ("getattr", "hasattr", "setattr", "delattr")
 PUBLIC = ("_replace", "_fields", "_exit")  # of namedtuple and os, documented
 NOT_YET: dict[str, set[str]] = {
-    "strategies/fsdp1.py": {"_HYBRID_SHARD_ZERO2", "_handle", "_reshard", "_runtime_utils"},
-    "strategies/grad_norm.py": {"_foreach_mul_"},
-    "strategies/transforms/compute_dtype.py": {"_python_dispatch"},
-    "veomni/checkpoint/safe_storage.py": {"_MEM_FORMAT_ENCODING", "_StorageInfo", "_get_layout"},
-    "veomni/models/setup.py": {"_broadcast_coalesced"},
     "veomni/models/weights/initialize.py": {"_buffers", "_cdata", "_parameters", "_python_dispatch", "_schema"},
     "veomni/models/weights/materialize.py": {"_buffers", "_parameters"},
-    "veomni/models/weights/shards.py": {"_utils"},
-    "veomni/ops/attention/block.py": {
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward",
-        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward",
-    },
-    "veomni/ops/attention/varlen.py": {"_scaled_dot_product_cudnn_attention"},
-    "veomni/ops/experts/shared.py": {"_version"},
-    "veomni/optim/muon.py": {"_foreach_lerp_", "_foreach_mul_"},
-    "veomni/parallel/mesh.py": {"_flatten", "_set_pg_timeout"},
 }  # fmt: skip
 """File to the names it still uses: the list only shrinks."""
 

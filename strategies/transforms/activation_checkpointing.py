@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from typing_extensions import override
 
 from veomni.batch.forward_call import bind_call
+from veomni.compat.attention_kernels import attention_operations
 from veomni.errors import ConfigError
 from veomni.strategies.base import SetupContext, Stage, Strategy
 from veomni.strategies.transforms.compute_dtype import keep_float64
@@ -23,15 +24,6 @@ Recompute = Literal["full", "selective"]
 
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 _GROUPED = frozenset({"aten::_grouped_mm", "veomni::tiled_matmul", "veomni::loop_matmul"})
-_ATTENTION = (
-    ("aten", "_scaled_dot_product_flash_attention"),
-    ("aten", "_scaled_dot_product_efficient_attention"),
-    ("aten", "_scaled_dot_product_cudnn_attention"),
-    ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
-    ("aten", "_scaled_dot_product_fused_attention_overrideable"),
-    ("torch_attn", "_varlen_attn"),
-    ("veomni", "cudnn_varlen_attention"),
-)
 
 
 class ActivationCheckpointing(Strategy):
@@ -78,7 +70,7 @@ class _SaveEverySecondMatmul:
     def __init__(self) -> None:
         self._matmuls: Counter[bool] = Counter()
         self._grouped: Counter[bool] = Counter()
-        self._attention = _attention_operations()
+        self._attention = attention_operations()
 
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operation in self._attention:
@@ -94,9 +86,3 @@ class _SaveEverySecondMatmul:
         count[context.is_recompute] += 1
         odd = count[context.is_recompute] % 2
         return CheckpointPolicy.MUST_SAVE if odd else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@functools.cache
-def _attention_operations() -> frozenset[Any]:
-    found = (getattr(getattr(torch.ops, namespace), name, None) for namespace, name in _ATTENTION)
-    return frozenset(operation.default for operation in found if operation is not None)

@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from veomni.batch.forward_call import ForwardCall
+from veomni.compat.dispatch_mode import TorchDispatchMode
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.strategies.transforms.precision import Precision
 

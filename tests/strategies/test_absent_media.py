@@ -20,7 +20,7 @@ from tests.parity.layouts import beside
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model, export_hf, freeze
-from veomni.models.weights.gather import plain_name
+from veomni.parallel.wrappers import plain_name
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ExpertParallel, Single, Ulysses
 from veomni.strategies.transforms.compute_dtype import Float64Throughout
 from veomni.testing.ranks import RankFailed, run_ranks

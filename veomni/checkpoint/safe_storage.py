@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -25,15 +24,16 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
+from veomni.compat.safe_pickle import LAYOUT, MEMORY_FORMAT, STORAGE_INFO
 from veomni.errors import CheckpointError
 
 _FOREIGN = "do not load this file: it was not written by a checkpointer"
 _CLASSES: tuple[type, ...] = (
     BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties,
-    TensorStorageMetadata, _MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, collections.OrderedDict,
+    TensorStorageMetadata, MEMORY_FORMAT, STORAGE_INFO, torch.Size, collections.OrderedDict,
 )  # fmt: skip
 _ALLOWED: dict[tuple[str, str], Any] = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES}
-_ALLOWED["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+_ALLOWED["torch.serialization", LAYOUT[0]] = LAYOUT[1]
 # The writer notes its own directory, as a path of the system it ran on; nothing here opens it.
 _ALLOWED |= {
     (module, name): PurePosixPath

@@ -1,1 +1,20 @@
-"""Private names of torch: each once, with its reason and the versions it was measured on."""
+"""Private names of torch: each once, with its reason and what happens without it; measured on torch 2.11 to 2.13.
+
+:func:`install` replaces functions of torch that cannot be replaced for one model; the launcher calls it once.
+"""
+
+from __future__ import annotations
+
+
+def install() -> None:
+    """Replace functions of torch by faster ones of the same results; calling it again changes nothing."""
+    from veomni.compat import fsdp_copy_in
+
+    fsdp_copy_in.install()
+
+
+def uninstall() -> None:
+    """Put back torch's own functions."""
+    from veomni.compat import fsdp_copy_in
+
+    fsdp_copy_in.uninstall()

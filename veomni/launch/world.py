@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from veomni import compat
 from veomni.accelerators import Accelerator
 from veomni.batch.split import SequenceShard
 from veomni.errors import LoopError
@@ -142,6 +143,7 @@ class Processes:
             self.strategies, self.accelerator, devices=self.devices, backend=self.backend, timeout=self.timeout
         )
         self.signal = StopSignal()
+        compat.install()
 
     @property
     def is_rank_zero(self) -> bool:
@@ -175,4 +177,5 @@ class Processes:
         """Put the process back as it was before :meth:`launch`."""
         if "signal" in vars(self):
             self.signal.close()
+        compat.uninstall()
         set_parallel_state(None)

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from veomni.models.weights.export import (
         export_tensors_hf as export_tensors_hf,
     )
-    from veomni.models.weights.gather import unwrap as unwrap
     from veomni.models.weights.materialize import Materializer as Materializer
     from veomni.models.weights.source import WeightSource as WeightSource
+    from veomni.parallel.wrappers import unwrap as unwrap
 
 # Importing a name imports its module, and nothing before that: ``veomni.ops`` uses ``transformers_api`` alone.
 _HOMES = {
@@ -70,7 +70,7 @@ _HOMES = {
     "prepare_towers": "veomni.models.adapter.passes.media",
     "resolve_attention": "veomni.models.build.attention",
     "resolve_experts": "veomni.models.build.experts",
-    "unwrap": "veomni.models.weights.gather",
+    "unwrap": "veomni.parallel.wrappers",
 }
 
 

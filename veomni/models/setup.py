@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from veomni.compat.collectives import broadcast_all
 from veomni.models import (
     Materializer,
     derive_plan,
@@ -26,8 +27,6 @@ from veomni.strategies.transforms.compute_dtype import compute_in
 
 if TYPE_CHECKING:
     from veomni.launcher import Launcher
-
-_BUCKET_BYTES = 250 * 1024**2  # DDP's own at the start
 
 
 def setup_model(
@@ -93,7 +92,6 @@ def _store_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _share_values(model: nn.Module) -> None:
     tensors = [tensor.data for tensor in [*model.parameters(), *model.buffers()] if not tensor.is_meta]
-    # Sent in buckets of one dtype and device, as DDP sends its own: a message per tensor costs its latency.
-    if tensors and dist.get_world_size() > 1:
+    if dist.get_world_size() > 1:
         assert dist.group.WORLD is not None
-        dist._broadcast_coalesced(dist.group.WORLD, tensors, _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
+        broadcast_all(tensors, dist.group.WORLD)

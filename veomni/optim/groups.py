@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from veomni.errors import ModelError
-from veomni.optim.names import FSDP1_PREFIX, is_fsdp1, matching, parameter_names, plain_name
+from veomni.optim.names import is_fsdp1, matching, parameter_names
+from veomni.parallel.wrappers import fsdp1_parameters
 
 _COVERED_ANYWAY = ("*norm*", "*.bias")
 
@@ -52,17 +52,4 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
 
 def _unsharded_dimensions(model: nn.Module) -> dict[str, int]:
     """Return the number of dimensions of FSDP1's parameters, whose shards are flat; empty for other models."""
-    return dict(_fsdp1_dimensions(model)) if is_fsdp1(model) else {}
-
-
-def _fsdp1_dimensions(model: nn.Module) -> Iterator[tuple[str, int]]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    for path, unit in list(model.named_modules()):
-        if not isinstance(unit, FullyShardedDataParallel):
-            continue
-        whole = FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False)
-        with torch.no_grad(), whole:
-            for name, parameter in unit.module.named_parameters():
-                if FSDP1_PREFIX not in name:  # the others belong to units inside this one
-                    yield plain_name(f"{path}.{name}" if path else name), parameter.ndim
+    return {name: parameter.ndim for name, parameter in fsdp1_parameters(model)} if is_fsdp1(model) else {}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from veomni.optim.names import inner_module, matching, parameter_names, plain_name
+from veomni.optim.names import inner_module, matching, parameter_names
+from veomni.parallel.wrappers import plain_name
 
 _NO_MATRICES = (
     nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d,

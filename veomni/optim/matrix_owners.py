@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from veomni.errors import ModelError
 from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits
 from veomni.optim.newton_schulz import newton_schulz_flops
+from veomni.parallel.tensors import local_shard
 
 _ROUND_ELEMENTS = 2**26
 """Elements of whole matrices that a rank holds at a time, about: 128 MiB in bf16."""
@@ -110,7 +111,7 @@ def find_matrices(parameters: Sequence[nn.Parameter]) -> dict[Holders, list[Matr
     found: dict[Holders, list[Matrix]] = {}
     for index, parameter in enumerate(parameters):
         holders, dim = _holders(parameter)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = local_shard(parameter)
         shape = (parameter.shape[-2], parameter.shape[-1])
         experts = [None] if parameter.ndim == 2 else range(local.shape[0])
         found.setdefault(holders, []).extend(Matrix(index, expert, shape, dim) for expert in experts)

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from veomni.compat.foreach import lerp, multiply
 from veomni.errors import ModelError
 from veomni.optim.matrix_owners import Matrix, MatrixOwners, find_matrices
 from veomni.optim.newton_schulz import orthogonalize
+from veomni.parallel.tensors import local_shard
 
 _ADAMW_RMS = 0.2
 
@@ -127,11 +129,11 @@ class Muon(Optimizer):
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
-        weights = [_local(parameter) for parameter in parameters]
+        weights = [local_shard(parameter) for parameter in parameters]
         gradients = [_local_gradient(parameter) for parameter in parameters]
-        means = [_local(self._mean(parameter)) for parameter in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        means = [local_shard(self._mean(parameter)) for parameter in parameters]
+        lerp(means, gradients, 1 - momentum)
+        multiply(weights, 1 - lr * group["weight_decay"])
 
         def direction(matrix: Matrix) -> Tensor:
             mean = matrix.of(means[matrix.parameter])
@@ -160,9 +162,5 @@ class Muon(Optimizer):
         return self._owners[key]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(_local(parameter)) if parameter.grad is None else _local(parameter.grad)
+    return torch.zeros_like(local_shard(parameter)) if parameter.grad is None else local_shard(parameter.grad)

@@ -9,12 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from veomni.errors import ConfigError
+from veomni.parallel.wrappers import FSDP1_PREFIX, plain_name
 from veomni.registry import did_you_mean
-
-FSDP1_PREFIX = "_fsdp_wrapped_module."
-"""What FSDP1 puts into the names of what it wraps."""
-
-_WRAPPERS = (FSDP1_PREFIX, "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -33,13 +29,6 @@ def inner_module(model: nn.Module) -> nn.Module:
 def is_fsdp1(model: nn.Module) -> bool:
     """Whether FSDP1 wraps the model, or a part of it."""
     return any(FSDP1_PREFIX[:-1] in name for name, _ in model.named_modules())
-
-
-def plain_name(name: str) -> str:
-    """Return a name without what wrappers of modules put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def matching(names: Iterable[str], patterns: Sequence[str], key: str, *, may_miss: Sequence[str] = ()) -> set[str]:

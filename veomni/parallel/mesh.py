@@ -148,13 +148,15 @@ class ParallelState:
     def __init__(self, dims: ParallelDims, device_type: str, *, timeout: timedelta | None = None) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
+        from veomni.compat.collectives import flattened
+
         self.dims = dims
         sizes = tuple(getattr(dims, axis) for axis in AXES)
         self._world = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         # Meshes compare by identity, so each view is made once.
         self._meshes: dict[str, DeviceMesh] = {axis: self._world[axis] for axis in AXES}
         for name, axes in VIEWS.items():
-            self._meshes[name] = self._world[axes]._flatten(name)
+            self._meshes[name] = flattened(self._world[axes], name)
         self._parameters = self._meshes["fsdp"]
         if dims.dp_replicate > 1:
             # A flattened axis cannot be sliced together with another one, so the dense view is a mesh of its own.
@@ -182,12 +184,11 @@ class ParallelState:
         return mesh["ep_replicate", "ep_fsdp"] if dims.expert_replicas > 1 else self._meshes["ep_fsdp"]
 
     def _limit(self, timeout: timedelta) -> None:
-        from torch.distributed.distributed_c10d import _set_pg_timeout
+        from veomni.compat.collectives import limit_group
 
-        # A mesh makes its groups with the backend's default timeout, not with that of the world.
         for mesh in (*self._meshes.values(), self._parameters, self._experts):
             for group in mesh.get_all_groups():
-                _set_pg_timeout(timeout, group)
+                limit_group(group, timeout)
 
     def mesh(self, axis: str) -> DeviceMesh:
         """Return the one-dimensional mesh of an axis or view.

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.models.weights.gather import plain_name, unwrap
+from veomni.parallel.wrappers import plain_name, unwrap
 from veomni.testing.documents import Document, global_rows, share
 from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
 from veomni.testing.ranks import run_ranks

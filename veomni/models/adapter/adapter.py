@@ -149,7 +149,7 @@ class ModelAdapter:
     @classmethod
     def of(cls, model: nn.Module) -> ModelAdapter:
         """Return the adapter of a model, wrapped or not; a model without one is given one that changes nothing."""
-        from veomni.models.weights.gather import unwrap
+        from veomni.parallel.wrappers import unwrap
 
         root = unwrap(model)
         found: ModelAdapter | None = vars(root).get(_ATTRIBUTE)

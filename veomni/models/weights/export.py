@@ -18,8 +18,9 @@ from veomni.models.transformers_api.capabilities import is_pretrained, keeps_fp3
 from veomni.models.transformers_api.construction import construct, tied_parameters
 from veomni.models.transformers_api.conversions import Conversion, copy_conversions, saving_conversions
 from veomni.models.weights.export_directory import published, raise_on_all
-from veomni.models.weights.gather import full_state, full_tensors, unwrap
+from veomni.models.weights.gather import full_state, full_tensors
 from veomni.models.weights.safetensors_writer import SafetensorsWriter
+from veomni.parallel.wrappers import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

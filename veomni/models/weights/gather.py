@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-_FSDP1 = "_fsdp_wrapped_module."
-_OTHER_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DistributedDataParallel and FullyShardedDataParallel."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
-    while isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
-        model = model.module
-    return model
+from veomni.parallel.wrappers import fsdp1_parameters, plain_name, unwrap
 
 
 def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -27,19 +15,17 @@ def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor
     Collective: every rank has to take every item. Under FSDP1 only rank 0's values are full. Tied parameters come once.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
 
     inside = f"{part}." if part else ""
     if isinstance(model, FullyShardedDataParallel):
-        for name, tensor in _fsdp1_parameters(model):
+        for name, parameter in fsdp1_parameters(model, rank0_only=True):
             if name.startswith(inside):
-                yield name, tensor
+                yield name, whole(parameter)
     else:
         for name, parameter in unwrap(model).named_parameters():
             if not plain_name(name).startswith(inside):
                 continue
-            tensor = parameter.detach()
-            yield plain_name(name), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield plain_name(name), whole(parameter)
     for name, buffer in unwrap(model).named_buffers():
         if plain_name(name).startswith(inside):
             yield plain_name(name), buffer
@@ -55,26 +41,9 @@ def full_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value.full_tensor() if isinstance(value, DTensor) else value.clone()  # tied: each its own
 
 
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what wrappers of modules put into it."""
-    for wrapper in (_FSDP1, *_OTHER_WRAPPERS):
-        name = name.replace(wrapper, "")
-    return name
-
-
-def _fsdp1_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be a DTensor, outside of any graph; collective."""
     from torch.distributed.tensor import DTensor
 
-    for path, unit in list(model.named_modules()):
-        if not isinstance(unit, FullyShardedDataParallel):
-            continue
-        with (
-            torch.no_grad(),
-            FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False, rank0_only=True),
-        ):
-            for name, parameter in unit.module.named_parameters():
-                if _FSDP1 not in name:  # the others belong to units inside this one
-                    tensor = parameter.detach()
-                    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # experts are not flattened
-                    yield plain_name(f"{path}.{name}" if path else name), whole
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

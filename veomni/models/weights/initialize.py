@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from veomni.compat.dispatch_mode import TorchDispatchMode
 from veomni.errors import ModelError
 from veomni.models.build.constructor import constructor_values
 from veomni.models.transformers_api.capabilities import is_pretrained

@@ -15,13 +15,13 @@ from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.skeleton import skeleton_of
-from veomni.models.weights.gather import plain_name
 from veomni.models.weights.initialize import Initializer
 from veomni.models.weights.part_streams import PartStreams
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.models.weights.shards import allocate_like, copy_into, local_box
 from veomni.models.weights.source import WeightSource
 from veomni.models.weights.stream import WeightStream, broadcast_from_zero
+from veomni.parallel.wrappers import plain_name
 
 logger = create_logger(__name__)
 

@@ -19,12 +19,12 @@ def allocate_like(tensor: Tensor, device: torch.device) -> Tensor:
 def local_box(tensor: Tensor) -> Box:
     """Return the part of the full tensor that ``tensor`` holds on this rank; some slices may be empty."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    from veomni.compat.tensors import shard_box
 
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return shard_box(tensor)
 
 
 def is_empty(box: Box) -> bool:
@@ -34,8 +34,7 @@ def is_empty(box: Box) -> bool:
 
 def copy_into(tensor: Tensor, part: Tensor) -> None:
     """Copy this rank's part into ``tensor``, casting to its dtype."""
-    from torch.distributed.tensor import DTensor
+    from veomni.parallel.tensors import local_shard
 
     with torch.no_grad():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        local.copy_(part)
+        local_shard(tensor).copy_(part)

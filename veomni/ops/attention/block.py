@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from veomni.compat import attention_kernels as kernels
+
 Kernel = Literal["math", "flash", "efficient"]
 
 _LARGEST_FLASH_HEAD = 256
@@ -66,10 +68,7 @@ def attend(
     """
     kernel = select_kernel(query.device.type, query.dtype, query.shape[-1], value.shape[-1], masked=mask is not None)
     if kernel == "flash":
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, causal, False, scale=scale
-        )
-        return output, lse
+        return kernels.flash(query, key, value, causal=causal, scale=scale)
     if kernel == "efficient":
         return _efficient(query, key, value, mask, causal, scale)
     return _math(query, key, value, mask, causal, scale)
@@ -102,13 +101,7 @@ def attend_backward(
     """
     kernel = select_kernel(query.device.type, query.dtype, query.shape[-1], value.shape[-1], masked=mask is not None)
     if kernel == "flash":
-        # Nothing is drawn without dropout, but the kernel takes the state of a generator.
-        seed, offset = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, output, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
-            seed, offset, scale=scale,
-        )  # fmt: skip
-        return grads
+        return kernels.flash_backward(grad, query, key, value, output, lse, causal=causal, scale=scale)
     if kernel == "efficient":
         return _efficient_backward(grad, query, key, value, output, lse, mask, causal, scale)
     return _math_backward(grad, query, key, value, output, lse, mask, causal, scale)
@@ -200,9 +193,8 @@ def _efficient(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     bias = None if mask is None else _bias(mask, query)
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, _repeated(key, query), _repeated(value, query), bias, True, 0.0, causal, scale=scale
-    )
+    key, value = _repeated(key, query), _repeated(value, query)
+    output, lse = kernels.efficient(query, key, value, bias, causal=causal, scale=scale)
     lse = lse[..., : query.shape[2]]
     if mask is None:
         return output, lse
@@ -224,13 +216,12 @@ def _efficient_backward(
     bias = None if mask is None else _bias(mask, query)
     # Weights are exp(score - lse): an infinite lse makes those of the padding and of blind queries zero.
     aligned = torch.nn.functional.pad(_finite(lse, torch.inf), (0, -lse.shape[-1] % _LSE_MULTIPLE), value=torch.inf)
-    unused = torch.empty((), dtype=torch.int64, device=query.device)
     # In half precision the kernel reads the output as [batch, q, heads, head_dim] in memory, whatever its strides say.
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
-    grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        grad, query, _repeated(key, query), _repeated(value, query), bias, output, aligned, unused, unused, 0.0,
-        [True, True, True, False], causal, scale=scale,
-    )  # fmt: skip
+    inputs = query, _repeated(key, query), _repeated(value, query)
+    grad_query, grad_key, grad_value = kernels.efficient_backward(
+        grad, inputs, bias, output, aligned, causal=causal, scale=scale
+    )
     return grad_query, _summed(grad_key, key), _summed(grad_value, value)
 
 

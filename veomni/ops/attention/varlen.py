@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veomni.compat.attention_kernels import cudnn
 from veomni.errors import ModelError
 
 VARLEN = "varlen"
@@ -96,11 +97,7 @@ def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None) -> Tensor:
-    # Called directly: SDPA prefers FlashAttention 2, and a backend context does not reach through a compiled layer.
-    output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, causal, False, scale=scaling
-    )[0]
-    return output.transpose(1, 2)
+    return cudnn(query, key, value, causal=causal, scale=scaling).transpose(1, 2)
 
 
 def _flatten(heads: Tensor) -> Tensor:

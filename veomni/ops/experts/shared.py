@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from veomni.compat.tensors import same_values
+
 _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 _ROUTERS = ("gate", "router")
 
@@ -50,14 +52,14 @@ class SharedExperts:
         if under_way is None:
             return None
         tokens, experts, dispatch = under_way
-        if _same(tokens, hidden) and _same(experts, index):
+        if same_values(tokens, hidden) and same_values(experts, index):
             return dispatch
         dispatch.cancel()
         return None
 
     def _hand_out(self, hidden: Tensor) -> Tensor:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and _same(ahead[0], hidden):
+        if ahead is not None and same_values(ahead[0], hidden):
             return ahead[1].view(*hidden.shape[:-1], ahead[1].shape[-1])
         if self._called_first and self._early is not None:
             self._send_first(hidden)
@@ -92,7 +94,7 @@ class _EarlyRouter:
 
     def _hand_out(self, hidden: Tensor) -> Any:
         answer, self._answer = self._answer, None
-        return answer[1] if answer is not None and _same(answer[0], hidden) else self._run(hidden)
+        return answer[1] if answer is not None and same_values(answer[0], hidden) else self._run(hidden)
 
 
 def shared_experts_beside(
@@ -115,13 +117,3 @@ def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 def _is_choice(part: Any) -> bool:
     return isinstance(part, Tensor) and part.dim() == 2 and part.dtype == torch.int64
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are views of the same values."""
-    return (
-        first.data_ptr() == second.data_ptr()
-        and first.numel() == second.numel()
-        and first.dtype == second.dtype
-        and first._version == second._version
-    )

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from veomni.compat import fsdp_copy_in as gradient_copy
-from veomni.compat.fsdp_copy_in import copy_gradients, copy_one_by_one
+from veomni.compat.fsdp_copy_in import copy_gradients, install
 from veomni.testing.ranks import run_ranks
 
 SHAPES = [(8, 3), (4,), (12, 2, 5), (4, 1)]
@@ -39,7 +39,7 @@ def test_casts():
 
 def count_copies(calls):
     gradient_copy.copy_gradients = lambda *args: (calls.append(len(args[0])), copy_gradients(*args))
-    copy_one_by_one()
+    install()
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     model(torch.ones(1, 4)).sum().backward()

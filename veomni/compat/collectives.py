@@ -1,0 +1,51 @@
+"""Broadcasts in buckets, and timeouts of groups that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from veomni.compat.private_name import PrivateName
+
+PRIVATE = (
+    PrivateName(
+        "torch.distributed:_broadcast_coalesced",
+        reason="one message for many tensors, as DDP sends its own: a message per tensor costs its latency",
+        without="broadcast tensor by tensor",
+    ),
+    PrivateName(
+        "torch.distributed.distributed_c10d:_set_pg_timeout",
+        reason="a mesh makes its groups with the backend's default timeout, not with that of the world",
+        without="collectives of a mesh wait for the default timeout, whatever the launcher was given",
+        parameters=("timeout", "group"),
+    ),
+    PrivateName(
+        "torch.distributed.device_mesh:DeviceMesh._flatten",
+        reason="one axis of several, which shares the groups of its mesh",
+        without="make a mesh for each view, with groups of its own",
+        parameters=("mesh_dim_name",),
+    ),
+)
+_BUCKET_BYTES = 250 * 1024**2  # DDP's own at the start
+
+
+def broadcast_all(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Overwrite tensors, of any dtype and device, by those of the group's first rank."""
+    if tensors:
+        dist._broadcast_coalesced(group, list(tensors), _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
+
+
+def limit_group(group: ProcessGroup, timeout: timedelta) -> None:
+    """Set how long a collective of ``group`` waits for the other ranks."""
+    _set_pg_timeout(timeout, group)
+
+
+def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Return a mesh of one axis over all ranks of ``mesh``."""
+    return mesh._flatten(name)
