@@ -252,10 +252,10 @@ class Checkpointer:
         """Return the steps that have a published checkpoint, newest first."""
         return published_steps(self.directory)
 
-    def refuse_newer(self, step: int) -> None:
-        """Refuse a directory with checkpoints of later steps than the one a run starts from.
+    def check_none_newer(self, step: int) -> None:
+        """Reject a directory with checkpoints of later steps than the one a run starts from.
 
-        They belong to a run that is given up: this one could not save those steps, and ``load_latest`` would take them.
+        They are of an abandoned run: this one could not save those steps, and ``load_latest`` would take them.
 
         Raises:
             CheckpointError: there are some.
@@ -312,12 +312,8 @@ class Checkpointer:
         if world_size == self.world_size:
             saved |= read_objects(path / f"rank_{self.rank}")
         else:
-            logger.info_rank0(
-                "saved on %s ranks, resumed on %s: %s start anew",
-                world_size,
-                self.world_size,
-                ", ".join(self._per_rank),
-            )
+            renewed = ", ".join(self._per_rank)
+            logger.info_rank0("world size changed from %s to %s: %s re-seeded", world_size, self.world_size, renewed)
         for name, part in state.items():
             if name in ("model", "optimizer") or (name in self._per_rank and name not in saved):
                 continue

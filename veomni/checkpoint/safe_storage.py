@@ -74,13 +74,13 @@ class SafeReader(FileSystemReader):
             raise CheckpointError(f"{path} cannot be read: {error}", "use another checkpoint") from error
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} holds no checkpoint metadata", "use another checkpoint")
-        _refuse_escaping(metadata, path)
+        _check_inside(metadata, path)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-def _refuse_escaping(metadata: Metadata, path: Path) -> None:
+def _check_inside(metadata: Metadata, path: Path) -> None:
     for info in (metadata.storage_data or {}).values():
         name = PurePosixPath(info.relative_path)
         if name.is_absolute() or len(name.parts) != 1 or name.name == "..":

@@ -77,7 +77,7 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
     from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
 
     wanted = {name: value for name, value in table.items() if not _chooses_kernel(name)}
-    _refuse_mismatch(wanted, SafeReader(directory).read_metadata().state_dict_metadata, directory)
+    _check_match(wanted, SafeReader(directory).read_metadata().state_dict_metadata, directory)
     try:
         load(wanted, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
@@ -89,7 +89,7 @@ def _chooses_kernel(name: str) -> bool:
     return name.startswith("optimizer.param_groups.") and name.rpartition(".")[2] in _IMPLEMENTATION
 
 
-def _refuse_mismatch(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:
+def _check_match(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:
     wanted = {name for name in table if name.startswith("model.")}
     stored = {name for name in saved if name.startswith("model.")}
     shapes = [

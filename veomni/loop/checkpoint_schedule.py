@@ -92,7 +92,7 @@ class CheckpointSchedule:
             self._saved = checkpointer.load_latest(state) or 0
             return self._saved
         step = 0 if self.resume_from == "none" else checkpointer.load(state, Path(self.resume_from))
-        checkpointer.refuse_newer(step)
+        checkpointer.check_none_newer(step)
         return step
 
     def close(self) -> None:
