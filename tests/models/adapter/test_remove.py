@@ -22,7 +22,8 @@ from veomni.models.weights.gather import full_tensors
 from veomni.strategies import DDP, FSDP2, Single, Ulysses
 from veomni.testing.ranks import run_ranks
 
-MODELS = {"qwen3": tiny_config, "qwen3_vl": family_config}
+MODELS = {"qwen3": tiny_config, "qwen3_moe": tiny_config, "qwen3_vl": family_config}
+PRECISION = {"qwen3_moe": "fp32"}  # transformers' own experts take no float64
 LAYOUTS: dict[str, tuple[int, Any]] = {
     "single": (1, lambda: [Single()]),
     "ddp": (2, lambda: [DDP()]),
@@ -32,7 +33,10 @@ IDS = torch.arange(3, 19)[None]
 
 
 def ready(name: str, layout: str) -> tuple[Launcher, nn.Module]:
-    launcher = Launcher(LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
+    precision = PRECISION.get(name, "fp64")
+    launcher = Launcher(
+        LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision=precision, timeout_seconds=60
+    )
     launcher.launch()
     return launcher, launcher.setup_model(build_model(MODELS[name](name), weights="random"))
 
@@ -61,7 +65,7 @@ def fresh_like(plain: nn.Module, launcher: Launcher, name: str) -> nn.Module:
     config = MODELS[name](name)
     config.architectures, config.use_cache = plain.config.architectures, False
     cls = type(plain).__bases__[1] if isinstance(plain, FSDPModule) else type(plain)
-    fresh = construct(cls, config, "sdpa").double()
+    fresh = construct(cls, config, "sdpa").to(launcher.precision.storage)
     set_config_flag(fresh.config, "use_cache", False)
     fresh.load_state_dict({key: values[key] for key in fresh.state_dict() if key in values}, strict=False)
     fresh.tie_weights()
