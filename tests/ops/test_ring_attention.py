@@ -27,7 +27,7 @@ def window(batch, head, query, key):
     return (key <= query) & (key > query - 5)
 
 
-def within_documents(batch, head, query, key):
+def restrict_to_documents(batch, head, query, key):
     return (key <= query) & (DOCUMENTS[batch, query] == DOCUMENTS[batch, key])
 
 
@@ -38,8 +38,8 @@ def both_ways(batch, head, query, key):
 RULES = {
     "causal": MaskRule(causal, 2, plain_causal=True, causal=True),
     "window": MaskRule(window, 2, plain_causal=False, causal=True),
-    "documents": MaskRule(within_documents, 2, plain_causal=False, causal=True),
-    "documents, not known to be causal": MaskRule(within_documents, 2, plain_causal=False, causal=False),
+    "documents": MaskRule(restrict_to_documents, 2, plain_causal=False, causal=True),
+    "documents, not known to be causal": MaskRule(restrict_to_documents, 2, plain_causal=False, causal=False),
     "both ways": MaskRule(both_ways, 2, plain_causal=False, causal=False),
 }
 HEADS = {"as many": (4, 4, HEAD_DIM), "grouped": (4, 2, HEAD_DIM), "one": (3, 1, HEAD_DIM), "wide values": (4, 2, 12)}

@@ -15,7 +15,7 @@ from veomni.models.transformers_api.encoders import padded_audio_lengths
 from veomni.models.transformers_api.masks import bidirectional_mask
 
 
-def merges_audio_itself(owner: nn.Module) -> bool:
+def merges_audio_in_forward(owner: nn.Module) -> bool:
     """Whether a model encodes and places audio within its forward, as Qwen2-Audio does, and not by a method."""
     return hasattr(owner, "audio_tower") and not hasattr(owner, "get_image_features")
 
@@ -69,7 +69,7 @@ class EncodeAudio:
 
 
 class PlaceAudio(InputPass):
-    """Gives a model that merges audio itself embeddings with the audio in them.
+    """Gives a model that merges audio in its forward embeddings with the audio in them.
 
     Its own merge takes a row without two placeholders in succession for one of an older format.
     """

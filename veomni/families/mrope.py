@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 _RENAMED = {"second_per_grids": "video_second_per_grid"}
 _AUDIO_FLAG = "use_audio_in_video"
 FRACTIONS = "position_fractions"
-"""Key of what positions have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of one; see `DocumentPositions`.
-
-As integers they are what no mixed precision rounds.
-"""
+"""Fractions of positions, int32 ``[batch, seq, 3]`` in parts of one: integers, which mixed precision does not round."""
 FRACTION_PARTS = 1 << 24
 """Parts of one: every fraction of a float32 above 1 is a whole number of them."""
 

@@ -52,7 +52,7 @@ def registered_on_meta(keep: Callable[[nn.Module, str], bool] = _nothing) -> Ite
 def constructor_values(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     """Return values of a transformers model that nothing but its constructor sets, as it sets them on the CPU.
 
-    The model is constructed once more, with nothing in memory but what is asked for and the tensor in hand.
+    The model is constructed once more, with nothing in memory but these values and the tensor being registered.
 
     Args:
         model: A transformers model, on any device.

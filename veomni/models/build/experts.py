@@ -32,7 +32,7 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
         available: The backends of the device, fastest first.
 
     Raises:
-        ModelError: the backend that was asked for cannot run the model here.
+        ModelError: the requested backend cannot run the model here.
     """
     if not has_experts(model):
         return

@@ -1,4 +1,4 @@
-"""Models on the meta device, which remember where their weights come from."""
+"""Models on the meta device, from a name, a directory or a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model wants to be split, derived from its modules."""
+"""The parallel plan of a model, derived from its modules."""
 
 from __future__ import annotations
 

@@ -92,11 +92,7 @@ class Codes(Decoder):
 
     @staticmethod
     def read(values: Any, **options: Any) -> dict[str, Tensor]:
-        """Return ``codes`` for a list of entries.
-
-        Raises:
-            ValueError: it is none, is empty, or has an entry that the codebook has not.
-        """
+        """Return ``codes`` for a list of entries of the codebook."""
         size = options["codebook_size"]
         entries = values if isinstance(values, list) else []
         if not entries or not all(type(entry) is int and 0 <= entry < size for entry in entries):
@@ -158,11 +154,7 @@ class Latents(Decoder):
 
     @staticmethod
     def read(values: Any, **options: Any) -> dict[str, Tensor]:
-        """Return ``latents`` and ``latents_time`` for a list of latents.
-
-        Raises:
-            ValueError: it is none, is empty, or has a latent of other than so many finite channels.
-        """
+        """Return ``latents`` and ``latents_time`` for a list of latents of finite channels."""
         problem = f"give a list of latents, each a list of {options['channels']} finite numbers"
         try:
             latents = torch.tensor(values, dtype=torch.float32)

@@ -17,7 +17,7 @@ PRIVATE = (
                 "AttributeError"),
     PrivateName("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys", "the registered ones", "ImportError"),
     PrivateName("transformers.models.llama.modeling_llama:eager_attention_forward",
-                "eager attention, which each modeling file defines for itself", "error: choose sdpa"),
+                "eager attention, which each modeling file defines", "error: choose sdpa"),
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ _NAMES = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 def attention_names() -> list[str]:
-    """Return the attention implementations transformers knows, registered ones included."""
+    """Return the names of attention implementations, registered ones included."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]

@@ -29,7 +29,7 @@ def is_pretrained(module: nn.Module) -> bool:
 
 
 def supports_sdpa(model_class: type[nn.Module]) -> bool:
-    """Whether a transformers class says that PyTorch's scaled-dot-product attention computes it correctly."""
+    """Whether a transformers class declares that PyTorch's scaled-dot-product attention is exact."""
     return bool(getattr(model_class, "_supports_sdpa", False))
 
 
@@ -41,7 +41,7 @@ def supports_flash_attention(model: nn.Module) -> bool:
 def caps_scores(config: PreTrainedConfig) -> bool:
     """Whether attention scores have a soft cap, as in Gemma 2.
 
-    PyTorch's scaled-dot-product attention has none; transformers 5.17 leaves it out without a word.
+    PyTorch's scaled-dot-product attention has none; transformers 5.17 leaves it out silently.
     """
     return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
@@ -49,7 +49,7 @@ def caps_scores(config: PreTrainedConfig) -> bool:
 def keeps_fp32(model: nn.Module, parameter: str) -> bool:
     """Whether a transformers model keeps the named parameter in float32 under bfloat16.
 
-    ``_keep_in_fp32_modules`` does not count: transformers honours that one under float16 only.
+    ``_keep_in_fp32_modules`` does not count: it applies under float16 only.
     """
     patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     return any(re.search(pattern.replace("*", ".*"), parameter) for pattern in patterns)

@@ -97,7 +97,7 @@ class Conversion:
 def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
     """Group a checkpoint's tensor names by the parameters they become, as ``from_pretrained`` does.
 
-    The transforms that matched are remembered on the model, so that saving reverts exactly these.
+    The transforms that matched are kept on the model, so that saving reverts exactly these.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
@@ -137,9 +137,9 @@ def copy_conversions(source: nn.Module, target: nn.Module) -> None:
 
 
 def ignored_unexpected(model: nn.Module) -> list[str]:
-    """Return the patterns of checkpoint names that ``from_pretrained`` drops without a word."""
+    """Return the patterns of checkpoint names that ``from_pretrained`` drops silently."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    if getattr(getattr(model, "config", None), "model_type", "").endswith("_thinker"):  # 5.17 does not say so itself
+    if getattr(getattr(model, "config", None), "model_type", "").endswith("_thinker"):  # 5.17 does not declare it
         patterns += [r"^talker", r"^token2wav", r"^code2wav"]
     return [*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
 

@@ -14,7 +14,7 @@ from veomni.models.transformers_api.capabilities import is_pretrained
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
 _MOE = "transformers.integrations.moe"
 PRIVATE = (
-    PrivateName(f"{_MOE}:ALL_EXPERTS_FUNCTIONS.register", "makes a backend known", "ImportError", ("key", "value")),
+    PrivateName(f"{_MOE}:ALL_EXPERTS_FUNCTIONS.register", "registers a backend", "ImportError", ("key", "value")),
     PrivateName(f"{_MODEL}._can_set_experts_implementation", "whether experts go through the interface",
                 "AttributeError"),
     PrivateName(f"{_MODEL}.set_experts_implementation", "chooses the backend", "AttributeError",
@@ -32,7 +32,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def register_experts(name: str, function: Callable[..., Tensor]) -> None:
-    """Make an experts implementation known to transformers."""
+    """Register an experts implementation with transformers."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, function)

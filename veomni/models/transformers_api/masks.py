@@ -34,14 +34,14 @@ def mask_makers(names: Sequence[str]) -> dict[str, Any]:
     return {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in names}
 
 
-def within_documents(mask_function: Any, documents: Tensor) -> Any:
-    """Return a mask rule that also asks query and key to be of the same document of ``[batch, seq]`` indices."""
+def restrict_to_documents(mask_function: Any, documents: Tensor) -> Any:
+    """Return a mask rule that also requires query and key to be in the same document of ``[batch, seq]`` indices."""
     from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
     return and_masks(mask_function, packed_sequence_mask_function(documents))
 
 
-def counted_from(mask_function: Any, positions: Tensor) -> Any:
+def reindex_mask(mask_function: Any, positions: Tensor) -> Any:
     """Return a mask rule that counts the places of query and key as ``positions``, ``[batch, seq]``, says."""
 
     def counted(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -87,7 +87,7 @@ def bidirectional_mask(config: PreTrainedConfig, seen: Tensor, dtype: torch.dtyp
 
 
 def is_plain_causal(mask_function: Any) -> bool:
-    """Whether a rule is exactly that a query sees the keys up to itself."""
+    """Whether a rule is plain causal: a query attends to the keys up to its own position."""
     from transformers import masking_utils
 
     return mask_function is getattr(masking_utils, "causal_mask_function", None)

@@ -21,10 +21,10 @@ from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.traits.documents import PassesDocuments, carried_state
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.masks import (
-    counted_from,
     disable_packing_detection,
     mask_makers,
-    within_documents,
+    reindex_mask,
+    restrict_to_documents,
 )
 from veomni.ops.attention.ring import MASK_RULE, register_mask_rule
 
@@ -134,8 +134,8 @@ def _within_documents(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(*args, **options)
         rule = options["mask_function"]
         if getattr(options.get("config"), "attention_chunk_size", None) is not None:
-            rule = counted_from(rule, documents.positions)  # chunks are counted from the start of a document
-        options["mask_function"] = within_documents(rule, documents.numbers)
+            rule = reindex_mask(rule, documents.positions)  # chunks are counted from the start of a document
+        options["mask_function"] = restrict_to_documents(rule, documents.numbers)
         options["allow_is_causal_skip"] = False
         return make(*args, **options)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veomni.batch.forward_call import ForwardCall
-from veomni.families.audio import EncodeAudio, PlaceAudio, mask_audio_padding, merges_audio_itself
+from veomni.families.audio import EncodeAudio, PlaceAudio, mask_audio_padding, merges_audio_in_forward
 from veomni.families.record import family_record
 from veomni.families.unread import unread_parameters
 from veomni.logging import create_logger
@@ -50,7 +50,7 @@ def prepare_towers(model: nn.Module) -> None:
     adapter = ModelAdapter.of(model)
     if owner is None or adapter.towers:
         return
-    merges = merges_audio_itself(owner)
+    merges = merges_audio_in_forward(owner)
     if merges:
         adapter.patch(owner, "get_audio_features", EncodeAudio(owner))
     calls = {kind.modality: call for kind in _kinds(owner) if (call := _tower_call(owner, kind)) is not None}

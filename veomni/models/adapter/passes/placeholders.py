@@ -16,7 +16,7 @@ class DistinguishPlaceholders(InputPass):
     """Finds the placeholders of images and of videos by ``mm_token_type_ids``.
 
     Args:
-        owner: The module that asks for them by ``get_placeholder_mask``.
+        owner: The module that finds them by ``get_placeholder_mask``.
     """
 
     stage = Stage.MEDIA
@@ -33,7 +33,7 @@ class DistinguishPlaceholders(InputPass):
         self.present = (images, videos)
 
     def close(self, call: ForwardCall) -> None:
-        """Forget the types."""
+        """Let go of the types."""
         self.types = None
 
     def masks(

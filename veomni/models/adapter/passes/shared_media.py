@@ -115,7 +115,7 @@ class _Shared:
         return [self._placed(stream, counts, numbers) for stream in streams]
 
     def _counts(self, features: list[Tensor], items: int, rank: int) -> list[int]:
-        """Return how many features each item has, in order; those of other ranks are asked for."""
+        """Return how many features each item has, in order, summed over ranks."""
         own = torch.zeros(items, dtype=torch.int64, device=features[0].device)
         for index, piece in zip(range(rank, items, self.group.size()), features, strict=False):
             own[index] = len(piece)
