@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.models.multimodal import FAMILIES, IMAGES, MROPE, SOUNDS, family_config, worst
-from tests.strategies.test_absent_media import IMAGE, ROW, SOUND, TEXT, VIDEO, documents, truth, weights_of
+from tests.strategies.media import AUDIO, IMAGE, ROW, TEXT, VIDEO, documents_of, true_step, weights_of
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -22,7 +22,7 @@ _MOE = ("qwen3_vl_moe", "qwen3_omni_moe_thinker")
 
 def step_of(name):
     """Two micro-batches of what the family takes, and of text alone."""
-    given = [part for part, takes in ((IMAGE, IMAGES), (VIDEO, MROPE), (SOUND, SOUNDS)) if name in takes]
+    given = [part for part, takes in ((IMAGE, IMAGES), (VIDEO, MROPE), (AUDIO, SOUNDS)) if name in takes]
     return [[[part, TEXT] for part in given], [[TEXT, TEXT]]]
 
 
@@ -31,7 +31,7 @@ def on_gpu(name, precision):
     launcher.launch()
     model = launcher.setup_model(build_model(weights_of(name))).train()
     collate = MultimodalCollator(family_config(name), max_seq_len=ROW)
-    micro_batches = [collate([row]) for rank in documents(name, step_of(name)) for row in rank]
+    micro_batches = [collate([row]) for rank in documents_of(name, step_of(name)) for row in rank]
     for batch in launcher.track([micro_batches]):
         for micro in launcher.accumulate(model, batch):
             launcher.backward(model(**micro.inputs).loss, micro)
@@ -44,7 +44,7 @@ def on_gpu(name, precision):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("precision", "bound"), [("fp64", 1e-6), ("bf16", 0.12)])
 def test_a_step_on_a_gpu(name, precision, bound):
-    expected_loss, expected = truth(name, step_of(name), ())
+    expected_loss, expected = true_step(name, documents_of(name, step_of(name)))
     loss, found = on_gpu(name, precision)
     assert loss == pytest.approx(expected_loss, rel=bound / 3)
     given = {key: found[key] for key in expected}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.models.layouts import materialized, same_files
 from tests.models.multimodal import gradients, worst
 from tests.parity.layouts import beside
-from tests.strategies.test_absent_media import whole_gradients
+from tests.strategies.media import whole_gradients
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.errors import ConfigError, DataError, ModelError
 from veomni.launcher import Launcher

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from tests.models.multimodal import Sampler, family_config
 from tests.models.tiny import tiny_config
 from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, beside, vocabulary
-from tests.strategies.test_absent_media import ROW
+from tests.strategies.media import ROW
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model
