@@ -17,8 +17,6 @@ OWN = ("self", "cls", "ctx")
 ACCESS = ("getattr", "hasattr", "setattr", "delattr")
 PUBLIC = ("_replace", "_fields", "_exit")  # of namedtuple and os, documented
 NOT_YET: dict[str, set[str]] = {
-    "veomni/models/weights/initialize.py": {"_buffers", "_cdata", "_parameters", "_python_dispatch", "_schema"},
-    "veomni/models/weights/materialize.py": {"_buffers", "_parameters"},
 }  # fmt: skip
 """File to the names it still uses: the list only shrinks."""
 

@@ -27,10 +27,12 @@ from veomni.models.traits.shrink import shrunk_copy
 from veomni.models.traits.verdict import Verdict
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.weights.initialize import Initializer
+from veomni.models.weights.slots import slots
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 
-WHOLE = 20_000_000
-"""Parameters and buffers of a model that is copied whole, in elements."""
+TINY, SMALL = 1_000_000, 20_000_000
+"""Elements of a model that is copied whole, and of one that is where it cannot be shrunk: in a deep model with random
+weights the influence of a token vanishes."""
 _CPU = torch.device("cpu")
 
 
@@ -152,9 +154,9 @@ def copy_with_values(model: nn.Module) -> nn.Module:
     replaced = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
     if replaced is not None:
         raise NoCopyError(f"the forward of {replaced or 'the model'} was replaced after it was built")
-    small = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()]) <= WHOLE
+    elements = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
     try:
-        copy = skeleton_of(model) if small else shrunk_copy(model, WHOLE)
+        copy = skeleton_of(model) if elements <= TINY else _shrunk_or_whole(model, elements)
         from veomni.models.adapter.passes.documents import isolate_documents  # it imports the traits
 
         isolate_documents(copy)
@@ -164,21 +166,27 @@ def copy_with_values(model: nn.Module) -> nn.Module:
     return copy.eval()
 
 
+def _shrunk_or_whole(model: nn.Module, elements: int) -> nn.Module:
+    try:
+        return shrunk_copy(model, SMALL)
+    except ValueError:
+        if elements > SMALL:
+            raise
+        return skeleton_of(model)
+
+
 def _fill(copy: nn.Module) -> None:
     """Give a copy on the meta device values: random parameters, and the buffers that its class sets."""
     generator = torch.Generator().manual_seed(0)
     buffers = dict(copy.named_buffers(remove_duplicate=False))
-    initializer = Initializer(copy, _CPU, seed=0)
-    values = {name: value for group in initializer.values(buffers) for name, value in group.items()}
-    made: dict[int, nn.Parameter] = {}
-    for module in copy.modules():
-        for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(_random(parameter, generator), parameter.requires_grad)
-            setattr(module, key, made[id(parameter)])
-    for name, value in values.items():
-        owner, _, key = name.rpartition(".")
-        setattr(copy.get_submodule(owner), key, value)
+    made: dict[int, Tensor] = {}
+    for group in Initializer(copy, _CPU, seed=0).values(buffers):
+        made |= {id(buffers[name]): value for name, value in group.items() if name in buffers}
+    for slot in slots(copy):
+        meta = slot.tensor
+        if id(meta) not in made:
+            made[id(meta)] = nn.Parameter(_random(meta, generator), meta.requires_grad)
+        slot.put(made[id(meta)])
 
 
 def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:

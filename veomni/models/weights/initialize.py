@@ -1,4 +1,4 @@
-"""Random weights that are the same for any layout: a function of the seed and the module's name alone."""
+"""Layout-independent initialisation: each tensor depends only on (seed, name)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veomni.compat.dispatch_mode import TorchDispatchMode
+from veomni.compat.written_storages import WrittenStorages, storage_key
 from veomni.errors import ModelError
 from veomni.models.build.constructor import constructor_values
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.construction import init_weights, initialisers
+from veomni.models.weights.slots import slots
 
 
 @dataclass
@@ -49,8 +49,9 @@ class Initializer:
 
     def __init__(self, skeleton: nn.Module, device: torch.device, seed: int) -> None:
         self.device, self.seed, self._skeleton = device, seed, skeleton
-        self._slots = dict(_slots(skeleton))
-        self._aliases = _canonical_names(self._slots)
+        self._slots = {slot.name: slot for slot in slots(skeleton, remove_duplicate=False)}
+        first: dict[int, str] = {}
+        self._aliases = {name: first.setdefault(id(slot.tensor), name) for name, slot in self._slots.items()}
         self._initialisers = [_Initialiser(*entry) for entry in initialisers(skeleton)]
         self._trace()
 
@@ -67,11 +68,11 @@ class Initializer:
             yield {wanted.pop(name): value for name, value in made.items() if name in wanted}
 
     def _trace(self) -> None:
-        storages = {_storage(self._slots[name]): name for name in set(self._aliases.values())}
+        storages = {storage_key(self._slots[name].tensor): name for name in set(self._aliases.values())}
         for initialiser in self._initialisers:
-            with _Writes() as writes, torch.no_grad():
+            with WrittenStorages() as written, torch.no_grad():
                 initialiser.run()
-            initialiser.writes = {storages[storage] for storage in writes.storages if storage in storages}
+            initialiser.writes = {storages[key] for key in written.keys if key in storages}
 
     def _group(self, name: str) -> tuple[set[str], list[_Initialiser]]:
         group, size = {name}, 0
@@ -113,50 +114,6 @@ class Initializer:
         for name, canonical in self._aliases.items():
             if canonical in tensors:
                 self._slots[name].put(tensors[canonical])
-
-
-@dataclass
-class _Slot:
-    table: dict[str, Any]
-    key: str
-
-    @property
-    def tensor(self) -> Tensor:
-        tensor: Tensor = self.table[self.key]
-        return tensor
-
-    def put(self, tensor: Tensor) -> None:
-        self.table[self.key] = tensor
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, _Slot]]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if tensor is not None:
-                    yield f"{prefix}.{key}" if prefix else key, _Slot(table, key)
-
-
-def _canonical_names(slots: dict[str, _Slot]) -> dict[str, str]:
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(slot.tensor), name) for name, slot in slots.items()}
-
-
-def _storage(slot: _Slot) -> int:
-    return slot.tensor.untyped_storage()._cdata
-
-
-class _Writes(TorchDispatchMode):
-    """Records the storages that in-place operations write to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and isinstance(args[0], Tensor):
-            self.storages.add(args[0].untyped_storage()._cdata)
-        return func(*args, **(kwargs or {}))
 
 
 def _reset(module: nn.Module) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,25 +16,12 @@ from veomni.models.weights.initialize import Initializer
 from veomni.models.weights.part_streams import PartStreams
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.models.weights.shards import allocate_like, copy_into, local_box
+from veomni.models.weights.slots import Slot, slots
 from veomni.models.weights.source import WeightSource
 from veomni.models.weights.stream import WeightStream, broadcast_from_zero
 from veomni.parallel.wrappers import plain_name
 
 logger = create_logger(__name__)
-
-
-@dataclass
-class _Slot:
-    """Where a module keeps a meta tensor."""
-
-    name: str
-    table: dict[str, Any]
-    key: str
-
-    @property
-    def tensor(self) -> Tensor:
-        tensor: Tensor = self.table[self.key]
-        return tensor
 
 
 class Materializer:
@@ -62,7 +46,7 @@ class Materializer:
         self.device = device
         skeleton = skeleton_of(model)
         source = ModelAdapter.of(model).weight_source
-        self._initializer = Initializer(skeleton, device, seed) if any(_meta_slots(model, "")) else None
+        self._initializer = Initializer(skeleton, device, seed) if _meta_slots(model, "") else None
         self._stream = _stream(skeleton, source)
         if self._stream is not None:
             self._stream.copy_conversions(model)
@@ -81,21 +65,22 @@ class Materializer:
             ModelError: something stays without values; it is named.
         """
         fresh: dict[str, Tensor] = {}
-        for slot in list(_meta_slots(module, prefix)):
-            slot.table[slot.key] = self._storage(slot, fresh)
+        for slot in _meta_slots(module, prefix):
+            slot.put(self._storage(slot, fresh))
         streamed = {name: tensor for name, tensor in fresh.items() if self._stream and self._stream.provides(name)}
         if self._stream is not None:
             self._stream.fill(streamed, self._send)
         self._initialize({name: tensor for name, tensor in fresh.items() if name not in streamed})
-        _refuse_left_over(module, prefix)
+        _check_none_left(module, prefix)
 
-    def _storage(self, slot: _Slot, fresh: dict[str, Tensor]) -> Tensor:
+    def _storage(self, slot: Slot, fresh: dict[str, Tensor]) -> Tensor:
         """Return the storage of a slot, the same for tied slots; new ones are entered into ``fresh``."""
-        name = self._shared.get(slot.name, slot.name)
+        own = plain_name(slot.name)
+        name = self._shared.get(own, own)
         tensor = self._made.get(name)
         if tensor is None:
             tensor = fresh[name] = allocate_like(slot.tensor, self.device)
-            if slot.name in self._shared:
+            if own in self._shared:
                 self._made[name] = tensor
         return tensor
 
@@ -116,12 +101,8 @@ def _stream(skeleton: nn.Module, source: WeightSource) -> WeightStream | PartStr
     return None if source.directory is None else WeightStream(skeleton, SafetensorsFiles(source.directory))
 
 
-def _meta_slots(module: nn.Module, prefix: str) -> Iterator[_Slot]:
-    for path, part in module.named_modules(prefix=prefix):
-        for table in (part._parameters, part._buffers):
-            for key, tensor in table.items():
-                if tensor is not None and tensor.is_meta:
-                    yield _Slot(plain_name(f"{path}.{key}" if path else key), table, key)
+def _meta_slots(module: nn.Module, prefix: str) -> list[Slot]:
+    return [slot for slot in slots(module, prefix) if slot.tensor.is_meta]
 
 
 def _shared_names(model: nn.Module) -> dict[str, str]:
@@ -132,8 +113,8 @@ def _shared_names(model: nn.Module) -> dict[str, str]:
     return {name: group[0] for group in names.values() if len(group) > 1 for name in group}
 
 
-def _refuse_left_over(module: nn.Module, prefix: str) -> None:
-    left = [slot.name for slot in _meta_slots(module, prefix)]
+def _check_none_left(module: nn.Module, prefix: str) -> None:
+    left = [plain_name(slot.name) for slot in _meta_slots(module, prefix)]
     for path, part in module.named_modules(prefix=prefix):
         tensors = (key for key, value in vars(part).items() if isinstance(value, Tensor) and value.is_meta)
         left += [plain_name(f"{path}.{key}") for key in tensors]
