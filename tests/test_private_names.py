@@ -16,9 +16,6 @@ ALLOWED = (PACKAGE / "compat", PACKAGE / "models" / "transformers_api")
 OWN = ("self", "cls", "ctx")
 ACCESS = ("getattr", "hasattr", "setattr", "delattr")
 PUBLIC = ("_replace", "_fields", "_exit")  # of namedtuple and os, documented
-NOT_YET: dict[str, set[str]] = {
-}  # fmt: skip
-"""File to the names it still uses: the list only shrinks."""
 
 
 def private(name: str) -> bool:
@@ -67,7 +64,7 @@ def test_no_private_name_of_another_package_is_used() -> None:
     for path in (path for root in ROOTS for path in sorted(root.rglob("*.py"))):
         name = str(path.relative_to(PACKAGE.parent))
         if not any(home in path.parents for home in ALLOWED):
-            offenders += [f"{name}: {use}" for use in foreign(path.read_text()) - NOT_YET.get(name, set())]
+            offenders += [f"{name}: {use}" for use in foreign(path.read_text())]
     assert offenders == []
 
 

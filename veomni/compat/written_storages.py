@@ -11,7 +11,7 @@ from veomni.compat.private_name import PrivateName
 
 PRIVATE = (
     PrivateName("torch:UntypedStorage._cdata", "tells storages on the meta device apart", "AttributeError"),
-    PrivateName("torch.ops.aten:add_.Tensor._schema", "tells operations that write", "AttributeError"),
+    PrivateName("torch:ops.aten.add_.Tensor._schema", "tells operations that write", "AttributeError"),
 )
 
 
@@ -31,4 +31,3 @@ class WrittenStorages(TorchDispatchMode):
         if func._schema.is_mutable and isinstance(args[0], Tensor):
             self.keys.add(storage_key(args[0]))
         return func(*args, **(kwargs or {}))
-
