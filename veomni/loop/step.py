@@ -112,7 +112,8 @@ class ModelStep:
     """
 
     def __init__(self, step: Step, model: nn.Module, grad_sync: GradSync, weight: Weight | None) -> None:
-        self._step, self._model, self._grad_sync = step, model, grad_sync
+        # Not the step itself: a circle would keep the tensors of every step until a collection of garbage.
+        self._index, self._world, self._model, self._grad_sync = step.index, step.world, model, grad_sync
         self.micro_batches, self.totals, self._device = step.micro_batches, step.totals, step.world.device
         adapter = ModelAdapter.of(model)
         self.routers: RouterController | None = adapter.routers
@@ -130,14 +131,14 @@ class ModelStep:
             total = self.totals.token_weight if shifts else self.totals.labels
             if not total and not shifts and self.totals.samples:
                 raise DataError(
-                    f"no label of step {self._step.index} counts: all are -100", "give it labels, or leave it out"
+                    f"no label of step {self._index} counts: all are -100", "give it labels, or leave it out"
                 )
             return weights, total or 1.0
         weights = [float(weight(micro)) for micro in self.micro_batches]
         total = sync_step({"weight": sum(weights)})["weight"]
         if not total > 0:
             raise LoopError(
-                f"the weights of step {self._step.index} sum to {total}", "let weight= return what a loss averages over"
+                f"the weights of step {self._index} sum to {total}", "let weight= return what a loss averages over"
             )
         return weights, total
 
@@ -154,7 +155,7 @@ class ModelStep:
     def _begin_routing(self, routers: RouterController) -> None:
         routers.begin_step(self.totals.tokens, len(self.micro_batches))
         if routers.counts_first:
-            with same_draws_after(self._step.world.accelerator):
+            with same_draws_after(self._world.accelerator):
                 run = lambda held: forward(self._model, held.to(self._device))  # noqa: E731
                 routers.count_first(self.micro_batches, run)
 
@@ -167,7 +168,7 @@ class ModelStep:
             self.routers.before_backward()
         share = shared_loss(loss, micro, self)
         self.loss = self.loss + share.detach()
-        (share * self._step.world.state.size("loss")).backward()
+        (share * self._world.state.size("loss")).backward()
         if micro.index not in self._backpropagated and self._context.by_source is not None:
             sums = self._context.by_source.sums
             self.source_sums = sums if self.source_sums is None else self.source_sums + sums
@@ -184,7 +185,7 @@ class ModelStep:
         count, missing = len(self.micro_batches), len(self.micro_batches) - len(self._backpropagated)
         if missing:
             raise LoopError(
-                f"step {self._step.index}: {missing} of {count} micro-batches had no launcher.backward",
+                f"step {self._index}: {missing} of {count} micro-batches had no launcher.backward",
                 "call launcher.backward(loss, micro) instead of loss.backward() for every micro-batch that "
                 "launcher.accumulate yields, and do not break out of it",
             )
