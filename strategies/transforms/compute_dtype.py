@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -78,19 +79,22 @@ def keep_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def compute_in(model: nn.Module, precision: Precision, device_type: str, *, autocast: bool) -> None:
-    """Run ``model``'s forward in ``precision``.
+def compute_in(adapter: ModelAdapter, precision: Precision, device_type: str, *, autocast: bool) -> None:
+    """Run a model's forward in ``precision``.
 
     Args:
-        model: The module users call, before it is wrapped.
-        precision: fp64 keeps float64 throughout; bf16 runs under autocast when ``autocast`` is set.
+        adapter: The adapter of the model.
+        precision: fp64 keeps float64 throughout. bf16 runs under autocast when ``autocast`` is set, and returns outputs
+            in float32, so that no loss is computed in bf16; unless the model's loss is the library's, which is float32.
         device_type: Device type of the autocast.
         autocast: Whether the caller's wrapper leaves casting to autocast (FSDP casts parameters itself).
     """
     if precision.name == "fp64":
-        ModelAdapter.of(model).add(_Within(Float64Throughout))
-    elif precision.mixed and autocast:
-        ModelAdapter.of(model).add(_Within(lambda: torch.autocast(device_type, dtype=precision.compute)))
+        adapter.add(_Within(Float64Throughout))
+    if precision.mixed and autocast:
+        adapter.add(_Within(lambda: torch.autocast(device_type, dtype=precision.compute)))
+    if precision.mixed and adapter.loss is None:
+        adapter.add(Float32Outputs())
 
 
 class _Within(InputPass):
@@ -110,3 +114,29 @@ class _Within(InputPass):
     def close(self, call: ForwardCall) -> None:
         if self.entered:
             self.entered.pop().__exit__(None, None, None)
+
+
+class Float32Outputs(InputPass):
+    """Returns the floating tensors of a model's output in float32."""
+
+    stage = Stage.PRECISION
+
+    def after(self, call: ForwardCall, output: Any) -> Any:
+        """Cast tensors in tuples, lists, mappings and dataclasses too."""
+        return _float32(output)
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    if isinstance(value, dict):  # transformers' outputs among them
+        for name, part in list(value.items()):
+            value[name] = _float32(part)
+    elif isinstance(value, tuple) and hasattr(value, "_make"):
+        return type(value)(*(_float32(part) for part in value))
+    elif isinstance(value, list | tuple):
+        return type(value)(_float32(part) for part in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        return dataclasses.replace(value, **{name: _float32(part) for name, part in parts.items()})
+    return value

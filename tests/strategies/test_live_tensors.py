@@ -88,10 +88,7 @@ def counts(
     model = launcher.setup_model(build_model(config, weights="random")).train()
     spoil(model)
     flat = isinstance(model, FullyShardedDataParallel)  # Muon needs whole matrices
-    optimizer = build_optimizer(
-        model, name="sgd" if flat else "muon", lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, momentum=0.9,
-        no_decay=(),
-    )  # fmt: skip
+    optimizer = build_optimizer(model, "sgd" if flat else "muon", lr=1e-3)
     found = []
     with collector_off():
         for batch in launcher.track([rows(launcher)] * STEPS):
@@ -165,4 +162,5 @@ def test_balanced_encoders(ranks, strategy):
 
 
 def test_a_planted_leak_is_found():
-    assert growing(counts(Single(), tiny_config("qwen3"), text_rows, plant_a_circle))
+    (found,) = run_ranks(counts, 1, Single(), tiny_config("qwen3"), text_rows, plant_a_circle, init=False)
+    assert growing(found)

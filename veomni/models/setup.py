@@ -23,6 +23,7 @@ from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.traits import FusesHead, ModelTraits, PassesDocuments, complete, examine_model
 from veomni.moe import MoEOptions, RouterScoring, install_controller
 from veomni.strategies.base import SetupContext, Strategy
+from veomni.strategies.transforms.buffers import ShareBuffers, changing_buffers
 from veomni.strategies.transforms.compute_dtype import compute_in
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def setup_model(
     context = SetupContext(state, accelerator, device, precision, plan, owner, materialize)
     for strategy in launcher.strategies:
         strategy.transform(adapter, context)
-    compute_in(model, precision, device.type, autocast=not owner.casts_parameters)
+    compute_in(adapter, precision, device.type, autocast=not owner.casts_parameters)
+    if launcher.world_size > 1 and changing_buffers(model):
+        adapter.add(ShareBuffers(model, state.group("loss")))
     ready = owner.parallelize(model, context)
 
     # What only the real model shows
