@@ -38,7 +38,6 @@ def test_help_exits_with_0(command: list[str], capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "COMMAND"),
         (["lunch"], "'lunch'"),
         (["doctor", "--all"], "--all"),
         (["launch"], "FILE.py"),
@@ -65,6 +64,17 @@ def test_bad_input_is_said_without_a_traceback(
     assert "fix: " in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert "usage: veomni" in capsys.readouterr().out
+
+
+def test_a_configuration_is_no_script(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", TINY, "--train.seed", "1"])
+    assert f"fix: veomni launch examples/train.py {TINY} --train.seed 1" in capsys.readouterr().err
 
 
 def test_bad_input_ends_the_process_with_78() -> None:
@@ -100,7 +110,7 @@ def test_doctor_says_what_is_there_and_no_secret() -> None:
 def test_schema_is_json_and_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     main(["schema"])
     schema = json.loads(capsys.readouterr().out)
-    assert schema["$defs"]["TrainConfig"]["properties"]["seed"]["description"]
+    assert schema["$defs"]["TrainSection"]["properties"]["seed"]["description"]
 
 
 def test_a_reader_that_stops_early_is_no_fault() -> None:
@@ -143,14 +153,15 @@ def test_plan_counts_one_number_for_every_element_of_muons_matrices(capsys: pyte
 
 
 def test_plan_knows_replicas_frozen_parameters_and_ddp(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", TINY, "--world", "4", "--train.data_parallel_replicate_size", "2", "--model.freeze", "['*embed*']"])
+    plan = ["plan", TINY, "--world", "4", "--train.micro_batch_size", "2"]
+    main([*plan, "--train.data_parallel_replicate_size", "2", "--model.freeze", "['*embed*']"])
     sharded = facts(capsys)
-    main(["plan", TINY, "--world", "4", "--train.data_parallel_mode", "ddp", "--train.precision", "fp64"])
+    main([*plan, "--train.data_parallel_mode", "ddp", "--train.precision", "fp64"])
     replicated = facts(capsys)
     assert sharded["mesh"].startswith("pp 1 x dp_replicate 2 x dp_shard 2")
-    assert sharded["parameters of the model"] == f"2,410,560, {2_410_560 - 4096 * 192:,} trained"
+    assert sharded["parameters of the model"] == f"2,017,344, {2_017_344 - 2048 * 192:,} trained"
     assert replicated["mesh"].startswith("pp 1 x dp_replicate 4 x dp_shard 1")
-    assert replicated["parameters per rank"] == f"{2_410_432 * 8 / 1024**3:.3f} GiB (device)"
+    assert replicated["parameters per rank"] == f"{2_017_344 * 8 / 1024**2:.3f} MiB (device)"
 
 
 def test_data_shows_what_is_learned(tmp_path: Path) -> None:

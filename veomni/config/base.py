@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -23,6 +23,8 @@ class Section(BaseModel):
 
     configures: ClassVar[tuple[str, ...]] = ()
     """Classes and functions whose arguments are the keys of this section."""
+    renames: ClassVar[Mapping[str, str]] = {}
+    """Their arguments that have another name ("Packing.strategy"), and the keys."""
 
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
         """Yield what is wrong with this section beside the others; files, devices and the model are not looked at.

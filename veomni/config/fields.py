@@ -34,6 +34,7 @@ def _arguments(schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
     for key, field in walk(schema):
         entries = [mark for part in get_args(field.annotation) for mark in getattr(part, "__metadata__", ())]
         for section in (field.annotation, *_sections(field.metadata)):
+            yield from ((name, f"{key}.{inner}") for name, inner in getattr(section, "renames", {}).items())
             for name in getattr(section, "configures", ()):
                 yield from ((f"{name}.{inner}", f"{key}.{inner}") for inner in section.model_fields)  # type: ignore[union-attr]
         for section in _sections(entries):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import override
@@ -42,7 +42,8 @@ class SourceSection(Section):
 class DataSection(Section):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
-    configures = ("RecordSchema", "build_dataset", "build_mixture", "Encoder", "Packing", "Order", "Workers")
+    configures = ("build_dataset", "build_dataloader", "RecordSchema", "Packing", "Order", "Workers", "Encoder")
+    renames: ClassVar[Mapping[str, str]] = {"Packing.strategy": "packing", "build_dataset.paths": "train_path"}
 
     train_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
         default=None,

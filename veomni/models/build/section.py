@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import override
@@ -29,6 +29,7 @@ class ModelSection(Section):
     """Architecture, weights and tokenizer. Paths are relative to the working directory."""
 
     configures = ("build_model", "build_config", "build_tokenizer")
+    renames: ClassVar[Mapping[str, str]] = {"build_tokenizer.path": "tokenizer_path"}
 
     config_path: PathText | None = Field(
         default=None,
