@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from veomni.registry import Registry
 
 IGNORE_INDEX = -100
@@ -24,7 +26,8 @@ class Field:
         per: "token" holds one entry per token along ``dim``: samples of a row are concatenated, the row is padded to
             its length, rows are stacked, and sequence parallelism gives each rank its shard. "item" holds images,
             patches, sizes or audio: those of all rows are concatenated along ``dim``, in the order of the rows, and
-            every rank of a sequence group gets all of them.
+            every rank of a sequence group gets all of them. "row" describes whole rows, and is the same on all of their
+            ranks.
         pad: What the padded tail of a row holds; and, for items, what fills the shorter of two along their last axis
             where ``ragged``.
         dim: The axis that is concatenated; for tokens counted in a sample without batch.
@@ -34,7 +37,7 @@ class Field:
             "rows" describe positions.
     """
 
-    per: Literal["token", "item"]
+    per: Literal["token", "item", "row"]
     pad: float = 0
     dim: int = 0
     ragged: bool = False
@@ -59,6 +62,7 @@ _OTHERS = {
     "loss_weights": Field("token", 1, holder="targets"),
     "input_features": Field("item", ragged=True),
     "feature_attention_mask": Field("item", ragged=True),
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), Field("row")),
     # Decoders of composed models (veomni/models/omni/decoders.py).
     "codes": Field("token", IGNORE_INDEX),
     "codes_next": Field("token", IGNORE_INDEX, counts="codes"),
@@ -78,6 +82,12 @@ for _name, _field in [
 def holder_of(name: str) -> str:
     """Return which part of a micro-batch holds a field; the model's arguments, for one that is not in the table."""
     return FIELDS.get(name).holder if name in FIELDS else "inputs"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def scope_of(name: str) -> str | None:
+    """Return what a field has an entry per; None for one that is not in the table."""
+    return FIELDS.get(name).per if name in FIELDS else None
 
 
 def component_tokens(inputs: Mapping[str, Any]) -> dict[str, int]:

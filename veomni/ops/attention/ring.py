@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from veomni.batch.fields import scope_of
 from veomni.batch.forward_call import current_groups
 from veomni.batch.split import zigzag_chunks
 from veomni.errors import LayoutError, ModelError
@@ -30,7 +31,6 @@ from veomni.ops.comm.ring import RingStep
 RING = "ring"
 MASK_RULE = "mask_rule"
 _FIX = "use Ulysses instead of ContextParallel"
-_SPLIT_ELSEWHERE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _chunk(number: int, width: int, device: torch.device) -> Tensor:
@@ -263,7 +263,7 @@ class RingAttention:
 
 def _refuse_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
-        unknown = isinstance(value, Tensor) and name not in _SPLIT_ELSEWHERE
+        unknown = isinstance(value, Tensor) and scope_of(name) not in ("token", "row")
         if unknown or (name in ("s_aux", "sinks", "softcap") and value is not None):
             raise ModelError(
                 f"ring attention does not support {name}, which this model uses",

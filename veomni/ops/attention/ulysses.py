@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from veomni.batch.fields import scope_of
 from veomni.batch.forward_call import current_groups
 from veomni.errors import ModelError
 from veomni.models.transformers_api.attention import ConfigWithAttention, attention_of, eager_attention
@@ -22,8 +23,6 @@ from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_s
 
 PREFIX = "ulysses_"
 _PER_HEAD = ("s_aux", "sinks")
-_NOT_FOR_ATTENTION = ("position_ids", "labels", "shift_labels")  # of this rank's part only
-_PER_SEQUENCE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 _exchanged: ContextVar[bool] = ContextVar("veomni_exchanged", default=False)
@@ -137,13 +136,11 @@ def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
     """Return what a model passes to its attention beside queries, keys, values and a mask, cut to some heads.
 
     Raises:
-        ModelError: there is a tensor that nobody can split with certainty.
+        ModelError: there is a tensor without a rule for splitting it.
     """
-    options = dict(kwargs)
-    for name in _NOT_FOR_ATTENTION:
-        options.pop(name, None)
+    options = {name: value for name, value in kwargs.items() if scope_of(name) != "token"}  # of this rank's shard only
     for name, value in list(options.items()):
-        if not isinstance(value, Tensor) or name in _PER_SEQUENCE or not value.dim():
+        if not isinstance(value, Tensor) or scope_of(name) == "row" or not value.dim():
             continue
         if name not in _PER_HEAD:
             raise ModelError(
