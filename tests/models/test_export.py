@@ -14,7 +14,7 @@ from tests.models.layouts import fsdp1, fsdp2, logits, materialized, same_files
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni import Launcher
 from veomni.errors import ModelError
-from veomni.models import build_model, export_hf, export_tensors, export_tensors_hf
+from veomni.models import build_model, export_hf, export_tensors
 from veomni.testing.ranks import RankFailed, run_ranks
 
 
@@ -69,7 +69,7 @@ def test_a_tied_weight_is_written_once(tmp_path):
     model = materialized(tiny_config("qwen3"))
     tensors = list(model.state_dict().items())
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= dict(tensors).keys()
-    export_tensors_hf(model.config, tensors, tmp_path / "a", max_shard_size=1)
+    export_tensors(model.config, tensors, tmp_path / "a", max_shard_size=1)
     files = sorted((tmp_path / "a").glob("model-*.safetensors"))
     assert len(files) == len(tensors) - 1
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
@@ -129,7 +129,7 @@ def test_export_from_loose_tensors(name, tmp_path):
     model = materialized(tiny_config(name))
     export_hf(model, tmp_path / "model")
     tensors = list(model.state_dict().items())[::-1]
-    export_tensors_hf(model.config, tensors, tmp_path / "tensors")
+    export_tensors(model.config, tensors, tmp_path / "tensors")
     assert same_files(tmp_path / "model", tmp_path / "tensors")
 
 
@@ -138,9 +138,9 @@ def test_loose_tensors_must_be_complete_and_fit(tmp_path):
     tensors = dict(model.state_dict())
     norm = tensors.pop("model.norm.weight")
     with pytest.raises(ModelError, match=r"missing for the export: model\.norm\.weight"):
-        export_tensors_hf(model.config, tensors.items(), tmp_path / "a")
+        export_tensors(model.config, tensors.items(), tmp_path / "a")
     with pytest.raises(ModelError, match=r"model\.norm\.weight \[31\] does not fit"):
-        export_tensors_hf(model.config, [("model.norm.weight", norm[1:])], tmp_path / "a")
+        export_tensors(model.config, [("model.norm.weight", norm[1:])], tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +208,7 @@ def test_any_module_is_written_by_the_names_of_its_state_dict(strategy, ranks, t
 
 
 def test_tensors_of_any_module_are_cast_and_cut_into_files(tmp_path):
-    export_tensors(Plain().state_dict().items(), tmp_path / "a", dtype=torch.bfloat16, max_shard_size=64)
+    export_tensors(None, Plain().state_dict().items(), tmp_path / "a", dtype=torch.bfloat16, max_shard_size=64)
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())["weight_map"]
     assert index.keys() == Plain().state_dict().keys()
     written = load_file(tmp_path / "a" / index["norm.num_batches_tracked"])

@@ -26,17 +26,17 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     import torch
 
     from veomni.checkpoint import read_model_tensors
-    from veomni.models import build_config, build_tokenizer, export_tensors, export_tensors_hf
+    from veomni.models import build_config, build_tokenizer, export_tensors
 
     assets = arguments.checkpoint.resolve().parent.parent / "model_assets"
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    tensors = read_model_tensors(arguments.checkpoint)
+    config = tokenizer = None
     if not assets.exists():
         logger.info("%s is not there: the weights are written by the names of the module", assets)
-        print(export_tensors(tensors, arguments.output_dir, dtype=dtype))
-        return
-    if not (assets / "config.json").is_file():
+    elif (assets / "config.json").is_file():
+        config, tokenizer = build_config(assets), build_tokenizer(assets)
+    else:
         problem = f"{assets} holds no config.json, so the architecture of {arguments.checkpoint} is unknown"
         raise CheckpointError(problem, "restore it, or remove model_assets to write the weights by the module's names")
-    tokenizer = build_tokenizer(assets)
-    print(export_tensors_hf(build_config(assets), tensors, arguments.output_dir, tokenizer=tokenizer, dtype=dtype))
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    tensors = read_model_tensors(arguments.checkpoint)
+    print(export_tensors(config, tensors, arguments.output_dir, tokenizer=tokenizer, dtype=dtype))

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from veomni.models.weights.export import (
         export_tensors as export_tensors,
     )
-    from veomni.models.weights.export import (
-        export_tensors_hf as export_tensors_hf,
-    )
     from veomni.models.weights.materialize import Materializer as Materializer
     from veomni.models.weights.source import WeightSource as WeightSource
     from veomni.parallel.wrappers import unwrap as unwrap
@@ -63,7 +60,6 @@ _HOMES = {
     "derive_plan": "veomni.models.build.plan",
     "export_hf": "veomni.models.weights.export",
     "export_tensors": "veomni.models.weights.export",
-    "export_tensors_hf": "veomni.models.weights.export",
     "freeze": "veomni.models.build.freeze",
     "install_token_loss": "veomni.models.adapter.passes.token_loss",
     "isolate_documents": "veomni.models.adapter.passes.documents",

@@ -86,18 +86,7 @@ def _write_on_rank_zero(streams: Mapping[str, Iterator[Any]], write: Callable[[]
 
 
 def export_tensors(
-    tensors: Iterable[tuple[str, Tensor]],
-    output_dir: Path | str,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int = 5 * GIB,
-) -> Path:
-    """Write full tensors of any module as ``model.safetensors``, by their names; see :func:`export_hf`."""
-    return _export(None, tensors, Path(output_dir), None, dtype, max_shard_size)
-
-
-def export_tensors_hf(
-    config: PreTrainedConfig,
+    config: PreTrainedConfig | None,
     tensors: Iterable[tuple[str, Tensor]],
     output_dir: Path | str,
     *,
@@ -105,10 +94,10 @@ def export_tensors_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * GIB,
 ) -> Path:
-    """Write full tensors, as a checkpoint of this library holds them, in Hugging Face layout; no process group needed.
+    """Write full tensors, as a checkpoint holds them, as :func:`export_hf` does; no process group is needed.
 
     Args:
-        config: The model's configuration.
+        config: The model's configuration; None writes the tensors by their names.
         tensors: (Name in the model, full tensor), in any order; not needed again once taken.
         output_dir: See :func:`export_hf`, as the rest.
         tokenizer: A tokenizer or processor to save beside the weights.
@@ -118,7 +107,8 @@ def export_tensors_hf(
     Raises:
         ModelError: a tensor is missing, unknown or of another shape; or the directory holds something else.
     """
-    return _export(_skeleton(config), tensors, Path(output_dir), tokenizer, dtype, max_shard_size)
+    skeleton = None if config is None else _skeleton(config)
+    return _export(skeleton, tensors, Path(output_dir), tokenizer, dtype, max_shard_size)
 
 
 def _skeleton(config: PreTrainedConfig, like: nn.Module | None = None) -> nn.Module:
