@@ -19,7 +19,7 @@ def show_sample(
     chat_template: str | None = None,
     max_new_tokens: int = 100,
 ) -> None:
-    """Print a prompt of the first held-out document, and what the model generates from it; for one rank to call.
+    """Print a prompt of the middle held-out document, and what the model generates from it; for one rank to call.
 
     The prompt of a conversation is all but its last message, through the chat template; that of a text is some lines
     before its middle. Of other data, of media and of streams nothing is printed.
@@ -38,11 +38,11 @@ def show_sample(
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    document = documents[0]
+    document = documents[len(documents) // 2]
     prompt = _prompt(document.record, tokenizer, documents.schema.text_key, chat_template)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     torch.manual_seed(0)
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.6, top_p=0.9)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.4, top_p=0.9)
     generated = tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"--- held out, from {document.where}:\n{prompt}\n--- {directory} continues:\n{generated}", flush=True)
 
