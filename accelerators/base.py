@@ -115,7 +115,7 @@ class Accelerator(ABC):
         """
         if not shared and processes > self.device_count():
             raise DeviceError(
-                f"{processes} processes were asked for but there are {self.device_count()} {self.name} devices",
+                f"{processes} processes were requested but there are {self.device_count()} {self.name} devices",
                 f"start at most {self.device_count()}, or use backend gloo to share devices",
                 field="Launcher.devices",
             )

@@ -28,7 +28,7 @@ def select_accelerator(choice: str | Accelerator) -> Accelerator:
 
     Raises:
         ConfigError: no accelerator has that name.
-        DeviceError: the one asked for has no device here.
+        DeviceError: the requested one has no device here.
     """
     accelerator = choice if isinstance(choice, Accelerator) else ACCELERATORS.get(choice)()
     accelerator.require()

@@ -1,4 +1,4 @@
-"""Spread the experts of every layer over ranks, beside whatever holds the other parameters.
+"""Spread the experts of every layer over ranks, beside any strategy that holds the other parameters.
 
 Experts are DTensors: ``Shard(0)`` over ``ep``, and sharded once more by ``fully_shard`` over ``ep_fsdp``, so that any
 checkpoint reshards. Each rank's gradient is the sum over the tokens that its ``ep`` peers sent it, so the average over

@@ -132,5 +132,5 @@ def _policy(context: SetupContext) -> MixedPrecisionPolicy:
 
 
 def _fp32_policy() -> MixedPrecisionPolicy:
-    # Modeling code that wants a module in float32 casts that module's inputs by itself.
+    # Modeling code that keeps a module in float32 casts that module's inputs itself.
     return MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)

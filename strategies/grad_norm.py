@@ -27,8 +27,8 @@ def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
 def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """Return the global gradient norm of DTensor and plain parameters, over any mix of meshes and placements.
 
-    Groups are formed from the parameters, not from the gradients a rank happens to have, and only scalars travel: every
-    rank runs the same collectives. Replicated mesh axes are not summed over.
+    Groups are formed from the parameters, not from the gradients a rank happens to have, and only scalars are
+    exchanged: every rank runs the same collectives. Replicated mesh axes are not summed over.
     """
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     wide = torch.float32
@@ -65,7 +65,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     """
     if not torch.isfinite(norm):
         raise NonFiniteError(
-            f"the gradient norm is {norm.item()}: the step was refused on all ranks and no parameter changed; "
+            f"the gradient norm is {norm.item()}: no rank takes the step and no parameter changed; "
             "look at the last batch, the learning rate and the precision"
         )
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -188,7 +188,7 @@ class Config(Section):
             LayoutError: they cannot be shared.
         """
         from veomni.batch.split import SequenceShard
-        from veomni.ops.attention.ulysses import refuse_heads
+        from veomni.ops.attention.ulysses import check_heads
 
         train = self.train
         shard = SequenceShard(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
@@ -202,7 +202,7 @@ class Config(Section):
             return
         facts = self.model.build_config().get_text_config().to_dict()
         if facts.get("num_attention_heads"):  # in some models they differ by layer: setup_model checks each
-            refuse_heads(facts["num_attention_heads"], shard.ulysses)
+            check_heads(facts["num_attention_heads"], shard.ulysses)
         experts = next((facts[key] for key in _EXPERTS if facts.get(key)), None)
         if experts is not None and experts % train.expert_parallel_size:  # other models: setup_model checks
             divisors = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)

@@ -56,7 +56,7 @@ class SequenceStrategy(Strategy):
         backend = text_attention_of(model)
         if not backend.endswith(_PACKING_BACKENDS):
             raise ModelError(
-                f"attention {backend} cannot take the document borders of whole rows (cu_seqlens)",
+                f"attention {backend} does not support document boundaries (cu_seqlens)",
                 "set attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
                 field="build_model.attention",
             )

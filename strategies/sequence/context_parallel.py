@@ -1,4 +1,4 @@
-"""Context parallelism: each rank holds a part of every row, and for attention keys and values travel round a ring."""
+"""Context parallelism: each rank holds a part of every row, and for attention keys and values are sent round a ring."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ContextParallel(SequenceStrategy):
     """Split every row over ranks, whatever the number of heads; attention is computed block by block on a ring.
 
     Rows are dealt out in a zigzag, so that every rank computes alike under a causal rule. Composes with
-    :class:`Ulysses`: heads are exchanged within each group of that, keys and values travel between the groups. See Liu
-    et al., 2023 (arXiv:2310.01889).
+    :class:`Ulysses`: heads are exchanged within each group of that, keys and values are sent between the groups. See
+    Liu et al., 2023 (arXiv:2310.01889).
 
     Args:
         size: Ranks of the ring.

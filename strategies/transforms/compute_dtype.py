@@ -1,4 +1,4 @@
-"""Make a model compute in another format than it stores, for strategies whose wrapper does not do it by itself."""
+"""The dtype that a forward computes in, where it differs from the dtype of storage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _SamplingPlaces(TorchFunctionMode):
 
 
 class Float64Throughout(TorchDispatchMode):
-    """Keep float64 where modeling code asks for float32 (norms, softmax, rotary tables, sums), or for no format at all.
+    """Keep float64 where modeling code names float32 (norms, softmax, rotary tables, sums), or no dtype at all.
 
     Without it an fp64 run still rounds to float32 in every norm, and gradients agree between layouts to 1e-7 only.
     """

@@ -1,9 +1,9 @@
-"""Spread the work of towers over ranks: whole images travel to where there is least to do, and features travel back.
+"""Balance media encoding across ranks: whole images are sent to the ranks with least to encode, and features back.
 
 Images come with documents, and documents are dealt to ranks by their tokens: one rank may have ten large images where
-another has none, and all wait for the first. Here every rank tells what its items cost; all make the same plan, by
-which the most expensive item goes to the rank with the least so far; items are encoded where the plan says. Features
-come back in the order of their owner, and gradients go the same way, so that nothing is computed differently.
+another has none, and all wait for the first. Costs of all items are gathered, and all ranks compute the same plan, by
+which the most expensive item goes to the rank with the least so far. Features come back in the order of their owner,
+and gradients go the same way, so that nothing is computed differently.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class _Balance:
 
     def _alike(self, items: Items) -> Items:
         """Bring values into the format that some rank has, and mel features to the longest of all ranks."""
-        sound = items.kind.modality == "audio"
-        own = [_FORMATS.index(items.values.dtype), items.values.shape[-1] if sound else 0] if len(items) else [0, 0]
+        audio = items.kind.modality == "audio"
+        own = [_FORMATS.index(items.values.dtype), items.values.shape[-1] if audio else 0] if len(items) else [0, 0]
         shared = torch.tensor(own, device=items.values.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
         values, sizes = items.values.to(_FORMATS[int(shared[0])]), items.sizes
-        if sound:
+        if audio:
             assert sizes is not None
             longest = int(shared[1])  # a rank without any has those of a dummy
             missing = max(0, longest - values.shape[-1])

@@ -137,7 +137,7 @@ def test_more_processes_than_devices_is_refused_unless_shared():
         def device_count(cls):
             return 1
 
-    with pytest.raises(DeviceError, match="2 processes were asked for but there are 1 cuda devices"):
+    with pytest.raises(DeviceError, match="2 processes were requested but there are 1 cuda devices"):
         OneGPU().check_devices(2, shared=False)
     OneGPU().check_devices(2, shared=True)
 

@@ -22,7 +22,7 @@ PRIVATE = (
     PrivateName(
         "torch.distributed.distributed_c10d:_set_pg_timeout",
         reason="a mesh makes its groups with the backend's default timeout, not with that of the world",
-        without="collectives of a mesh wait for the default timeout, whatever the launcher was given",
+        without="collectives of a mesh wait for the backend's default timeout",
         parameters=("timeout", "group"),
     ),
     PrivateName(

@@ -9,7 +9,7 @@ from veomni.compat.private_name import PrivateName
 PRIVATE = (
     PrivateName(
         "torch.utils._python_dispatch:TorchDispatchMode",
-        reason="keeps float64 where modeling code asks for float32; records what a constructor writes on meta tensors",
+        reason="keeps float64 where modeling code names float32; records what a constructor writes on meta tensors",
         without="fp64 runs and initialization by tracing are not possible",
     ),
 )

@@ -21,7 +21,7 @@ def reduce_in_place(unit: FSDPModule) -> None:
 
 
 class _OneBuffer:
-    """FSDP2's interface of a reduce-scatter; it asks for the input first, then for the output."""
+    """FSDP2's interface of a reduce-scatter; the input is allocated first, then the output."""
 
     def __init__(self) -> None:
         self._input: Tensor | None = None

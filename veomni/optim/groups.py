@@ -1,4 +1,4 @@
-"""Which parameters weight decay applies to, whatever wraps or shards them."""
+"""Which parameters weight decay applies to, under any wrapper and sharding."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Ranks that hold shards of the same matrices share them out by cost, the most expensive first, each to the rank that has
 least to do. The owner receives the shards by all-to-all, works on the whole matrix and sends shards of the result back.
 Replicas (HSDP) share the matrices out as well, and broadcast the results to one another. What is sent depends on shapes
-and meshes only, in rounds of bounded size, the next of which travels while a rank works on the one before.
+and meshes only, in rounds of bounded size, the next of which is in flight while a rank works on the one before.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class MatrixOwners:
     Args:
         holders: The ranks that take part; all of them construct this with the same matrices, and call :meth:`run`.
         matrices: What this rank has a part of.
-        device: Where matrices travel and are worked on.
-        dtype: The format they travel in.
+        device: Where matrices are sent and worked on.
+        dtype: The dtype they are sent in.
     """
 
     def __init__(self, holders: Holders, matrices: Sequence[Matrix], device: torch.device, dtype: torch.dtype) -> None:
@@ -165,7 +165,7 @@ class MatrixOwners:
         self.rounds = list(_share_out(matrices, self.replicas, self.ranks))
 
     def empty(self, elements: int) -> Tensor:
-        """Return room for what travels."""
+        """Return an empty buffer to send or receive."""
         return torch.empty(elements, device=self.device, dtype=self.dtype)
 
     def run(self, read: Callable[[Matrix], Tensor], work: Work) -> Iterator[tuple[Matrix, Tensor]]:

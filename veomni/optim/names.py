@@ -1,4 +1,4 @@
-"""Parameters by the names that the user's module gives them, whatever wraps it."""
+"""Parameters by the names that the user's module gives them, under any wrapper."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class ParallelState:
     Args:
         dims: Resolved sizes.
         device_type: Device type of the mesh, as ``torch.device.type``.
-        timeout: How long a collective of any axis waits; None leaves PyTorch's default, whatever the world's is.
+        timeout: How long a collective of any axis waits; None leaves PyTorch's default.
     """
 
     def __init__(self, dims: ParallelDims, device_type: str, *, timeout: timedelta | None = None) -> None:

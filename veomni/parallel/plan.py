@@ -1,4 +1,4 @@
-"""How a model wants to be split: plain data, derived from its modules, read by the strategies."""
+"""How a model is split: plain data, derived from its modules, read by the strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's module, its names and its whole parameters, whatever wraps it."""
+"""The user's module, its names and its whole parameters, under any wrapper."""
 
 from __future__ import annotations
 

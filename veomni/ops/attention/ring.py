@@ -1,7 +1,7 @@
-"""Attention over a sequence that is split over ranks: keys and values travel round a ring of them.
+"""Attention over a sequence that is split over ranks: keys and values are sent round a ring of them.
 
-Each rank keeps its queries. The keys and values of one rank after the other come by, and what the queries see of them
-is added up (Liu et al., 2023, arXiv:2310.01889). Nothing but attention sees that rows are split, heads need not divide,
+Each rank keeps its queries. It receives the keys and values of one rank after the other, and adds up what the queries
+see of them (Liu et al., 2023, arXiv:2310.01889). Nothing but attention sees that rows are split, heads need not divide,
 and no rank ever holds a whole row.
 
 A row is cut into ``2 * C`` chunks for the ``C`` ranks of the ring, and rank ``c`` holds chunks ``c`` and
@@ -46,7 +46,7 @@ class MaskRule:
             of the whole row among them, and returns True where a query sees a key.
         batch: Rows.
         plain_causal: Whether it is exactly that a query sees the keys up to itself.
-        causal: Whether no query sees a key after itself, whatever else is hidden.
+        causal: Whether no query sees a key after itself, also where more is hidden.
     """
 
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -97,7 +97,7 @@ def ring_attention(
 
 @dataclass(frozen=True)
 class _Pair:
-    """A half of this rank's queries, and a half of the keys in hand that it sees at least partly."""
+    """A half of this rank's queries, and a half of the current keys that it sees at least partly."""
 
     queries: slice
     keys: slice
@@ -114,12 +114,12 @@ class _Ring:
     scale: float
 
     def sources(self) -> Iterator[int]:
-        """Whose keys and values are in hand, step by step: this rank's own, then those of the ranks before it."""
+        """Yield the rank whose keys and values are current at each step: this one, then those before it."""
         for step in range(self.group.size()):
             yield (self.group.rank() - step) % self.group.size()
 
     def pairs(self, source: int, local: int, device: torch.device) -> Iterator[_Pair]:
-        """Return what to compute when the keys of rank ``source`` are in hand; ``local`` positions are on each rank."""
+        """Return what to compute on the keys of rank ``source``; ``local`` positions are on each rank."""
         size, width = self.group.size(), local // 2
         for q_half, q_chunk in enumerate(zigzag_chunks(size, self.group.rank())):
             for kv_half, kv_chunk in enumerate(zigzag_chunks(size, source)):
@@ -181,8 +181,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of this rank's queries, keys and values.
 
-    The gradients of keys and values travel one step behind them, so that they too are on their way while the next
-    block is computed, and one step further: from the last rank that adds to them home.
+    The gradients of keys and values are sent one step behind them, so that they too are in flight while the next block
+    is computed, and one step further: from the last rank that adds to them to their own.
     """
     key_dtype, value_dtype = key.dtype, value.dtype
     grad_query = torch.zeros_like(query, dtype=accumulation_dtype(query.dtype))
@@ -235,33 +235,33 @@ class RingAttention:
             attention_mask: The rule that the maker registered beside this made.
             scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
             dropout: Must be 0 in training.
-            kwargs: What other backends take; windows and document borders are in the rule already.
+            kwargs: What other backends take; windows and document boundaries are in the rule already.
 
         Returns:
             ``[batch, seq / C, heads, value_head_dim]`` and None in place of weights.
 
         Raises:
-            ModelError: the model asks for something that this attention does not do.
+            ModelError: an option of the model is unsupported.
         """
         if not isinstance(attention_mask, MaskRule):
-            given = "no mask rule" if attention_mask is None else "a mask that the model built by itself"
+            given = "no mask rule" if attention_mask is None else "a mask of the model's own"
             raise ModelError(
                 f"{type(module).__name__} gives ring attention {given}", _FIX, "ContextParallel.size Ulysses.size"
             )
         if dropout and module.training:
             raise ModelError(
-                f"ring attention has no dropout (the model asks for {dropout})",
+                f"ring attention has no dropout (the model has {dropout})",
                 _FIX,
                 "ContextParallel.size Ulysses.size",
             )
-        _refuse_options(kwargs)
+        _check_options(kwargs)
         query, key, value = in_autocast_dtype(query, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = ring_attention(query, key, value, attention_mask, group=_ring_group(), scale=scale)
         return output.transpose(1, 2).contiguous(), None
 
 
-def _refuse_options(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         unknown = isinstance(value, Tensor) and scope_of(name) not in ("token", "row")
         if unknown or (name in ("s_aux", "sinks", "softcap") and value is not None):
@@ -304,7 +304,7 @@ def make_mask_rule(
     Args:
         batch_size: Rows.
         mask_function: transformers' rule.
-        causal: Whether the caller knows that no query sees a key after itself.
+        causal: Whether it is certain that no query sees a key after itself.
         options: What other makers take.
     """
     plain = is_plain_causal(mask_function)
@@ -326,7 +326,7 @@ def make_whole_row_rule(
     """Make the rule of whole rows, as one of transformers' mask makers that is called for this rank's positions.
 
     Raises:
-        ModelError: the model wants a mask that is not a rule of whole rows.
+        ModelError: the model's mask is not a rule of whole rows.
     """
     from transformers import AttentionMaskInterface
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 UNSPLIT_ATTENTION = "_veomni_unsplit_attention"
-"""Where a model remembers which attention it had before its rows were split."""
+"""The attribute for the attention of a model before its rows were split."""
 
 
 def use_attention(body: Any, name: str) -> None:

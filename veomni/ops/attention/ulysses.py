@@ -1,7 +1,7 @@
 """Attention over a sequence that is split over ranks, in transformers' attention signature.
 
 Each rank gives its part of the positions of all heads, receives all positions of its part of the heads, runs any
-attention transformers knows on them as if nothing were split, and exchanges the result back.
+attention of transformers on them as if nothing were split, and exchanges the result back.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class UlyssesAttention:
     def _exchange(self, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> Iterator[Tensor]:
         size = group.size()
         heads, kv_heads = query.shape[1], key.shape[1]
-        refuse_heads(heads, size)
+        check_heads(heads, size)
         repeats = math.lcm(kv_heads, size) // kv_heads
         parts = [
             query,
@@ -144,7 +144,7 @@ def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
             continue
         if name not in _PER_HEAD:
             raise ModelError(
-                f"the model passes {name} to its attention, which Ulysses does not know how to split",
+                f"the model passes {name} to its attention, which Ulysses cannot split",
                 "set Ulysses.size to 1",
                 field="Ulysses.size",
             )
@@ -164,8 +164,8 @@ def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any
     return mask[:, local.heads] if mask.shape[1] == heads > 1 else mask
 
 
-def refuse_heads(heads: int, size: int) -> None:
-    """Refuse a number of attention heads that ranks cannot share.
+def check_heads(heads: int, size: int) -> None:
+    """Check that ranks can share a number of attention heads.
 
     Raises:
         ModelError: ``size`` does not divide ``heads``.
@@ -218,7 +218,7 @@ __all__ = [
     "attention_in_use",
     "local_options",
     "on_exchanged_heads",
-    "refuse_heads",
+    "check_heads",
     "register_ulysses",
     "ulysses_group",
 ]

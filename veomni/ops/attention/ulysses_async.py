@@ -2,7 +2,7 @@
 
 An attention module of the standard form keeps its own forward. Around it, queries, keys and values are projected from
 this rank's positions and sent as each is ready; the module's forward then runs as if it held the whole row and a part
-of the heads: its projections hand out what arrived, so its own norms, rotary embedding and attention call work on that.
+of the heads: its projections return what was received, so its own norms, rotary embedding and attention call work on that.
 The hidden states it is given have the right shape and no values (meta device): what would compute with them fails,
 and so the trial run of a strategy's set-up finds it.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
-from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, on_exchanged_heads, refuse_heads
+from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, on_exchanged_heads, check_heads
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
 
@@ -96,7 +96,7 @@ class _Overlapped:
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
         self.exchanges: dict[str, AsyncAllToAll] = {}
         for name in _PROJECTIONS[:3]:
-            patch(getattr(module, name), "forward", self._hand_out(name))
+            patch(getattr(module, name), "forward", self._received(name))
         patch(module.o_proj, "forward", self._send_back)
         patch(module, "forward", self.forward)
 
@@ -119,13 +119,13 @@ class _Overlapped:
         heads = projected.unflatten(-1, (-1, self.module.head_dim))
         size = self.group.size()
         if name == "q_proj":
-            refuse_heads(heads.shape[2], size)
+            check_heads(heads.shape[2], size)
         repeats = math.lcm(heads.shape[2], size) // heads.shape[2]
         if repeats > 1:
             heads = heads.repeat_interleave(repeats, dim=2)
         return AsyncAllToAll.start(heads.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4), None, self.group)
 
-    def _hand_out(self, name: str) -> Callable[[Tensor], Tensor]:
+    def _received(self, name: str) -> Callable[[Tensor], Tensor]:
         def forward(hidden: Tensor) -> Tensor:
             exchange = self.exchanges.pop(name, None)
             if exchange is None:

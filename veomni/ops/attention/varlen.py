@@ -1,9 +1,9 @@
 """Attention over packed rows on GPUs, in transformers' attention signature.
 
-``varlen`` reads document borders from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel:
-packed documents stay apart without a mask and without another package. Rows that are one document each need no borders
+``varlen`` reads document boundaries from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel:
+packed documents stay apart without a mask and without another package. Rows that are one document each need no boundaries
 and take cuDNN's dense kernel, 1.7 times as fast on an H200 (2.07 ms against 3.57 ms for 4 x 4096 tokens, 16/8 heads of
-128). cuDNN's own variable-length path is not used: on torch 2.11 its backward is wrong and it plans anew at every call.
+128). cuDNN's own variable-length path is not used: on torch 2.11 its backward is wrong and it plans at every call.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def varlen_attention(
         query: ``[batch, heads, seq, head_dim]``.
         key: ``[batch, kv_heads, seq, head_dim]``; ``kv_heads`` divides ``heads``.
         value: Like ``key``.
-        attention_mask: Must be None: borders come from ``cu_seq_lens_q``.
+        attention_mask: Must be None: boundaries come from ``cu_seq_lens_q``.
         scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
         dropout: Must be 0: the kernel has none.
         sliding_window: How many positions back, itself included, a token sees; None for all.
         cu_seq_lens_q: int32 ``[documents + 1]`` over the flattened rows; None makes every row one document.
         max_length_q: An upper bound of the longest document.
-        kwargs: What other backends take; a sink or a soft cap is refused.
+        kwargs: What other backends take; sinks and soft caps are unsupported.
 
     Returns:
         ``[batch, seq, heads, head_dim]`` and None in place of weights.
     """
-    _refuse(attention_mask, dropout if module.training else 0.0, kwargs)
+    _check_options(attention_mask, dropout if module.training else 0.0, kwargs)
     query, key, value = in_autocast_dtype(query, key, value)
     batch, _, length, _ = query.shape
     causal = kwargs.get("is_causal")
@@ -105,7 +105,7 @@ def _flatten(heads: Tensor) -> Tensor:
 
 
 def _grouped_heads(query: Tensor, key: Tensor) -> dict[str, Any]:
-    # torch 2.11 has no such argument and lets the kernel group the heads; later versions refuse to without it.
+    # torch 2.11 has no such argument and lets the kernel group the heads; later versions need it.
     grouped = query.shape[1] != key.shape[1] and _varlen_takes("enable_gqa")
     return {"enable_gqa": True} if grouped else {}
 
@@ -118,18 +118,18 @@ def _varlen_takes(argument: str) -> bool:
     return argument in inspect.signature(varlen_attn).parameters
 
 
-def _refuse(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check_options(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     fix = "set attention to sdpa or eager"
     if attention_mask is not None:
         raise ModelError("attention varlen was given a mask: it takes packed rows, not padded ones", fix)
     if dropout:
-        raise ModelError(f"attention varlen has no dropout (the model asks for {dropout})", fix)
+        raise ModelError(f"attention varlen has no dropout (the model has {dropout})", fix)
     for name in ("s_aux", "softcap"):
         if kwargs.get(name) is not None:
             raise ModelError(f"attention varlen does not support {name}, which this model uses", fix)
 
 
-def refuse_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+def reject_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
     """Stand in for transformers' mask maker: packed rows need no mask, and a padding mask would be ignored silently."""
     if attention_mask is not None:
         raise ModelError(
@@ -144,4 +144,4 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, refuse_padding)
+    AttentionMaskInterface.register(VARLEN, reject_padding)

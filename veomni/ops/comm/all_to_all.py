@@ -100,7 +100,7 @@ class _Back:
         self.transfer: _Transfer | None = None
 
     def start(self, grad: Tensor) -> Tensor:
-        """Start to send gradients and return them: autograd wants a tensor of their shape, whatever is received."""
+        """Start to send gradients and return them: autograd needs a tensor of their shape, not of what is received."""
         assert self.route is not None
         self.transfer = _Transfer(grad, self.route.back())
         return self.transfer.sent

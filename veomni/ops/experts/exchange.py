@@ -30,7 +30,7 @@ RunExperts = Callable[[Tensor, Tensor], Tensor]
 
 
 EXCHANGE = "expert_exchange"
-"""The attribute by which a module that holds a part of the experts knows how to reach the others."""
+"""The attribute of a module with a shard of the experts for how tokens reach the others."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class ExpertExchange:
 
     Attributes:
         group: The ranks that share the experts.
-        chunks: Parts of the tokens that travel one behind the other.
+        chunks: Parts of the tokens, sent one behind the other.
         fixed_size: Exchange buffers of the largest size that could be needed, so that the host reads nothing from the
             device; costs up to P times the memory of the rows.
-        shared: The shared experts of the same block, which run while the first tokens travel, or None.
+        shared: The shared experts of the same block, which run while the first tokens are in flight, or None.
     """
 
     group: ProcessGroup
@@ -122,7 +122,7 @@ def _exchange_counts(routings: Sequence[Routing], group: ProcessGroup) -> Tensor
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the rows of a chunk lie in the buffers that travel.
+    """How the rows of a chunk lie in the buffers that are sent.
 
     Attributes:
         group: The ranks.
@@ -144,7 +144,7 @@ class _Layout:
     room: int = 0
 
     def pack(self, rows: Tensor) -> Tensor:
-        """Put this rank's rows, sorted by expert, where they travel from."""
+        """Put this rank's rows, sorted by expert, into the buffer that is sent."""
         if self.slots is None:
             return rows.narrow(0, 0, sum(self.splits.sent if self.splits else ()))
         return rows.new_zeros(self.room + 1, rows.shape[1]).index_copy(0, self.slots, rows)[:-1]
@@ -157,7 +157,7 @@ class _Layout:
 
 
 def _exact_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGroup) -> list[_Layout]:
-    """Buffers of exactly the rows that travel. Their sizes are read by the host, for all chunks at once."""
+    """Buffers of exactly the rows that are sent. Their sizes are read by the host, for all chunks at once."""
     ranks, _, local = received.shape
     counts = torch.stack([chunk.routing.counts for chunk in chunks]).unflatten(1, (ranks, local))
     sent_sizes, received_sizes = torch.stack([counts.sum(2), received.sum(2).t()]).tolist()

@@ -44,7 +44,7 @@ class ExpertLayout:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Return whether a module holds the experts of a layer, as transformers' experts interface wants them."""
+    """Return whether a module holds the experts of a layer, as transformers' experts interface has them."""
     return all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "is_transposed"))
 
 

@@ -122,7 +122,7 @@ def expert_of_row(rows: Tensor, offsets: Tensor) -> Tensor:
 
 def sum_by_expert(rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """Return the sum of each expert's rows, ``[experts, channels]``."""
-    # A product with ones: its sums are taken in float32, and in one pass. Eight columns, as kernels want 16 bytes.
+    # A product with ones: its sums are taken in float32, and in one pass. Eight columns, as kernels need 16 bytes.
     ones = rows.new_ones(rows.shape[0], 8)
     return grouped_outer(ones, rows, offsets, backend)[:, 0]
 

@@ -1,6 +1,6 @@
 """A product per expert on Ascend NPUs: ``npu_grouped_matmul`` of torch_npu.
 
-The kernel wants every row to belong to an expert. Rows past the last end are given to the last expert: in a product
+The kernel needs an expert for every row. Rows past the last end are given to the last expert: in a product
 they may hold anything, and in a sum they are made zeros first.
 """
 

@@ -1,7 +1,7 @@
 """A product per expert on Hopper and newer: persistent programs over tiles of rows, operands through the copy engine.
 
 A tile never spans two experts. Which tiles there are depends on the counts of a step, so a first kernel lists them on
-the device and the host asks nothing.
+the device and the host reads nothing.
 """
 
 from __future__ import annotations

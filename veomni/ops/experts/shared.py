@@ -1,7 +1,7 @@
 """Experts that every token goes to, run while tokens are in flight to the other experts.
 
-Most blocks call them after their other experts: they are run ahead, and handed out when the block asks. Some blocks
-call them first: then the block's router is asked at once, and tokens are dispatched before the shared experts run.
+Most blocks call them after their other experts: they are run ahead, and returned when the block calls them. Some
+blocks call them first: then the block's router runs at once, and tokens are dispatched before the shared experts run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SharedExperts:
 
     Args:
         module: The shared experts; their forward takes hidden states and nothing else.
-        router: What chooses experts in the same block, or None where it cannot be asked early.
+        router: What chooses experts in the same block, or None where it cannot run early.
         dispatch: Sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns the dispatch in flight.
     """
 
@@ -38,7 +38,7 @@ class SharedExperts:
         self._early = _EarlyRouter(router) if router is not None else None
         self._dispatch = dispatch
         self._under_way: tuple[Tensor, Tensor, Any] | None = None
-        setattr(module, "forward", self._hand_out)  # noqa: B010  (mypy takes no assignment to a method)
+        setattr(module, "forward", self._called)  # noqa: B010  (mypy takes no assignment to a method)
 
     def run_ahead(self, hidden: Tensor) -> None:
         """Compute what the block is going to ask for, on ``[tokens, hidden]``."""
@@ -57,7 +57,7 @@ class SharedExperts:
         dispatch.cancel()
         return None
 
-    def _hand_out(self, hidden: Tensor) -> Tensor:
+    def _called(self, hidden: Tensor) -> Tensor:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and same_values(ahead[0], hidden):
             return ahead[1].view(*hidden.shape[:-1], ahead[1].shape[-1])
@@ -76,12 +76,12 @@ class SharedExperts:
 
 
 class _EarlyRouter:
-    """A router that is asked before its block asks, which is then given the same answer."""
+    """A router that runs before its block calls it, which then gets the same answer."""
 
     def __init__(self, router: nn.Module) -> None:
         self._router, self._run = router, router.forward
         self._answer: tuple[Tensor, Any] | None = None
-        setattr(router, "forward", self._hand_out)  # noqa: B010
+        setattr(router, "forward", self._called)  # noqa: B010
 
     def choose(self, tokens: Tensor) -> Tensor | None:
         """Return the experts of ``[tokens, hidden]``, int64 ``[tokens, k]``; None where the router does not say."""
@@ -92,7 +92,7 @@ class _EarlyRouter:
         found = [part for part in answer if _is_choice(part)] if isinstance(answer, tuple) else []
         return found[0] if len(found) == 1 else None
 
-    def _hand_out(self, hidden: Tensor) -> Any:
+    def _called(self, hidden: Tensor) -> Any:
         answer, self._answer = self._answer, None
         return answer[1] if answer is not None and same_values(answer[0], hidden) else self._run(hidden)
 

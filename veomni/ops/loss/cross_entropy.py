@@ -137,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None, *, with_gradient: bool) -> Tensor:
-    """Return each token's loss, zero where there is no label; overwrite ``logits`` with its gradient when asked.
+    """Return each token's loss, zero where there is no label; overwrite ``logits`` with its gradient when that is set.
 
     The gradient, not the loss, is multiplied by the token's ``scale``, ``[tokens]``.
     """

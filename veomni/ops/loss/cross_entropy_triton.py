@@ -60,7 +60,7 @@ def _cross_entropy_kernel(
 
 
 def losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None = None, *, with_gradient: bool) -> Tensor:
-    """Return each token's cross-entropy, zero without a label; overwrite ``logits`` with its gradient when asked.
+    """Return each token's cross-entropy, zero without a label; overwrite ``logits`` with its gradient when that is set.
 
     Args:
         logits: ``[tokens, vocab]``, rows contiguous; bf16, fp16 or fp32.
