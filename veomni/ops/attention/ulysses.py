@@ -216,9 +216,9 @@ __all__ = [
     "PREFIX",
     "UlyssesAttention",
     "attention_in_use",
+    "check_heads",
     "local_options",
     "on_exchanged_heads",
-    "check_heads",
     "register_ulysses",
     "ulysses_group",
 ]

@@ -2,7 +2,7 @@
 
 An attention module of the standard form keeps its own forward. Around it, queries, keys and values are projected from
 this rank's positions and sent as each is ready; the module's forward then runs as if it held the whole row and a part
-of the heads: its projections return what was received, so its own norms, rotary embedding and attention call work on that.
+of the heads: its projections return what was received, and its norms, rotary embedding and attention work on that.
 The hidden states it is given have the right shape and no values (meta device): what would compute with them fails,
 and so the trial run of a strategy's set-up finds it.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
-from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, on_exchanged_heads, check_heads
+from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, check_heads, on_exchanged_heads
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
 

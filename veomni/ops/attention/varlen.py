@@ -1,9 +1,9 @@
 """Attention over packed rows on GPUs, in transformers' attention signature.
 
-``varlen`` reads document boundaries from ``cu_seq_lens_q`` and runs PyTorch's own variable-length FlashAttention kernel:
-packed documents stay apart without a mask and without another package. Rows that are one document each need no boundaries
-and take cuDNN's dense kernel, 1.7 times as fast on an H200 (2.07 ms against 3.57 ms for 4 x 4096 tokens, 16/8 heads of
-128). cuDNN's own variable-length path is not used: on torch 2.11 its backward is wrong and it plans at every call.
+``varlen`` reads document boundaries from ``cu_seq_lens_q`` and runs PyTorch's variable-length FlashAttention kernel, so
+packed documents stay apart without a mask and without another package. Rows that are one document each take cuDNN's
+dense kernel, 1.7 times as fast on an H200 (2.07 ms against 3.57 ms for 4 x 4096 tokens, 16/8 heads of 128). cuDNN's own
+variable-length path is not used: on torch 2.11 its backward is wrong and it plans at every call.
 """
 
 from __future__ import annotations
