@@ -20,6 +20,7 @@ class FamilyRecord:
         audio_seconds: The longest audio clip that the encoder takes, where the model's files do not say.
         after_last_norm: Features of layer -1 are what comes after the last norm.
         unread: Parts of names of parameters that no forward reads, though checkpoints have them.
+        media: Path "module:class" of the data side's :class:`~veomni.data.multimodal.Family`, imported on use.
     """
 
     model_types: tuple[str, ...]
@@ -31,21 +32,35 @@ class FamilyRecord:
     audio_seconds: int = 30
     after_last_norm: bool = False
     unread: tuple[str, ...] = ()
+    media: str = ""
 
 
+_MEDIA = "veomni.data.multimodal"
 _ALL = (
-    FamilyRecord(("glm4v", "glm4v_moe"), shared_placeholder=True),
-    FamilyRecord(("internvl",), after_last_norm=True),
+    FamilyRecord(("gemma3",), media=f"{_MEDIA}.tiles:Gemma3"),
+    FamilyRecord(("glm4v", "glm4v_moe"), shared_placeholder=True, media=f"{_MEDIA}.glm4v:Glm4V"),
+    FamilyRecord(("internvl",), after_last_norm=True, media=f"{_MEDIA}.tiles:InternVL"),
+    FamilyRecord(("llava",), media=f"{_MEDIA}.tiles:Llava"),
+    FamilyRecord(("omni",), media=f"{_MEDIA}.omni:Omni"),
     FamilyRecord(("pixtral",), any_size=True),
-    FamilyRecord(("qwen2_audio",), loss_in_forward=True),
+    FamilyRecord(("qwen2_vl",), media=f"{_MEDIA}.qwen_vl:Qwen2VL"),
+    FamilyRecord(("qwen2_5_vl",), media=f"{_MEDIA}.qwen_vl:Qwen25VL"),
+    FamilyRecord(("qwen3_vl", "qwen3_vl_moe"), media=f"{_MEDIA}.qwen_vl:Qwen3VL"),
+    FamilyRecord(("qwen2_audio",), loss_in_forward=True, media=f"{_MEDIA}.qwen_audio:Qwen2Audio"),
     FamilyRecord(("qwen2_audio_encoder",), padded_audio=True),
     FamilyRecord(("qwen2_5_omni",), thinker="qwen2_5_omni_thinker"),
-    FamilyRecord(("qwen2_5_omni_thinker",), unread=("audio_bos_eos_token.",)),
+    FamilyRecord(("qwen2_5_omni_thinker",), unread=("audio_bos_eos_token.",), media=f"{_MEDIA}.qwen_omni:Qwen25Omni"),
     FamilyRecord(("qwen2_5_omni_audio_encoder", "qwen3_omni_moe_audio_encoder"), audio_seconds=300),
     FamilyRecord(("qwen3_omni_moe",), thinker="qwen3_omni_moe_thinker"),
+    FamilyRecord(("qwen3_omni_moe_thinker",), media=f"{_MEDIA}.qwen_omni:Qwen3Omni"),
 )
 RECORDS = {model_type: family for family in _ALL for model_type in family.model_types}
 """Model type to its family; a model that needs no record has none."""
+
+
+def register_family(record: FamilyRecord) -> None:
+    """Add a family, or replace the record of its model types."""
+    RECORDS.update(dict.fromkeys(record.model_types, record))
 
 
 def family_record(config: Any) -> FamilyRecord:

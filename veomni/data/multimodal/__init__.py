@@ -1,7 +1,6 @@
 """Multimodal data: images, videos and sounds read, and what a model family's processor makes of a conversation."""
 
-from veomni.data.multimodal import glm4v, omni, qwen_audio, qwen_omni, qwen_vl, tiles  # each registers its families
-from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.processors import MediaSettings, build_family, settings_of
@@ -11,7 +10,6 @@ from veomni.data.multimodal.skipping import SkipBadMedia
 from veomni.data.multimodal.transform import EncodedDocument, MultimodalTransform
 
 __all__ = [
-    "FAMILIES",
     "EncodedDocument",
     "Family",
     "FamilyParts",
@@ -24,11 +22,5 @@ __all__ = [
     "MultimodalTransform",
     "SkipBadMedia",
     "build_family",
-    "glm4v",
-    "omni",
-    "qwen_audio",
-    "qwen_omni",
-    "qwen_vl",
     "settings_of",
-    "tiles",
 ]

@@ -1,9 +1,10 @@
-"""What a model family makes of images, videos and sounds: the base class, its parts and the registry."""
+"""What a model family makes of images, videos and audio: the base class and its parts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from veomni.data.multimodal.frames import VideoDecoder
 from veomni.data.multimodal.pixels import PixelList
 from veomni.data.multimodal.resizing import Size
 from veomni.errors import ConfigError, MediaError, ModelError
-from veomni.registry import Registry
+from veomni.families.record import RECORDS, family_record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,17 +175,16 @@ class Family:
         return MediaError(problem, "remove the record, or train a model that does")
 
 
-FAMILIES: Registry[type[Family]] = Registry("multimodal family")
-"""Model type to its family; ``FAMILIES.register("my_model")`` adds one."""
-
-
 def family_of(model_type: str) -> type[Family]:
-    """Return the family of a model type.
+    """Return the class that makes inputs of media for models of a type; its record names it.
 
     Raises:
-        ConfigError: nobody registered one.
+        ConfigError: no record of such models names one.
     """
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ConfigError(f"no multimodal family is known for {model_type!r} models", f"register one; known: {known}")
-    return FAMILIES.get(model_type)
+    path = family_record(model_type).media
+    if not path:
+        known = ", ".join(sorted(name for name, record in RECORDS.items() if record.media))
+        fix = f"register a FamilyRecord(media=...); known: {known}"
+        raise ConfigError(f"no multimodal family is known for {model_type!r} models", fix)
+    found: type[Family] = resolve_name(path)
+    return found

@@ -8,15 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from veomni.data.multimodal.family import FAMILIES, FamilyParts
+from veomni.data.multimodal.family import FamilyParts
 from veomni.data.multimodal.qwen_vl import CLIP_MEAN, CLIP_STD, Qwen2VL
 from veomni.data.multimodal.resizing import Size, smart_resize_frames
 from veomni.data.multimodal.sampling import at_seconds
 from veomni.data.multimodal.videos import Video
 
 
-@FAMILIES.register("glm4v_moe")
-@FAMILIES.register("glm4v")
 class Glm4V(Qwen2VL):
     """GLM-4.1V and GLM-4.5V."""
 

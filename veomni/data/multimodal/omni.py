@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.qwen_audio import at_least_one, halved_twice, mel_features
 from veomni.models.omni import DECODERS, ENCODERS
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from veomni.data.multimodal.sounds import Sound
 
 
-@FAMILIES.register("omni")
 class Omni(Family):
     """What a composed model's encoders take and its decoders generate; each feature has a placeholder."""
 

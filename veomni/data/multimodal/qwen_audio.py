@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.errors import MediaError
 
 if TYPE_CHECKING:
     from veomni.data.multimodal.sounds import Sound
 
 
-@FAMILIES.register("qwen2_audio")
 class Qwen2Audio(Family):
     """Qwen2-Audio: a sound is padded to the tower's 30 seconds."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from veomni.data.multimodal.family import FAMILIES, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import FamilyParts, MediaFeatures
 from veomni.data.multimodal.pixels import as_tensor
 from veomni.data.multimodal.qwen_audio import at_least_one, halved_twice, mel_features
 from veomni.data.multimodal.qwen_vl import Qwen2VL
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from veomni.data.multimodal.videos import Video
 
 
-@FAMILIES.register("qwen2_5_omni_thinker")
 class Qwen25Omni(Qwen2VL):
     """Qwen2.5-Omni: the tokens of a video and of its sound take turns, two seconds each."""
 
@@ -89,7 +88,6 @@ class Qwen25Omni(Qwen2VL):
         return {}
 
 
-@FAMILIES.register("qwen3_omni_moe_thinker")
 class Qwen3Omni(Qwen25Omni):
     """Qwen3-Omni: token by token, a video's comes before its sound's of the same time."""
 

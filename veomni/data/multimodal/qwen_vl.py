@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.patches import image_patches, patchify
 from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels
 from veomni.data.multimodal.resizing import Size, smart_resize, smart_resize_frames
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
-@FAMILIES.register("qwen2_vl")
 class Qwen2VL(Family):
     """Qwen2-VL."""
 
@@ -130,7 +129,6 @@ class Qwen2VL(Family):
         return {"mm_token_type_ids": (ids == image).long() + 2 * (ids == video).long()}
 
 
-@FAMILIES.register("qwen2_5_vl")
 class Qwen25VL(Qwen2VL):
     """Qwen2.5-VL: positions follow the seconds of a video."""
 
@@ -139,8 +137,6 @@ class Qwen25VL(Qwen2VL):
         return {"second_per_grid_ts": torch.tensor([self.parts.video["temporal_patch_size"] / video.sampled_fps])}
 
 
-@FAMILIES.register("qwen3_vl_moe")
-@FAMILIES.register("qwen3_vl")
 class Qwen3VL(Qwen2VL):
     """Qwen3-VL: each pair of frames follows the second it is shown at, as text; pixel bounds are of the whole video."""
 

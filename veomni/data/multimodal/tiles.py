@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from veomni.data.multimodal.family import FAMILIES, Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.pixels import Normalization, PixelList, tiles
 from veomni.data.multimodal.qwen_vl import CLIP_MEAN, CLIP_STD
 from veomni.data.multimodal.resizing import Size
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from veomni.data.multimodal.videos import Video
 
 
-@FAMILIES.register("llava")
 class Llava(Family):
     """LLaVA 1.5: as many tokens as the tower has patches; its first feature is the class, unless all are taken."""
 
@@ -48,7 +47,6 @@ class Llava(Family):
         return self.placeholders["image"] * tokens
 
 
-@FAMILIES.register("internvl")
 class InternVL(Family):
     """InternVL 3: an image is cut into tiles, a video is a tile per frame; both are ``pixel_values``."""
 
@@ -95,7 +93,6 @@ class InternVL(Family):
         return f"{self._start}{self.placeholders['image'] * tokens}{self._end}"
 
 
-@FAMILIES.register("gemma3")
 class Gemma3(Family):
     """Gemma 3: the placeholder is the token that begins an image; crops of a long image follow it."""
 
