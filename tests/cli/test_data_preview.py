@@ -49,7 +49,7 @@ def test_media_are_measured_and_what_stands_for_them_is_counted(config, capsys, 
     assert "image 1: 160 x 120 pixels -> 70 tokens, patches 20 wide x 14 high, pixel_values [280, 96]" in printed
     assert "<|IMAGE|> x 70\n" in printed.replace("<|vision_eos|>", "\n")
     assert "video 1: 4 of 16 frames at 8 per second, to " in printed
-    assert "audio 1: 1.20 s of sound -> 30 tokens, input_features [1, 8, 120]" in printed
+    assert "audio 1: 1.20 s of audio -> 30 tokens, input_features [1, 8, 120]" in printed
     assert "<|AUDIO|> x 30" in printed
     assert "QUESTION?" in printed
     assert "of 4 documents" in printed
@@ -87,9 +87,9 @@ def test_weights_change_no_colour(tmp_path, capsys, monkeypatch):
     assert printed[0] == printed[1]
 
 
-def test_sound_in_video_is_heard(config, capsys):
+def test_audio_in_video_is_heard(config, capsys):
     printed = preview(capsys, config, "--rows", "2", "--data.media.use_audio_in_video", "true")
-    assert "with 2.00 s of sound" in printed
+    assert "with 2.00 s of audio" in printed
 
 
 def test_a_cache_gives_the_same(config, capsys, tmp_path):

@@ -147,8 +147,8 @@ def test_only_documents_with_weights_are_larger_on_disk(tokenizer, tmp_path):
         assert files[name]["tokens.bin"] == 2 * tokens
     plain = {"tokens.bin", "offsets.npy", "source.npy", "meta.json"}
     assert files["none"].keys() == plain
-    assert files["zeros"].keys() == plain | {"learned.bin"}
-    assert files["all"].keys() == plain | {"learned.bin", "weights.bin", "weighted.npy"}
+    assert files["zeros"].keys() == plain | {"supervised.bin"}
+    assert files["all"].keys() == plain | {"supervised.bin", "weights.bin", "weighted.npy"}
     weighed = sum(len(row["input_ids"]) for row in records() if any(weight != 1 for _, weight in expected(row)))
     assert files["all"]["weights.bin"] == 4 * weighed
 

@@ -27,7 +27,7 @@ class _Counted:
     """What is remembered of a document, whose pixels would soon fill the memory."""
 
     tokens: int
-    learned: int
+    supervised: int
     media_tokens: int
     kinds: tuple[str, ...]
 
@@ -84,21 +84,21 @@ def _text(document: Document, schema: RecordSchema, transform: MultimodalTransfo
 
 
 def _counted(document: EncodedDocument, family: Family) -> _Counted:
-    ids, learned = _tokens(document)
-    media = sum(index in family.unlearned for index in ids)
-    return _Counted(len(ids), sum(learned), media, tuple(item.kind for item, _ in document.media))
+    ids, supervised = _tokens(document)
+    media = sum(index in family.unsupervised for index in ids)
+    return _Counted(len(ids), sum(supervised), media, tuple(item.kind for item, _ in document.media))
 
 
 def _show(document: EncodedDocument, console: Console, tokenizer: Any, family: Family, source: str) -> None:
-    ids, learned = _tokens(document)
+    ids, supervised = _tokens(document)
     console.rule(f"{source}: {document.where}" if source else document.where)
-    console.print(f"{len(ids)} tokens, {sum(learned)} learned", style="bold")
+    console.print(f"{len(ids)} tokens, {sum(supervised)} supervised", style="bold")
     seen: Counter[str] = Counter()
     for item, features in document.media:
         seen[item.kind] += 1
         became = _became(features, family)
         console.print(f"{item.kind} {seen[item.kind]}: {features.source} -> {became}", style="cyan")
-    console.print(coloured(ids, learned, tokenizer, family.unlearned))
+    console.print(coloured(ids, supervised, tokenizer, family.unsupervised))
 
 
 def _tokens(document: EncodedDocument) -> tuple[list[int], list[bool]]:
@@ -127,14 +127,18 @@ def _summary(config: Config, console: Console, found: list[_Counted], skipped: i
         raise DataError(f"none of {skipped} documents can be used", "fix their media")
     capacity = config.data.max_seq_len
     lengths = np.array([one.tokens for one in found])
-    total, learned, media = lengths.sum(), sum(one.learned for one in found), sum(one.media_tokens for one in found)
+    total, supervised, media = (
+        lengths.sum(),
+        sum(one.supervised for one in found),
+        sum(one.media_tokens for one in found),
+    )
     kinds = Counter(kind for one in found for kind in one.kinds)
     fitting = lengths[lengths <= capacity]
     rows = int(best_fit_decreasing(fitting, capacity).max()) + 1 if len(fitting) else 0
     console.rule(f"{available} documents")
-    console.print(f"{total} tokens, {100 * learned / total:.1f} % learned; {LEGEND}", style="bold")
-    said = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
-    console.print(f"media: {said or 'none'}; {100 * media / total:.1f} % of tokens stand for them", style="bold")
+    console.print(f"{total} tokens, {100 * supervised / total:.1f} % supervised; {LEGEND}", style="bold")
+    recorded = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+    console.print(f"media: {recorded or 'none'}; {100 * media / total:.1f} % of tokens stand for them", style="bold")
     if rows:
         filled = 100 * fitting.sum() / (rows * capacity)
         console.print(f"packed: {rows} rows of {capacity} tokens, {filled:.2f} % filled", style="bold")

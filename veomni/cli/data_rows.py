@@ -82,12 +82,12 @@ def _documents(row: MicroBatch, tokenizer: Any) -> Iterator[Text]:
     from veomni.batch.fields import IGNORE_INDEX
 
     ids = row["input_ids"].flatten().tolist()
-    learned = [label != IGNORE_INDEX for label in row["labels"].flatten().tolist()]
+    supervised = [label != IGNORE_INDEX for label in row["labels"].flatten().tolist()]
     starts = [index for index, position in enumerate(row["position_ids"].flatten().tolist()) if position == 0]
     bounds = [*starts, len(ids)]
     for number, (start, end) in enumerate(pairwise(bounds), 1):
-        if end == len(ids) and not any(learned[start:]) and len(set(ids[start:])) == 1:
+        if end == len(ids) and not any(supervised[start:]) and len(set(ids[start:])) == 1:
             yield Text(f"padding: {end - start} tokens", style="bold")
         else:
-            headline = f"document {number}: {end - start} tokens, {sum(learned[start:end])} learned\n"
-            yield Text.assemble((headline, "bold"), coloured(ids[start:end], learned[start:end], tokenizer))
+            headline = f"document {number}: {end - start} tokens, {sum(supervised[start:end])} supervised\n"
+            yield Text.assemble((headline, "bold"), coloured(ids[start:end], supervised[start:end], tokenizer))

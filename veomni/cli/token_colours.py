@@ -13,20 +13,20 @@ LEGEND = "green is supervised, grey is context"
 _COUNTED_FROM = 4
 
 
-def coloured(ids: Sequence[int], learned: Sequence[bool], tokenizer: Any, counted: Collection[int] = ()) -> Text:
+def coloured(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any, counted: Collection[int] = ()) -> Text:
     """Return decoded tokens in colour.
 
     Args:
         ids: Token ids.
-        learned: Whether a loss is taken on each.
+        supervised: Whether a loss is taken on each.
         tokenizer: Decodes them.
         counted: Ids that many follow each other of; they are shown once, with their number.
     """
     from rich.text import Text
 
     text = Text()
-    tokens = list(zip(ids, learned, strict=True))
-    for (is_learned, media), group in groupby(
+    tokens = list(zip(ids, supervised, strict=True))
+    for (is_supervised, media), group in groupby(
         tokens, key=lambda token: (token[1], token[0] if token[0] in counted else -1)
     ):
         run = [index for index, _ in group]
@@ -34,7 +34,7 @@ def coloured(ids: Sequence[int], learned: Sequence[bool], tokenizer: Any, counte
             text.append(f"{_safe(tokenizer.decode(run[:1]))} x {len(run)}", style="cyan")
             continue
         shown = _safe(tokenizer.decode(run, skip_special_tokens=False))
-        text.append(shown, style="green" if is_learned else "bright_black")
+        text.append(shown, style="green" if is_supervised else "bright_black")
     return text
 
 

@@ -80,7 +80,7 @@ class DataSection(Section):
     max_media_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens of a row that stand for images, videos and sounds (a stream's or multimodal).",
+        description="Most tokens of a row that stand for images, videos and audio clips (a stream's or multimodal).",
     )
     balance: bool = Field(
         default=False,
@@ -96,7 +96,7 @@ class DataSection(Section):
     data_type: DataType = Field(
         default="plaintext",
         description="plaintext learns every token; conversation applies a chat template, learns replies; multimodal "
-        "does so with images, videos and sounds; pretokenized takes token ids; preference takes pairs of answers.",
+        "does so with images, videos and audio clips; pretokenized takes token ids; preference takes pairs of answers.",
     )
     format: RecordFormat = Field(
         default="messages",
@@ -113,7 +113,8 @@ class DataSection(Section):
         default=None, description="A registered chat template's name or a Jinja file; null takes the tokenizer's own."
     )
     media: MediaSection = Field(
-        default=MediaSection(), description="Images, videos and sounds of conversations (data.data_type multimodal)."
+        default=MediaSection(),
+        description="Images, videos and audio clips of conversations (data.data_type multimodal).",
     )
     max_seq_len: int = Field(default=2048, ge=2, description="Tokens per packed row.")
     on_overflow: Literal["error", "truncate", "split", "drop"] = Field(

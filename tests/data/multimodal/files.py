@@ -1,4 +1,4 @@
-"""Images, sounds and videos, as bytes, good and bad, made on the spot."""
+"""Images, audio clips and videos, as bytes, good and bad, made on the spot."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def moving(frames: int, height: int = 48, width: int = 64) -> Any:
 
 def video_bytes(
     frames: Any, fps: int = 8, form: str = "matroska", codec: str = "ffv1", pixel_format: str = "bgr0",
-    sound: Any = None, rate: int = 16_000, options: dict[str, str] | None = None,
+    clip: Any = None, rate: int = 16_000, options: dict[str, str] | None = None,
 ) -> bytes:  # fmt: skip
     """A video, lossless by default."""
     import av
@@ -78,15 +78,15 @@ def video_bytes(
     with av.open(path, "w", format=form, options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
-        heard: Any = None if sound is None else container.add_stream("flac", rate=rate, layout="mono")
+        audio: Any = None if clip is None else container.add_stream("flac", rate=rate, layout="mono")
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-        if heard is not None:
-            whole = av.AudioFrame.from_ndarray((sound.reshape(1, -1) * 32767).astype(np.int16), "s16", "mono")
+        if audio is not None:
+            whole = av.AudioFrame.from_ndarray((clip.reshape(1, -1) * 32767).astype(np.int16), "s16", "mono")
             whole.sample_rate, whole.pts = rate, 0
-            container.mux(heard.encode(whole))
-            container.mux(heard.encode())
+            container.mux(audio.encode(whole))
+            container.mux(audio.encode())
     content = Path(path).read_bytes()
     os.unlink(path)
     return content

@@ -22,13 +22,11 @@ def save_model(directory: Path) -> Path:
 
 
 def save_media(directory: Path) -> None:
-    """Write ``photo.jpg``, ``chart.png``, ``clip.mp4`` (two seconds, with sound) and ``tone.wav``."""
+    """Write ``photo.jpg``, ``chart.png``, ``clip.mp4`` (two seconds, with audio clip) and ``tone.wav``."""
     directory.mkdir(exist_ok=True)
     (directory / "photo.jpg").write_bytes(image_bytes(Image.fromarray(pixels(120, 160)), "JPEG"))
     (directory / "chart.png").write_bytes(image_bytes(Image.fromarray(pixels(90, 60))))
     frames = moving(16, 48, 64) // 2
-    clip = video_bytes(
-        frames, form="mp4", codec="libx264", pixel_format="yuv420p", sound=tone(440, 2, 16_000)[:, 0] / 2
-    )
+    clip = video_bytes(frames, form="mp4", codec="libx264", pixel_format="yuv420p", clip=tone(440, 2, 16_000)[:, 0] / 2)
     (directory / "clip.mp4").write_bytes(clip)
     (directory / "tone.wav").write_bytes(sound_bytes(tone(440, 1.2, 22_050, 2), 22_050, "WAV", "PCM_16"))

@@ -77,26 +77,26 @@ MEDIA = {
     "1 x 10000": (image(image_bytes(Image.new("L", (1, 10_000)))), "qwen3_vl", "aspect ratio of 10000"),
     "10000 x 1": (image(image_bytes(Image.new("L", (10_000, 1)))), "glm4v", "aspect ratio of 10000"),
     "32-bit floats": (image(image_bytes(Image.new("F", (9, 9)), "TIFF")), "qwen2_vl", "no known range"),
-    "a sound as image": (image(sound_bytes(tone(300, 0.1, 8000))), "qwen2_vl", "no image"),
+    "an audio clip as image": (image(sound_bytes(tone(300, 0.1, 8000))), "qwen2_vl", "no image"),
     "a file too large": (image(image_bytes(NOISE) + b"\0" * 3_000_000), "qwen2_vl", "bytes, more than 3000000"),
     "an image as video": (video(b"no video"), "qwen2_vl", "no video that can be read"),
     "a truncated mp4": (video(VIDEO[: len(VIDEO) // 2]), "qwen2_vl", "ends after|can be read|damaged"),
-    "an mp4 without its index": (video(video_bytes(moving(9), **H264)[:3000]), "qwen3_vl", "can be read|no pictures"),
+    "an mp4 without its index": (video(video_bytes(moving(9), **H264)[:3000]), "qwen3_vl", "can be read|no images"),
     "a playlist": (video(b"#EXTM3U\n#EXTINF:9,\n/etc/hostname\n"), "qwen2_vl", "no video that can be read"),
     "a video too long": (video(video_bytes(moving(20, 16, 16), fps=1)), "glm4v", "20.0 seconds, more than 15"),
-    "a sound too long": (audio(sound_bytes(tone(9, 16, 100), 100)), OMNI, "16.0 seconds, more than 15"),
-    "a sound longer than the model hears": (
-        audio(sound_bytes(tone(300, 1.2, 16_000))), "qwen2_audio", "1.2 seconds of sound, and the model hears 1"),
-    "a sound of a millisecond": (audio(sound_bytes(tone(300, 0.001, 16_000))), "qwen2_audio", "too short to hear"),
-    "a sound without samples": (audio(sound_bytes(np.zeros((0, 2), np.float32))), OMNI, "without samples"),
-    "a sound that is not finite": (audio(sound_bytes(np.full((900, 1), np.inf, np.float32))), OMNI, "not finite"),
+    "an audio clip too long": (audio(sound_bytes(tone(9, 16, 100), 100)), OMNI, "16.0 seconds, more than 15"),
+    "an audio clip longer than the model hears": (
+        audio(sound_bytes(tone(300, 1.2, 16_000))), "qwen2_audio", "1.2 seconds of audio, and the model takes 1"),
+    "an audio clip of a millisecond": (audio(sound_bytes(tone(300, 0.001, 16_000))), "qwen2_audio", "too short"),
+    "an audio clip without samples": (audio(sound_bytes(np.zeros((0, 2), np.float32))), OMNI, "without samples"),
+    "an audio clip that is not finite": (audio(sound_bytes(np.full((900, 1), np.inf, np.float32))), OMNI, "not finite"),
     "a WAV cut short": (audio(WAV[: len(WAV) // 2]), OMNI, r"ends after \d+ of \d+ bytes"),
     "an AIFF cut short": (audio(AIFF[:-900]), OMNI, r"ends after \d+ of \d+ bytes"),
     "an MP3 cut short": (audio(MP3[: len(MP3) // 2]), OMNI, r"ends after \d+ of \d+ samples"),
     "HTML as video": (video("page.jpg"), "qwen2_vl", "no video that can be read"),
-    "a sound as video": (video(WAV), "qwen2_vl", "no pictures|no video that can be read"),
+    "an audio clip as video": (video(WAV), "qwen2_vl", "no images|no video that can be read"),
     "a JPEG whose header alone is whole": (image(image_bytes(NOISE, "JPEG")[:-600]), "qwen3_vl", "JPEG is damaged"),
-    "HTML as sound": (audio("page.jpg"), OMNI, "no sound that can be read"),
+    "HTML as audio clip": (audio("page.jpg"), OMNI, "no audio that can be read"),
 }  # fmt: skip
 
 # These are malformed conversations: an error under any policy.
@@ -105,7 +105,7 @@ CONVERSATIONS = {
     "a mark without a field": (ask("<video>"), "qwen2_vl", "one more video than the field 'videos' holds"),
     "more images than marks": (ask("<image>", images=[GOOD] * 2), "llava", "2 images, and the .* have a place for 1"),
     "images without a mark": (ask("what?", images=[GOOD]), "gemma3", "1 images, and the messages have a place for 0"),
-    "sounds without a mark": (ask("what?", audios=[GOOD]), OMNI, "1 audios, and the messages"),
+    "audio clips without a mark": (ask("what?", audios=[GOOD]), OMNI, "1 audios, and the messages"),
     "a placeholder in the text": (ask("<image> <|image_pad|>", images=[GOOD]), "qwen2_vl",
                                   "2 image placeholders .*, the record 1 images"),
     "a placeholder alone": (ask("what is <|video_pad|>?"), "qwen3_vl", "1 video placeholders .*, the record 0 videos"),
@@ -123,7 +123,7 @@ CONVERSATIONS = {
     "no messages": ({"text": "x"}, "qwen2_vl", "no field 'messages'"),
     "a message that is none": ({"messages": ["x"]}, "qwen2_vl", "message 1: not an object"),
     "an answer of weight 0": ({"messages": [{"role": "user", "content": "x"}, {**ANSWER, "weight": 0}]}, "qwen2_vl",
-                              "leaves no token to learn"),
+                              "leaves no supervised token"),
 }  # fmt: skip
 
 

@@ -80,12 +80,12 @@ def test_another_models_processor_is_refused(tmp_path):
 def test_what_is_learned_are_the_answers(name):
     tokenizer = tokenizer_of(name)
     sample = transform_for(name)(with_images(ASKED, [WIDE, TALL]))
-    learned = sample["labels"] != -100
-    assert torch.equal(sample["labels"][learned], sample["input_ids"][learned])
-    said = tokenizer.decode(sample["labels"][learned])
+    supervised = sample["labels"] != -100
+    assert torch.equal(sample["labels"][supervised], sample["input_ids"][supervised])
+    recorded = tokenizer.decode(sample["labels"][supervised])
     for end in ("<|im_end|>", "<end_of_turn>", "<|endoftext|>"):
-        said = said.replace(end, "")
-    assert said.replace(" ", "") == "somewordsinit"
+        recorded = recorded.replace(end, "")
+    assert recorded.replace(" ", "") == "somewordsinit"
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -138,17 +138,17 @@ def test_answers_weigh_what_they_say(name):
     weights = sample.pop("loss_weights")
     assert weights.dtype is torch.float32
     assert all(torch.equal(sample[key], plain[key]) for key in plain)
-    learned = sample["labels"] != -100
-    first = learned & (learned.logical_not().cumsum(0) == learned.logical_not().cumsum(0)[learned][0])
-    assert torch.equal(weights[learned], torch.where(first, 0.25, 3.0)[learned])
+    supervised = sample["labels"] != -100
+    first = supervised & (supervised.logical_not().cumsum(0) == supervised.logical_not().cumsum(0)[supervised][0])
+    assert torch.equal(weights[supervised], torch.where(first, 0.25, 3.0)[supervised])
     length = len(weights)
     collate = MultimodalCollator(transform.family.parts.config, max_seq_len=2 * length + 3)
     batch = collate([[plain, {**sample, "loss_weights": weights}], [plain]])
     assert torch.equal(batch["loss_weights"][0], torch.cat([torch.ones(length), weights, torch.ones(3)]))
     assert (batch["loss_weights"][1] == 1).all()
     assert "loss_weights" not in collate([[plain]])
-    unlearned = [ASKED[0], {**ASKED[1], "weight": 0}, *ASKED[2:]]
-    assert "loss_weights" not in transform(with_images(unlearned, [WIDE, TALL]))
+    unsupervised = [ASKED[0], {**ASKED[1], "weight": 0}, *ASKED[2:]]
+    assert "loss_weights" not in transform(with_images(unsupervised, [WIDE, TALL]))
 
 
 @pytest.mark.parametrize("bound", [2_000, 8_000])

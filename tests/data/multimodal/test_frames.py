@@ -112,10 +112,10 @@ def test_frames_are_turned_as_by_pyav(degrees):
 
 @pytest.mark.usefixtures("only_torchcodec")
 def test_the_sound_is_the_same():
-    content = video_bytes(FRAMES[:16], sound=tone(440, 2, 16_000)[:, 0] / 2)
+    content = video_bytes(FRAMES[:16], clip=tone(440, 2, 16_000)[:, 0] / 2)
     expected, found = both(content, sound_rate=8_000)
     same(found, expected)
-    assert np.array_equal(found.sound.samples, expected.sound.samples)
+    assert np.array_equal(found.audio.samples, expected.audio.samples)
 
 
 LEFT = {
@@ -162,9 +162,9 @@ def test_damage_of_any_kind_is_a_media_error_or_covered_up(form, codec, decoder,
     assert refused
 
 
-def test_a_codec_that_nobody_knows_is_a_media_error():
+def test_an_unsupported_codec_is_a_media_error():
     content = video_bytes(FRAMES[:2], form="mp4", codec="libx264", pixel_format="yuv420p")
-    with pytest.raises(MediaError, match="clip: video of a kind that nobody decodes"):
+    with pytest.raises(MediaError, match="clip: the video has an unsupported codec"):
         load_video(content.replace(b"avc1", b"zzzz"), "clip", reading("pyav"))
 
 

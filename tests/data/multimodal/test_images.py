@@ -102,9 +102,9 @@ def test_the_header_says_how_large_an_image_becomes(form, orientation):
 def test_an_orientation_behind_the_pixels_of_a_png_counts():
     from PIL import PngImagePlugin
 
-    said = PngImagePlugin.PngInfo()
-    said.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
-    written = image_bytes(Image.fromarray(RGB), pnginfo=said)
+    recorded = PngImagePlugin.PngInfo()
+    recorded.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    written = image_bytes(Image.fromarray(RGB), pnginfo=recorded)
     start = written.index(b"iTXt") - 4
     chunk = written[start : start + 12 + int.from_bytes(written[start : start + 4], "big")]
     content = written.replace(chunk, b"").replace(*(part + written[-12:] for part in (b"", chunk)))

@@ -55,9 +55,9 @@ def transform_of(config, **settings):
 
 def conversation():
     picture = image_bytes(Image.fromarray(pixels(20, 36)), "PNG")
-    sound = sound_bytes(tone(440, 0.4, 16_000), 16_000, "WAV", "PCM_16")
+    clip = sound_bytes(tone(440, 0.4, 16_000), 16_000, "WAV", "PCM_16")
     question = {"role": "user", "content": "<image><audio>what is it?"}
-    record = {"messages": [question, {"role": "assistant", "content": "a b"}], "images": [picture], "audios": [sound]}
+    record = {"messages": [question, {"role": "assistant", "content": "a b"}], "images": [picture], "audios": [clip]}
     return Document(record, "here")
 
 
@@ -74,7 +74,7 @@ def test_a_conversation_goes_through_the_model(encoder):
     sample = transform(conversation())
     model = materialized(config, attention="eager").train()
     batch = MultimodalCollator(config, max_seq_len=256)([[sample, sample]])
-    output = model(**batch.inputs)  # refuses placeholders that are not as many as features
+    output = model(**batch.inputs)  # rejects placeholders that are not as many as features
     assert output.losses["text"].isfinite()
     output.loss.backward()
     for part in ("image_encoder", "image_projector", "audio_encoder", "audio_projector"):
@@ -136,7 +136,7 @@ def test_what_decoders_generate_comes_from_conversations():
     assert torch.equal(sample["latents_time"] >= 0, latent)
     assert (sample["labels"][code | latent] == -100).all()
     start = transform.tokenizer.convert_tokens_to_ids("<|vision_start|>")
-    assert (sample["labels"][ids == start] == start).all(), "that something is drawn is learned as text"
+    assert (sample["labels"][ids == start] == start).all(), "that something is drawn is supervised as text"
 
     model = materialized(config, attention="eager").train()
     batch = MultimodalCollator(config, max_seq_len=96)([[sample, sample]])

@@ -10,7 +10,7 @@ TOKENS = {"image": "<i>", "video": "<v>"}
 
 
 def learned(rendered):
-    return [rendered.text[start:end] for start, end, _ in rendered.learned]
+    return [rendered.text[start:end] for start, end, _ in rendered.supervised]
 
 
 @pytest.mark.parametrize(

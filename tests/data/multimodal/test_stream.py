@@ -329,7 +329,7 @@ def test_a_row_has_no_more_media_than_allowed(setup):
     def media_of_rows(loader):
         """For every row, the tokens of each document that stand for media."""
         family = loader.plan.samples._transform.family
-        stand_ins = torch.tensor(sorted(family.unlearned))
+        stand_ins = torch.tensor(sorted(family.unsupervised))
         for step in itertools.islice(loader, 6):
             for micro in step:
                 documents = micro["input_ids"][0, : sum(micro.rows.document_lengths)].split(micro.rows.document_lengths)

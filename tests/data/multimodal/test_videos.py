@@ -66,16 +66,16 @@ def test_resizing_is_that_of_pillow_but_for_rounding():
 
 def test_the_sound_of_a_video_is_heard():
     wave = tone(440, 2, 16_000)[:, 0] / 2
-    content = video_bytes(FRAMES[:16], sound=wave)
-    reading = VideoReading(WHOLE.sample, WHOLE.size, sound_rate=8_000)
+    content = video_bytes(FRAMES[:16], clip=wave)
+    reading = VideoReading(WHOLE.sample, WHOLE.size, audio_rate=8_000)
     video = load_video(content, "clip", reading)
-    assert video.sound.rate == 8_000
-    assert abs(len(video.sound.samples) - 16_000) <= 1
+    assert video.audio.rate == 8_000
+    assert abs(len(video.audio.samples) - 16_000) <= 1
     expected = tone(440, 2, 8_000)[:, 0] / 2
-    assert np.abs(video.sound.samples[500:15_000] - expected[500:15_000]).max() < 2e-3
+    assert np.abs(video.audio.samples[500:15_000] - expected[500:15_000]).max() < 2e-3
     assert len(video.frames) == 16
-    assert load_video(content, "clip", WHOLE).sound is None
-    assert load_video(video_bytes(FRAMES), "clip", reading).sound is None
+    assert load_video(content, "clip", WHOLE).audio is None
+    assert load_video(video_bytes(FRAMES), "clip", reading).audio is None
 
 
 ROTATIONS = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise, as a track's header has it
@@ -98,7 +98,7 @@ GOOD = video_bytes(FRAMES, form="mp4", codec="libx264", pixel_format="yuv420p")
 STREAMABLE = video_bytes(
     moving(24, 96, 128), form="mp4", codec="libx264", pixel_format="yuv420p", options={"movflags": "faststart"}
 )
-ONLY_SOUND = video_bytes(FRAMES[:1], sound=tone(440, 1, 16_000)[:, 0])
+ONLY_SOUND = video_bytes(FRAMES[:1], clip=tone(440, 1, 16_000)[:, 0])
 BAD = {
     "text": (b"no video at all", "no video that can be read"),
     "HTML": (b"<!DOCTYPE html><html></html>", "no video that can be read"),
@@ -134,7 +134,7 @@ def test_a_sound_alone_is_no_video():
     from tests.data.multimodal.files import sound_bytes
 
     content = sound_bytes(tone(440, 1, 16_000), form="OGG", subtype="VORBIS")
-    with pytest.raises(MediaError, match="no pictures in it"):
+    with pytest.raises(MediaError, match="no images in it"):
         load_video(content, "clip", WHOLE)
 
 
@@ -247,7 +247,7 @@ def test_inputs_equal_those_of_transformers(name):
 def test_video_and_sound_take_turns_as_in_transformers(name, seconds):
     transform = transform_for(name, use_audio_in_video=True)
     wave = tone(440, seconds, 16_000)[:, 0] / 2
-    sample = transform(Document({"messages": SEEN, "videos": [video_bytes(FRAMES, sound=wave)]}, "a"))
+    sample = transform(Document({"messages": SEEN, "videos": [video_bytes(FRAMES, clip=wave)]}, "a"))
     processor = oracle(name, transform.family, VideoProcessor(sample, transform.family))
     if not hasattr(processor, "replace_video_with_audio_token"):
         pytest.skip("transformers before 5.20 builds the text of all videos at once")
@@ -256,13 +256,13 @@ def test_video_and_sound_take_turns_as_in_transformers(name, seconds):
         "video_second_per_grid": sample["video_second_per_grid"].tolist(),
     }
     pad = tokenizer_of(name).convert_tokens_to_ids(transform.family.placeholders["audio"])
-    sounds = int((sample["input_ids"] == pad).sum())
+    clips = int((sample["input_ids"] == pad).sum())
     expected = processor.replace_video_with_audio_token(
-        video, 0, {"num_audio_tokens": [sounds]}, 0, seconds_per_chunk=2.0,
+        video, 0, {"num_audio_tokens": [clips]}, 0, seconds_per_chunk=2.0,
         position_id_per_seconds=transform.family.positions_per_second,
     )  # fmt: skip
     assert expected in tokenizer_of(name).decode(sample["input_ids"])
-    assert sounds == transform.family.audio_tokens(int(sample["feature_attention_mask"].sum()))
+    assert clips == transform.family.audio_tokens(int(sample["feature_attention_mask"].sum()))
 
 
 def test_images_and_videos_keep_their_order_in_internvl():

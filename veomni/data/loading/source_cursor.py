@@ -173,7 +173,7 @@ class SourceCursor:
             order, records = self._open(epoch, unit)
             numbers = sorted({ref.record for ref in refs if (ref.epoch, ref.unit) == (epoch, unit)})
             if numbers[-1] >= len(records):
-                raise DataError(f"source {self.source.name!r} has fewer records than before", "put it back as it was")
+                raise DataError(f"source {self.source.name!r} has fewer records than before", "restore it")
             documents = [records[order[number]] for number in numbers]
             for number, document, made in zip(numbers, documents, self._made(documents), strict=True):
                 samples = self._samples(_Read(epoch, unit, number, document.where, made))

@@ -119,5 +119,5 @@ class StreamShard:
         for ref in refs:
             if ref not in found:
                 name = self.plan.sources[ref.source].name if ref.source < len(self.plan.sources) else ref.source
-                raise CheckpointError(f"source {name!r} has changed: a sample is gone", "put it back as it was")
+                raise CheckpointError(f"source {name!r} has changed: a sample is gone", "restore it")
             self._waiting.add(found[ref])

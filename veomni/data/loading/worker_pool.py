@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class WorkerError(VeOmniError):
-    """A loader worker died, or gave nothing for too long; the message names the processes."""
+    """A loader worker died, or returned nothing before the timeout; the message names the processes."""
 
 
 class WorkerPool(Generic[T]):
@@ -55,10 +55,10 @@ class WorkerPool(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """Return the next thing.
+        """Return what the workers make next.
 
         Raises:
-            WorkerError: a worker died, or nothing came in time.
+            WorkerError: a worker died, or nothing arrived in time.
         """
         try:
             made: T = _tensors(next(self._source))
@@ -71,7 +71,7 @@ class WorkerPool(Generic[T]):
             raise WorkerError(f"{error}; the loader's workers are {names}") from error
 
     def _kill(self) -> None:
-        # One that hangs would keep this process from ending. torch raises here, too, once it hears of a worker's death.
+        # One that hangs would keep this process from ending. torch raises here, too, when a worker has died.
         for process in self._processes:
             with suppress(RuntimeError):
                 process.kill()
@@ -96,7 +96,7 @@ def _start(worker: int) -> None:
 
 
 def _end_with_the_rank() -> None:
-    # torch's workers see by themselves that their rank is gone, but then wait for ever to have their arrays taken.
+    # torch's workers detect that their rank is gone, but then block until their arrays are taken.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -104,14 +104,14 @@ def _end_with_the_rank() -> None:
 
 
 def _ignore_signals() -> None:
-    # They go to the whole process group: the training process saves first, and then ends its workers itself.
+    # They are sent to the whole process group: the training process saves first, and then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
 def _tokenizers_serial() -> Iterator[None]:
-    """Have the tokenizers library start no threads in processes forked meanwhile, nor warn in each that it does not."""
+    """Disable the threads of the tokenizers library, and its warning, in processes forked meanwhile."""
     name, before = "TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ.setdefault(name, "false")
     yield

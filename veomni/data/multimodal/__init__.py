@@ -1,4 +1,4 @@
-"""Multimodal data: images, videos and sounds read, and what a model family's processor makes of a conversation."""
+"""Multimodal data: images, videos and audio clips read, and what a model family's processor makes of a conversation."""
 
 from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache

@@ -37,8 +37,8 @@ _FLAGS = ("use_audio_in_video", "noise_seed")
 class MultimodalCollator:
     """Packs documents into rows: what a loader's worker calls with the documents of its micro-batch.
 
-    Position ids are computed here, of each document by itself; so are the borders of images, which the vision tower
-    would otherwise ask the accelerator for.
+    Position ids are computed here, per document; so are the boundaries of images, which the vision encoder would
+    otherwise read from the accelerator.
 
     Args:
         config: The model's configuration.
@@ -66,7 +66,7 @@ class MultimodalCollator:
         """
         documents = [[self._prepared(sample) for sample in row] for row in rows]
         lengths = [[len(sample["input_ids"]) for sample in row] for row in documents]
-        self._refuse_long(lengths)
+        self._check_lengths(lengths)
         batch: dict[str, Any] = {}
         keys = dict.fromkeys(key for row in documents for sample in row for key in sample)
         for key in keys or dict.fromkeys(_OF_AN_EMPTY_BATCH):
@@ -88,7 +88,7 @@ class MultimodalCollator:
 
     def _prepared(self, sample: Sample) -> dict[str, Any]:
         if sample.get("input_ids") is None:
-            raise DataError("a document has no input_ids", "tokenise it first")
+            raise DataError("a document has no input_ids", "tokenize it first")
         kept = {key: value for key, value in sample.items() if value is not None and key not in _FLAGS}
         kept |= self.positions(sample)
         for decoder in self._decoders:
@@ -99,7 +99,7 @@ class MultimodalCollator:
             kept["labels"][:1] = IGNORE_INDEX  # it would be predicted from the document before
         return {key: value for key, value in kept.items() if key not in _FOR_POSITIONS or key in self._taken}
 
-    def _refuse_long(self, lengths: Sequence[Sequence[int]]) -> None:
+    def _check_lengths(self, lengths: Sequence[Sequence[int]]) -> None:
         longest = max((sum(row) for row in lengths), default=0)
         if longest > self.max_seq_len:
             raise DataError(
@@ -134,7 +134,7 @@ class MultimodalCollator:
 
 
 def join_items(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor:
-    """Return images, sizes or sounds of several documents one after another."""
+    """Return images, sizes or audio clips of several documents one after another."""
     return as_tensor(join_compactly(values, rule))
 
 

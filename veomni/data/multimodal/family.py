@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from veomni.data.multimodal.sounds import Sound
+    from veomni.data.multimodal.audio_clip import AudioClip
     from veomni.data.multimodal.videos import Video
 
 
 @dataclass(frozen=True)
 class MediaFeatures:
-    """What becomes of one image, video or sound.
+    """What becomes of one image, video or audio clip.
 
     Attributes:
         tensors: By the names that the model takes; those of several items are concatenated along the first axis.
             Pixels may still be 8-bit ones.
         text: Takes the place of the placeholder in the rendered conversation.
-        source: Says what the features were made of, for people.
+        source: Says what the features were made of, for messages.
     """
 
     tensors: Mapping[str, Tensor | PixelList]
@@ -49,8 +49,8 @@ class FamilyParts:
         image_processor: One of transformers', or None.
         feature_extractor: One of transformers', or None.
         video: Settings of the model's video processor: sizes, mean and standard deviation, sampling.
-        use_audio_in_video: Hear a video's sound as well (omni models).
-        video_decoder: Who decodes the frames of videos.
+        use_audio_in_video: Also use the audio track of videos (omni models).
+        video_decoder: Decoder of the frames of videos.
     """
 
     config: PreTrainedConfig
@@ -92,9 +92,9 @@ class Family:
         """Return the features of a decoded video."""
         raise self._has_no("videos")
 
-    def audio(self, sound: Sound) -> MediaFeatures:
-        """Return the features of a sound at :attr:`sampling_rate`."""
-        raise self._has_no("sounds")
+    def audio(self, clip: AudioClip) -> MediaFeatures:
+        """Return the features of an audio clip at :attr:`sampling_rate`."""
+        raise self._has_no("audio clips")
 
     def generated(self, kind: str, values: Any) -> MediaFeatures:
         """Return what a decoder of the model learns to generate, with an entry per token.
@@ -137,14 +137,14 @@ class Family:
         return cls.image_processor
 
     @property
-    def unlearned(self) -> frozenset[int]:
+    def unsupervised(self) -> frozenset[int]:
         """Ids of tokens that stand for features, on which no loss is taken."""
         return frozenset(self.id_of(token) for token in self.placeholders.values())
 
     def media_tokens(self, text: str) -> int:
         """Count the tokens in the text of an item that stand for features."""
         convert: Any = self.parts.tokenizer.convert_ids_to_tokens
-        return sum(int(text.count(convert(index))) for index in self.unlearned)
+        return sum(int(text.count(convert(index))) for index in self.unsupervised)
 
     @property
     def sampling_rate(self) -> int:

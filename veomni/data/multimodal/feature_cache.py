@@ -28,7 +28,7 @@ _WRITES_BETWEEN_SCANS = 64
 
 
 class FeatureCache:
-    """A directory of safetensors files, one per image, video or sound, named after content and processor settings.
+    """A directory of safetensors files, one per image, video or audio clip, named after content and processor settings.
 
     Any number of processes may share it. A file is written under another name and renamed, so none is ever seen half
     written; a damaged one is made again. The files that were not used for longest are removed when their sizes exceed
@@ -60,8 +60,10 @@ class FeatureCache:
         try:
             # Read at once: safetensors opens files again for their tensors, and another process may have removed them.
             content = path.read_bytes()
-            said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-            features = MediaFeatures(_with_pixels(load(content), said["pixels"]), said["text"], said["source"])
+            recorded = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            features = MediaFeatures(
+                _with_pixels(load(content), recorded["pixels"]), recorded["text"], recorded["source"]
+            )
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -110,20 +112,20 @@ class FeatureCache:
 
 def _without_pixels(features: Mapping[str, Tensor | PixelList]) -> tuple[dict[str, Tensor], str]:
     """Return what safetensors can hold, and what else is to be known of 8-bit pixels, as JSON."""
-    tensors, said = {}, {}
+    tensors, recorded = {}, {}
     for name, value in features.items():
         if isinstance(value, PixelList):
             [pixels] = value  # of one image or video
             tensors[name] = torch.from_numpy(pixels.values)
-            said[name] = {"shape": pixels.shape, "normalization": asdict(pixels.normalization)}
+            recorded[name] = {"shape": pixels.shape, "normalization": asdict(pixels.normalization)}
         else:
             tensors[name] = value.contiguous()
-    return tensors, json.dumps(said)
+    return tensors, json.dumps(recorded)
 
 
-def _with_pixels(tensors: Mapping[str, Tensor], said: str) -> dict[str, Tensor | PixelList]:
+def _with_pixels(tensors: Mapping[str, Tensor], recorded: str) -> dict[str, Tensor | PixelList]:
     found: dict[str, Tensor | PixelList] = dict(tensors)
-    for name, facts in json.loads(said).items():
+    for name, facts in json.loads(recorded).items():
         made = facts["normalization"]
         normalization = Normalization(made["scale"], tuple(made["mean"]), tuple(made["std"]))
         found[name] = PixelList([Pixels(tensors[name].numpy(), tuple(facts["shape"]), normalization)])

@@ -1,8 +1,8 @@
-"""Who turns the packets of a video into frames: PyAV, or torchcodec where a run chooses it and it can.
+"""The decoders of video frames: PyAV, or torchcodec where a run chooses it and it supports the file.
 
-PyAV opens and checks every file and reads its sound, whoever decodes the frames. Of pictures with 8 bits a colour both
-give the same values, which the tests compare. torchcodec jumps to the frames that are wanted, but does not say when a
-codec has covered up damage, and PyAV does.
+PyAV opens and checks every file and reads its audio, whichever decodes the frames. With 8 bits per colour both return
+the same values, which the tests compare. torchcodec seeks to the frames that are wanted, but does not report damage
+that a codec has concealed; PyAV does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TorchcodecCannotError(Exception):
 
 
 def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
-    """Return who decodes on this machine: torchcodec only if its libraries can be loaded, which a log line says.
+    """Return the decoder to use on this machine: torchcodec only if its libraries can be loaded, which is logged.
 
     Raises:
         ConfigError: torchcodec is wanted and not installed.
@@ -94,8 +94,8 @@ def torchcodec_frames(content: bytes, stream: VideoStream, total: int, wanted: C
     """Decode the wanted frames.
 
     Args:
-        content: The file's bytes, which PyAV has opened and checked: of what it refuses, torchcodec sees nothing.
-        stream: Its pictures, as PyAV has them.
+        content: The file's bytes, which PyAV has opened and checked: of what it rejects, torchcodec sees nothing.
+        stream: Its images, as PyAV has them.
         total: Frames of the file.
         wanted: Places of frames.
 

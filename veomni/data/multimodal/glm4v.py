@@ -26,7 +26,7 @@ class Glm4V(Qwen2VL):
 
     def __init__(self, parts: FamilyParts) -> None:
         super().__init__(parts)
-        self._borders = [self.token(f"image_{end}_token_id") for end in ("start", "end")]
+        self._ends = [self.token(f"image_{end}_token_id") for end in ("start", "end")]
 
     def image_size(self, height: int, width: int) -> Size:
         """Return the size to which an image is resized: it counts as a patch of frames."""
@@ -55,7 +55,7 @@ class Glm4V(Qwen2VL):
 
     def video_text(self, video: Video, grid: Tensor) -> str:
         """Return, for each pair of frames, its image placeholders between start and end, and the whole second."""
-        start, end = self._borders
+        start, end = self._ends
         shown = start + self.placeholders["image"] * (self.tokens(grid) // int(grid[0, 0])) + end
         seconds = video.timestamps[::2]
         seconds += seconds[-1:] * (int(grid[0, 0]) - len(seconds))

@@ -35,20 +35,20 @@ def load_image(content: bytes | Image, name: str, limits: MediaLimits | None = N
     Args:
         content: A file's bytes, or an opened image.
         name: Names the image, for messages.
-        limits: What is refused.
+        limits: Bounds on bytes, pixels and seconds.
 
     Raises:
         MediaError: it is no image, damaged, or beyond the limits.
     """
     limits = limits or MediaLimits()
     image = _open(content, name) if isinstance(content, bytes) else content
-    limits.check_picture(name, image.width, image.height)
+    limits.check_image(name, image.width, image.height)
     if getattr(image, "is_animated", False):
         logger.warning_once("of images with several frames (animations) only the first is used")
     try:
         image.load()
     except Exception as error:  # the decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error
-        raise MediaError(f"{name}: the {image.format or 'image'} is damaged ({_said(error)})", _REPLACE) from error
+        raise MediaError(f"{name}: the {image.format or 'image'} is damaged ({_reason(error)})", _REPLACE) from error
     return _to_rgb(_upright(image, ours=isinstance(content, bytes)), name)
 
 
@@ -58,15 +58,15 @@ def upright_size(content: bytes | Image, name: str, limits: MediaLimits | None =
     Args:
         content: A file's bytes, or an opened image.
         name: Names the image, for messages.
-        limits: What is refused.
+        limits: Bounds on bytes, pixels and seconds.
 
     Raises:
         MediaError: it is no image, damaged as far as was looked, or beyond the limits.
     """
     image = _open(content, name) if isinstance(content, bytes) else content
-    if not isinstance(content, bytes) or not _told_by_header(image.format, content):
+    if not isinstance(content, bytes) or not _in_header(image.format, content):
         return load_image(image, name, limits).size
-    (limits or MediaLimits()).check_picture(name, image.width, image.height)
+    (limits or MediaLimits()).check_image(name, image.width, image.height)
     try:
         turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
     except Exception:  # `_upright` says so
@@ -74,7 +74,7 @@ def upright_size(content: bytes | Image, name: str, limits: MediaLimits | None =
     return (image.height, image.width) if turned else image.size
 
 
-def _told_by_header(form: str | None, content: bytes) -> bool:
+def _in_header(form: str | None, content: bytes) -> bool:
     """Say whether Pillow knows an image's size and orientation before it decodes it."""
     if form == "PNG":  # they may stand behind the pixels
         return not any(mark in content for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"))
@@ -92,9 +92,9 @@ def _open(content: bytes, name: str) -> Image:
     except UnidentifiedImageError as error:
         raise MediaError(f"{name}: {_instead(content)}, no image", _REPLACE) from error
     except Image.DecompressionBombError as error:
-        raise MediaError(f"{name}: {_said(error)}", "make the image smaller") from error
+        raise MediaError(f"{name}: {_reason(error)}", "make the image smaller") from error
     except Exception as error:  # headers that contradict themselves raise many kinds
-        raise MediaError(f"{name}: the header is damaged ({_said(error)})", _REPLACE) from error
+        raise MediaError(f"{name}: the header is damaged ({_reason(error)})", _REPLACE) from error
 
 
 @lru_cache(maxsize=1)
@@ -144,7 +144,7 @@ def _to_rgb(image: Image, name: str) -> Image:
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
     except (ValueError, OSError) as error:
-        raise MediaError(f"{name}: mode {image.mode} cannot become RGB ({_said(error)})", _REPLACE) from error
+        raise MediaError(f"{name}: mode {image.mode} cannot become RGB ({_reason(error)})", _REPLACE) from error
 
 
 def _from_numbers(image: Image, name: str) -> Image:
@@ -158,5 +158,5 @@ def _from_numbers(image: Image, name: str) -> Image:
     return Image.fromarray(np.round(numbers / 257).astype(np.uint8)).convert("RGB")
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -9,13 +9,13 @@ from veomni.errors import MediaError
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What is refused. A file says how large it decodes; a few kilobytes may become gigabytes.
+    """What is rejected. A file says how large it decodes; a few kilobytes may become gigabytes.
 
     Attributes:
         max_bytes: Of a file.
         max_pixels: Of an image or a video frame, before resizing.
-        max_aspect_ratio: Longer side over shorter side; transformers' Qwen processors refuse more than 200.
-        max_seconds: Of a video or a sound.
+        max_aspect_ratio: Longer side over shorter side; transformers' Qwen processors reject more than 200.
+        max_seconds: Of a video or an audio clip.
     """
 
     max_bytes: int = 1 << 29
@@ -30,8 +30,8 @@ class MediaLimits:
         if size > self.max_bytes:
             raise MediaError(f"{name}: {size} bytes, more than {self.max_bytes}", "raise data.media.max_bytes")
 
-    def check_picture(self, name: str, width: int, height: int) -> None:
-        """Raise MediaError for a picture without pixels, with too many, or too far from square."""
+    def check_image(self, name: str, width: int, height: int) -> None:
+        """Raise MediaError for a image without pixels, with too many, or too far from square."""
         if width < 1 or height < 1:
             raise MediaError(f"{name}: {width} x {height} pixels", "replace the file, or remove the record")
         if width * height > self.max_pixels:
@@ -44,7 +44,7 @@ class MediaLimits:
             raise MediaError(problem, "crop it, or remove the record")
 
     def check_duration(self, name: str, seconds: float) -> None:
-        """Raise MediaError for a video or sound that lasts too long."""
+        """Raise MediaError for a video or audio clip that lasts too long."""
         if seconds > self.max_seconds:
             problem = f"{name}: {seconds:.1f} seconds, more than {self.max_seconds:g}"
             raise MediaError(problem, "cut it, or raise data.media.max_seconds")

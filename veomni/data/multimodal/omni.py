@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedConfig
 
-    from veomni.data.multimodal.sounds import Sound
+    from veomni.data.multimodal.audio_clip import AudioClip
 
 
 class Omni(Family):
@@ -53,9 +53,9 @@ class Omni(Family):
         tokens = len(next(iter(tensors.values())))
         return MediaFeatures(dict(tensors), self.placeholders[kind] * tokens, "to be generated")
 
-    def audio(self, sound: Sound) -> MediaFeatures:
+    def audio(self, clip: AudioClip) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
         extractor = self.parts.feature_extractor
-        tensors = mel_features(extractor, sound, extractor.n_samples)
+        tensors = mel_features(extractor, clip, extractor.n_samples)
         tokens = halved_twice(int(tensors["feature_attention_mask"].sum()))
-        return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, sound))
+        return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, clip))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_CHUNK = 1 << 18  # values that are normalised at once: they stay in the processor's cache
+_CHUNK = 1 << 18  # values that are normalized at once: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images or frames that are still to be normalised.
+    """Images or frames that are still to be normalized.
 
     Attributes:
-        values: uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or a picture. One frame stands
+        values: uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or a image. One frame stands
             for as many as ``shape`` has: a still image fills a patch of several frames.
         shape: Of the float32 tensor that they become; the first axis counts items.
         normalization: What each value becomes.
@@ -64,7 +64,7 @@ class Pixels:
     normalization: Normalization
 
     def write(self, out: Tensor) -> None:
-        """Normalise into a contiguous float32 tensor of :attr:`shape`."""
+        """Normalize into a contiguous float32 tensor of :attr:`shape`."""
         items, channels, _, numbers = self.values.shape
         view = out.view(items, channels, -1, numbers)
         step = max(1, _CHUNK // (channels * numbers))
@@ -92,7 +92,7 @@ class PixelList(list[Pixels]):
 
 
 def tiles(values: Tensor, normalization: Normalization) -> PixelList:
-    """Return pictures, uint8 ``[items, channels, height, width]``, still to be normalised."""
+    """Return images, uint8 ``[items, channels, height, width]``, still to be normalized."""
     return PixelList([Pixels(values.flatten(2)[:, :, None].numpy(), tuple(values.shape), normalization)])
 
 

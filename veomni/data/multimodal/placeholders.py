@@ -1,4 +1,4 @@
-"""Each placeholder of a rendered conversation becomes as many tokens as its image, video or sound has features."""
+"""Each placeholder of a rendered conversation becomes as many tokens as its image, video or audio clip has features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veomni.errors import DataError
 def expand_placeholders(
     rendered: Rendered, tokens: Mapping[str, str], texts: Mapping[str, Sequence[str]], where: str
 ) -> Rendered:
-    """Put text in the place of placeholders, and move what is learned along.
+    """Put text in the place of placeholders, and move what is supervised along.
 
     Args:
         rendered: A conversation with one placeholder per item.
@@ -35,7 +35,7 @@ def expand_placeholders(
         at = match.end()
         moved += len(text) - len(match.group())
         moves.append((at, moved))
-    return Rendered("".join([*pieces, rendered.text[at:]]), [_shifted(span, moves) for span in rendered.learned])
+    return Rendered("".join([*pieces, rendered.text[at:]]), [_shifted(span, moves) for span in rendered.supervised])
 
 
 def _require_equal(kind: str, token: str, places: int, items: int, where: str) -> None:

@@ -44,8 +44,8 @@ class MediaSettings:
         video_min_frames: Least frames of a video.
         video_max_frames: Most frames of a video.
         video_max_pixels: Most pixels: of a frame (Qwen2-VL, Qwen2.5-VL, omni) or of all (Qwen3-VL, GLM-4V).
-        use_audio_in_video: Hear a video's sound as well (omni models).
-        video_decoder: Who decodes the frames of videos; torchcodec only where it can be loaded.
+        use_audio_in_video: Also use the audio track of videos (omni models).
+        video_decoder: Decoder of the frames of videos; torchcodec only where it can be loaded.
     """
 
     image_min_pixels: int | None = None
@@ -113,7 +113,7 @@ def _image_processor(
     kind = getattr(transformers, f"{name}Pil", None) if name.endswith("ImageProcessor") else None
     if kind is None:
         raise ModelError(f"{directory}: transformers has no {name} for Pillow", "train with another image processor")
-    processor = kind.from_dict({key: value for key, value in values.items() if key not in _OF_SOUNDS})
+    processor = kind.from_dict({key: value for key, value in values.items() if key not in _OF_AUDIO})
     bounds = {"shortest_edge": settings.image_min_pixels, "longest_edge": settings.image_max_pixels}
     changed = {key: value for key, value in bounds.items() if value is not None}
     if changed and not processor.size.longest_edge:
@@ -183,13 +183,13 @@ def _for_config(config: PreTrainedConfig) -> dict[str, Any]:
     vision = getattr(config, "vision_config", None)
     found = {key: getattr(vision, name, None) for key, name in _GEOMETRY.items()}
     side = getattr(vision, "image_size", None)
-    if side is not None and found["merge_size"] is None:  # pictures of one size
+    if side is not None and found["merge_size"] is None:  # images of one size
         height, width = side if isinstance(side, list | tuple) else (side, side)
         return {"size": {"height": height, "width": width}, "crop_size": {"height": height, "width": width}}
     return {key: value for key, value in found.items() if value is not None}
 
 
-_OF_SOUNDS = ("feature_extractor_type", "feature_size", "hop_length", "n_fft", "n_samples", "nb_max_frames")
+_OF_AUDIO = ("feature_extractor_type", "feature_size", "hop_length", "n_fft", "n_samples", "nb_max_frames")
 
 
 def _file(directory: str | Path | None, part: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Qwen2-Audio, and the sounds of Qwen2.5-Omni and Qwen3-Omni."""
+"""Qwen2-Audio, and the audio of Qwen2.5-Omni and Qwen3-Omni."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
 from veomni.errors import MediaError
 
 if TYPE_CHECKING:
-    from veomni.data.multimodal.sounds import Sound
+    from veomni.data.multimodal.audio_clip import AudioClip
 
 
 class Qwen2Audio(Family):
-    """Qwen2-Audio: a sound is padded to the tower's 30 seconds."""
+    """Qwen2-Audio: an audio clip is padded to the tower's 30 seconds."""
 
     def __init__(self, parts: FamilyParts) -> None:
         super().__init__(parts)
         self.placeholders = {"audio": self.token("audio_token_id")}
 
-    def audio(self, sound: Sound) -> MediaFeatures:
+    def audio(self, clip: AudioClip) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
-        tensors = mel_features(self.parts.feature_extractor, sound, self.parts.feature_extractor.n_samples)
+        tensors = mel_features(self.parts.feature_extractor, clip, self.parts.feature_extractor.n_samples)
         tokens = halved_twice(int(tensors["feature_attention_mask"].sum()))
-        return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, sound))
+        return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, clip))
 
 
-def mel_features(extractor: Any, sound: Sound, samples: int) -> dict[str, Tensor]:
-    """Return a sound's log-mel spectrogram, as the model's feature extractor defines it.
+def mel_features(extractor: Any, clip: AudioClip, samples: int) -> dict[str, Tensor]:
+    """Return an audio clip's log-mel spectrogram, as the model's feature extractor defines it.
 
     Args:
         extractor: One of transformers'.
-        sound: At the extractor's rate.
+        clip: At the extractor's rate.
         samples: Length to which it is filled up with silence.
 
     Raises:
-        MediaError: the sound is longer than the extractor takes (it would cut the rest off), or shorter than a frame.
+        MediaError: the clip is longer than the extractor takes, which would cut the rest off, or shorter than a frame.
     """
-    seconds, longest = len(sound.samples) / sound.rate, extractor.n_samples / extractor.sampling_rate
-    if len(sound.samples) > extractor.n_samples:
-        raise MediaError(f"{seconds:.1f} seconds of sound, and the model hears {longest:g}", "cut it into pieces")
-    at_least_one(len(sound.samples) // extractor.n_fft, sound)
+    seconds, longest = len(clip.samples) / clip.rate, extractor.n_samples / extractor.sampling_rate
+    if len(clip.samples) > extractor.n_samples:
+        raise MediaError(f"{seconds:.1f} seconds of audio, and the model takes {longest:g}", "cut it into pieces")
+    at_least_one(len(clip.samples) // extractor.n_fft, clip)
     made: Any = extractor(
-        sound.samples, sampling_rate=sound.rate, return_attention_mask=True, padding="max_length", truncation=False,
+        clip.samples, sampling_rate=clip.rate, return_attention_mask=True, padding="max_length", truncation=False,
         max_length=samples, return_tensors="pt",
     )  # fmt: skip
     return {
@@ -58,13 +58,15 @@ def halved_twice(frames: int) -> int:
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
-def at_least_one(tokens: int, sound: Sound) -> int:
+def at_least_one(tokens: int, clip: AudioClip) -> int:
     """Return ``tokens``, unless there are none.
 
     Raises:
-        MediaError: the sound is too short for the model to make a feature of.
+        MediaError: the audio clip is too short for the model to make a feature of.
     """
     if tokens < 1:
-        milliseconds = 1000 * len(sound.samples) / sound.rate
-        raise MediaError(f"{milliseconds:.1f} ms of sound, too short to hear", "replace the file, or remove the record")
+        milliseconds = 1000 * len(clip.samples) / clip.rate
+        raise MediaError(
+            f"{milliseconds:.1f} ms of audio, too short for a feature", "replace the file, or remove the record"
+        )
     return tokens

@@ -45,7 +45,7 @@ class Qwen2VL(Family):
     def image(self, image: Image) -> MediaFeatures:
         """Return ``pixel_values`` ``[patches, values]`` and ``image_grid_thw`` ``[1, 3]``.
 
-        The processor's steps with its settings, but the pixels stay 8-bit until they are normalised in a batch.
+        The processor's steps with its settings, but the pixels stay 8-bit until they are normalized in a batch.
         """
         processor = self.parts.image_processor
         patch, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size

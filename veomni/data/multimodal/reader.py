@@ -29,9 +29,9 @@ class MediaReader:
     ``url`` (what ``datasets`` stores has ``bytes`` and ``path``; the bytes are taken).
 
     Attributes:
-        root: Paths are relative to it; what lies outside, also through a symbolic link, is refused. ``/`` allows all.
-        fetch: Gets URLs; None refuses them.
-        limits: A file larger than ``max_bytes`` is refused.
+        root: Paths are relative to it; what lies outside, also through a symbolic link, is rejected. ``/`` allows all.
+        fetch: Gets URLs; None rejects them.
+        limits: A file larger than ``max_bytes`` is rejected.
     """
 
     root: Path = field(default_factory=Path.cwd)
@@ -114,4 +114,4 @@ class MediaReader:
             return path.read_bytes()
         except (OSError, RuntimeError, ValueError) as error:  # loops of links, null bytes, permissions
             reason = getattr(error, "strerror", None) or str(error)
-            raise MediaError(f"{text[:200]}: {reason} (in {root})", "mend data.media.root or the record") from error
+            raise MediaError(f"{text[:200]}: {reason} (in {root})", "correct root or the record") from error

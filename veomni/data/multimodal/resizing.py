@@ -1,4 +1,4 @@
-"""To which size pictures are resized: the rules of the Qwen2-VL, Qwen3-VL and GLM-4V processors of transformers."""
+"""To which size images are resized: the rules of the Qwen2-VL, Qwen3-VL and GLM-4V processors of transformers."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class MediaSamples:
         self._drops = on_overflow == "drop"
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Tokenise records, and see how large their media are.
+        """Tokenize records, and see how large their media are.
 
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.
@@ -91,7 +91,7 @@ class MediaSamples:
         return make(given) if self._skipping is None else self._skipping(make, given)
 
     def _patches(self, media: PlannedMedia) -> int:
-        """Return what a tower attends to: the patches of an image or video, as many as the tokens of a sound."""
+        """Return what a tower attends to: the patches of an image or video, as many as the tokens of an audio clip."""
         family = self._transform.family
         return family.media_tokens(media.text) * (1 if media.item.kind == "audio" else family.patches_per_token)
 
@@ -111,7 +111,7 @@ class MediaSamples:
         return replace(sample, piece=sample.piece._replace(content=arrays))
 
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
-        """Return a micro-batch of rows; here pixels are normalised, each written once."""
+        """Return a micro-batch of rows; here pixels are normalized, each written once."""
         packed = [[document for sample in row for document in self._documents(sample)] for row in rows]
         return name_documents(self._collator(packed), rows)
 
@@ -130,8 +130,8 @@ class MediaSamples:
 
     def _text(self, tokens: NDArray[Any], weights: TokenWeights | None) -> dict[str, Tensor]:
         ids = torch.from_numpy(tokens.astype(np.int64))
-        learned = torch.ones(len(ids), dtype=torch.bool) if weights is None else torch.from_numpy(weights != 0)
-        document = {"input_ids": ids, "labels": torch.where(learned, ids, IGNORE_INDEX)}
+        supervised = torch.ones(len(ids), dtype=torch.bool) if weights is None else torch.from_numpy(weights != 0)
+        document = {"input_ids": ids, "labels": torch.where(supervised, ids, IGNORE_INDEX)}
         if weights is not None and weights.dtype != np.bool_:
             document["loss_weights"] = torch.from_numpy(weights)
         return document | self._transform.family.per_token(ids)

@@ -46,7 +46,7 @@ class MediaSection(Section):
         description="Most pixels of an image or frame before resizing; checked before decoding.",
     )
     max_aspect_ratio: float = Field(default=200.0, ge=1, description="Longest side over shortest side.")
-    max_seconds: float = Field(default=3600.0, gt=0, description="Longest video or sound.")
+    max_seconds: float = Field(default=3600.0, gt=0, description="Longest video or audio clip.")
     image_min_pixels: int | None = Field(default=None, ge=1, description="Least pixels of an image after resizing.")
     image_max_pixels: int | None = Field(default=None, ge=1, description="Most pixels of an image after resizing.")
     video_fps: float | None = Field(default=None, gt=0, description="Frames per second that are seen.")

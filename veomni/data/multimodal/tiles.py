@@ -1,4 +1,4 @@
-"""LLaVA, InternVL and Gemma 3: pictures of one fixed size, and a fixed number of tokens for each."""
+"""LLaVA, InternVL and Gemma 3: images of one fixed size, and a fixed number of tokens for each."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Gemma3(Family):
         return f"Here is the original image {whole} and here are some crops to help you see better {cut}"
 
     @property
-    def unlearned(self) -> frozenset[int]:
+    def unsupervised(self) -> frozenset[int]:
         """Ids of tokens that stand for features, and of those around them."""
         return frozenset(self.id_of(token) for token in (self._start, self._token, self._end))
 
@@ -137,6 +137,6 @@ class Gemma3(Family):
 
 
 def _pixels(processor: Any, image: Image, **options: Any) -> PixelList:
-    """Return what a processor makes of an image, but for rescaling and normalising."""
+    """Return what a processor makes of an image, but for rescaling and normalizing."""
     made: Any = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt", **options)
     return tiles(made["pixel_values"], Normalization.of(processor))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veomni.batch.fields import FIELDS, IGNORE_INDEX
+from veomni.data.multimodal.audio_clip import AudioClip, load_audio, mono
 from veomni.data.multimodal.collate import join_compactly
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.feature_cache import FeatureCache
@@ -24,7 +25,6 @@ from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.pixels import PixelList, as_tensor
 from veomni.data.multimodal.placeholders import expand_placeholders
 from veomni.data.multimodal.reader import MediaReader
-from veomni.data.multimodal.sounds import Sound, load_sound, mono
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.sources.media_records import MediaItem, media_conversation
 from veomni.data.sources.records import Conversation, Document
@@ -44,12 +44,12 @@ Sample = dict[str, Tensor]
 0 nor 1), and the features of media."""
 
 CompactSample = dict[str, Tensor | PixelList]
-"""The same with 8-bit pixels that are not yet normalised."""
+"""The same with 8-bit pixels that are not yet normalized."""
 
 
 @dataclass(frozen=True)
 class PlannedMedia:
-    """An image, video or sound whose tokens are known.
+    """An image, video or audio clip whose tokens are known.
 
     Attributes:
         item: Where it is.
@@ -86,7 +86,7 @@ class EncodedDocument:
     Attributes:
         sample: A model's inputs.
         where: File and record.
-        media: Images, videos and sounds, in order, with what became of them.
+        media: Images, videos and audio clips, in order, with what became of them.
     """
 
     sample: Sample
@@ -119,10 +119,10 @@ class MultimodalTransform:
         self.reader, self.messages_key, self.cache = reader or MediaReader(), messages_key, cache
 
     def __call__(self, document: Document) -> Sample:
-        """Return a sample: labels are unshifted, and ``IGNORE_INDEX`` where nothing is learned.
+        """Return a sample: labels are unshifted, and ``IGNORE_INDEX`` where nothing is supervised.
 
         Raises:
-            MediaError: an image, video or sound cannot be used.
+            MediaError: an image, video or audio clip cannot be used.
             DataError: the conversation cannot.
         """
         return self.finish(self.plan(document))
@@ -131,7 +131,7 @@ class MultimodalTransform:
         """Return a sample together with the media in it.
 
         Raises:
-            MediaError: an image, video or sound cannot be used.
+            MediaError: an image, video or audio clip cannot be used.
             DataError: the conversation cannot.
         """
         planned = self.plan(document)
@@ -144,13 +144,13 @@ class MultimodalTransform:
         """Return a conversation's tokens; of images, only the headers are read.
 
         Raises:
-            MediaError: an image, video or sound cannot be used, as far as was looked.
+            MediaError: an image, video or audio clip cannot be used, as far as was looked.
             DataError: the conversation cannot.
         """
         conversation, items = media_conversation(document, self.messages_key)
         conversation = self._in_form(conversation, document.where)
         rendered = render_conversation(conversation, document.where, self.tokenizer, self.chat_template)
-        self._refuse_kinds(items)
+        self._check_kinds(items)
         media = [self._named(item, self._planned) for item in items]
         texts = {
             kind: [planned.text for planned in media if planned.item.kind == kind] for kind in self.family.placeholders
@@ -161,10 +161,10 @@ class MultimodalTransform:
         return PlannedDocument(torch.tensor(ids, dtype=torch.int32), weighed, document.where, media)
 
     def finish_compactly(self, planned: PlannedDocument) -> CompactSample:
-        """Return a sample, its pixels still to be normalised.
+        """Return a sample, its pixels still to be normalized.
 
         Raises:
-            MediaError: an image, video or sound cannot be used, or is another one than when it was planned.
+            MediaError: an image, video or audio clip cannot be used, or is another one than when it was planned.
         """
         return self._compact(planned, self._features_of(planned))
 
@@ -172,13 +172,13 @@ class MultimodalTransform:
         """Return a sample.
 
         Raises:
-            MediaError: an image, video or sound cannot be used, or is another one than when it was planned.
+            MediaError: an image, video or audio clip cannot be used, or is another one than when it was planned.
         """
         return _normalized(self.finish_compactly(planned))
 
     def _compact(self, planned: PlannedDocument, features: Sequence[MediaFeatures]) -> CompactSample:
         ids = planned.ids.long()
-        stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unlearned)))
+        stand_ins = torch.isin(ids, torch.tensor(sorted(self.family.unsupervised)))
         labels = torch.where((planned.weights > 0) & ~stand_ins, ids, IGNORE_INDEX)
         values: dict[str, list[Tensor | PixelList]] = {}
         places: dict[str, Tensor] = {}
@@ -195,7 +195,7 @@ class MultimodalTransform:
 
     # ---------------------------------------------------------------- media
 
-    def _refuse_kinds(self, items: Sequence[MediaItem]) -> None:
+    def _check_kinds(self, items: Sequence[MediaItem]) -> None:
         for item in items:
             if item.kind not in self.family.placeholders:
                 kind = self.family.parts.config.model_type
@@ -227,8 +227,8 @@ class MultimodalTransform:
             return make(item, *given)
         except MediaError as error:
             raise MediaError(f"{item.where}: {error.problem}", error.fix) from error
-        except ValueError as error:  # transformers' processors refuse what they cannot resize
-            raise MediaError(f"{item.where}: the {item.kind} is refused: {error}", "remove the record") from error
+        except ValueError as error:  # transformers' processors reject what they cannot resize
+            raise MediaError(f"{item.where}: the {item.kind} is rejected: {error}", "remove the record") from error
 
     def _as_planned(self, item: MediaItem, text: str) -> MediaFeatures:
         features = self._decoded(item)
@@ -242,7 +242,7 @@ class MultimodalTransform:
         if item.kind == "image" and hasattr(reference, "getexif"):  # opened already, by `datasets`
             return self._image(reference, "an opened image")
         if item.kind == "audio" and isinstance(reference, Mapping) and reference.get("array") is not None:
-            return self._audio(_given_sound(reference, self.family.sampling_rate, self.reader.limits))
+            return self._audio(_decoded_clip(reference, self.family.sampling_rate, self.reader.limits))
         name, content = self.reader(reference)
         if self.cache is None:
             return self._from_bytes(item.kind, content, name)
@@ -257,21 +257,21 @@ class MultimodalTransform:
         if kind == "image":
             return self._image(content, name)
         if kind == "audio":
-            return self._audio(load_sound(content, name, self.family.sampling_rate, self.reader.limits))
+            return self._audio(load_audio(content, name, self.family.sampling_rate, self.reader.limits))
         family = self.family
         rate = family.sampling_rate if family.parts.use_audio_in_video else None
         reading = VideoReading(family.sample_frames, family.frame_size, rate, family.parts.video_decoder)
         video = load_video(content, name, reading, self.reader.limits)
-        heard = "" if video.sound is None else f", with {len(video.sound.samples) / video.sound.rate:.2f} s of sound"
+        audio = "" if video.audio is None else f", with {len(video.audio.samples) / video.audio.rate:.2f} s of audio"
         seen = f"{len(video.indices)} of {video.total} frames at {video.fps:g} per second"
-        return replace(family.video(video), source=f"{seen}, to {_sides(video.frames.shape[-1:-3:-1])}{heard}")
+        return replace(family.video(video), source=f"{seen}, to {_sides(video.frames.shape[-1:-3:-1])}{audio}")
 
     def _image(self, content: Any, name: str) -> MediaFeatures:
         image = load_image(content, name, self.reader.limits)
         return replace(self.family.image(image), source=f"{_sides(image.size)} pixels")
 
-    def _audio(self, sound: Sound) -> MediaFeatures:
-        return replace(self.family.audio(sound), source=f"{len(sound.samples) / sound.rate:.2f} s of sound")
+    def _audio(self, clip: AudioClip) -> MediaFeatures:
+        return replace(self.family.audio(clip), source=f"{len(clip.samples) / clip.rate:.2f} s of audio")
 
     # ---------------------------------------------------------------- forms of content
 
@@ -326,8 +326,8 @@ def _sides(sides: Sequence[int]) -> str:
     return " x ".join(map(str, sides))
 
 
-def _given_sound(reference: Mapping[str, Any], rate: int, limits: MediaLimits) -> Sound:
-    """Return a sound that `datasets` has decoded."""
+def _decoded_clip(reference: Mapping[str, Any], rate: int, limits: MediaLimits) -> AudioClip:
+    """Return an audio clip that `datasets` has decoded."""
     samples, given_rate = np.atleast_2d(np.asarray(reference["array"], np.float32)), int(reference["sampling_rate"])
-    limits.check_duration("a decoded sound", samples.shape[-1] / given_rate)
-    return mono(samples, "a decoded sound", given_rate, rate)
+    limits.check_duration("a decoded audio clip", samples.shape[-1] / given_rate)
+    return mono(samples, "a decoded audio clip", given_rate, rate)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veomni.data.multimodal.audio_clip import AudioClip, mono
 from veomni.data.multimodal.frames import (
     Frames,
     TorchcodecCannotError,
@@ -21,7 +22,6 @@ from veomni.data.multimodal.frames import (
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.patches import resize_frames
 from veomni.data.multimodal.resizing import Size
-from veomni.data.multimodal.sounds import Sound, mono
 from veomni.errors import MediaError, MissingExtraError
 from veomni.logging import create_logger
 
@@ -45,14 +45,14 @@ class Video:
         indices: Which frames of the file they are, ascending; the last may be there twice.
         total: Frames of the file.
         fps: Frames per second of the file.
-        sound: What is heard, or None.
+        audio: The audio track, or None.
     """
 
     frames: Tensor
     indices: list[int]
     total: int
     fps: float
-    sound: Sound | None = None
+    audio: AudioClip | None = None
 
     @property
     def timestamps(self) -> list[float]:
@@ -72,13 +72,13 @@ class VideoReading:
     Attributes:
         sample: From number of frames and frames per second to the frames that are seen.
         size: From number of frames seen, height and width to the size of a frame.
-        sound_rate: Samples per second of the sound; None leaves it out.
-        decoder: Who decodes the frames; see :func:`~veomni.data.multimodal.frames.usable_decoder`.
+        audio_rate: Samples per second of the audio clip; None leaves it out.
+        decoder: Decoder of the frames; see :func:`~veomni.data.multimodal.frames.usable_decoder`.
     """
 
     sample: Callable[[int, float], Sequence[int]]
     size: Callable[[int, int, int], Size]
-    sound_rate: int | None = None
+    audio_rate: int | None = None
     decoder: VideoDecoder = "pyav"
 
 
@@ -89,7 +89,7 @@ def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLi
         content: A file's bytes.
         name: Names the video, for messages.
         reading: What is taken from it.
-        limits: What is refused.
+        limits: Bounds on bytes, pixels and seconds.
 
     Raises:
         MediaError: it is no video, damaged, cut short, or beyond the limits.
@@ -105,11 +105,11 @@ def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLi
             total, fps = _checked(container, name, limits)
             indices = [int(index) for index in reading.sample(total, fps)]
             frames = _frames(container, content, name, total, indices, reading)
-            sound = None
-            if reading.sound_rate is not None and container.streams.audio:
+            audio = None
+            if reading.audio_rate is not None and container.streams.audio:
                 container.seek(0)
-                sound = _sound(container, name, reading.sound_rate)
-            return Video(frames, indices, total, fps, sound)
+                audio = _audio_track(container, name, reading.audio_rate)
+            return Video(frames, indices, total, fps, audio)
     except av.error.FFmpegError as error:
         raise MediaError(f"{name}: no video that can be read ({error.strerror})", _REPLACE) from error
 
@@ -117,10 +117,10 @@ def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLi
 def _checked(container: InputContainer, name: str, limits: MediaLimits) -> tuple[int, float]:
     """Return number of frames and frames per second, of a video that says nothing against the limits."""
     if not container.streams.video:
-        raise MediaError(f"{name}: no pictures in it", _REPLACE)
+        raise MediaError(f"{name}: no images in it", _REPLACE)
     stream = container.streams.video[0]
-    _refuse_unknown_codec(stream, name)
-    limits.check_picture(name, stream.codec_context.width, stream.codec_context.height)
+    _check_codec(stream, name)
+    limits.check_image(name, stream.codec_context.width, stream.codec_context.height)
     if container.duration:
         limits.check_duration(name, container.duration / 1_000_000)
     rate = stream.average_rate or stream.guessed_rate
@@ -132,25 +132,25 @@ def _checked(container: InputContainer, name: str, limits: MediaLimits) -> tuple
     limits.check_duration(name, len(packets) / float(rate))
     if len(packets) < stream.frames:
         raise MediaError(f"{name}: ends after {len(packets)} of {stream.frames} frames", _REPLACE)
-    _refuse_cut(name, packets, _promised_seconds(container))
+    _check_complete(name, packets, _promised_seconds(container))
     return len(packets), float(rate)
 
 
-def _refuse_unknown_codec(stream: Stream, name: str) -> None:
+def _check_codec(stream: Stream, name: str) -> None:
     if getattr(stream, "codec_context", None) is None:  # FFmpeg has no decoder for it
-        raise MediaError(f"{name}: {stream.type} of a kind that nobody decodes", _REPLACE)
+        raise MediaError(f"{name}: the {stream.type} has an unsupported codec", _REPLACE)
 
 
 def _promised_seconds(container: InputContainer) -> float | None:
-    """Return how long the header says that the pictures last, if it does."""
+    """Return how long the header says that the images last, if it does."""
     stream = container.streams.video[0]
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    alone = len(container.streams) == 1  # otherwise the sound may last longer
+    alone = len(container.streams) == 1  # otherwise the audio clip may last longer
     return container.duration / 1_000_000 if alone and container.duration else None
 
 
-def _refuse_cut(name: str, packets: Sequence[Any], promised: float | None) -> None:
+def _check_complete(name: str, packets: Sequence[Any], promised: float | None) -> None:
     last = max((packet.pts or 0) * (packet.time_base or 0) for packet in packets)
     if promised is not None and promised - last > max(1.0, 0.05 * promised):
         problem = f"{name}: ends at second {float(last):.1f} of {promised:.1f}"
@@ -183,10 +183,10 @@ def _resized(frames: Frames, name: str, indices: Sequence[int], reading: VideoRe
     return torch.stack([found[index] for index in indices])
 
 
-def _sound(container: InputContainer, name: str, rate: int) -> Sound:
+def _audio_track(container: InputContainer, name: str, rate: int) -> AudioClip:
     from av.audio.resampler import AudioResampler
 
-    _refuse_unknown_codec(container.streams.audio[0], name)
+    _check_codec(container.streams.audio[0], name)
     floats = AudioResampler(format="fltp")
     pieces: list[Any] = []
     given_rate = rate

@@ -16,7 +16,7 @@ class Sized(Protocol):
 
     @property
     def media(self) -> int:
-        """Tokens that stand for images, videos and sounds."""
+        """Tokens that stand for images, videos and audio clips."""
 
 
 S = TypeVar("S", bound=Sized)

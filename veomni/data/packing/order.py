@@ -36,7 +36,7 @@ def _hashed(values: NDArray[np.int64], purpose: str, *keys: int) -> NDArray[np.u
 
 
 class Permutation:
-    """A permutation of ``range(count)`` without a table: any entry is computed by itself, however large ``count`` is.
+    """A permutation of ``range(count)`` without a table: any entry is computed on its own, however large ``count`` is.
 
     A balanced Feistel network (Luby and Rackoff, 1988) permutes the smallest power of four that is large enough; an
     entry that falls outside is permuted again until it is inside.

@@ -34,8 +34,8 @@ class TarFile:
     """An uncompressed tar archive as WebDataset lays them out, indexed once.
 
     Neighbouring members whose paths agree up to the first dot of their name are one record. A ``json`` member gives the
-    record's fields, ``txt`` its text, images, videos and sounds the lists ``images``, ``videos`` and ``audios`` in the
-    order of their members; any other member is bytes under its extension, and never unpickled.
+    record's fields, ``txt`` its text, media the lists ``images``, ``videos`` and ``audios`` in the order of their
+    members; any other member is bytes under its extension, and never unpickled.
 
     Args:
         path: The archive.
@@ -110,7 +110,7 @@ def _parsed(content: bytes, where: str) -> Mapping[str, Any]:
     try:
         fields = json.loads(decode(content, where))
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} (line {error.lineno})", "mend it") from error
+        raise DataError(f"{where}: not JSON: {error.msg} (line {error.lineno})", "fix it") from error
     if not isinstance(fields, Mapping):
         raise DataError(f"{where}: a {type(fields).__name__}, not an object", "write one JSON object")
     return fields

@@ -30,7 +30,7 @@ class Records(Protocol):
 
 
 class Blocks(Protocol):
-    """Records in blocks, each opened by itself.
+    """Records in blocks, each opened on its own.
 
     Attributes:
         single: Whether every block is one record; others are split further where there are few.
@@ -45,7 +45,7 @@ class Blocks(Protocol):
 
 
 class SingleRecords:
-    """Every record of a source is a block: cheap where a record can be read by itself.
+    """Every record of a source is a block: cheap where a record can be read alone.
 
     Args:
         source: The records.
@@ -157,7 +157,7 @@ class WholeFiles:
         return len(self._files)
 
     def open(self, block: int) -> Records:
-        """Open a file, or share it with whoever has it open in this process."""
+        """Open a file, or share the one that is open in this process."""
         file, key = self._files[block], (os.getpid(), block)
         if not self._tables:
             with file.open_whole() as content:

@@ -1,4 +1,4 @@
-"""What tokenised data depends on, as digests: the bytes of the files, the choice of documents, the tokenizer."""
+"""What tokenized data depends on, as digests: the bytes of the files, the choice of documents, the tokenizer."""
 
 from __future__ import annotations
 

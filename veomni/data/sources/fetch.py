@@ -29,7 +29,7 @@ class Fetch:
         max_bytes: Largest content.
         timeout: Seconds in which all must have come.
         private: Hosts that may have an address inside the network (a store of one's own); link-local addresses, where
-            clouds keep credentials, are refused all the same.
+            clouds keep credentials, are rejected all the same.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Fetch:
             parts = urlsplit(url)
             host, _ = parts.hostname or "", parts.port
         except ValueError as error:
-            raise MediaError(f"{url[:100]!r} is no URL: {error}", "mend the record") from error
+            raise MediaError(f"{url[:100]!r} is no URL: {error}", "fix the record") from error
         shown = _shown(parts)
         if parts.scheme not in ("http", "https"):
             raise MediaError(f"{shown}: {parts.scheme} URLs are not read", "use https, or a path")
@@ -95,7 +95,7 @@ class Fetch:
         host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for *_, address in found:
-            self._refuse_inside(str(address[0]), host, shown)
+            self._check_public(str(address[0]), host, shown)
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"nothing in {self.timeout:g} s")
@@ -106,7 +106,7 @@ class Fetch:
             connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
         return connection
 
-    def _refuse_inside(self, address: str, host: str, shown: str) -> None:
+    def _check_public(self, address: str, host: str, shown: str) -> None:
         number = ipaddress.ip_address(address.partition("%")[0])
         mapped = getattr(number, "ipv4_mapped", None) or number
         if mapped.is_link_local or (not mapped.is_global and host not in self._private) or mapped.is_multicast:

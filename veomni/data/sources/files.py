@@ -18,11 +18,11 @@ _CHUNK = 1 << 26
 
 
 class Source(Protocol):
-    """A sequence of documents that remembers which files it is made of."""
+    """A sequence of documents, and the files it is made of."""
 
     @property
     def files(self) -> Sequence[Path]:
-        """What is hashed to tell whether the data changed."""
+        """What is hashed to detect that the data changed."""
 
     def __len__(self) -> int: ...
 
@@ -88,7 +88,7 @@ class JsonArray:
             self._records = json.loads(decode(path.read_bytes(), self.name))
         except json.JSONDecodeError as error:
             problem = f"{self.name}, line {error.lineno}: not JSON: {error.msg}"
-            raise DataError(problem, "mend the file; name it .jsonl if it holds one object per line") from error
+            raise DataError(problem, "fix the file; name it .jsonl if it holds one object per line") from error
         if not isinstance(self._records, list):
             raise DataError(f"{self.name}: does not hold a list of records", "write a list of objects, or JSONL")
 
@@ -211,7 +211,7 @@ def parse_line(line: bytes, where: str) -> Document:
     try:
         return _document(json.loads(decode(line, where)), where)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})", "mend or remove the line") from error
+        raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})", "fix or remove the line") from error
 
 
 def table_row(table: Any, row: int) -> dict[str, Any]:

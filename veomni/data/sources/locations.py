@@ -51,7 +51,7 @@ class DataFile:
 
     @property
     def suffix(self) -> str:
-        """The suffix that tells the kind of data, without that of compression."""
+        """The suffix of the data format, without that of compression."""
         name = PurePosixPath(self.relative)
         return (name.with_suffix("") if self.compression else name).suffix.lower()
 
@@ -72,13 +72,13 @@ class DataFile:
         return _reading(lambda: fsspec.open(self.place, "rb", compression=self.compression).open(), self.place)
 
     def digest(self) -> str:
-        """Return a digest of size and of samples of the content; of a URL, of what its file system says of it."""
+        """Return a digest of size and of samples of the content; of a URL, of the metadata of its file system."""
         hashed = hashlib.blake2b(str(self.size).encode(), digest_size=16)
         if self.path is None:
             system, path = _file_system(self.place)
             facts = _reading(lambda: system.info(path), self.place)
-            told = {key: str(facts[key]) for key in ("ETag", "etag", "md5Hash", "checksum", "sha256") if key in facts}
-            hashed.update(repr(sorted(told.items())).encode())
+            facts = {key: str(facts[key]) for key in ("ETag", "etag", "md5Hash", "checksum", "sha256") if key in facts}
+            hashed.update(repr(sorted(facts.items())).encode())
             return hashed.hexdigest()
         with self.open() as file:
             for at in np.linspace(0, max(0, self.size - _SAMPLE_BYTES), _SAMPLED).astype(int).tolist():
@@ -174,7 +174,7 @@ def remote_files(url: str) -> list[DataFile]:
 def _file_system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    # Asked for anew each time: connections do not survive a fork, and fsspec keeps one per process.
+    # Created on every call: connections do not survive a fork, and fsspec keeps one per process.
     found: tuple[Any, str] = _reading(lambda: url_to_fs(url), url)
     return found
 

@@ -20,7 +20,7 @@ _REFERENCES = ("url", "path", "bytes", "base64")
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One image, video or sound of a conversation.
+    """One image, video or audio clip of a conversation.
 
     Attributes:
         kind: One of :data:`KINDS`, or the name of a decoder that generates it.
@@ -52,7 +52,7 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
     for number, message in enumerate(messages, start=1):
         content = message.get("content") if isinstance(message, Mapping) else None
         contents.append(_parts(content, f"{document.where}, message {number}", columns, items))
-    _refuse_unused(document, columns)
+    _check_used(document, columns)
     plain = [
         {**message, "content": "parts"} if isinstance(content, list) else message
         for message, content in zip(messages, contents, strict=True)
@@ -85,7 +85,7 @@ def _column(document: Document, kind: str) -> list[Any]:
     return list(value)
 
 
-def _refuse_unused(document: Document, columns: Mapping[str, list[Any]]) -> None:
+def _check_used(document: Document, columns: Mapping[str, list[Any]]) -> None:
     for kind, left in columns.items():
         if left:
             total, places = len(document.record[MEDIA_KEYS[kind]]), len(document.record[MEDIA_KEYS[kind]]) - len(left)
@@ -148,7 +148,7 @@ def _kind(part: Any, where: str) -> tuple[str, Any]:
     if kind not in KINDS:
         known = ", ".join(("text", *KINDS, *DECODERS))
         raise DataError(f"{where}: a part of unknown type {part['type']!r}", f"use one of: {known}")
-    if part["type"] == "input_audio":  # OpenAI's form of a sound
+    if part["type"] == "input_audio":  # OpenAI's form of an audio clip
         return kind, {"base64": given.get("input_audio", {}).get("data")}
     for name in (kind, f"{kind}_url"):
         if name in given:

@@ -24,7 +24,7 @@ class Samples:
     """Pieces of documents that each fit a row; int64 ``[samples]`` each.
 
     Attributes:
-        document: Index of the tokenised document.
+        document: Index of the tokenized document.
         start: First token of the piece in its document.
         length: Number of tokens.
     """

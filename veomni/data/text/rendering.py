@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = create_logger(__name__)
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern transformers looks for
-_ANOTHER = "mend it, or change data.chat_template"
+_ANOTHER = "fix it, or change data.chat_template"
 
 
 class Span(NamedTuple):
@@ -44,18 +44,18 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: What is tokenised.
-        learned: Where the assistant wrote what is to be learned, in order.
+        text: What is tokenized.
+        learned: Where the assistant wrote what is supervised, in order.
     """
 
     text: str
-    learned: list[Span]
+    supervised: list[Span]
 
 
 def render_conversation(
     conversation: Conversation, where: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> Rendered:
-    """Return a conversation as text; what the assistant wrote weighs its message's ``weight``, and 0 is not learned.
+    """Return a conversation as text; what the assistant wrote weighs its message's ``weight``, and 0 is not supervised.
 
     Args:
         conversation: Checked messages and tools.
@@ -64,12 +64,12 @@ def render_conversation(
         template: Jinja source of the chat template.
 
     Raises:
-        DataError: the template refuses the conversation, has no place for a part of it, or changes what it rendered
+        DataError: the template rejects the conversation, has no place for a part of it, or changes what it rendered
             before when messages are added.
     """
     from jinja2 import TemplateError
 
-    _refuse_unread(conversation, where, template)
+    _check_rendered(conversation, where, template)
     marked = bool(_MARK.search(template))
     if not marked:
         logger.warning_once(
@@ -79,7 +79,7 @@ def render_conversation(
         find = _by_marks if marked else _by_prefixes
         return find(conversation, where, _Renderer(tokenizer, template, conversation.tools, marked))
     except (TemplateError, TypeError) as error:
-        problem = f"{where}: the chat template refuses the conversation: {error}"
+        problem = f"{where}: the chat template rejects the conversation: {error}"
         raise DataError(problem, _ANOTHER) from error
 
 
@@ -136,8 +136,8 @@ def _require_prefix(part: str, whole: str, what: str) -> None:
     )
 
 
-def _refuse_unread(conversation: Conversation, where: str, template: str) -> None:
-    """Refuse what the template would leave out without a word."""
+def _check_rendered(conversation: Conversation, where: str, template: str) -> None:
+    """Reject what the template would leave out without a word."""
     present = {
         "tools": (bool(conversation.tools), ("tools",)),
         "tool calls": (any("tool_calls" in message for message in conversation.messages), ("tool_calls",)),

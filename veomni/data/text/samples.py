@@ -49,7 +49,7 @@ class Piece(NamedTuple):
         content: Arrays by name, which travel between processes as they are; before the sample is complete, what its
             maker completes it from.
         lengths: Tokens of its documents.
-        media: Tokens that stand for images, videos and sounds.
+        media: Tokens that stand for images, videos and audio clips.
         cost: Work that grows with the square: of the documents' tokens and of each image's patches.
     """
 
@@ -78,7 +78,7 @@ class Sample:
     Attributes:
         piece: What it holds.
         ref: Where it comes from.
-        where: The same for people: file and record.
+        where: The same for messages: file and record.
     """
 
     piece: Piece
@@ -104,7 +104,7 @@ class SampleMaker(Protocol):
 
     Attributes:
         together: How many records are best encoded at once.
-        digests: What the pieces depend on, by name: a state is refused where they differ.
+        digests: What the pieces depend on, by name: a state is rejected where they differ.
     """
 
     together: int
@@ -124,7 +124,7 @@ class TextSamples:
     """Makes samples of texts, conversations, token ids and preference pairs.
 
     Args:
-        tokenizer: What texts are tokenised with.
+        tokenizer: What texts are tokenized with.
         schemas: What the records of each source hold.
         chat_template: Jinja source; empty where no source holds conversations.
         capacity: Tokens of a row.
@@ -155,7 +155,7 @@ class TextSamples:
             raise ConfigError(problem, "use error, truncate or drop", "Packing.on_overflow")
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Tokenise records, and cut what is too long.
+        """Tokenize records, and cut what is too long.
 
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.

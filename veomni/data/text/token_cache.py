@@ -1,4 +1,4 @@
-"""Tokenised documents in memory-mapped files: tokenised once, read by every rank, worker and later run."""
+"""Tokenized documents in memory-mapped files: tokenized once, read by every rank, worker and later run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _META = "meta.json"
-_BATCH = 512  # documents tokenised together, in parallel by the tokenizers library
+_BATCH = 512  # documents tokenized together, in parallel by the tokenizers library
 _BLOCK = 1 << 20
 _CHECKED_BLOCKS = 64
 
@@ -56,9 +56,9 @@ class TokenizedDocuments:
         self.offsets: NDArray[np.int64] = np.load(directory / "offsets.npy")
         self.source: NDArray[np.int64] = np.load(directory / "source.npy")
         self.tokens: NDArray[Any] = np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r")
-        self.learned: NDArray[np.bool_] | None = None
-        if "learned.bin" in meta["files"]:
-            self.learned = np.memmap(directory / "learned.bin", dtype=np.bool_, mode="r")
+        self.supervised: NDArray[np.bool_] | None = None
+        if "supervised.bin" in meta["files"]:
+            self.supervised = np.memmap(directory / "supervised.bin", dtype=np.bool_, mode="r")
         self.weights: NDArray[np.float32] | None = None
         if "weights.bin" in meta["files"]:
             self.weights = np.memmap(directory / "weights.bin", dtype=np.float32, mode="r")
@@ -87,18 +87,18 @@ class TokenizedDocuments:
         if self.weights is not None and self.weighted[document] >= 0:
             at = int(self.weighted[document]) + first
             return self.tokens[taken], self.weights[at : at + length]
-        return self.tokens[taken], None if self.learned is None else self.learned[taken]
+        return self.tokens[taken], None if self.supervised is None else self.supervised[taken]
 
 
 def tokenize(
     dataset: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, chat_template: str | None = None
 ) -> tuple[TokenizedDocuments, dict[str, str]]:
-    """Return a dataset's tokenised documents, from ``cache_dir`` if they are there.
+    """Return a dataset's tokenized documents, from ``cache_dir`` if they are there.
 
-    Several processes may call this at once: one tokenises, no process group is needed.
+    Several processes may call this at once: one tokenizes, no process group is needed.
 
     Args:
-        dataset: What to tokenise.
+        dataset: What to tokenize.
         tokenizer: With what.
         cache_dir: Where results are kept, under a digest of all they depend on.
         chat_template: A template's name or file, or None for the tokenizer's own (conversations only).
@@ -125,16 +125,16 @@ def _write(directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBa
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     lengths, source, weighted, some_masked, stored = [], [], [], False, 0
-    files = (directory / name for name in ("tokens.bin", "learned.bin", "weights.bin"))
+    files = (directory / name for name in ("tokens.bin", "supervised.bin", "weights.bin"))
     with ExitStack() as stack:
-        tokens, learned, weights = (stack.enter_context(file.open("wb")) for file in files)
+        tokens, supervised, weights = (stack.enter_context(file.open("wb")) for file in files)
         for index, encoded in _encoded(dataset, tokenizer, options):
             if len(encoded.ids) < 2:  # nothing follows the first token
                 continue
             tokens.write(np.array(encoded.ids, dtype).tobytes())
             given = token_weights(encoded.weights)
             some_masked = some_masked or given is not None
-            learned.write(b"\1" * len(encoded.ids) if given is None else (given != 0).tobytes())
+            supervised.write(b"\1" * len(encoded.ids) if given is None else (given != 0).tobytes())
             fractions = given is not None and given.dtype == np.float32
             weighted.append(stored if fractions else -1)
             if given is not None and fractions:
@@ -144,12 +144,12 @@ def _write(directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBa
             source.append(index)
     if not lengths:
         raise DataError(
-            "every document is empty after tokenising",
+            "every document is empty after tokenizing",
             "check the files and text_key",
             "build_dataset.paths RecordSchema.text_key",
         )
     if not some_masked:
-        (directory / "learned.bin").unlink()
+        (directory / "supervised.bin").unlink()
     if stored:
         np.save(directory / "weighted.npy", np.array(weighted, np.int64))
     else:
@@ -161,7 +161,7 @@ def _write(directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBa
     if len(lengths) < len(dataset):
         logger.warning("skipped %s empty documents of %s", len(dataset) - len(lengths), len(dataset))
     seconds = time.monotonic() - started
-    logger.info("tokenised %s documents, %s tokens, in %.1f s", len(lengths), sum(lengths), seconds)
+    logger.info("tokenized %s documents, %s tokens, in %.1f s", len(lengths), sum(lengths), seconds)
 
 
 def _encoded(

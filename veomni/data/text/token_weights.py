@@ -17,5 +17,5 @@ def token_weights(given: Sequence[float] | None) -> TokenWeights | None:
     if given is None:
         return None
     weights = np.array(given, np.float32)
-    learned = weights != 0
-    return learned if bool((weights == learned).all()) else weights
+    supervised = weights != 0
+    return supervised if bool((weights == supervised).all()) else weights

@@ -20,7 +20,7 @@ Tokens = tuple[list[int], list[float]]  # ids, and what the loss of each weighs:
 def tokenize_conversations(
     conversations: Sequence[Conversation], where: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> list[Tokens]:
-    """Return the token ids of every conversation, and for each what its loss weighs: 0 where it is not learned.
+    """Return the token ids of every conversation, and for each what its loss weighs: 0 where it is not supervised.
 
     Args:
         conversations: Checked messages and tools.
@@ -29,8 +29,8 @@ def tokenize_conversations(
         template: Jinja source of the chat template.
 
     Raises:
-        DataError: the template refuses a conversation, changes what it rendered before when messages are added, or
-            leaves no token of a conversation to learn; or the tokenizer is not a fast one.
+        DataError: the template rejects a conversation, changes what it rendered before when messages are added, or
+            leaves no token of a conversation to supervise; or the tokenizer is not a fast one.
     """
     rendered = [render_conversation(*pair, tokenizer, template) for pair in zip(conversations, where, strict=True)]
     return tokenize_rendered(rendered, where, tokenizer)
@@ -39,10 +39,10 @@ def tokenize_conversations(
 def tokenize_rendered(
     rendered: Sequence[Rendered], where: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tokens]:
-    """Tokenise conversations that have been rendered; a token weighs what the heaviest of its characters does.
+    """Tokenize conversations that have been rendered; a token weighs what the heaviest of its characters does.
 
     Raises:
-        DataError: a conversation has no token to learn, or the tokenizer is not a fast one.
+        DataError: a conversation has no supervised token, or the tokenizer is not a fast one.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -57,7 +57,7 @@ def tokenize_rendered(
         weights = _weights(offsets, one)
         if not any(weights):
             fix = "give an answer a weight that is not 0, or set data.chat_template to another one"
-            raise DataError(f"{name}: the chat template leaves no token to learn", fix)
+            raise DataError(f"{name}: the chat template leaves no supervised token", fix)
         encoded.append((ids, weights))
     return encoded
 
@@ -66,7 +66,7 @@ def _weights(offsets: Sequence[tuple[int, int]], rendered: Rendered) -> list[flo
     """Return for every token the largest weight of the spans that have a character of it."""
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
     weights = np.zeros(len(starts))
-    for begin, stop, weight in rendered.learned:
+    for begin, stop, weight in rendered.supervised:
         touched = (starts < stop) & (ends > begin)
         weights[touched] = np.maximum(weights[touched], weight)
     return weights.tolist()

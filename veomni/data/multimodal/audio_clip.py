@@ -1,4 +1,4 @@
-"""Sounds to one channel of 32-bit floats at the rate a model hears."""
+"""Audio clips to one channel of 32-bit floats at the sampling rate of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CARELESS_BYTES = 16  # by which some programs count their own headers wrongly
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioClip:
     """One channel.
 
     Attributes:
@@ -33,19 +33,19 @@ class Sound:
     rate: int
 
 
-def load_sound(content: bytes, name: str, rate: int, limits: MediaLimits | None = None) -> Sound:
-    """Return a sound: the mean of its channels, resampled by ``soxr`` (high quality), as librosa and transformers do.
+def load_audio(content: bytes, name: str, rate: int, limits: MediaLimits | None = None) -> AudioClip:
+    """Return the mean of an audio file's channels, resampled by ``soxr`` (high quality) as librosa and transformers do.
 
     Formats are libsndfile's: WAV, FLAC, Ogg, MP3, AIFF and others.
 
     Args:
         content: A file's bytes.
-        name: Names the sound, for messages.
+        name: Names the audio clip, for messages.
         rate: Samples per second to return.
-        limits: What is refused.
+        limits: Bounds on bytes, pixels and seconds.
 
     Raises:
-        MediaError: it is no sound, damaged, without samples, or too long.
+        MediaError: it is no audio, damaged, without samples, or too long.
         MissingExtraError: soundfile or soxr is not installed.
     """
     limits = limits or MediaLimits()
@@ -53,7 +53,7 @@ def load_sound(content: bytes, name: str, rate: int, limits: MediaLimits | None 
         import soundfile
     except ImportError as error:
         raise MissingExtraError("soundfile", "audio") from error
-    _refuse_cut(content, name)
+    _check_complete(content, name)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             limits.check_duration(name, file.frames / file.samplerate)
@@ -62,10 +62,10 @@ def load_sound(content: bytes, name: str, rate: int, limits: MediaLimits | None 
                 raise MediaError(f"{name}: ends after {len(samples)} of {file.frames} samples", _REPLACE)
             return mono(samples.T, name, file.samplerate, rate)
     except soundfile.SoundFileError as error:
-        raise MediaError(f"{name}: no sound that can be read ({error})", _REPLACE) from error
+        raise MediaError(f"{name}: no audio that can be read ({error})", _REPLACE) from error
 
 
-def _refuse_cut(content: bytes, name: str) -> None:
+def _check_complete(content: bytes, name: str) -> None:
     """Raise MediaError for a WAV or AIFF shorter than it says; libsndfile would take what is left of it."""
     if (content[:4], content[8:12]) not in _SIZED:
         return
@@ -75,7 +75,7 @@ def _refuse_cut(content: bytes, name: str) -> None:
         raise MediaError(f"{name}: ends after {len(content)} of {promised} bytes", _REPLACE)
 
 
-def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -> Sound:
+def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -> AudioClip:
     """Return the mean of ``[channels, samples]`` at another rate.
 
     Raises:
@@ -83,15 +83,15 @@ def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -
         MissingExtraError: soxr is not installed.
     """
     if channels.size == 0:
-        raise MediaError(f"{name}: a sound without samples", _REPLACE)
+        raise MediaError(f"{name}: an audio clip without samples", _REPLACE)
     samples: Any = channels.mean(0, dtype=np.float32)
     if not np.isfinite(samples).all():
         raise MediaError(f"{name}: samples that are not finite", _REPLACE)
     if not samples.any():
-        logger.warning_once("some sounds are silent from begin to end")
+        logger.warning_once("some audio clips are silent from begin to end")
     if given_rate != rate:
         samples = _resampled(samples, given_rate, rate)
-    return Sound(np.ascontiguousarray(samples, np.float32), rate)
+    return AudioClip(np.ascontiguousarray(samples, np.float32), rate)
 
 
 def _resampled(samples: NDArray[np.float32], given_rate: int, rate: int) -> NDArray[np.float32]:

@@ -31,8 +31,8 @@ FRAMES = moving(24, 32, 40)
 WAVE = tone(300, 0.4, 16_000)[:, 0] / 2
 
 
-def heard(seconds):
-    return video_bytes(FRAMES, sound=tone(440, seconds, 16_000)[:, 0] / 2)
+def audio(seconds):
+    return video_bytes(FRAMES, clip=tone(440, seconds, 16_000)[:, 0] / 2)
 
 
 def record(content, **media):
@@ -42,26 +42,26 @@ def record(content, **media):
 PICTURE = image_bytes(Image.fromarray(pixels(30, 40)))
 SOUND = sound_bytes(WAVE[:, None])
 RECORDS = {
-    "heard": record("<video>what?", videos=[heard(2.7)]),
-    "a short sound": record("a<video>", videos=[heard(0.5)]),
-    "a sound longer than the pictures": record("<video>", videos=[heard(3.5)]),
-    "with a picture and another sound": record(
-        "<image>a<video>b<audio>", images=[PICTURE], videos=[heard(2.7)], audios=[SOUND]
+    "heard": record("<video>what?", videos=[audio(2.7)]),
+    "a short audio clip": record("a<video>", videos=[audio(0.5)]),
+    "an audio clip longer than the images": record("<video>", videos=[audio(3.5)]),
+    "with a image and another audio clip": record(
+        "<image>a<video>b<audio>", images=[PICTURE], videos=[audio(2.7)], audios=[SOUND]
     ),
-    "after another sound": record("<audio>a<video>", videos=[heard(1.3)], audios=[SOUND]),
-    "two": record("<video>and<video>", videos=[heard(1.0), heard(2.1)]),
+    "after another audio clip": record("<audio>a<video>", videos=[audio(1.3)], audios=[SOUND]),
+    "two": record("<video>and<video>", videos=[audio(1.0), audio(2.1)]),
     "silent": record("<video>a<image>", videos=[video_bytes(FRAMES)], images=[PICTURE]),
     "words": record("what?"),
 }
 MIXED = {
-    "silent first": record("a<video>b<video>c", videos=[video_bytes(FRAMES), heard(1.3)]),
-    "silent last": record("<image><video>b<video>", videos=[heard(1.3), video_bytes(FRAMES)], images=[PICTURE]),
+    "silent first": record("a<video>b<video>c", videos=[video_bytes(FRAMES), audio(1.3)]),
+    "silent last": record("<image><video>b<video>", videos=[audio(1.3), video_bytes(FRAMES)], images=[PICTURE]),
     "with others": record(
         "<video><audio><image><video><image>b<video><audio>", images=[PICTURE] * 2, audios=[SOUND] * 2,
-        videos=[video_bytes(FRAMES), heard(2.0), video_bytes(FRAMES)],
+        videos=[video_bytes(FRAMES), audio(2.0), video_bytes(FRAMES)],
     ),
 }  # fmt: skip
-"""Videos with and without sound in one document, for which transformers' rule has no answer."""
+"""Videos with and without audio clip in one document, for which transformers' rule has no answer."""
 
 
 def transform_of(name, config, fps=3.0):
@@ -111,14 +111,14 @@ def test_inputs_are_those_of_transformers(name, also, seconds, fps):
     asked = [{"type": "audio"}] * also + [{"type": "video"}, {"type": "text", "text": "what?"}]
     turns = [{"role": "user", "content": asked},
              {"role": "assistant", "content": [{"type": "text", "text": "some words"}]}]  # fmt: skip
-    media = {"videos": [heard(seconds)], **({"audios": [SOUND]} if also else {})}
+    media = {"videos": [audio(seconds)], **({"audios": [SOUND]} if also else {})}
     sample = transform(Document({"messages": turns, **media}, "a"))
     waves = [WAVE] * also + [tone(440, seconds, 16_000)[:, 0] / 2]
     processor = oracle(name, transform.family, VideoProcessor(sample, transform.family))
     text = tokenizer_of(name).apply_chat_template(turns, chat_template=transform.chat_template, tokenize=False)
     indices = transform.family.sample_frames(24, 8.0)
     options = {"use_audio_in_video": True}
-    if hasattr(processor, "replace_video_with_audio_token"):  # from 5.20 on a sound is said to be of a video
+    if hasattr(processor, "replace_video_with_audio_token"):  # from 5.20 on an audio clip is said to be of a video
         options = {"load_audio_from_video": True, "audio_from_video_indices": [None] * also + [0]}
     expected = processor(
         text=[text], videos=[FRAMES], audio=waves, fps=len(indices) / 24 * 8, add_special_tokens=False,
@@ -132,7 +132,7 @@ def test_inputs_are_those_of_transformers(name, also, seconds, fps):
     lengths = expected["feature_attention_mask"].sum(-1)
     assert sample["feature_attention_mask"].sum(-1).tolist() == lengths.tolist()
     for found, truth, length in zip(sample["input_features"], expected["input_features"], lengths, strict=True):
-        # Of several sounds transformers computes the last frames over the silence that fills up to the longest.
+        # Of several audio clips transformers computes the last frames over the silence that fills up to the longest.
         inner = length - 2 if also and name == "qwen3_omni_moe_thinker" else length
         assert torch.allclose(found[:, :inner], truth[:, :inner], atol=2e-3)  # 16 bits in the file
 
@@ -177,7 +177,7 @@ def test_where_some_videos_are_heard_each_is_placed_as_by_itself(name, case):
 def test_packed_equals_unpacked(name):
     config = tiny(name)
     transform = transform_of(name, config)
-    chosen = ["heard", "a short sound", "after another sound", "silent", "words"]
+    chosen = ["heard", "a short audio clip", "after another audio clip", "silent", "words"]
     samples = [transform(Document(RECORDS[case], "a")) for case in chosen]
     for sample in samples:
         sample.update({k: v.double() for k, v in sample.items() if k.startswith(("pixel_values", "input_features"))})
