@@ -86,7 +86,7 @@ CASES = {
     "weight of a question": (
         "t.jsonl", lines({"messages": [{"role": "user", "content": "x", "weight": 1}]}), CHAT, DataError,
         r"message 1: a weight, and only the assistant's messages"),
-    "every weight 0": ("t.jsonl", answer(weight=0), CHAT, DataError, r"line 1: the chat template leaves no token"),
+    "every weight 0": ("t.jsonl", answer(weight=0), CHAT, DataError, r"line 1: the chat template leaves no"),
     "call without a name": ("t.jsonl", answer(tool_calls=[{}]), CHAT, DataError, r"tool call without the name"),
     "calls as text": ("t.jsonl", answer(tool_calls="f()"), CHAT, DataError, r"message 2: tool_calls are a list"),
     "arguments that are not JSON": (

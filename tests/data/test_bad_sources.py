@@ -135,7 +135,7 @@ def test_bad_data_is_named(case, streaming, tokenizer, tmp_path):
 ONE = lines({"text": "a"})
 
 MIXTURES = {
-    "weights that sum to zero": ({"sources": [("a", 0), ("b", 0)]}, ConfigError, r"weights sum to zero"),
+    "weights that sum to zero": ({"sources": [("a", 0), ("b", 0)]}, ConfigError, r"weights of the sources sum to zero"),
     "a negative weight": ({"sources": [("a", 1), ("b", -1)]}, ConfigError, r"'b' has weight -1"),
     "a weight that is no number": ({"sources": [("a", float("nan"))]}, ConfigError, r"'a' has weight nan"),
     "two of one name": ({"sources": [("a", 1), ("a", 1)]}, ConfigError, r"two sources are called 'a'"),

@@ -201,7 +201,7 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
 
 def test_the_refused_conversation_is_named(tokenizer):
     odd = [TURNS[0], {"role": "assistant", "content": "ask"}, {"role": "tool", "content": "42"}]
-    with pytest.raises(DataError, match="second: the chat template refuses the conversation: gemma has no role tool"):
+    with pytest.raises(DataError, match="second: the chat template rejects the conversation: gemma has no role tool"):
         tokenize_conversations([TURNS, odd], ["first", "second"], tokenizer, CHAT_TEMPLATES.get("gemma"))
 
 

@@ -104,7 +104,8 @@ class MultimodalCollator:
         if longest > self.max_seq_len:
             raise DataError(
                 f"the documents of a row have {longest} tokens, and a row {self.max_seq_len}",
-                "pack fewer documents into it, or raise data.max_seq_len",
+                "pack fewer documents into it, or raise max_seq_len",
+                "Packing.max_seq_len",
             )
 
     def _pack_tokens(self, key: str, rule: Field, rows: Sequence[Sequence[Sample]]) -> Tensor:

@@ -44,8 +44,10 @@ def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
     if wanted == "pyav":
         return wanted
     if find_spec("torchcodec") is None:
-        problem = "data.media.video_decoder is torchcodec, which is not installed"
-        raise ConfigError(problem, "pip install torchcodec, and FFmpeg's libraries; or use pyav")
+        problem = "video_decoder is torchcodec, which is not installed"
+        raise ConfigError(
+            problem, "pip install torchcodec, and FFmpeg's libraries; or use pyav", "MediaSettings.video_decoder"
+        )
     try:
         import torchcodec
         import torchcodec.decoders

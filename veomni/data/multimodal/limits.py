@@ -28,7 +28,9 @@ class MediaLimits:
         if size == 0:
             raise MediaError(f"{name}: the file is empty", "replace the file, or remove the record")
         if size > self.max_bytes:
-            raise MediaError(f"{name}: {size} bytes, more than {self.max_bytes}", "raise data.media.max_bytes")
+            raise MediaError(
+                f"{name}: {size} bytes, more than {self.max_bytes}", "raise max_bytes", "MediaLimits.max_bytes"
+            )
 
     def check_image(self, name: str, width: int, height: int) -> None:
         """Raise MediaError for a image without pixels, with too many, or too far from square."""
@@ -36,7 +38,7 @@ class MediaLimits:
             raise MediaError(f"{name}: {width} x {height} pixels", "replace the file, or remove the record")
         if width * height > self.max_pixels:
             problem = f"{name}: {width} x {height} is {width * height} pixels, more than {self.max_pixels}"
-            raise MediaError(problem, "make it smaller, or raise data.media.max_pixels")
+            raise MediaError(problem, "make it smaller, or raise max_pixels", "MediaLimits.max_pixels")
         ratio = max(width, height) / min(width, height)
         if ratio > self.max_aspect_ratio:
             most = f"{self.max_aspect_ratio:g}"
@@ -47,4 +49,4 @@ class MediaLimits:
         """Raise MediaError for a video or audio clip that lasts too long."""
         if seconds > self.max_seconds:
             problem = f"{name}: {seconds:.1f} seconds, more than {self.max_seconds:g}"
-            raise MediaError(problem, "cut it, or raise data.media.max_seconds")
+            raise MediaError(problem, "cut it, or raise max_seconds", "MediaLimits.max_seconds")

@@ -45,7 +45,7 @@ def _require_equal(kind: str, token: str, places: int, items: int, where: str) -
     if places > items:
         raise DataError(problem, f"give the missing media, or take {token} out of the text")
     if places < items:
-        raise DataError(problem, "the chat template leaves media out: set data.chat_template to another one")
+        raise DataError(problem, "the chat template leaves media out: use another one", "Encoder.chat_template")
 
 
 def _shifted(span: Span, moves: Sequence[tuple[int, int]]) -> Span:

@@ -123,8 +123,8 @@ def _image_processor(
 
 
 def _pointless(keys: str, config: PreTrainedConfig) -> ConfigError:
-    problem = f"data.media.{keys}: the processor of {config.model_type} models has no such setting"
-    return ConfigError(problem, "leave it out")
+    problem = f"{keys}: the processor of {config.model_type} models has no such setting"
+    return ConfigError(problem, "leave it out", " ".join(f"MediaSettings.{key}" for key in keys.split(" and ")))
 
 
 def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -> Any:

@@ -96,9 +96,9 @@ class MediaReader:
     def _from_url(self, url: str) -> bytes:
         shown = url[:100]
         if url.lower().startswith("file:"):
-            raise MediaError(f"{shown}: file URLs are not read", "give a path within data.media.root")
+            raise MediaError(f"{shown}: file URLs are not read", "give a path within root", "MediaReader.root")
         if self.fetch is None:
-            raise MediaError(f"{shown}: URLs are not allowed", "download it, or allow its host in data.media")
+            raise MediaError(f"{shown}: URLs are not allowed", "download it, or allow its host", "Fetch.url_hosts")
         return self.fetch(url)
 
     def _from_file(self, text: str) -> bytes:
@@ -106,7 +106,9 @@ class MediaReader:
         try:
             path = (root / text).resolve()
             if not path.is_relative_to(root):
-                raise MediaError(f"{text}: outside {root}", "set data.media.root to a directory that holds all media")
+                raise MediaError(
+                    f"{text}: outside {root}", "set root to a directory that holds all media", "MediaReader.root"
+                )
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # a device or a pipe could be read for ever
                 raise MediaError(f"{text}: not a regular file", "give a file")

@@ -48,6 +48,6 @@ class SkipBadMedia:
                 skipped = self._skipped.value
             if skipped > self.max_skipped:
                 problem = f"{skipped} records have media that cannot be used, the last one: {error.problem}"
-                raise DataError(problem, "fix them, or raise data.media.max_skipped") from error
+                raise DataError(problem, "fix them, or raise max_skipped", "SkipBadMedia.max_skipped") from error
             logger.warning("left out record %s of at most %s: %s", skipped, self.max_skipped, error.problem)
             return None

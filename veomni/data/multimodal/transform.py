@@ -226,7 +226,7 @@ class MultimodalTransform:
         try:
             return make(item, *given)
         except MediaError as error:
-            raise MediaError(f"{item.where}: {error.problem}", error.fix) from error
+            raise MediaError(f"{item.where}: {error.problem}", error.fix, error.field) from error
         except ValueError as error:  # transformers' processors reject what they cannot resize
             raise MediaError(f"{item.where}: the {item.kind} is rejected: {error}", "remove the record") from error
 
@@ -290,7 +290,9 @@ class MultimodalTransform:
         if isinstance(content, list) and not parts:
             if any(part["type"] != "text" for part in content):
                 problem = f"{where}: media, and the chat template has no place for them"
-                raise DataError(problem, "set data.chat_template to the model's, or to one made for media")
+                raise DataError(
+                    problem, "use the model's chat_template, or one made for media", "Encoder.chat_template"
+                )
             content = "".join(part["text"] for part in content)
         return message if content is None else {**message, "content": content}
 

@@ -134,14 +134,14 @@ def build_dataset(
     files = [file for path in paths for file in open_sources(path, schema.text_key, schema.columns, cache)]
     total = sum(len(file) for file in files)
     if not total:
-        raise DataError(f"{names or 'data.train_path'}: no document in it", "point data.train_path at data")
+        raise DataError(f"{names or 'no path'}: no document in it", "give files with documents", "build_dataset.paths")
     indices = np.arange(total if max_documents is None else min(total, max_documents), dtype=np.int64)
     held_out = hashed_uniform(indices, "held-out", seed) < eval_fraction
     train, held = (IndexedDataset(files, indices[part], schema) for part in (~held_out, held_out))
     if eval_fraction and not (len(train) and len(held)):
         parts = f"{len(held)} held out, {len(train)} to train on"
-        problem = f"data.eval_fraction {eval_fraction} of {len(indices)} documents leaves {parts}"
-        raise DataError(problem, "change data.eval_fraction, or give data.eval_path")
+        problem = f"eval_fraction {eval_fraction} of {len(indices)} documents leaves {parts}"
+        raise DataError(problem, "change eval_fraction, or give held-out files", "build_dataset.eval_fraction")
     schema.check(train[0])  # a wrong field name is found now, not after the model is built
     logger.info_rank0("%s: %s documents%s", names, len(train), f", {len(held)} more held out" if eval_fraction else "")
     return train, held if eval_fraction else None

@@ -68,7 +68,9 @@ class Fetch:
         host = host.rstrip(".")
         if not any(host == allowed or (allowed.startswith(".") and host.endswith(allowed)) for allowed in self.hosts):
             raise MediaError(
-                f"{shown}: the host {host} is not allowed", "add it to data.media.url_hosts, or download it"
+                f"{shown}: the host {host} is not allowed",
+                "add it to the allowed hosts, or download it",
+                "Fetch.url_hosts",
             )
         return parts
 
@@ -127,7 +129,9 @@ class Fetch:
                 break
             content += part
             if len(content) > self.max_bytes:
-                raise MediaError(f"{shown}: more than {self.max_bytes} bytes", "raise data.media.max_bytes")
+                raise MediaError(
+                    f"{shown}: more than {self.max_bytes} bytes", "raise max_bytes", "MediaLimits.max_bytes"
+                )
         if response.length:
             raise MediaError(f"{shown}: the connection ended {response.length} bytes early", "try again")
         return bytes(content)

@@ -69,7 +69,7 @@ class Mixture:
         names = [source.name for source in self.sources]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ConfigError(f"data.sources: two sources are called {twice!r}", "give each its own name")
+            raise ConfigError(f"two sources are called {twice!r}", "give each its own name")
         _check_weights({source.name: source.weight for source in self.sources})
 
     def __iter__(self) -> Iterator[Document]:
@@ -121,12 +121,12 @@ def build_mixture(
 
 def _check_weights(weights: Mapping[str, float]) -> None:
     if not weights:
-        raise ConfigError("data.sources is empty", "name a source")
+        raise ConfigError("no source to mix", "name a source")
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"data.sources: {name!r} has weight {weight}", "give a number of at least 0")
+            raise ConfigError(f"source {name!r} has weight {weight}", "give a number of at least 0")
     if not any(weights.values()):
-        raise ConfigError("data.sources: the weights sum to zero", "give one source a weight above 0")
+        raise ConfigError("the weights of the sources sum to zero", "give one source a weight above 0")
 
 
 def _indexed(source: DataSource, cache_dir: str | Path | None) -> OpenedSource:

@@ -85,11 +85,13 @@ def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     if name is None:
         if not tokenizer.chat_template:
             known = ", ".join(CHAT_TEMPLATES)
-            raise DataError("the tokenizer has no chat template", f"set data.chat_template to one of: {known}")
+            raise DataError(
+                "the tokenizer has no chat template", f"set chat_template to one of: {known}", "Encoder.chat_template"
+            )
         return tokenizer.get_chat_template()
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES.get(name)
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
     fix = did_you_mean(name, list(CHAT_TEMPLATES))
-    raise ConfigError(f"data.chat_template: {name!r} is neither a known template nor a file", fix)
+    raise ConfigError(f"chat_template: {name!r} is neither a known template nor a file", fix, "Encoder.chat_template")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = create_logger(__name__)
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern transformers looks for
-_ANOTHER = "fix it, or change data.chat_template"
+_ANOTHER = "fix it, or use another chat_template"
 
 
 class Span(NamedTuple):
@@ -80,7 +80,7 @@ def render_conversation(
         return find(conversation, where, _Renderer(tokenizer, template, conversation.tools, marked))
     except (TemplateError, TypeError) as error:
         problem = f"{where}: the chat template rejects the conversation: {error}"
-        raise DataError(problem, _ANOTHER) from error
+        raise DataError(problem, _ANOTHER, "Encoder.chat_template") from error
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _by_marks(conversation: Conversation, where: str, render: _Renderer) -> Rend
         first, last = (len(render(messages[:count])[1]) if count else 0 for count in (index, index + 1))
         if last == first:
             problem = f"{where}, message {index + 1}: its part is not to be found in what the chat template renders"
-            raise DataError(problem, "remove its weight, or set data.chat_template to another one")
+            raise DataError(problem, "remove its weight, or use another chat_template", "Encoder.chat_template")
         blocks[first:last] = [block._replace(weight=weight) for block in blocks[first:last]]
     return Rendered(text, [block for block in blocks if block.start < block.stop and block.weight])
 
@@ -132,7 +132,8 @@ def _require_prefix(part: str, whole: str, what: str) -> None:
     became = f"{part[at : at + 30]!r} becomes {whole[at : at + 30]!r}"
     raise DataError(
         f"{what} is rendered differently when more messages follow: {became}",
-        "mark the assistant's part in the template with {% generation %}, or set data.chat_template to another one",
+        "mark the assistant's part in the template with {% generation %}, or use another chat_template",
+        "Encoder.chat_template",
     )
 
 

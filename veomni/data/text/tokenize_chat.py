@@ -56,8 +56,8 @@ def tokenize_rendered(
     for ids, offsets, one, name in zip(batch["input_ids"], batch["offset_mapping"], rendered, where, strict=True):
         weights = _weights(offsets, one)
         if not any(weights):
-            fix = "give an answer a weight that is not 0, or set data.chat_template to another one"
-            raise DataError(f"{name}: the chat template leaves no supervised token", fix)
+            fix = "give an answer a weight that is not 0, or use another chat_template"
+            raise DataError(f"{name}: the chat template leaves no supervised token", fix, "Encoder.chat_template")
         encoded.append((ids, weights))
     return encoded
 
