@@ -5,11 +5,11 @@
 
 Each takes one packed step in float64: alone and unpacked through plain transformers (the truth), alone and packed
 through the launcher, and on two ranks: sharing every row (Ulysses), or the experts of every layer (expert parallelism).
-For expert parallelism, what refuses packed rows is tried on rows of one document each.
+For expert parallelism, what rejects packed rows is tried on rows of one document each.
 
-An architecture is exact when every parameter's gradient equals the truth, refused when veomni says why it cannot be,
-and wrong otherwise. Transformers' own limit is what plain transformers cannot run here either; not measured is what
-fails before anything is packed or split, for a reason that nobody has looked into.
+An architecture is exact when every parameter's gradient equals the truth, refused when its examination
+(``veomni.models.traits``) or an attention rejects it with a reason, and wrong otherwise. Transformers' own limit is
+what plain transformers cannot run here either; not measured is what fails before anything is packed or split.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from veomni.errors import InputError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.loader import model_class
+from veomni.models.traits import MissingTraitError
 from veomni.models.traits.shrink import VOCAB
 from veomni.strategies import DDP, FSDP2, ExpertParallel, Single, Ulysses
 from veomni.testing.documents import Document, global_rows, share
@@ -84,7 +85,7 @@ class Mode:
         types: The architectures that are tried.
         config: A tiny configuration of one of them.
         strategies: The layout of two ranks.
-        needs_packing: Whether what refuses packed rows is refused as a whole.
+        needs_packing: Whether what rejects packed rows is unsupported as a whole.
     """
 
     page: str
@@ -101,7 +102,7 @@ MODES = {
         "docs/coverage.md",
         "Coverage of Ulysses",
         "Every causal language model of transformers, as a tiny random model: one packed step in float64 on two ranks\n"
-        "that share every row, against one process that sees each document by itself. Written by",
+        "that share every row, against one process that sees each document alone. Written by",
         causal_types,
         any_tiny_config,
         lambda: [DDP(find_unused_parameters=True), Ulysses(2)],
@@ -112,7 +113,7 @@ MODES = {
         "Coverage of expert parallelism",
         "Every mixture of experts that transformers trains on tokens, as a tiny random model: one packed step in "
         "float64\non two ranks that share the experts of every layer, against one process that sees each document by "
-        "itself.\nWritten by",
+        "alone.\nWritten by",
         expert_types,
         partial(any_tiny_config, experts=True),
         lambda: [FSDP2(), ExpertParallel(2)],
@@ -150,7 +151,7 @@ def plain(model_type: str, mode: str) -> None:
 
 
 def truth(model_type: str, mode: str, packed: bool) -> Truth:
-    """The gradients to compare with, of every document by itself."""
+    """The gradients to compare with, of every document alone."""
     return truth_of(MODES[mode].config(model_type), rows(packed))
 
 
@@ -205,7 +206,8 @@ def _gradients(
     except RankFailed as failed:
         error = failed.exceptions.get(0)
         if isinstance(error, InputError):
-            return Verdict(REFUSED, " ".join(error.problem.split()))
+            reason = error.reason if isinstance(error, MissingTraitError) else error.problem
+            return Verdict(REFUSED, " ".join(reason.split()))
         return Verdict(WRONG, f"{_where(ranks)}: {_reason(failed)}")
 
 

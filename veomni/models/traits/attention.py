@@ -1,4 +1,4 @@
-"""Attention functions of trials: one that treats every position by itself, and a reference for kernels of GPUs."""
+"""Attention functions of trials: one that treats every position separately, and a reference for kernels of GPUs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ calls: ContextVar[int] = ContextVar("veomni_pointwise_calls", default=0)
 def pointwise(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Treat every position by itself, and check that a model passes nothing that shards of rows cannot have.
+    """Treat every position separately, and check that a model passes nothing that shards of rows cannot have.
 
     Raises:
         ModelError: it does.

@@ -25,7 +25,7 @@ class PassesDocuments:
         if not (is_pretrained(trial.subject) and hasattr(trial.subject.config, "vocab_size")):
             return Verdict(True, f"{trial.name} is not a language model of transformers: it is not run")
         if not trial.takes("input_ids", "position_ids"):
-            return Verdict(False, f"{trial.name} takes no position_ids, so it cannot tell documents apart")
+            return Verdict(False, f"{trial.name} takes no position_ids, which separate documents")
         carried = carried_state(trial.subject)
         if not carried.ok:
             return carried

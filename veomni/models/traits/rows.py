@@ -1,7 +1,7 @@
 """Whether a model computes on a shard of a row what it computes on the whole row.
 
-With attention replaced by something that treats every position by itself, a model in which only attention mixes
-positions must treat every position by itself too, and must take a token's place in the row from ``position_ids``.
+With attention replaced by something that treats every position separately, a model in which only attention mixes
+positions must treat every position separately too, and must take a token's place in the row from ``position_ids``.
 Two things are tried on a short row: another token at one place must change no other place, and rotating tokens and
 position ids must rotate the output. State spaces, convolutions, trained mixing, positions that the model counts,
 attention that goes around transformers' interface: all of them fail one of the two.

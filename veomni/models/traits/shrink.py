@@ -60,46 +60,25 @@ def shrunk_copy(model: nn.Module, limit: int) -> nn.Module:
     with torch.device("meta"):
         if _kinds(construct_again(model)) != _kinds(model):
             raise ValueError("the model is not what its configuration describes")
-        error: Exception | None = None
-        for narrow in (True, False):
-            try:
-                copy = construct_again(model, shrunk_config(model.config, narrow=narrow))
-            except Exception as failed:
-                error = failed
-                continue
-            if sum(parameter.numel() for parameter in copy.parameters()) <= limit:
-                return copy
-    raise ValueError("its configuration cannot be shrunk") from error
+        try:
+            copy = construct_again(model, shrunk_config(model.config))
+        except Exception as error:  # small numbers that a class does not take together
+            raise ValueError("its configuration cannot be shrunk") from error
+    if sum(parameter.numel() for parameter in copy.parameters()) > limit:
+        raise ValueError("its configuration cannot be shrunk far enough")
+    return copy
 
 
 def _kinds(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
-def shrunk_config(config: Any, *, narrow: bool = True) -> Any:
-    """Return a small configuration of the class of a transformers configuration.
-
-    Args:
-        config: Of a model of any size.
-        narrow: Shrink widths too, beside layers, experts and the vocabulary.
-    """
+def shrunk_config(config: Any) -> Any:
+    """Return a small configuration of the class of a transformers configuration of any size."""
     known = {name: value for name, value in config.to_dict().items() if name not in ("transformers_version", "dtype")}
-    values = merged(known, shrunk_values(config, layers=2))
-    if not narrow:
-        keep = {name for name, size in _SIZES.items() if name not in ("vocab_size", "pad_token_id") and size > 4}
-        values = _restored(values, known, keep)
-    shrunk = type(config)(**values)
+    shrunk = type(config)(**merged(known, shrunk_values(config, layers=2)))
     shrunk.architectures = config.architectures
     return shrunk
-
-
-def _restored(values: dict[str, Any], known: dict[str, Any], keep: set[str]) -> dict[str, Any]:
-    return {
-        name: _restored(value, known[name], keep)
-        if isinstance(value, dict) and isinstance(known.get(name), dict)
-        else known[name] if name in keep and name in known else value
-        for name, value in values.items()
-    }  # fmt: skip
 
 
 def shrunk_values(config: Any, layers: int, *, jointly: bool = True) -> dict[str, Any]:

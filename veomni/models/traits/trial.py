@@ -62,11 +62,6 @@ class Trial:
         return _CPU if self._itself is None else self._itself[1]
 
     @cached_property
-    def skeleton(self) -> nn.Module:
-        """A copy of the whole model on the meta device, which may be changed."""
-        return skeleton_of(self.subject)
-
-    @cached_property
     def body(self) -> Any:
         """The module to examine: a copy with values, or the model itself.
 
@@ -190,6 +185,6 @@ def _fill(copy: nn.Module) -> None:
 
 
 def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    # Large enough for attention that tells tokens apart; vectors are near one, as norms' are.
+    # Large enough for attention that distinguishes tokens; vectors are near one, as norms' are.
     values = torch.randn(parameter.shape, generator=generator)
     return values / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.2 * values

@@ -49,7 +49,7 @@ class SafetensorsFiles:
         return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        """Return a tensor on the CPU in its stored dtype, or the part of it that ``box`` tells."""
+        """Return a tensor on the CPU in its stored dtype, or its part ``box``."""
         handle = self._handle(self._file_of[name])
         tensor: Tensor = handle.get_slice(name)[box] if box else handle.get_tensor(name)
         return tensor

@@ -34,7 +34,7 @@ class _Target:
 
 
 class WeightStream:
-    """Knows for every parameter of a model where in a checkpoint its values come from.
+    """Where in a checkpoint the values of every parameter of a model are.
 
     Args:
         skeleton: A copy of the model on the meta device, never sharded or wrapped.
@@ -92,7 +92,7 @@ class WeightStream:
         return conversion.convert(self._skeleton, tensors)[name][box]
 
     def _read_tied(self, name: str, box: Box) -> Tensor:
-        """Read a parameter, and refuse a checkpoint in which a parameter tied to it has other values."""
+        """Read a parameter, and check that those tied to it have the same values."""
         value = self._read(name, box)
         for other in self._aliases.get(name, []):
             if other != name and other in self._targets and not torch.equal(self._read(other, box), value):
