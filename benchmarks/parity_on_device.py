@@ -30,7 +30,9 @@ CASES = [
     ),
 ]
 EXPERT_CASES = [
-    (layout, precision) for layout in ("ep2_fsdp2", "ep2_chunks", "ep2_fixed", "ep2_fsdp1") for precision in BOUNDS
+    (layout, precision)
+    for layout in ("ep2_fsdp2", "ep2_chunks", "ep2_fixed", "ep2_fsdp1", "ep2_ddp")
+    for precision in BOUNDS
 ]
 SPLIT_CASES = [
     (layout, precision) for layout in ("ulysses2_fsdp2", "ring2_fsdp1", "async2_fsdp1") for precision in BOUNDS
