@@ -145,15 +145,18 @@ class Reporter:
         return self._expert_load
 
     def _timing(self, totals: StepTotals) -> dict[str, float | int | None]:
-        counted: dict[str, float | int | None] = {"tokens": int(totals.tokens)}
-        if not totals.tokens:  # rows of something else
-            counted |= {"tokens": None, "samples": int(totals.samples)}
+        tokens, samples = int(totals.tokens), int(totals.samples)
         if self._throughput is None:
-            return counted
+            return {"tokens": tokens} if tokens else {"samples": samples}
         from veomni.metrics import StepFlops
 
         flops = StepFlops(totals.flops_causal, totals.flops_full) if self._flops is not None else None
-        return self._throughput.end_step(int(totals.tokens), flops) | counted
+        numbers = self._throughput.end_step(tokens, flops)
+        if not tokens:  # rows of something else
+            seconds = numbers["step_seconds"] or 1.0
+            numbers |= {"tokens": None, "tokens_per_second": None}
+            numbers |= {"samples": samples, "samples_per_second": samples / seconds}
+        return numbers
 
     def end_loop(self) -> None:
         """Close the bar: the loop is over, and what is printed from here on goes below it."""
