@@ -31,7 +31,7 @@ def cache(tmp_path_factory):
 
 
 def script(name, *arguments):
-    sys.argv = [f"train_{name}.py", str(ROOT / f"configs/multimodal/tiny_{name}.yaml"), *arguments]
+    sys.argv = ["train.py", str(ROOT / f"configs/multimodal/tiny_{name}.yaml"), *arguments]
     runpy.run_path(str(ROOT / "examples" / sys.argv[0]), run_name="__main__")
 
 
