@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import EXIT_PREEMPTED, LoopError
+from veomni.errors import EXIT_PREEMPTED, LoopError, ModelError
 from veomni.launch.world import DataParallel, Processes
 from veomni.logging import create_logger
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
@@ -123,12 +123,13 @@ class Launcher(Processes):
         Args:
             model: What :meth:`setup_model` returned; each of its meshes gets an optimizer in a ``MultiOptimizer``.
             factory: An optimizer class.
-            options: What the factory takes; ``no_decay``: name patterns of parameters without weight decay; and
-                ``lr_scale``: name patterns to factors of the learning rate.
+            options: What the factory takes; and ``no_decay`` and ``lr_scale`` of :func:`~veomni.optim.build_optimizer`.
         """
-        from veomni.optim.setup import setup_optimizer
+        from veomni.optim import build_optimizer
 
-        return setup_optimizer(model, factory, **options)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError("the optimizer was built before the model was sharded", "call setup_model first")
+        return build_optimizer(model, factory, **{"weight_decay": 0.0, "no_decay": (), **options})
 
     def setup_dataloader(self, loader: DataLoader[Any], *, accumulate: int = 1, epochs: int = 1) -> StepLoader:
         """Return the steps of any torch loader for :meth:`track`, sharded over data ranks and resumable.
