@@ -50,15 +50,7 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
 def run_experts(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
-    """Return each token's weighted sum over its experts, ``[tokens, hidden]``, wherever those are.
-
-    Args:
-        module: A transformers experts module.
-        hidden_states: ``[tokens, hidden]``.
-        top_k_index: int64 ``[tokens, k]``.
-        top_k_weights: ``[tokens, k]``.
-        backend: Who multiplies.
-    """
+    """Return what :func:`~veomni.ops.experts.forward.experts_forward` does, wherever the experts are."""
     exchange = getattr(module, EXCHANGE, None)
     if exchange is None:
         return experts_forward(module, hidden_states, top_k_index, top_k_weights, backend=backend)

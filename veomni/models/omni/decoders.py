@@ -30,11 +30,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def read(values: Any, **options: Any) -> dict[str, Tensor]:
-        """Return what a record gives as tensors with an entry per token, ``[tokens, ...]``.
-
-        Args:
-            values: As the record has them.
-            options: The configuration's values for this decoder.
+        """Return the values of a record as tensors ``[tokens, ...]``; ``options`` are the configuration's.
 
         Raises:
             ValueError: they are not what the decoder generates.

@@ -121,11 +121,7 @@ class OmniModel(PreTrainedModel):
         return SimpleNamespace(pooler_output=self._projected(self.audio_projector, pieces))
 
     def get_placeholder_mask(self, input_ids: Tensor, token: int, features: Tensor) -> Tensor:
-        """Return where features go, bool ``[batch, seq, 1]``.
-
-        Raises:
-            DataError: there are more or fewer placeholders than features.
-        """
+        """Return where features go, bool ``[batch, seq, 1]``; as many as there are, or a ``DataError``."""
         places = input_ids == token
         if int(places.sum()) != len(features):
             raise DataError(

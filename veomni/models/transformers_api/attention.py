@@ -10,15 +10,13 @@ from torch import nn
 
 from veomni.compat.private_name import PrivateName
 
+_CONFIG, _LLAMA = "transformers.configuration_utils:PreTrainedConfig", "transformers.models.llama.modeling_llama"
 PRIVATE = (
-    PrivateName("transformers.configuration_utils:PreTrainedConfig._attn_implementation", "names the attention",
-                "AttributeError"),
-    PrivateName("transformers.configuration_utils:PreTrainedConfig._experts_implementation", "names the experts",
-                "AttributeError"),
+    PrivateName(f"{_CONFIG}._attn_implementation", "names the attention", "AttributeError"),
+    PrivateName(f"{_CONFIG}._experts_implementation", "names the experts", "AttributeError"),
     PrivateName("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys", "the registered ones", "ImportError"),
-    PrivateName("transformers.models.llama.modeling_llama:eager_attention_forward",
-                "eager attention, which each modeling file defines", "error: choose sdpa"),
-)  # fmt: skip
+    PrivateName(f"{_LLAMA}:eager_attention_forward", "each modeling file has its own", "an error: choose sdpa"),
+)
 
 
 _NAMES = ("_attn_implementation_internal", "_experts_implementation_internal")

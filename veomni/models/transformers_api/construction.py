@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
 PRIVATE = (
-    PrivateName(f"{_MODEL}._from_config", "builds a class with a dtype and an attention", "AttributeError",
-                ("config", "kwargs")),
+    PrivateName(f"{_MODEL}._from_config", "builds with dtype and attention", "AttributeError", ("config", "kwargs")),
     PrivateName(f"{_MODEL}._init_weights", "a class's own initial values", "AttributeError", ("module",)),
 )  # fmt: skip
 

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from veomni.compat.private_name import PrivateName
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
-_LOADING = "transformers.core_model_loading"
+_LOADING, _MAPPING = "transformers.core_model_loading", "transformers.conversion_mapping"
 PRIVATE = (
-    PrivateName("transformers.conversion_mapping:get_model_conversion_mapping", "a model's transforms", "ImportError",
-                ("model", "add_legacy")),
+    PrivateName(f"{_MAPPING}:get_model_conversion_mapping", "transforms", "ImportError", ("model", "add_legacy")),
     PrivateName(f"{_LOADING}:rename_source_key", "the parameter that a checkpoint name becomes", "ImportError",
                 ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict")),
-    PrivateName(f"{_LOADING}:WeightConverter.add_tensor", "gives a conversion its tensors", "AttributeError",
-                ("target_key", "source_key", "source_pattern", "future")),
+    PrivateName(f"{_LOADING}:WeightConverter.add_tensor", "collects tensors", "AttributeError", ("source_pattern",)),
     PrivateName(f"{_LOADING}:WeightConverter.convert", "converts", "AttributeError", ("layer_name", "model", "config")),
     PrivateName(f"{_LOADING}:WeightConverter.rename_source_key", "matches a name", "AttributeError", ("source_key",)),
     PrivateName(f"{_LOADING}:WeightConverter.reverse_transform", "the transform for saving", "AttributeError"),

@@ -15,17 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _VISION = "transformers.vision_utils"
+_AUDIO = "transformers.models.qwen2_audio.modeling_qwen2_audio:Qwen2AudioEncoder"
 PRIVATE = (
     PrivateName(f"{_VISION}:get_vision_cu_seqlens", "boundaries of frames", "AttributeError", ("grid_thw",)),
-    PrivateName(f"{_VISION}:get_vision_position_ids", "positions of patches", "AttributeError",
-                ("grid_thw", "spatial_merge_size")),
-    PrivateName(f"{_VISION}:get_vision_window_index", "windows of attention", "AttributeError",
-                ("grid_thw", "spatial_merge_size", "window_size", "patch_size")),
-    PrivateName("transformers.models.qwen2_audio.modeling_qwen2_audio:"
-                "Qwen2AudioEncoder._get_feat_extract_output_lengths",
-                "features of an audio clip, a method or a function of an encoder's module",
-                "every rank must have audio in every micro-batch", ("input_lengths",)),
-)  # fmt: skip
+    PrivateName(
+        f"{_VISION}:get_vision_position_ids", "positions", "AttributeError", ("grid_thw", "spatial_merge_size")
+    ),
+    PrivateName(f"{_VISION}:get_vision_window_index", "windows", "AttributeError", ("grid_thw", "window_size")),
+    PrivateName(f"{_AUDIO}._get_feat_extract_output_lengths", "features of a clip", "no dummy", ("input_lengths",)),
+)
 
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 

@@ -15,15 +15,11 @@ _MODEL = "transformers.modeling_utils:PreTrainedModel"
 _MOE = "transformers.integrations.moe"
 PRIVATE = (
     PrivateName(f"{_MOE}:ALL_EXPERTS_FUNCTIONS.register", "registers a backend", "ImportError", ("key", "value")),
-    PrivateName(f"{_MODEL}._can_set_experts_implementation", "whether experts go through the interface",
-                "AttributeError"),
-    PrivateName(f"{_MODEL}.set_experts_implementation", "chooses the backend", "AttributeError",
-                ("experts_implementation",)),
-    PrivateName(f"{_MODEL}._can_record_outputs", "which modules are routers; subclasses set it",
-                "routers are found beside modules called experts"),
-    PrivateName(f"{_MOE}:_default_apply_gate", "the gating of experts; a class may define its own _apply_gate",
-                "AttributeError", ("self", "gate_up_out")),
-)  # fmt: skip
+    PrivateName(f"{_MODEL}._can_set_experts_implementation", "whether experts use the interface", "AttributeError"),
+    PrivateName(f"{_MODEL}.set_experts_implementation", "chooses", "AttributeError", ("experts_implementation",)),
+    PrivateName(f"{_MODEL}._can_record_outputs", "which modules are routers", "those beside modules called experts"),
+    PrivateName(f"{_MOE}:_default_apply_gate", "gating, as _apply_gate of classes", "AttributeError", ("gate_up_out",)),
+)
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -17,14 +17,11 @@ _MASKS = "transformers.masking_utils"
 PRIVATE = (
     PrivateName(f"{_MASKS}:ALL_MASK_ATTENTION_FUNCTIONS", "the registered makers", "ImportError"),
     PrivateName(f"{_MASKS}:and_masks", "joins two rules", "ImportError", ("mask_functions",)),
-    PrivateName(f"{_MASKS}:packed_sequence_mask_function", "the rule of packed documents", "ImportError",
-                ("packed_sequence_mask",)),
+    PrivateName(f"{_MASKS}:packed_sequence_mask_function", "packed rows", "ImportError", ("packed_sequence_mask",)),
     PrivateName(f"{_MASKS}:causal_mask_function", "the plain causal rule", "ring attention evaluates every rule"),
-    PrivateName(f"{_MASKS}:find_packed_sequence_indices", "transformers' own search for documents, which is replaced",
-                "AttributeError", ("position_ids",)),
-    PrivateName(f"{_MASKS}:create_bidirectional_mask", "masks of padded items", "ImportError",
-                ("config", "inputs_embeds", "attention_mask")),
-)  # fmt: skip
+    PrivateName(f"{_MASKS}:find_packed_sequence_indices", "is replaced", "AttributeError", ("position_ids",)),
+    PrivateName(f"{_MASKS}:create_bidirectional_mask", "padded items", "ImportError", ("config", "attention_mask")),
+)
 
 
 def mask_makers(names: Sequence[str]) -> dict[str, Any]:

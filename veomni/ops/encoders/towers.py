@@ -9,10 +9,9 @@ collective and every gradient of the encoder takes place.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -151,18 +150,16 @@ class TowerCall:
             return self.encode(**{**named, **rest, **self.precomputed})
         # What a loader precomputed is of all items in their order, and so of no use to another choice of them.
         fixed = {name: value for name, value in given.items() if name not in ("kwargs", self.kind.values)}
-        items = self._none(values.device) if absent else self._items(given)
+        sizes = given.get(self.kind.sizes) if self.kind.sizes else None
+        items = self._make_dummy(values.device)[[]] if absent else Items(self.kind, values, sizes)
         encoder = _Encoder(self, {**fixed, **rest})
-        encode = encoder if self.balance is None else partial(self._balanced, encoder)
+        balance = self.balance
+        encode: Encode = encoder if balance is None else lambda items: balance(items, encoder)
         if self.exchange is None:
             streams = [torch.cat(stream) for stream in encode(items)]
         else:
             streams = self.exchange(items, encode)
         return self._answer(encoder.output, streams)
-
-    def _balanced(self, encoder: Encode, items: Items) -> list[list[Tensor]]:
-        assert self.balance is not None
-        return self.balance(items, encoder)
 
     def encode(self, **arguments: Any) -> Any:
         """Call the owner's own method."""
@@ -171,12 +168,6 @@ class TowerCall:
             return self._encode(**arguments)
         finally:
             _encoding.reset(token)
-
-    def _items(self, given: Mapping[str, Any]) -> Items:
-        return Items(self.kind, given[self.kind.values], given.get(self.kind.sizes) if self.kind.sizes else None)
-
-    def _none(self, device: torch.device) -> Items:
-        return self._make_dummy(device)[[]]
 
     def _answer(self, output: Any, streams: list[Tensor]) -> Any:
         """Put streams into an output in the form that the owner reads: one piece, or a tuple of pieces."""

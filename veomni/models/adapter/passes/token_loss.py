@@ -115,10 +115,9 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None
     head = owner.get_output_embeddings() if fused and verdict.ok else None  # type: ignore[operator]
     adapter.loss = TokenMeanLoss(head)
     adapter.patch(owner, LOSS_FUNCTION, adapter.loss)
-    adapter.add(PassShiftedLabels(type(owner).__name__), on=owner)
+    adapter.add(PassToLoss(type(owner).__name__, fused=head is not None), on=owner)
     if head is not None:
         adapter.patch(head, "forward", _PassOrProject(head.forward))
-        adapter.add(PassHiddenStates(), on=owner)
     return adapter.loss
 
 
@@ -152,43 +151,35 @@ class TakeLossOver(InputPass):
         self.labels = None
 
 
-class PassShiftedLabels(InputPass):
-    """Brings ``shift_labels`` past the model's forward, which need not take them, to the loss."""
+class PassToLoss(InputPass):
+    """Brings past a model's forward what its loss takes: ``shift_labels``, and hidden states instead of logits.
+
+    Args:
+        name: Of the model's class.
+        fused: Whether the head passes hidden states on wherever there are labels.
+    """
 
     stage = Stage.LABELS
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, fused: bool) -> None:
+        self.name, self.fused = name, fused
 
     def before(self, call: ForwardCall) -> None:
-        """Take the labels."""
+        """Take the shifted labels, and choose the fused path."""
         call.shift_labels = call.kwargs.pop("shift_labels", None)
+        call.fused = self.fused and call.kwargs.get("labels") is not None
 
     def after(self, call: ForwardCall, output: Any) -> Any:
-        """Check that the loss has used them.
+        """Return no logits where the head made none.
 
         Raises:
-            ModelError: the model has computed another loss.
+            ModelError: the model has computed another loss, without the shifted labels.
         """
         if call.shift_labels is not None and getattr(output, "loss", None) is not None:
             raise ModelError(
                 f"{self.name} computes its own loss, and would shift labels that are shifted already",
                 "use no sequence parallelism: leave out Ulysses and ContextParallel, or set their size to 1",
             )
-        return output
-
-
-class PassHiddenStates(InputPass):
-    """Makes the head pass hidden states on to the loss wherever there are labels."""
-
-    stage = Stage.LOSS
-
-    def before(self, call: ForwardCall) -> None:
-        """Choose the fused path."""
-        call.fused = call.kwargs.get("labels") is not None
-
-    def after(self, call: ForwardCall, output: Any) -> Any:
-        """Return no logits where the head made none."""
         if call.fused and getattr(output, "logits", None) is not None:
             output.logits = None
         return output
