@@ -154,7 +154,8 @@ def test_plan_counts_one_number_for_every_element_of_muons_matrices(capsys: pyte
 
 def test_plan_knows_replicas_frozen_parameters_and_ddp(capsys: pytest.CaptureFixture[str]) -> None:
     plan = ["plan", TINY, "--world", "4", "--train.micro_batch_size", "2"]
-    main([*plan, "--train.data_parallel_replicate_size", "2", "--model.freeze", "['*embed*']"])
+    hybrid = ["--train.data_parallel_mode", "fsdp2", "--train.data_parallel_replicate_size", "2"]
+    main([*plan, *hybrid, "--model.freeze", "['*embed*']"])
     sharded = facts(capsys)
     main([*plan, "--train.data_parallel_mode", "ddp", "--train.precision", "fp64"])
     replicated = facts(capsys)
