@@ -91,7 +91,11 @@ class Checkpointer:
         problem = self._lock.acquire() if self.rank == 0 else None
         problem = first_problem(problem)
         if problem:
-            raise CheckpointError(problem.partition(": ")[2], "wait for that job, or give another train.output_dir")
+            raise CheckpointError(
+                problem.partition(": ")[2],
+                "wait for that job, or give another directory",
+                "CheckpointSchedule.directory",
+            )
         if self.rank == 0 and (left := remove_leftovers(self.directory)):
             logger.warning("removed what an interrupted save left: %s", ", ".join(sorted(left)))
 
@@ -264,7 +268,7 @@ class Checkpointer:
         if newer:
             raise CheckpointError(
                 f"{step_directory(self.directory, newer[0])} is newer than step {step}, where this run starts",
-                "give another train.output_dir, move the newer checkpoints away, or use resume: auto",
+                "give another directory, move the newer checkpoints away, or use resume: auto",
             )
 
     def load_latest(self, state: Mapping[str, Any]) -> int | None:
