@@ -87,7 +87,7 @@ def test_train_sh_trains_to_the_end(start, corpus, tmp_path):
     ("more", "environment", "named"),
     [
         ({"train.max_stepz": 2}, {}, "train.max_stepz"),
-        ({"train.devices": 3}, {}, "train.devices is 3"),
+        ({"train.devices": 3}, {}, "in the configuration: train.devices"),
         ({}, {"NCCL_TIMEOUT": "ten"}, "NCCL_TIMEOUT"),
     ],
 )

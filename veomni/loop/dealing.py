@@ -15,14 +15,9 @@ from veomni.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Deal:
-    """Which of a step's units (samples, or ready batches) a rank gets.
+    """Which of a step's units (samples, or ready batches) data rank ``rank`` of ``size`` gets.
 
-    Attributes:
-        rank: This data rank.
-        size: Data ranks.
-        batch_size: Units of a micro-batch.
-        accumulate: Micro-batches of a step on each rank.
-        drop_last: Leave the units out that do not fill a step.
+    ``drop_last`` leaves out the units that do not fill a step.
     """
 
     rank: int

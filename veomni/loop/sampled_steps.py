@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,15 +20,8 @@ class SampledSteps:
     epoch, and steps of equal size hold the same samples on any number of ranks. The last step of an epoch is shorter
     unless ``drop_last``; a rank without a sample in it gets a filler of weight 0.
 
-    Args:
-        loader: Its sampler is finite, and draws from torch's generator, Python's, or one of its own.
-        deal: Which samples of a step are this rank's.
-        seed: Of the order.
-        epochs: Epochs of one iteration.
-
-    Attributes:
-        epoch: Epochs completed.
-        exhausted: False: every step holds samples.
+    The sampler is finite, and draws from torch's generator, Python's, or one of its own. ``epoch`` counts the epochs
+    completed; ``epochs`` are those of one iteration.
 
     Raises:
         DataError: an epoch has not enough samples for a step.
@@ -42,10 +35,9 @@ class SampledSteps:
         self._single = loader.batch_size is None and not self._ready
         self._order: tuple[int, Sequence[Any]] | None = None
         self.epoch = self._done = 0
-        plan: dict[str, Any] = {"sampler": _Plan(self), "batch_size": None}
-        if not self._single:
-            plan = {"batch_sampler": _Plan(self)}
-        self._loader: DataLoader[Any] = DataLoader(loader.dataset, **options_of(loader), **plan)
+        plan = _Plan(self._indices)
+        chosen: dict[str, Any] = {"sampler": plan, "batch_size": None} if self._single else {"batch_sampler": plan}
+        self._loader: DataLoader[Any] = DataLoader(loader.dataset, **options_of(loader), **chosen)
         if not self.steps_per_epoch:
             problem = f"the loader has {len(self._units())} samples or batches, and a step takes {deal.units}"
             raise DataError(problem, "give more data, a smaller batch_size or accumulate, or drop_last=False")
@@ -70,7 +62,7 @@ class SampledSteps:
         units, deal = self._units(), self._deal
         end = deal.steps(len(units)) * deal.units
         if self._done >= end:  # saved by a run whose steps were larger: nothing is left of the epoch
-            self._next_epoch()
+            self.set_epoch(self.epoch + 1)
             return
         batches = iter(self._loader)
         for start in range(self._done, end, deal.units):
@@ -78,7 +70,7 @@ class SampledSteps:
             step = [MicroBatch.of(next(batches), samples=count) for count in counts]
             self._done = start + deal.units  # before the yield: a state taken in the loop's body contains this step
             if self._done >= end:
-                self._next_epoch()
+                self.set_epoch(self.epoch + 1)
             yield step
 
     def _samples(self, micro: Sequence[Any]) -> int | None:
@@ -86,9 +78,6 @@ class SampledSteps:
         if self._single:
             return None if micro else 0
         return sum(len(batch) for batch in micro) if self._ready else len(micro)
-
-    def _next_epoch(self) -> None:
-        self.epoch, self._done = self.epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Continue with ``epoch``, from its beginning unless it is the current one."""
@@ -102,7 +91,7 @@ class SampledSteps:
             self._order = self.epoch, drawn(sampler, self._given.dataset, self._seed, self.epoch)
         return self._order[1]
 
-    def indices(self) -> Iterator[Any]:
+    def _indices(self) -> Iterator[Any]:
         """Yield the indices of each of this rank's micro-batches from the current position to the end of the epoch."""
         units, deal = self._units(), self._deal
         for start in range(self._done, deal.steps(len(units)) * deal.units, deal.units):
@@ -110,10 +99,8 @@ class SampledSteps:
                 chosen = list(micro or units[start : start + 1])  # a filler is a copy of the step's first sample
                 yield chosen[0] if self._ready or self._single else chosen
 
-    # ---------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: epochs completed, and samples (or ready batches) of the current one."""
+        """Return the position: epochs completed, and units of the current one."""
         return {"epoch": self.epoch, "done": self._done, "data": self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,8 +119,8 @@ class SampledSteps:
 class _Plan:
     """The sampler of the rebuilt loader: starts at the current position whenever an iteration starts."""
 
-    def __init__(self, steps: SampledSteps) -> None:
-        self._steps = steps
+    def __init__(self, indices: Callable[[], Iterator[Any]]) -> None:
+        self._indices = indices
 
     def __iter__(self) -> Iterator[Any]:
-        return self._steps.indices()
+        return self._indices()

@@ -18,15 +18,8 @@ class StreamedSteps:
     Rank r takes items r, r + size, ... of the stream of each worker. At the end of the data a rank may have fewer
     items than another: micro-batches that it lacks are fillers of weight 0, copies of its latest.
 
-    Args:
-        loader: With several workers, its dataset splits itself by worker, as torch asks.
-        deal: This rank and the size of its micro-batches and steps.
-
-    Attributes:
-        epoch: Epochs completed.
-        exhausted: Whether the step in hand holds nothing but fillers.
-        steps_per_epoch: None: unknown.
-        remaining_steps: None: unknown.
+    With several workers, the dataset splits itself by worker, as torch requires. ``epoch`` counts the epochs completed;
+    ``exhausted`` is true while the step in hand holds nothing but fillers.
     """
 
     steps_per_epoch: int | None = None
@@ -103,16 +96,9 @@ class StreamedSteps:
 
 
 class DealtStream(IterableDataset[Any]):
-    """Each ``size``-th item of a worker's stream from a position on.
+    """Items ``skipped[worker] + rank``, ``+ size``, ``+ 2 * size``, ... of each worker's stream of ``dataset``.
 
     Other attributes are those of the dataset: a ``worker_init_fn`` may read and set them.
-
-    Args:
-        dataset: What each worker iterates over; its own split by worker is kept.
-        rank: The first item taken.
-        size: The stride.
-        skipped: Items of each worker's stream that are left out before.
-        epoch: Passed to the ``set_epoch`` of the dataset, where it has one.
     """
 
     def __init__(self, dataset: Any, rank: int, size: int, skipped: Sequence[int], epoch: int) -> None:
