@@ -86,6 +86,14 @@ class MissingExtraError(InputError):
         super().__init__(f"{package} is not installed", f"pip install 'veomni[{extra}]'")
         self.package, self.extra = package, extra
 
+    @classmethod
+    def check(cls, package: str, extra: str) -> None:
+        """Raise this error if ``package`` cannot be imported."""
+        from lightning_utilities.core.imports import RequirementCache
+
+        if not RequirementCache(module=package):
+            raise cls(package, extra)
+
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, ...]]:
         return type(self), (self.package, self.extra)
 

@@ -50,7 +50,7 @@ def changed(micro: MicroBatch) -> list[MicroBatch]:
         micro.to("cpu"),
         pickle.loads(pickle.dumps(micro)),
         next(iter(loader)),
-        micro.map(lambda value: value),
+        micro.map(torch.Tensor, lambda value: value),
     ]
 
 

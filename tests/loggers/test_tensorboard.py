@@ -51,7 +51,7 @@ def test_nothing_is_written_before_the_first_use(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_names_the_extra(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("veomni.loggers.tensorboard.find_spec", lambda name: None)
+def test_a_missing_package_names_the_extra(tmp_path, without) -> None:
+    without("tensorboard")
     with pytest.raises(MissingExtraError, match=r"veomni\[dev\]"):
         TensorBoardLogger(tmp_path)

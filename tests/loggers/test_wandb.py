@@ -100,8 +100,8 @@ def test_online_needs_a_key_in_the_environment(tmp_path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_names_the_extra(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("veomni.loggers.wandb.find_spec", lambda name: None)
+def test_a_missing_package_names_the_extra(tmp_path, without) -> None:
+    without("wandb")
     with pytest.raises(MissingExtraError, match=r"veomni\[dev\]"):
         WandbLogger(tmp_path, project="p", mode="offline")
 

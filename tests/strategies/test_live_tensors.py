@@ -88,7 +88,8 @@ def counts(
     model = launcher.setup_model(build_model(config, weights="random")).train()
     spoil(model)
     flat = isinstance(model, FullyShardedDataParallel)  # Muon needs whole matrices
-    optimizer = build_optimizer(model, "sgd" if flat else "muon", lr=1e-3)
+    options = {"name": "sgd"} if flat else {"name": "muon", "betas": (0.9, 0.99)}
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.0, momentum=0.9, **options)
     found = []
     with collector_off():
         for batch in launcher.track([rows(launcher)] * STEPS):

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -27,6 +29,16 @@ from veomni.batch.documents import RowLayout, located_row_lengths
 from veomni.batch.fields import holder_of
 from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
 from veomni.errors import DataError
+
+
+@runtime_checkable
+class _Movable(Protocol):
+    def to(self, device: Any) -> Any: ...
+
+
+@runtime_checkable
+class _Pinnable(Protocol):
+    def pin_memory(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -200,14 +212,15 @@ class MicroBatch:
 
     # ---------------------------------------------------------------- changed
 
-    def map(self, change: Callable[[Any], Any]) -> MicroBatch:
-        """Return this micro-batch with ``change`` applied to every tensor, array and object in it."""
+    def map(self, kind: type, change: Callable[[Any], Any]) -> MicroBatch:
+        """Return this micro-batch with ``change`` applied to everything of a type in it, also inside collections."""
+        change_all = partial(apply_to_collection, dtype=kind, function=change, allow_frozen=True)
         return replace(
             self,
-            inputs={name: _mapped(value, change) for name, value in self.inputs.items()},
-            args=tuple(_mapped(value, change) for value in self.args),
-            rows=replace(self.rows, position_fractions=_mapped(self.rows.position_fractions, change)),
-            targets=Targets(_mapped(self.targets.loss_weights, change), _mapped(self.targets.source_ids, change)),
+            inputs=change_all(self.inputs),
+            args=change_all(self.args),
+            rows=replace(self.rows, position_fractions=change_all(self.rows.position_fractions)),
+            targets=Targets(change_all(self.targets.loss_weights), change_all(self.targets.source_ids)),
         )
 
     def to(self, device: torch.device | str) -> MicroBatch:
@@ -216,11 +229,11 @@ class MicroBatch:
         def move(value: Any) -> Any:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
 
-        return self.map(lambda value: move(value) if hasattr(value, "to") else value)
+        return self.map(_Movable, move)
 
     def pin_memory(self) -> MicroBatch:
         """Return this micro-batch in page-locked memory."""
-        return self.map(lambda value: value.pin_memory() if hasattr(value, "pin_memory") else value)
+        return self.map(_Pinnable, lambda value: value.pin_memory())
 
     def split(self, shard: SequenceShard) -> MicroBatch:
         """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`.
@@ -256,19 +269,6 @@ def _named(batch: Any) -> dict[str, Any] | None:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return {name: getattr(batch, name) for name in batch._fields}
     return None
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a value with ``change`` applied to all that its containers hold."""
-    if hasattr(value, "to"):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _mapped(each, change) for name, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(each, change) for each in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(each, change) for each in value)
-    return change(value)
 
 
 __all__ = ["MicroBatch", "Origin", "Owner", "Targets"]

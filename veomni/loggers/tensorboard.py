@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,7 @@ class TensorBoardLogger(Logger):
     name = "tensorboard"
 
     def __init__(self, output_dir: Path | str) -> None:
-        if find_spec("tensorboard") is None:
-            raise MissingExtraError("tensorboard", "dev")
+        MissingExtraError.check("tensorboard", "dev")
         self._folder = Path(output_dir) / "tensorboard"
         self._purge_step: int | None = None
         self._writer: SummaryWriter | None = None

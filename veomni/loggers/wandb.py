@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,8 +51,7 @@ class WandbLogger(Logger):
         tags: Sequence[str] = (),
         run_id: str | None = None,
     ) -> None:
-        if find_spec("wandb") is None:
-            raise MissingExtraError("wandb", "dev")
+        MissingExtraError.check("wandb", "dev")
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
             raise ConfigError(
                 "wandb's mode is online but WANDB_API_KEY is not set",

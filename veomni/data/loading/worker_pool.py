@@ -81,13 +81,13 @@ class WorkerPool(Generic[T]):
 def _arrays(made: Any) -> Any:
     if not isinstance(made, MicroBatch):
         return made
-    return made.map(lambda value: value.numpy() if isinstance(value, Tensor) else value)
+    return made.map(Tensor, Tensor.numpy)
 
 
 def _tensors(made: Any) -> Any:
     if not isinstance(made, MicroBatch):
         return made
-    return made.map(lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+    return made.map(np.ndarray, torch.from_numpy)
 
 
 def _start(worker: int) -> None:

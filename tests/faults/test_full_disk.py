@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from tests.checkpoint.two_ranks import (
+from tests.faults.two_ranks import (
     before_each_operation,
     copy_of,
     load_and_compare,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.checkpoint.two_ranks import (
+from tests.faults.two_ranks import (
     before_each_operation,
     copy_of,
     load_and_compare,
