@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from veomni.models.build.experts import run_experts
+from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import ACTIVATION, find_activation
 
 ROUNDS = 3
@@ -47,7 +47,7 @@ def problem(args, tokens):
 
 
 def contenders(module, args):
-    found = {"veomni": partial(run_experts, module, backend=args.backend)}
+    found = {"veomni": partial(experts_forward, module, backend=args.backend)}
     if args.compiled:
         found["veomni compiled"] = torch.compile(found["veomni"], fullgraph=True)
 

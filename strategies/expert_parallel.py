@@ -91,15 +91,19 @@ class ExpertParallel(Strategy):
         for name in context.plan.experts:
             module = model.get_submodule(name)
             _split_experts(module, state)
-            setattr(module, EXCHANGE, self._exchange_of(model, name, state))
+            adapter.patch(module, EXCHANGE, self._exchange_of(adapter, name, state))
             units[_shard_experts(module, context, reshard)] = reshard
             context.placed[name] = module
         adapter.add(FreeWithoutBackward(units))
 
-    def _exchange_of(self, model: nn.Module, name: str, state: ParallelState) -> ExpertExchange:
+    def _exchange_of(self, adapter: ModelAdapter, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")
-        experts = int(model.get_submodule(name).num_experts)  # type: ignore[arg-type]
-        shared = shared_experts_beside(model, name, lambda hidden, index: Dispatch(hidden, index, experts, plain))
+        experts = int(adapter.model.get_submodule(name).num_experts)  # type: ignore[arg-type]
+
+        def dispatch(hidden: Tensor, index: Tensor) -> Dispatch:
+            return Dispatch(hidden, index, experts, plain)
+
+        shared = shared_experts_beside(adapter.model, name, dispatch, adapter.patch)
         return replace(plain, shared=shared)
 
     @override

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.experts import has_experts, register_experts, use_experts
-from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
 from veomni.ops.experts.backends import choose_backend
 from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import ACTIVATION, find_activation, holds_experts
-from veomni.ops.experts.rows import expert_rows
 
 if TYPE_CHECKING:
     from veomni.strategies.transforms.precision import Precision
@@ -42,17 +39,6 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
         adapter.patch(module, ACTIVATION, find_activation(module))
     backend = choose_backend(modules, adapter.experts, available, precision.compute)
     name = f"veomni_{backend}"
-    register_experts(name, partial(run_experts, backend=backend))
+    register_experts(name, partial(experts_forward, backend=backend))
     use_experts(model, name)
     logger.info_rank0("experts: %s", backend)
-
-
-def run_experts(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
-) -> Tensor:
-    """Return what :func:`~veomni.ops.experts.forward.experts_forward` does, wherever the experts are."""
-    exchange = getattr(module, EXCHANGE, None)
-    if exchange is None:
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights, backend=backend)
-    run, num_experts = partial(expert_rows, module, backend=backend), int(module.num_experts)  # type: ignore[arg-type]
-    return exchange_experts(hidden_states, top_k_index, top_k_weights, num_experts, run, exchange)

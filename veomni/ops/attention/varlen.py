@@ -27,7 +27,6 @@ def varlen_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
@@ -42,10 +41,10 @@ def varlen_attention(
         attention_mask: Must be None: boundaries come from ``cu_seq_lens_q``.
         scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
         dropout: Must be 0: the kernel has none.
-        sliding_window: How many positions back, itself included, a token sees; None for all.
         cu_seq_lens_q: int32 ``[documents + 1]`` over the flattened rows; None makes every row one document.
         max_length_q: An upper bound of the longest document.
-        kwargs: What other backends take; sinks and soft caps are unsupported.
+        kwargs: What other backends take: ``sliding_window``, how many positions back, itself included, a token sees.
+            Sinks and soft caps are unsupported.
 
     Returns:
         ``[batch, seq, heads, head_dim]`` and None in place of weights.
@@ -53,7 +52,7 @@ def varlen_attention(
     _check_options(attention_mask, dropout if module.training else 0.0, kwargs)
     query, key, value = in_autocast_dtype(query, key, value)
     batch, _, length, _ = query.shape
-    causal = kwargs.get("is_causal")
+    causal, sliding_window = kwargs.get("is_causal"), kwargs.get("sliding_window")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if cu_seq_lens_q is None or max_length_q is None:
         if sliding_window is None and _cudnn_takes(query, value):

@@ -1,21 +1,24 @@
-"""The experts of a rank that holds all of them, from tokens to tokens."""
+"""The experts of a layer, from tokens to tokens."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
 from veomni.ops.experts.fused import Rows, expert_down, expert_up
 from veomni.ops.experts.layout import expert_layout
 from veomni.ops.experts.permute import combine_rows, permute_tokens
 from veomni.ops.experts.routing import route
-from veomni.ops.experts.rows import bias, called_rows, compute_dtype, weight
+from veomni.ops.experts.rows import bias, called_rows, compute_dtype, expert_rows, weight
 
 
 def experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
-    """Return each token's weighted sum over its experts, ``[tokens, hidden]``.
+    """Return each token's weighted sum over its experts, ``[tokens, hidden]``, on this rank or on several.
 
     Args:
         module: A transformers experts module.
@@ -24,6 +27,10 @@ def experts_forward(
         top_k_weights: ``[tokens, k]``.
         backend: "loop", "grouped_mm", "triton" or "npu".
     """
+    exchange = getattr(module, EXCHANGE, None)
+    if exchange is not None:
+        run, num_experts = partial(expert_rows, module, backend=backend), int(module.num_experts)  # type: ignore[arg-type]
+        return exchange_experts(hidden_states, top_k_index, top_k_weights, num_experts, run, exchange)
     layout, dtype = expert_layout(module), compute_dtype(module, hidden_states)
     routing, top_k = route(top_k_index, layout.local_experts), top_k_index.shape[1]
     tokens = hidden_states.to(dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from veomni.compat.tensors import same_values
+from veomni.ops.patch import PatchAttribute
 
 _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 _ROUTERS = ("gate", "router")
@@ -29,16 +30,23 @@ class SharedExperts:
         module: The shared experts; their forward takes hidden states and nothing else.
         router: What chooses experts in the same block, or None where it cannot run early.
         dispatch: Sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns the dispatch in flight.
+        patch: Replaces an attribute of a module.
     """
 
-    def __init__(self, module: nn.Module, router: nn.Module | None, dispatch: Callable[[Tensor, Tensor], Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        router: nn.Module | None,
+        dispatch: Callable[[Tensor, Tensor], Any],
+        patch: PatchAttribute = setattr,
+    ) -> None:
         self._module, self._run = module, module.forward
         self._ahead: tuple[Tensor, Tensor] | None = None
         self._called_first = False
-        self._early = _EarlyRouter(router) if router is not None else None
+        self._early = _EarlyRouter(router, patch) if router is not None else None
         self._dispatch = dispatch
         self._under_way: tuple[Tensor, Tensor, Any] | None = None
-        setattr(module, "forward", self._called)  # noqa: B010  (mypy takes no assignment to a method)
+        patch(module, "forward", self._called)
 
     def run_ahead(self, hidden: Tensor) -> None:
         """Compute what the block is going to ask for, on ``[tokens, hidden]``."""
@@ -78,10 +86,10 @@ class SharedExperts:
 class _EarlyRouter:
     """A router that runs before its block calls it, which then gets the same answer."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: nn.Module, patch: PatchAttribute) -> None:
         self._router, self._run = router, router.forward
         self._answer: tuple[Tensor, Any] | None = None
-        setattr(router, "forward", self._called)  # noqa: B010
+        patch(router, "forward", self._called)
 
     def choose(self, tokens: Tensor) -> Tensor | None:
         """Return the experts of ``[tokens, hidden]``, int64 ``[tokens, k]``; None where the router does not say."""
@@ -98,7 +106,7 @@ class _EarlyRouter:
 
 
 def shared_experts_beside(
-    model: nn.Module, experts: str, dispatch: Callable[[Tensor, Tensor], Any]
+    model: nn.Module, experts: str, dispatch: Callable[[Tensor, Tensor], Any], patch: PatchAttribute = setattr
 ) -> SharedExperts | None:
     """Return the shared experts of the block that holds the experts of that name, or None."""
     block = model.get_submodule(experts.rpartition(".")[0])
@@ -106,7 +114,7 @@ def shared_experts_beside(
     if len(found) != 1:
         return None
     routers = _children(block, _ROUTERS)
-    return SharedExperts(found[0], routers[0] if len(routers) == 1 else None, dispatch)
+    return SharedExperts(found[0], routers[0] if len(routers) == 1 else None, dispatch, patch)
 
 
 def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
