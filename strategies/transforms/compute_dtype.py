@@ -132,7 +132,7 @@ def _float32(value: Any) -> Any:
     if isinstance(value, dict):  # transformers' outputs among them
         for name, part in list(value.items()):
             value[name] = _float32(part)
-    elif isinstance(value, tuple) and hasattr(value, "_make"):
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_float32(part) for part in value))
     elif isinstance(value, list | tuple):
         return type(value)(_float32(part) for part in value)

@@ -11,7 +11,6 @@ from tests.pairwise import pairs_of
 from tests.parity.matrix import CASES, MATRIX, MAX_NORM
 from veomni.testing.documents import global_rows
 from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
-from veomni.testing.ranks import RankFailed
 
 
 @functools.cache
@@ -20,16 +19,7 @@ def truth(model: str, weighted: bool) -> Truth:
     return truth_of(config, global_rows(config.vocab_size, weighted=weighted))
 
 
-def known(case):
-    """A bug that this matrix found: the order of shared experts changes between forward and recomputation."""
-    shared = case.model == "qwen2_moe" and case.experts != "together"
-    return shared and case.recompute == "selective" and "fsdp2" in case.parameters
-
-
-FOUND = pytest.mark.xfail(raises=RankFailed, strict=True, reason="matrix products are saved in another order")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=[FOUND] * known(c)) for c in CASES])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_step_is_the_oracles(case, outcomes):
     expected = truth(case.model, case.weighted)
     for outcome in outcomes(case):

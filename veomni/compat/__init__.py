@@ -7,14 +7,16 @@ from __future__ import annotations
 
 
 def install() -> None:
-    """Replace functions of torch by faster ones of the same results; calling it again changes nothing."""
-    from veomni.compat import fsdp_copy_in
+    """Change functions of torch for all models, without a change of results; calling it again changes nothing."""
+    from veomni.compat import checkpoint_ignored, fsdp_copy_in
 
     fsdp_copy_in.install()
+    checkpoint_ignored.install()
 
 
 def uninstall() -> None:
-    """Put back torch's own functions."""
-    from veomni.compat import fsdp_copy_in
+    """Put back torch's own."""
+    from veomni.compat import checkpoint_ignored, fsdp_copy_in
 
     fsdp_copy_in.uninstall()
+    checkpoint_ignored.uninstall()

@@ -22,7 +22,7 @@ from veomni.errors import ModelError
 from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, check_heads, on_exchanged_heads
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
-from veomni.ops.experts.shared import PatchAttribute
+from veomni.ops.patch import PatchAttribute
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from veomni.compat.backward_pass import in_backward
 from veomni.compat.tensors import same_values
 from veomni.ops.patch import PatchAttribute
 
@@ -42,14 +43,14 @@ class SharedExperts:
     ) -> None:
         self._module, self._run = module, module.forward
         self._ahead: tuple[Tensor, Tensor] | None = None
-        self._called_first = False
+        self._called_first = self._send_early = False
         self._early = _EarlyRouter(router, patch) if router is not None else None
         self._dispatch = dispatch
         self._under_way: tuple[Tensor, Tensor, Any] | None = None
         patch(module, "forward", self._called)
 
     def run_ahead(self, hidden: Tensor) -> None:
-        """Compute what the block is going to ask for, on ``[tokens, hidden]``."""
+        """Compute what the block calls for later, on ``[tokens, hidden]``."""
         # Calling a forward alone leaves FSDP's hooks out, which would gather the module's own parameters.
         if not self._called_first and not isinstance(self._module, FSDPModule):
             self._ahead = hidden, self._run(hidden)
@@ -69,7 +70,9 @@ class SharedExperts:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and same_values(ahead[0], hidden):
             return ahead[1].view(*hidden.shape[:-1], ahead[1].shape[-1])
-        if self._called_first and self._early is not None:
+        # Not from a recomputation on: operations of one must come in the order of its forward.
+        self._send_early |= self._called_first and self._early is not None and not in_backward()
+        if self._send_early:
             self._send_first(hidden)
         self._called_first = True
         result: Tensor = self._run(hidden)
