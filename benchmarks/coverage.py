@@ -7,7 +7,7 @@ Each takes one packed step in float64: alone and unpacked through plain transfor
 through the launcher, and on two ranks: sharing every row (Ulysses), or the experts of every layer (expert parallelism).
 For expert parallelism, what rejects packed rows is tried on rows of one document each.
 
-An architecture is exact when every parameter's gradient equals the truth, refused when its examination
+An architecture is exact when every parameter's gradient equals the truth, unsupported when its examination
 (``veomni.models.traits``) or an attention rejects it with a reason, and wrong otherwise. Transformers' own limit is
 what plain transformers cannot run here either; not measured is what fails before anything is packed or split.
 """
@@ -40,11 +40,17 @@ from veomni.testing.oracle import Truth, truth_of
 from veomni.testing.ranks import RankFailed, run_ranks
 from veomni.testing.step import full_gradients
 
-EXACT, REFUSED, LIMIT, UNMEASURED, WRONG = "exact", "refused", "transformers' own limit", "not measured", "wrong"
+EXACT, UNSUPPORTED, LIMIT, UNMEASURED, WRONG = (
+    "exact",
+    "unsupported",
+    "transformers' own limit",
+    "not measured",
+    "wrong",
+)
 BOUND = 1e-9
 _ASSISTANT = (
     "The set of layer types producing a cache is different than the set of layer types using them",
-    "kv_sharing_modes of its configuration refuses to share all layers, which the model itself asks for",
+    "kv_sharing_modes of its configuration rejects sharing all layers, which the model does",
 )
 LIMITS = {
     "gemma3n": ("requires the timm library", "its vision tower needs the timm package"),
@@ -177,7 +183,7 @@ def verdict(model_type: str, mode: str = "ulysses", *, alone: bool = False) -> V
         known = raised is not None and raised in str(failed)
         return Verdict(LIMIT, why) if known else Verdict(UNMEASURED, _reason(failed))
     found = _judge(model_type, mode, packed=True, alone=alone)
-    if found.status != REFUSED or MODES[mode].needs_packing:
+    if found.status != UNSUPPORTED or MODES[mode].needs_packing:
         return found
     unpacked = _judge(model_type, mode, packed=False, alone=alone)
     return replace(unpacked, reason="one document per row") if unpacked.status == EXACT else unpacked
@@ -207,7 +213,7 @@ def _gradients(
         error = failed.exceptions.get(0)
         if isinstance(error, InputError):
             reason = error.reason if isinstance(error, MissingTraitError) else error.problem
-            return Verdict(REFUSED, " ".join(reason.split()))
+            return Verdict(UNSUPPORTED, " ".join(reason.split()))
         return Verdict(WRONG, f"{_where(ranks)}: {_reason(failed)}")
 
 
@@ -260,7 +266,7 @@ def page(verdicts: dict[str, Verdict], mode: str) -> str:
         "```",
         "",
         f"with torch {torch.__version__.split('+')[0]} and transformers {transformers.__version__}: "
-        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, REFUSED, LIMIT, UNMEASURED, WRONG))
+        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, UNSUPPORTED, LIMIT, UNMEASURED, WRONG))
         + ". The error is the largest of any parameter's gradient, relative to it.",
         "",
         "| architecture | status | error, or why not |",

@@ -15,7 +15,7 @@ from veomni.errors import DataError, ModelError
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.shared_media import share_towers
 from veomni.models.traits import SplitsRows, Trait
-from veomni.models.traits.dry_run import dry_run
+from veomni.models.traits.rows import dry_run
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 from veomni.parallel.mesh import ParallelState

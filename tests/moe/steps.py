@@ -91,7 +91,7 @@ def balanced_step(
 def balanced_truth(
     model_name: str, aux: float, z: float, *, groups: int = 1, **changes: Any
 ) -> tuple[Truth, dict[str, float]]:
-    """Every document by itself; ``load_balancing_loss_func`` layer by layer on all tokens, or on each of ``groups``.
+    """Every document alone; ``load_balancing_loss_func`` layer by layer on all tokens, or on each of ``groups``.
 
     Groups are micro-batches of one rank: consecutive rows, their losses weighed by their tokens.
     """

@@ -29,7 +29,7 @@ from veomni.testing.ranks import RankFailed, run_ranks
 
 @functools.cache
 def truth(model_name: str) -> dict[str, list[int]]:
-    """What the routers' own outputs say, every document run by itself."""
+    """What the routers' own outputs say, every document run alone."""
     model = initial_model(tiny_config(model_name), "cpu")
     counts: dict[str, torch.Tensor] = {}
 

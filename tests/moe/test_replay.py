@@ -28,7 +28,7 @@ def rows(model_name):
 
 
 def strange_log(model_name: str) -> RoutingLog:
-    """Choices nobody would make: two different experts for every token of the four rows, at random."""
+    """Choices no router would make: two different experts for every token of the four rows, at random."""
     routers = find_routers(build_model(tiny_config(model_name), weights="random")).readable
     draw = torch.Generator().manual_seed(5)
     choice = {router.name: torch.rand(4 * ROW, 4, generator=draw).topk(2).indices.to(torch.int16) for router in routers}
@@ -55,13 +55,13 @@ def truth(model_name: str) -> tuple[float, dict[str, torch.Tensor]]:
     batch = packed(rows(model_name))
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
 
-    def told(values, k, dim=-1, **kwargs):
+    def recorded(values, k, dim=-1, **kwargs):
         if k != 2 or values.shape[-1] != 4:  # a choice among groups
             return topk(values, k, dim=dim, **kwargs)
         indices = next(waiting).long()
         return torch.return_types.topk((values.gather(-1, indices), indices))
 
-    torch.topk = told
+    torch.topk = recorded
     try:
         with Float64Throughout():
             loss = model(**inputs, use_cache=False).loss
@@ -91,8 +91,8 @@ def replayed_step(model_name, layout, *, recompute="none", accumulation=1, optio
             loss = launcher.global_loss(batch).item()
     gradients = full_gradients(model)
     launcher.close()
-    for chosen, told in zip(again.forwards, log.forwards, strict=True):
-        assert all(torch.equal(chosen[name], told[name]) for name in told)
+    for chosen, expected in zip(again.forwards, log.forwards, strict=True):
+        assert all(torch.equal(chosen[name], expected[name]) for name in expected)
     return loss, gradients
 
 

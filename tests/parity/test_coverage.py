@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.coverage import EXACT, LIMIT, MODES, REFUSED, UNMEASURED, WRONG, verdict
+from benchmarks.coverage import EXACT, LIMIT, MODES, UNMEASURED, UNSUPPORTED, WRONG, verdict
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {
@@ -20,13 +20,13 @@ SAMPLES = {
         **dict.fromkeys(("gpt2", "gpt_neox", "phi3", "stablelm", "olmo2", "cohere2", "gemma2", "gemma3_text"), EXACT),
         **dict.fromkeys(("granite", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"), EXACT),
         **dict.fromkeys(("minicpm3", "apertus", "dots1", "diffllama", "llama4"), EXACT),
-        **dict.fromkeys(("mamba", "bloom", "bert", "bart", "rwkv", "minimax", "lfm2", "openai-gpt"), REFUSED),
+        **dict.fromkeys(("mamba", "bloom", "bert", "bart", "rwkv", "minimax", "lfm2", "openai-gpt"), UNSUPPORTED),
         "git": LIMIT,
     },
     "experts": {
         **dict.fromkeys(("dots1", "granitemoe", "hunyuan_v1_moe", "phimoe", "gemma4_text", "flex_olmo"), EXACT),
         **dict.fromkeys(("qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "qwen3_next", "nemotron_h"), EXACT),
-        **dict.fromkeys(("llama4_text", "dbrx"), REFUSED),
+        **dict.fromkeys(("llama4_text", "dbrx"), UNSUPPORTED),
     },
 }
 

@@ -76,7 +76,7 @@ def test_sinks_are_refused_on_a_ring():
     error = refusal(on_a_ring, 2, "gpt_oss")
     assert isinstance(error, ModelError)
     assert "s_aux" in str(error)
-    assert "Ulysses.size" in error.fix
+    assert error.fix == "use Ulysses instead of ContextParallel"
 
 
 def test_a_ring_needs_no_heads_that_divide():

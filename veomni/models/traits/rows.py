@@ -9,16 +9,18 @@ attention that goes around transformers' interface: all of them fail one of the 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from veomni.errors import ModelError
 from veomni.models.traits.attention import NO_SHARDS, POINTWISE, SHARDS, calls
 from veomni.models.traits.inputs import FIRST, LENGTH, displacement, influence
 from veomni.models.traits.sequence_layers import layer_outside_attention
 from veomni.models.traits.trial import Trial
 from veomni.models.traits.verdict import Verdict
+from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.transformers_api.capabilities import is_pretrained
 
 
@@ -59,3 +61,31 @@ def _examine(trial: Trial) -> Verdict:
     if moved > 1:
         return Verdict(False, f"{trial.name} does not take the place of a token from position_ids alone", moved)
     return Verdict(True, measured=max(mixed, moved))
+
+
+def dry_run(model: nn.Module, body: Any, size: int, device: torch.device) -> None:
+    """Run one row of a sharded model; collective.
+
+    Args:
+        model: What users call; its parameters have values.
+        body: The transformers model inside.
+        size: Ranks that share a row.
+        device: Where the model computes.
+
+    Raises:
+        ModelError: the attention or the model rejects the row.
+    """
+    trial = Trial(body, itself=(model, device))
+
+    def run(trial: Trial) -> Verdict:
+        tokens, _ = trial.tokens()
+        try:
+            trial.outputs(tokens, torch.arange(LENGTH, device=device), shards=size)
+        except ModelError as error:
+            return Verdict(False, found=error)
+        return Verdict(True)
+
+    name = f"{trial.name} with attention {text_attention_of(body)}"
+    verdict = trial.attempt(run, f"{name} does not run on shards of rows")
+    if not verdict.ok:
+        raise verdict.found or ModelError(verdict.reason, NO_SHARDS)

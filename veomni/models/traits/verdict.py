@@ -58,28 +58,16 @@ class MissingTraitError(ModelError):
         return self.problem.partition(": ")[2]
 
 
-class ModelTraits(Mapping[type[Trait], Verdict]):
+class ModelTraits(dict[type[Trait], Verdict]):
     """Verdicts about one model, by trait.
 
     Attributes:
         deferred: Traits whose examination waits for the model itself: see :func:`veomni.models.traits.complete`.
-
-    Args:
-        verdicts: What was found.
-        deferred: See above.
     """
 
     def __init__(self, verdicts: Mapping[type[Trait], Verdict], deferred: Iterable[type[Trait]] = ()) -> None:
-        self._verdicts, self.deferred = dict(verdicts), tuple(deferred)
-
-    def __getitem__(self, trait: type[Trait]) -> Verdict:
-        return self._verdicts[trait]
-
-    def __iter__(self) -> Any:
-        return iter(self._verdicts)
-
-    def __len__(self) -> int:
-        return len(self._verdicts)
+        super().__init__(verdicts)
+        self.deferred = tuple(deferred)
 
     def require(self, *traits: type[Trait], by: str) -> None:
         """Check that the model has traits; a deferred one passes until it has been examined.
@@ -92,6 +80,6 @@ class ModelTraits(Mapping[type[Trait], Verdict]):
             MissingTraitError: the model lacks one.
         """
         for trait in traits:
-            verdict = self._verdicts.get(trait)
+            verdict = self.get(trait)
             if verdict is not None and not verdict.ok:
                 raise MissingTraitError(f"{by} requires a model that {trait.says}: {verdict.reason}", trait.fix)
