@@ -15,7 +15,7 @@ ROOTS = (PACKAGE, *(PACKAGE.parent / name for name in ("strategies", "accelerato
 ALLOWED = (PACKAGE / "compat", PACKAGE / "models" / "transformers_api")
 OWN = ("self", "cls", "ctx")
 ACCESS = ("getattr", "hasattr", "setattr", "delattr")
-PUBLIC = ("_replace", "_fields", "_exit")  # of namedtuple and os, documented
+PUBLIC = ("_replace", "_fields", "_make", "_exit")  # of namedtuple and os, documented
 
 
 def private(name: str) -> bool:
