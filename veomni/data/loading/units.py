@@ -6,21 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from veomni.data.sources.blocks import Blocks, Records
-from veomni.data.sources.records import Document
-
-
-class Slice:
-    """Records ``start`` to ``stop`` of others, read when asked for."""
-
-    def __init__(self, records: Records, start: int, stop: int) -> None:
-        self._records, self._start, self._stop = records, start, stop
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __getitem__(self, index: int) -> Document:
-        return self._records[self._start + index]
+from veomni.data.sources.blocks import Blocks, LazyRecords, Records
 
 
 class Units:
@@ -56,4 +42,5 @@ class Units:
         block, piece = divmod(place, self._split)
         records = blocks.open(block)
         count = len(records)
-        return Slice(records, piece * count // self._split, (piece + 1) * count // self._split)
+        start, stop = piece * count // self._split, (piece + 1) * count // self._split
+        return LazyRecords(stop - start, lambda index: records[start + index])

@@ -29,6 +29,24 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> Document: ...
 
 
+class LazyRecords:
+    """Records that are made on access.
+
+    Args:
+        count: How many.
+        read: Returns the record of an index.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], Document]) -> None:
+        self._count, self._read = count, read
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Document:
+        return self._read(index)
+
+
 class Blocks(Protocol):
     """Records in blocks, each opened on its own.
 
@@ -91,18 +109,8 @@ class RowGroups:
         rows = np.arange(last - first)
         if self._chosen is not None:
             rows = self._chosen[slice(*np.searchsorted(self._chosen, [first, last]))] - first
-        return _Rows(partial(file.document, file.table(block)), rows, block)
-
-
-class _Rows:
-    def __init__(self, document: Callable[[int, int], Document], rows: NDArray[np.int64], group: int) -> None:
-        self._document, self._rows, self._group = document, rows, group
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Document:
-        return self._document(int(self._rows[index]), self._group)
+        table = file.table(block)
+        return LazyRecords(len(rows), lambda index: file.document(table, int(rows[index]), block))
 
 
 class JsonRanges:
@@ -129,19 +137,9 @@ class JsonRanges:
                 if line.strip():
                     found.append((at, line))
                 at += len(line)
-        return _Lines(found, str(self._file))
-
-
-class _Lines:
-    def __init__(self, lines: Sequence[tuple[int, bytes]], name: str) -> None:
-        self._lines, self._name = lines, name
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> Document:
-        at, line = self._lines[index]
-        return parse_line(line, f"{self._name}, byte {at}")
+        return LazyRecords(
+            len(found), lambda index: parse_line(found[index][1], f"{self._file}, byte {found[index][0]}")
+        )
 
 
 class WholeFiles:
