@@ -157,7 +157,8 @@ def configuration(folder: Path, workers: int, cache_gib: float) -> Config:
         "model": {"model_path": str(folder)},
         "data": {
             "train_path": str(folder / "talks.jsonl"), "data_type": "multimodal", "max_seq_len": ROW,
-            "stopping_strategy": "all_exhausted", "stream_shards": 4, "num_workers": workers, "cache_dir": str(folder / "cache"),
+            "stopping_strategy": "all_exhausted", "stream_shards": 4, "num_workers": workers,
+            "cache_dir": str(folder / "cache"),
             "media": {"root": str(folder), "cache_gib": cache_gib},
         },
         "train": {"global_batch_size": 1, "num_train_epochs": 1, "output_dir": str(folder), "precision": "fp32"},
