@@ -137,9 +137,10 @@ def trace() -> list[tuple[str, int, int]]:
     spans = []
     for batch in launcher.track([[{"input_ids": ids, "labels": ids}] * 2]):
         for micro in launcher.accumulate(model, batch):
+            Projection.gated = not micro.last
             if micro.last:  # gradients are exchanged in it as well
-                break
-            Projection.gated = True
+                launcher.backward(model(**micro.inputs).loss, micro)
+                continue
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 launcher.backward(model(**micro.inputs).loss, micro)
             spans = [(e.name, e.time_range.start, e.time_range.end) for e in profiler.events()]
