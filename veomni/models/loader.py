@@ -26,10 +26,10 @@ from veomni.registry import Registry, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MODEL_CONFIG_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model config")
+MODEL_CONFIG_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model config", home="veomni.models.omni")
 """Model type -> function that returns its configuration class."""
 
-MODELING_REGISTRY: Registry[Callable[[str | None], type[nn.Module]]] = Registry("model")
+MODELING_REGISTRY: Registry[Callable[[str | None], type[nn.Module]]] = Registry("model", home="veomni.models.omni")
 """Model type -> function that is given the architecture named in config.json and returns the module class."""
 
 MODEL_PROCESSOR_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model processor")
