@@ -1,4 +1,4 @@
-"""Scalars of YAML 1.2, and everything that is refused, with its line."""
+"""Scalars of YAML 1.2, and everything that is rejected, with its line."""
 
 from __future__ import annotations
 
