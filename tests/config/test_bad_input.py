@@ -1,4 +1,4 @@
-"""Configurations and command lines that cannot work: each is rejected, naming the key and the fix, with exit code 78."""
+"""Configurations and command lines that cannot work: rejected with the key and the fix, with exit code 78."""
 
 from __future__ import annotations
 
