@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.moe.steps import ALL_LAYOUTS, AUX, Z, balanced_step, balanced_truth
+from tests.together import Job
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import MoEOptions
 from veomni.moe.routers import RouterHook
@@ -32,39 +33,23 @@ def agrees(results, expected, bound=1e-12) -> None:
             assert metrics[name] == pytest.approx(value, rel=bound), name
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize(
-    "layout", ["single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2", "ulysses2_fsdp2", "ulysses2_ddp_2", "ring2_fsdp1"]
-)
-def test_layouts(layout, accumulation):
-    results = run_ranks(
-        balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, accumulation=accumulation
-    )
-    agrees(results, truth("qwen3_moe", AUX, Z))
+def step_on(layout, accumulation, recompute):
+    return balanced_step("qwen3_moe", layout, OPTIONS, accumulation=accumulation, recompute=recompute)
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp1_full", "ulysses2_fsdp2_2"])
-def test_a_recomputed_forward_counts_once(layout, recompute):
-    results = run_ranks(
-        balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, recompute=recompute
-    )
-    agrees(results, truth("qwen3_moe", AUX, Z))
+PLAIN = ["single", "ddp2", "fsdp1_full", "fsdp2_2", "hsdp_2x2", "ulysses2_fsdp2", "ulysses2_ddp_2", "ring2_fsdp1"]
+STEPS = [
+    # A recomputed forward counts once.
+    *((layout, 1, ("none", "full", "selective")[place % 3]) for place, layout in enumerate(PLAIN)),
+    *((layout, 3, ("none", "full", "selective")[place % 3]) for place, layout in enumerate(PLAIN, 1)),
+    ("ep2_fsdp2_4", 3, "none"), ("ep4_chunks", 1, "full"), ("ep2_ulysses2", 3, "selective"), ("ep2_hsdp", 1, "none"),
+    ("ep2_fsdp1_4", 3, "none"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    [
-        ("ep2_fsdp2_4", {"accumulation": 3}),
-        ("ep4_chunks", {"recompute": "full"}),
-        ("ep2_ulysses2", {"accumulation": 3, "recompute": "selective"}),
-        ("ep2_hsdp", {}),
-        ("ep2_fsdp1_4", {"accumulation": 3}),
-    ],
-)
-def test_experts_on_other_ranks(layout, options):
-    results = run_ranks(balanced_step, ALL_LAYOUTS[layout][0], "qwen3_moe", layout, OPTIONS, init=False, **options)
-    agrees(results, truth("qwen3_moe", AUX, Z))
+@pytest.mark.parametrize("case", [Job(ALL_LAYOUTS[given[0]][0], step_on, given) for given in STEPS], ids=str)
+def test_layouts(case, outcomes):
+    agrees(outcomes(case), truth("qwen3_moe", AUX, Z))
 
 
 @pytest.mark.parametrize("model", ["mixtral", "gpt_oss", "qwen2_moe"])
