@@ -59,7 +59,9 @@ def checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(bind_call(keep_float64(forward)), *args, **options, **kwargs)
+        # A compiled graph contains its recomputation; around a context variable Dynamo would not compile the block.
+        body = forward if torch.compiler.is_compiling() else bind_call(keep_float64(forward))
+        return checkpoint(body, *args, **options, **kwargs)
 
     return run
 

@@ -59,4 +59,4 @@ def test_fp64_says_that_it_stays_uncompiled():
     ((outcome, graphs, _, said),) = run_ranks(logged_step, 1, "llama", "single", "fp64", init=False)
     check(outcome, oracle("llama"), BOUNDS["fp64"])
     assert graphs == 0
-    assert [line.split(":")[0] for line in said] == ["compile changes nothing in fp64"]
+    assert [line.split(":")[0] for line in said] == ["Compile has no effect in fp64"]
