@@ -1,6 +1,6 @@
 """Telephone keys in noise, as conversations with a sound.
 
-A key is heard as two sines (ITU-T Recommendation Q.23) for 80 to 140 ms, somewhere in up to a second of white noise,
+A key is two sines (ITU-T Recommendation Q.23) for 80 to 140 ms, somewhere in up to a second of white noise,
 each sine with a loudness of its own, 0 to 20 dB above the noise. As telephones send it: 8,000 samples of 8 bits a
 second (G.711).
 """
@@ -35,9 +35,9 @@ def keypad_tones(part: str) -> list[dict[str, Any]]:
 
 def _record(random: np.random.Generator) -> dict[str, Any]:
     key = str(random.choice(list("".join(KEYS))))
-    heard = np.concatenate([_pause(random), _tone(key, random), _pause(random)])
-    heard += random.standard_normal(len(heard)) * 10 ** (-random.uniform(0, 20) / 20)
-    return {"messages": question_answer("<audio>Which key was pressed?", key), "audios": [inline(_wav(heard))]}
+    wave = np.concatenate([_pause(random), _tone(key, random), _pause(random)])
+    wave += random.standard_normal(len(wave)) * 10 ** (-random.uniform(0, 20) / 20)
+    return {"messages": question_answer("<audio>Which key was pressed?", key), "audios": [inline(_wav(wave))]}
 
 
 def _tone(key: str, random: np.random.Generator) -> NDArray[np.float64]:
