@@ -7,7 +7,7 @@ import os
 import sys
 
 _FORMAT = "[%(asctime)s %(levelname).1s rank%(rank)s %(name)s] %(message)s"
-_seen: set[str] = set()
+warned_once: set[str] = set()
 
 
 def current_rank() -> int:
@@ -31,8 +31,8 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
     def warning_once(self, message: str, *args: object) -> None:
         """Log a warning the first time this process says exactly this, on rank 0 only."""
         text = message % args if args else message
-        if text not in _seen:
-            _seen.add(text)
+        if text not in warned_once:
+            warned_once.add(text)
             self.warning_rank0("%s", text)
 
 

@@ -88,7 +88,7 @@ def test_ranges_hold_every_line_once_wherever_they_are_cut(tmp_path, monkeypatch
     )
     expected = [document.record["text"] for document in dataset_of(str(path))]
     for size in (1, 2, 3, 15, 16, 17, 100, 10_000):
-        monkeypatch.setattr("veomni.data.sources.blocks._RANGE", size)
+        monkeypatch.setattr("veomni.data.sources.blocks.RANGE_BYTES", size)
         ranges = JsonRanges(local_file(path))
         parts = [ranges.open(block) for block in range(len(ranges))]
         assert [part[index].record["text"] for part in parts for index in range(len(part))] == expected, size

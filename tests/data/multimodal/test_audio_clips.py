@@ -47,7 +47,7 @@ def test_channels_are_averaged(channels):
 
 
 def test_silence_is_taken_and_said(caplog, monkeypatch):
-    monkeypatch.setattr("veomni.logging._seen", set())
+    monkeypatch.setattr("veomni.logging.warned_once", set())
     clip = load_audio(sound_bytes(np.zeros((4000, 1), np.float32)), "file", RATE)
     assert not clip.samples.any()
     assert "silent" in caplog.text

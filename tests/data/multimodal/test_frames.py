@@ -196,7 +196,7 @@ def test_libraries_that_cannot_be_loaded_leave_it_to_pyav(tmp_path, monkeypatch,
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("veomni.logging._seen", set())
+    monkeypatch.setattr("veomni.logging.warned_once", set())
     families = [family_for("qwen2_vl", video_decoder="torchcodec") for _ in range(2)]
     assert [family.parts.video_decoder for family in families] == ["pyav", "pyav"]
     said = [record.getMessage() for record in caplog.records if "torchcodec" in record.getMessage()]

@@ -81,7 +81,7 @@ def test_of_an_animation_the_first_frame_is_used(form):
 
 
 def test_that_only_the_first_frame_is_used_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr("veomni.logging._seen", set())
+    monkeypatch.setattr("veomni.logging.warned_once", set())
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
     content = image_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
     for name in ("a.gif", "b.gif"):

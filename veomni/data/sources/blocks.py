@@ -17,7 +17,7 @@ from veomni.data.sources.locations import DataFile
 from veomni.data.sources.opening import FoundData, open_file
 from veomni.data.sources.records import Document
 
-_RANGE = 1 << 22  # bytes of JSONL in a block
+RANGE_BYTES = 1 << 22  # bytes of JSONL in a block
 _OPENED_TOGETHER = 16
 
 
@@ -122,18 +122,18 @@ class JsonRanges:
         self._file = file
 
     def __len__(self) -> int:
-        return -(-self._file.size // _RANGE)
+        return -(-self._file.size // RANGE_BYTES)
 
     def open(self, block: int) -> Records:
         """Read a range; its lines are parsed when asked for."""
-        start = block * _RANGE
+        start = block * RANGE_BYTES
         found: list[tuple[int, bytes]] = []
         with self._file.open() as file:
             file.seek(max(0, start - 1))
             if start:
                 file.readline()  # the end of a line that began before
             at = file.tell()
-            while at < start + _RANGE and (line := file.readline()):
+            while at < start + RANGE_BYTES and (line := file.readline()):
                 if line.strip():
                     found.append((at, line))
                 at += len(line)
