@@ -11,7 +11,7 @@ warned_once: set[str] = set()
 
 
 def current_rank() -> int:
-    """Return the global rank of this process as the launcher's environment tells it; 0 before a launch."""
+    """Return the global rank of this process from the launcher's environment; 0 before a launch."""
     return int(os.environ.get("RANK", "0"))
 
 

@@ -31,7 +31,7 @@ PARAMETERS = {
     "qwen3_vl_30b_a3b": 31_070_754_032,
     "qwen2_5_omni_7b": 8_931_813_888,
     "qwen3_omni_30b_a3b": 31_719_205_488,
-    "tiny": 2_410_560,
+    "tiny": 2_017_344,
     "tiny_moe": 3_299_904,
     "long_context": 360_768,
     "tiny_vlm": 832_896,

@@ -86,7 +86,7 @@ def tokenizer():
 def loader(tmp_path, tokenizer):
     """A function that makes a loader of the records: indexed, or a stream with two packers."""
 
-    def make(scale, streaming, micro, launcher, train=True):
+    def make(scale, streaming, micro, launcher, held_out=False):
         path = tmp_path / f"{scale}.jsonl"
         if launcher.is_rank_zero:
             jsonl(path, records(scale))
@@ -95,7 +95,7 @@ def loader(tmp_path, tokenizer):
         return make_loader(
             dataset, tokenizer, global_batch_size=ROWS, micro_batch_size=micro, max_seq_len=ROW, stream_shards=2,
             cache_dir=tmp_path / "cache", pin_memory=False, epochs=1, parallel=launcher.data_parallel,
-            shard=launcher.sequence_shard, strategy="best_fit" if streaming else "none", train=train,
+            shard=launcher.sequence_shard, strategy="best_fit" if streaming else "none", held_out=held_out,
         )  # fmt: skip
 
     return make
@@ -191,4 +191,4 @@ def test_a_model_whose_loss_knows_no_weights_is_refused():
     with pytest.raises(RankFailed) as raised:
         run_ranks(without_a_loss, 1, init=False)
     assert isinstance(raised.value.exceptions[0], ModelError)
-    assert "Linear takes its loss by itself" in str(raised.value.exceptions[0])
+    assert "Linear computes its loss itself" in str(raised.value.exceptions[0])

@@ -10,8 +10,8 @@ from veomni.compat.dispatch_mode import TorchDispatchMode
 from veomni.compat.private_name import PrivateName
 
 PRIVATE = (
-    PrivateName("torch:UntypedStorage._cdata", "tells storages on the meta device apart", "AttributeError"),
-    PrivateName("torch:ops.aten.add_.Tensor._schema", "tells operations that write", "AttributeError"),
+    PrivateName("torch:UntypedStorage._cdata", "distinguishes storages on the meta device", "AttributeError"),
+    PrivateName("torch:ops.aten.add_.Tensor._schema", "marks operations that write", "AttributeError"),
 )
 
 

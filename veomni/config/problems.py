@@ -13,10 +13,11 @@ from veomni.registry import did_you_mean
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong, and what to do about it."""
+    """One thing that is wrong, what to do about it, and the Python argument it is about, if any."""
 
     problem: str
     fix: str
+    field: str = ""
 
 
 def raise_problems(problems: Iterable[Problem], source: str, kind: type[InputError] = ConfigError) -> None:

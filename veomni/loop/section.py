@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -62,6 +62,7 @@ class TrainSection(Section):
     """Layout, arithmetic, length and outputs of a run."""
 
     configures = ("Launcher", "BatchShape")
+    renames: ClassVar[Mapping[str, str]] = {"ContextParallel.size": "context_parallel_size"}
 
     data_parallel_mode: str = Field(
         default="fsdp2",

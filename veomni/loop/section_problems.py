@@ -63,7 +63,7 @@ def layout_problems(train: TrainSection, world: int) -> Iterator[Problem]:
                 strategy.check(world)
             mesh_dims(strategies, world)
         except InputError as error:
-            yield Problem(error.problem, error.fix)
+            yield Problem(error.problem, error.fix, error.field)
         else:
             yield from _batch_problems(train, world)
 
