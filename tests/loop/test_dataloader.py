@@ -257,6 +257,8 @@ def test_bad_loaders_and_states_are_named():
     loader = DataLoader(Numbers(8), batch_size=2, shuffle=True)
     with pytest.raises(InputError, match="setup_dataloader"):
         check_loader(loader)
+    with pytest.raises(InputError, match="given a Numbers"):
+        step_loader(Numbers(8), (0, 1), seed=0)
     with pytest.raises(InputError, match="accumulate is 0"):
         step_loader(loader, (0, 1), seed=0, accumulate=0)
     with pytest.raises(InputError, match="iterable dataset"):

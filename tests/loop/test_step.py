@@ -148,6 +148,16 @@ def no_loss(launcher, model, step):
         launcher.backward(None, micro)
 
 
+def unreduced_loss(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        launcher.backward(model(*micro.args, **micro.inputs), micro)
+
+
+def number_for_a_loss(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        launcher.backward(loss_of(model, micro).item(), micro)
+
+
 def foreign_micro_batch(launcher, model, step):
     launcher.backward(torch.ones(()), step.micro_batches[0])
 
@@ -170,6 +180,8 @@ BAD_LOOPS = {
     plain_backward: (LoopError, "step 1: 4 of 4 micro-batches had no launcher.backward"),
     iterated: (LoopError, "launcher.accumulate"),
     no_loss: (ModelError, "Plain returned no loss"),
+    unreduced_loss: (LoopError, r"a tensor of shape \[3, 2\] for a loss"),
+    number_for_a_loss: (LoopError, "given float for a loss"),
     foreign_micro_batch: (LoopError, "of no step"),
     batch_for_a_step: (LoopError, "accumulate.. was given a tuple"),
     unknown_model: (LoopError, "no model"),
@@ -193,6 +205,23 @@ def test_loops_that_cannot_be_right_are_errors():
         assert found is not None, body.__name__
         assert found[0] is kind, (body.__name__, found)
         assert re.search(message, found[1]), (body.__name__, found)
+
+
+def steps_of_a_list():
+    launcher = Launcher("ddp", accelerator="cpu", backend="gloo")
+    launcher.launch()
+    model = launcher.setup_model(Plain())
+    taken = []
+    for step in launcher.track([[{"x": torch.ones(1, 2)}]] * (2 + launcher.rank)):
+        for micro in launcher.accumulate(model, step):
+            launcher.backward(loss_of(model, micro), micro)
+        taken.append((step.index, launcher.checkpoints.last))
+    launcher.close()
+    return taken
+
+
+def test_loaders_of_different_lengths_end_together():
+    assert run_ranks(steps_of_a_list, 2, init=False, timeout=30) == [[(1, False), (2, True)]] * 2
 
 
 def test_what_is_used_before_launch_is_named():

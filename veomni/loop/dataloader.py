@@ -34,9 +34,12 @@ def step_loader(
         epochs: Epochs of one iteration; 1 for an iterable dataset.
 
     Raises:
-        InputError: a number is below 1, or ``epochs`` is above 1 for an iterable dataset.
+        InputError: it is no torch loader, a number is below 1, or ``epochs`` is above 1 for an iterable dataset.
         DataError: an epoch has not enough samples for a step.
     """
+    if not hasattr(loader, "dataset"):
+        problem = f"setup_dataloader() was given a {type(loader).__name__}"
+        raise InputError(problem, "give it torch.utils.data.DataLoader(dataset, batch_size=...)")
     stream = isinstance(loader.dataset, IterableDataset)
     if accumulate < 1 or epochs < 1:
         raise InputError(f"accumulate is {accumulate}, epochs {epochs}", "give numbers from 1 on")

@@ -164,6 +164,10 @@ class ModelStep:
         if loss is None:
             name = type(self._model).__name__
             raise ModelError(f"{name} returned no loss", "give it labels, or compute the loss from what it returns")
+        for each in loss.values() if isinstance(loss, Mapping) else (loss,):
+            if not isinstance(each, Tensor) or each.numel() != 1:
+                found = f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+                raise LoopError(f"backward() was given {found} for a loss", "give it the mean, one value")
         if self.routers is not None:
             self.routers.before_backward()
         share = shared_loss(loss, micro, self)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from veomni.batch.counts import label_count, row_count, token_weight
@@ -133,8 +135,13 @@ def totals_of(sums: Mapping[str, float]) -> StepTotals:
 
 
 def last_step(loader: Any, done: int) -> int | None:
-    """Return the step that a loader ends with, where ``done`` are done; None if that is not known."""
+    """Return the step that the loaders of all ranks reach, where ``done`` are done; None if not known; collective."""
     remaining = getattr(loader, "remaining_steps", None)
-    if remaining is not None:
-        return done + int(remaining)
-    return done + len(loader) if hasattr(loader, "__len__") else None
+    if remaining is None:
+        remaining = len(loader) if hasattr(loader, "__len__") else math.inf
+    ends = torch.tensor([remaining, -remaining], dtype=torch.float64)
+    dist.all_reduce(ends, op=dist.ReduceOp.MIN)  # ranks that ended apart would wait for each other
+    fewest, most = ends[0].item(), -ends[1].item()
+    if fewest < most:
+        logger.warning_rank0("uneven data: ranks have from %g to %g steps, and all end after %g", fewest, most, fewest)
+    return None if fewest == math.inf else done + int(fewest)
