@@ -28,7 +28,7 @@ quality: $(STAMP) ## Check style, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-style: $(STAMP) ## Mend what can be mended by itself
+style: $(STAMP) ## Apply automatic fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

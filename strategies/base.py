@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
+from veomni.errors import LoopError
 from veomni.models.traits.verdict import Trait
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
@@ -74,6 +75,21 @@ class SetupContext:
     def placed_parameters(self) -> set[nn.Parameter]:
         """Return the parameters of all modules in :attr:`placed`."""
         return {parameter for module in self.placed.values() for parameter in module.parameters()}
+
+
+SetUp = TypeVar("SetUp")
+
+
+def set_up_as(kind: type[SetUp], model: nn.Module) -> SetUp:
+    """Return ``model``, which a strategy's ``parallelize`` made an instance of ``kind``.
+
+    Raises:
+        LoopError: it did not.
+    """
+    if not isinstance(model, kind):
+        name = type(model).__name__
+        raise LoopError(f"this {name} was not set up", "use the module that launcher.setup_model returned")
+    return model
 
 
 STRATEGIES: Registry[type[Strategy]] = Registry("strategy", group="veomni.strategies", home="veomni.strategies.select")

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from veomni.compat.ddp_ignored import ignore_parameters
-from veomni.strategies.base import ParameterStrategy, SetupContext
+from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm
 
 
@@ -51,8 +51,8 @@ class DDP(ParameterStrategy):
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        assert isinstance(model, DistributedDataParallel)
-        return nullcontext() if last else model.no_sync()
+        wrapped = set_up_as(DistributedDataParallel, model)
+        return nullcontext() if last else wrapped.no_sync()
 
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:

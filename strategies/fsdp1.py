@@ -24,7 +24,7 @@ from veomni.compat.fsdp1_units import HYBRID_SHARD_GRAD_OP, free_without_backwar
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
 from veomni.parallel.tensors import wide_dtype
-from veomni.strategies.base import ParameterStrategy, SetupContext
+from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
 
 logger = create_logger(__name__)
@@ -108,8 +108,8 @@ class FSDP1(ParameterStrategy):
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        assert isinstance(model, FullyShardedDataParallel)
-        return nullcontext() if last else model.no_sync()
+        wrapped = set_up_as(FullyShardedDataParallel, model)
+        return nullcontext() if last else wrapped.no_sync()
 
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:

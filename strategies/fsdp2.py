@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.strategies.base import ParameterStrategy, SetupContext
+from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm
 from veomni.strategies.transforms.gathered import FreeWithoutBackward
 
@@ -91,8 +91,7 @@ class FSDP2(ParameterStrategy):
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        assert isinstance(model, FSDPModule)
-        return self._sync_on_last(model, last)
+        return self._sync_on_last(set_up_as(FSDPModule, model), last)
 
     @contextmanager
     def _sync_on_last(self, model: FSDPModule, last: bool) -> Iterator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 
 from tests.models.tiny import tiny_config
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import DataError, InputError, LoopError, ModelError
+from veomni.errors import CheckpointError, DataError, InputError, LoopError, ModelError
 from veomni.launcher import Launcher
+from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.reporter import Reporter
 from veomni.loop.step_reader import listed
 from veomni.models import build_model
@@ -107,7 +110,7 @@ class Plain(nn.Module):
 
 
 def loop(body, steps=2):
-    launcher = Launcher("single", accelerator="cpu")
+    launcher = Launcher("fsdp2" if body is module_without_set_up else "single", accelerator="cpu", devices=1)
     launcher.launch()
     model = launcher.setup_model(Plain())
     for step in launcher.track([[torch.ones(3, 2)[None].unbind(0), {"x": torch.ones(1, 2)}] * 2] * steps):
@@ -174,7 +177,18 @@ def unweighted(launcher, model, step):
     next(launcher.accumulate(model, step, weight=lambda micro: 0))
 
 
+def module_without_set_up(launcher, model, step):
+    next(launcher.accumulate(Plain(), step))
+
+
+def optimizers_in_a_list(launcher, model, step):
+    launcher.checkpoints = CheckpointSchedule(Path(tempfile.mkdtemp()), save_steps=1)
+    launcher.checkpoint({"model": model, "optimizer": [torch.optim.SGD(model.parameters())]})
+
+
 BAD_LOOPS = {
+    module_without_set_up: (LoopError, "Plain was not set up"),
+    optimizers_in_a_list: (CheckpointError, "state..optimizer.. is a list"),
     left_by_break: (LoopError, "step 1: 2 of 4 micro-batches had no launcher.backward"),
     forgotten_backward: (LoopError, "step 1: 1 of 4 micro-batches had no launcher.backward"),
     plain_backward: (LoopError, "step 1: 4 of 4 micro-batches had no launcher.backward"),

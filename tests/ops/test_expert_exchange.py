@@ -299,9 +299,9 @@ def shared_in_flight(shared_first: bool) -> None:
         return launch(output, rows, *sizes, **options)
 
     dist.all_to_all_single = held_back
-    told = block.exchange.shared
-    run = told._run
-    told._run = lambda input: store.set("shared", "") or run(input)
+    shared = block.exchange.shared
+    run = shared.run
+    shared.run = lambda input: store.set("shared", "") or run(input)
     block(hidden)
 
 

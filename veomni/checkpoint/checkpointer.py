@@ -120,7 +120,7 @@ class Checkpointer:
                 logger.warning_rank0("%s is there already and stays as it is: step %s is not saved", final, step)
                 return
             self._make_room(final, damage, step)
-        table = sharded_state(state.get("model"), state.get("optimizer"))
+        table = sharded_state(*_model_and_optimizer(state))
         objects = {name: _whole_state(part) for name, part in state.items() if name not in ("model", "optimizer")}
         temporary = final.with_name(f"{final.name}.tmp-{shared_token()}")
         if not self._async:
@@ -301,9 +301,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{path} was saved with {manifest['signature']}, this run has {self._signature}", "make them equal"
             )
-        model, optimizer = state.get("model"), state.get("optimizer")
-        assert model is None or isinstance(model, nn.Module)
-        assert optimizer is None or isinstance(optimizer, Optimizer)
+        model, optimizer = _model_and_optimizer(state)
         table = sharded_state(model, optimizer)
         load_table(table, path / WEIGHTS)
         restore(model, optimizer, table)
@@ -356,3 +354,14 @@ class Checkpointer:
 def _whole_state(part: Any) -> Any:
     state = part.state_dict()
     return part.merge_states(gather(state)) if hasattr(part, "merge_states") else state
+
+
+def _model_and_optimizer(state: Mapping[str, Any]) -> tuple[nn.Module | None, Optimizer | None]:
+    model, optimizer = state.get("model"), state.get("optimizer")
+    for name, part, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
+        if part is not None and not isinstance(part, kind):
+            raise CheckpointError(
+                f"state[{name!r}] is a {type(part).__name__}",
+                f"give one {kind.__name__} under {name!r}, and each further object with a state_dict a name of its own",
+            )
+    return model, optimizer

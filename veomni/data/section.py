@@ -95,8 +95,9 @@ class DataSection(Section):
     )
     data_type: DataType = Field(
         default="plaintext",
-        description="plaintext learns every token; conversation applies a chat template, learns replies; multimodal "
-        "does so with images, videos and audio clips; pretokenized takes token ids; preference takes pairs of answers.",
+        description="plaintext supervises every token; conversation applies a chat template, supervises replies; "
+        "multimodal does so with images, videos and audio clips; pretokenized takes token ids; preference takes pairs "
+        "of answers.",
     )
     format: RecordFormat = Field(
         default="messages",

@@ -116,6 +116,9 @@ class ModelStep:
         self._index, self._world, self._model, self._grad_sync = step.index, step.world, model, grad_sync
         self.micro_batches, self.totals, self._device = step.micro_batches, step.totals, step.world.device
         adapter = ModelAdapter.of(model)
+        if adapter.traits is None:
+            name = type(model).__name__
+            raise LoopError(f"this {name} was not set up", "use the module that launcher.setup_model returned")
         self.routers: RouterController | None = adapter.routers
         self.weights, self.total = self._weights(adapter.loss is not None, weight)
         self.loss = torch.zeros((), device=self._device)

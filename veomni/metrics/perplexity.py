@@ -41,7 +41,7 @@ class TokenPerplexity(Metric):
         Args:
             nll_sum: Negative log-likelihoods of its tokens, each times its weight, summed; 0-d. Not read when there are
                 no tokens: the mean that it was computed from may be NaN then.
-            weight: How many tokens that were, each as often as it weighs.
+            weight: Their weighted number.
         """
         added = torch.as_tensor(weight, dtype=torch.float64, device=self.weight.device)
         nll = torch.as_tensor(nll_sum, device=self.weight.device).detach().to(torch.float64)

@@ -60,7 +60,7 @@ class MediaSection(Section):
     use_audio_in_video: bool = Field(default=False, description="Also use the audio track of videos (omni models).")
     video_decoder: Literal["pyav", "torchcodec"] = Field(
         default="pyav",
-        description="Who decodes the frames of videos. torchcodec jumps to those that are seen and gives the same "
+        description="Video decoding backend. torchcodec jumps to those that are seen and gives the same "
         "pixels, but does not find damage that the codec covers up; without FFmpeg's libraries PyAV does it.",
     )
     cache_gib: float = Field(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veomni.errors import DataError
 from veomni.models.transformers_api.encoders import padded_audio_lengths
 from veomni.models.transformers_api.masks import bidirectional_mask
 from veomni.registry import Registry
@@ -46,7 +47,8 @@ def encode_square_with_class_token(encoder: Any, pixel_values: Tensor, sizes: Te
 
 def encode_patches(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> list[Tensor]:
     """Encode images of any size, given as patches ``[patches, channels]`` with sizes ``[images, 3]``."""
-    assert sizes is not None
+    if sizes is None:
+        raise DataError("images given as patches have no image_grid_thw", "give what the processor returns")
     output = encoder(pixel_values.to(_dtype(encoder)), grid_thw=sizes)
     counts = (sizes.prod(-1) // encoder.config.spatial_merge_size**2).tolist()
     return list(output.pooler_output.split(counts))
@@ -54,7 +56,8 @@ def encode_patches(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> 
 
 def encode_audio(encoder: Any, input_features: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Encode mel features ``[clips, mels, frames]`` that are padded to the encoder's span."""
-    assert mask is not None
+    if mask is None:
+        raise DataError("audio has no feature_attention_mask", "give what the processor returns")
     frames, counts = padded_audio_lengths(encoder, mask)
     places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=mask.device)
     seen = bidirectional_mask(encoder.config, places < frames[:, None], _dtype(encoder))

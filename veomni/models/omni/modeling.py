@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from veomni.errors import DataError
+from veomni.errors import DataError, ModelError
 from veomni.models.build.plan import derive_plan
 from veomni.models.omni.configuration import OmniConfig
 from veomni.models.omni.decoders import DECODERS
@@ -157,7 +157,8 @@ class OmniModel(PreTrainedModel):
             past_key_values: As the foundation takes it.
             kwargs: The decoders' keys; the rest goes to the foundation.
         """
-        assert input_ids is not None
+        if input_ids is None:
+            raise ModelError("a composed model got no input_ids", "give token ids; inputs_embeds is not supported")
         embeds = self.get_input_embeddings()(input_ids)
         if input_features is not None:
             clips = self.get_audio_features(input_features, feature_attention_mask)

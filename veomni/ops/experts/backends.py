@@ -1,4 +1,4 @@
-"""Who multiplies rows by their experts' matrices: what each backend can run."""
+"""Backends of the products of rows and their experts' matrices: what each can run."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def expert_up(hidden: Tensor, weights: Tensor, rows: Rows, backend: str) -> Tens
         hidden: Tokens ``[tokens, hidden]`` where ``rows`` has a routing, else the rows themselves.
         weights: ``[experts, hidden, 2 * intermediate]``.
         rows: Which rows.
-        backend: Who multiplies.
+        backend: The matmul backend.
     """
     product: Tensor = _Up.apply(hidden, weights, rows.offsets, rows.order, rows.inverse, rows.top_k, backend)
     return product
@@ -70,7 +70,7 @@ def expert_down(
         weights: ``[experts, intermediate, hidden]``.
         form: Which activation.
         rows: Which rows.
-        backend: Who multiplies.
+        backend: The matmul backend.
     """
     result: Tensor = _Down.apply(
         gate_up, bias, top_k_weights, weights, rows.offsets, rows.order, rows.inverse, rows.top_k,

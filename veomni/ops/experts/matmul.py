@@ -18,7 +18,7 @@ def grouped_matmul(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str)
         rows: ``[rows, in]``, sorted by expert.
         weights: ``[experts, in, out]``; every matrix or its transpose contiguous.
         offsets: Where each expert's rows end, int32 ``[experts]``.
-        backend: Who multiplies.
+        backend: The matmul backend.
     """
     if backend == "loop" or not rows.shape[0]:
         return _loop_matmul(rows, weights, offsets)
@@ -41,7 +41,7 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
         left: ``[rows, left]``, sorted by expert.
         right: ``[rows, right]``.
         offsets: Where each expert's rows end, int32 ``[experts]``.
-        backend: Who multiplies.
+        backend: The matmul backend.
     """
     if backend == "loop" or not left.shape[0]:
         return _loop_outer(left, right, offsets)
@@ -90,7 +90,7 @@ def expert_linear(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) 
         rows: ``[rows, in]``, sorted by expert.
         weights: ``[experts, in, out]``; every matrix or its transpose contiguous.
         offsets: Where each expert's rows end, int32 ``[experts]``.
-        backend: Who multiplies.
+        backend: The matmul backend.
 
     Returns:
         ``[rows, out]``; rows past ``offsets[-1]`` are zeros and have zero gradients.
@@ -170,7 +170,7 @@ def weights_gradient(rows: Tensor, grad: Tensor, weights: Tensor, offsets: Tenso
         grad: Gradient of the product, ``[rows, out]``.
         weights: ``[experts, in, out]``.
         offsets: Where each expert's rows end, int32 ``[experts]``.
-        backend: Who multiplies.
+        backend: The matmul backend.
     """
     if weights.stride(1) == 1 and weights.shape[1] > 1:  # the parameter is [experts, out, in]
         return grouped_outer(grad, rows, offsets, backend).transpose(1, 2)

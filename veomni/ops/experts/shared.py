@@ -41,7 +41,7 @@ class SharedExperts:
         dispatch: Callable[[Tensor, Tensor], Any],
         patch: PatchAttribute = setattr,
     ) -> None:
-        self._module, self._run = module, module.forward
+        self._module, self.run = module, module.forward
         self._ahead: tuple[Tensor, Tensor] | None = None
         self._called_first = self._send_early = False
         self._early = _EarlyRouter(router, patch) if router is not None else None
@@ -53,7 +53,7 @@ class SharedExperts:
         """Compute what the block calls for later, on ``[tokens, hidden]``."""
         # Calling a forward alone leaves FSDP's hooks out, which would gather the module's own parameters.
         if not self._called_first and not isinstance(self._module, FSDPModule):
-            self._ahead = hidden, self._run(hidden)
+            self._ahead = hidden, self.run(hidden)
 
     def take_dispatch(self, hidden: Tensor, index: Tensor) -> Any | None:
         """Return the early dispatch of these tokens to these experts, or None."""
@@ -75,7 +75,7 @@ class SharedExperts:
         if self._send_early:
             self._send_first(hidden)
         self._called_first = True
-        result: Tensor = self._run(hidden)
+        result: Tensor = self.run(hidden)
         return result
 
     def _send_first(self, hidden: Tensor) -> None:
@@ -90,7 +90,7 @@ class _EarlyRouter:
     """A router that runs before its block calls it, which then gets the same answer."""
 
     def __init__(self, router: nn.Module, patch: PatchAttribute) -> None:
-        self._router, self._run = router, router.forward
+        self._router, self.run = router, router.forward
         self._answer: tuple[Tensor, Any] | None = None
         patch(router, "forward", self._called)
 
@@ -98,14 +98,14 @@ class _EarlyRouter:
         """Return the experts of ``[tokens, hidden]``, int64 ``[tokens, k]``; None where the router does not say."""
         if isinstance(self._router, FSDPModule):
             return None
-        answer = self._run(tokens)
+        answer = self.run(tokens)
         self._answer = tokens, answer
         found = [part for part in answer if _is_choice(part)] if isinstance(answer, tuple) else []
         return found[0] if len(found) == 1 else None
 
     def _called(self, hidden: Tensor) -> Any:
         answer, self._answer = self._answer, None
-        return answer[1] if answer is not None and same_values(answer[0], hidden) else self._run(hidden)
+        return answer[1] if answer is not None and same_values(answer[0], hidden) else self.run(hidden)
 
 
 def shared_experts_beside(
