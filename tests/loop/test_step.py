@@ -186,6 +186,18 @@ def optimizers_in_a_list(launcher, model, step):
     launcher.checkpoint({"model": model, "optimizer": [torch.optim.SGD(model.parameters())]})
 
 
+def negative_weight(launcher, model, step):
+    next(launcher.accumulate(model, step, weight=lambda micro: 3 if micro.args else -1))
+
+
+def number_for_a_measure(launcher, model, step):
+    launcher.evaluate(model, [step.micro_batches], loss=lambda model, micro: 1.0)
+
+
+def unreduced_measure(launcher, model, step):
+    launcher.evaluate(model, [step.micro_batches], loss=lambda model, micro: model(*micro.args, **micro.inputs))
+
+
 BAD_LOOPS = {
     module_without_set_up: (LoopError, "Plain was not set up"),
     optimizers_in_a_list: (CheckpointError, "state..optimizer.. is a list"),
@@ -200,6 +212,9 @@ BAD_LOOPS = {
     batch_for_a_step: (LoopError, "accumulate.. was given a tuple"),
     unknown_model: (LoopError, "no model"),
     unweighted: (LoopError, "sum to 0"),
+    negative_weight: (LoopError, "sum to nan.*\n.*0 or more"),
+    number_for_a_measure: (ModelError, "returned float"),
+    unreduced_measure: (ModelError, r"returned \[3, 2\]"),
 }
 
 

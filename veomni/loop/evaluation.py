@@ -84,7 +84,7 @@ class Evaluation:
             held: This rank's shard, on the CPU.
 
         Raises:
-            ModelError: answers are counted, and the model computes its loss itself; or it returns no loss.
+            ModelError: answers are counted, and the model computes its loss itself; or it or ``measure`` returns none.
         """
         micro = held.to(self._device)
         weight = token_weight(held) if self._shifts else label_count(held)
@@ -92,6 +92,11 @@ class Evaluation:
             context.predicts = self.answers
             if self._measure is not None:
                 found = self._measure(self.model, micro)
+                if not isinstance(found, (Tensor, Mapping)) or (isinstance(found, Tensor) and found.numel() != 1):
+                    given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                    raise ModelError(
+                        f"evaluate's loss= returned {given}", "return a mean, a 0-d tensor, or means by name"
+                    )
                 means = {"loss": found} if isinstance(found, Tensor) else dict(found)
                 weights = dict.fromkeys(means, float(weight))
             else:

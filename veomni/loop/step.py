@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -138,10 +139,11 @@ class ModelStep:
                 )
             return weights, total or 1.0
         weights = [float(weight(micro)) for micro in self.micro_batches]
-        total = sync_step({"weight": sum(weights)})["weight"]
+        total = sync_step({"weight": sum(each if each >= 0 else math.nan for each in weights)})["weight"]
         if not total > 0:
             raise LoopError(
-                f"the weights of step {self._index} sum to {total}", "let weight= return what a loss averages over"
+                f"the weights of step {self._index} sum to {total}",
+                "let weight= return what a loss averages over, 0 or more",
             )
         return weights, total
 
