@@ -110,7 +110,8 @@ class Plain(nn.Module):
 
 
 def loop(body, steps=2):
-    launcher = Launcher("fsdp2" if body is module_without_set_up else "single", accelerator="cpu", devices=1)
+    strategy = {module_without_set_up: "fsdp2", module_inside_its_wrapper: "ddp"}.get(body, "single")
+    launcher = Launcher(strategy, accelerator="cpu", devices=1)
     launcher.launch()
     model = launcher.setup_model(Plain())
     for step in launcher.track([[torch.ones(3, 2)[None].unbind(0), {"x": torch.ones(1, 2)}] * 2] * steps):
@@ -181,6 +182,10 @@ def module_without_set_up(launcher, model, step):
     next(launcher.accumulate(Plain(), step))
 
 
+def module_inside_its_wrapper(launcher, model, step):
+    next(launcher.accumulate(model.module, step))
+
+
 def optimizers_in_a_list(launcher, model, step):
     launcher.checkpoints = CheckpointSchedule(Path(tempfile.mkdtemp()), save_steps=1)
     launcher.checkpoint({"model": model, "optimizer": [torch.optim.SGD(model.parameters())]})
@@ -200,6 +205,7 @@ def unreduced_measure(launcher, model, step):
 
 BAD_LOOPS = {
     module_without_set_up: (LoopError, "Plain was not set up"),
+    module_inside_its_wrapper: (LoopError, "Plain was not set up"),
     optimizers_in_a_list: (CheckpointError, "state..optimizer.. is a list"),
     left_by_break: (LoopError, "step 1: 2 of 4 micro-batches had no launcher.backward"),
     forgotten_backward: (LoopError, "step 1: 1 of 4 micro-batches had no launcher.backward"),
