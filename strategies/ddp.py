@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from veomni.compat.ddp_ignored import ignore_parameters
+from veomni.compat.sharding import ignore_parameters
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm
 

@@ -1,8 +1,7 @@
 """Spread the experts of every layer over ranks, beside any strategy that holds the other parameters.
 
 Experts are DTensors: ``Shard(0)`` over ``ep``, and sharded once more by ``fully_shard`` over ``ep_fsdp``, so that any
-checkpoint reshards. Each rank's gradient is the sum over the tokens that its ``ep`` peers sent it, so the average over
-all tokens divides by the ranks of the ``loss`` view, not by those that hold a copy.
+checkpoint reshards.
 """
 
 from __future__ import annotations
@@ -11,36 +10,27 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
-from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.errors import LayoutError, ModelError
 from veomni.ops.experts.exchange import EXCHANGE, Dispatch, ExpertExchange
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.parallel.mesh import ParallelState
-from veomni.parallel.plan import ParallelPlan
 from veomni.strategies.base import SetupContext, Stage, Strategy
-from veomni.strategies.transforms.gathered import FreeWithoutBackward
-from veomni.strategies.transforms.precision import Precision
+from veomni.strategies.units import ShardedUnits, cast_policy
 
 if TYPE_CHECKING:
     from veomni.models.adapter.adapter import ModelAdapter
 
 Placement = Literal["adjacent", "strided"]
 ExchangeSize = Literal["exact", "fixed"]
-_FIX = "leave expert parallelism out"
+_FIX = "leave expert parallelism out", "ExpertParallel.size"
 
 
 class ExpertParallel(Strategy):
@@ -77,24 +67,30 @@ class ExpertParallel(Strategy):
 
     @override
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
-        """Leave each rank its shard of its experts of every layer.
-
-        Raises:
-            ModelError: the model has no experts, or they do not divide.
-        """
         if self.size == 1:
             return
-        model, state = adapter.model, context.state
-        check_experts(model, context.plan, self.size)
-        reshard = context.parameters.reshard_after_forward and state.size("ep_fsdp") > 1
-        units: dict[FSDPModule, bool] = {}
-        for name in context.plan.experts:
-            module = model.get_submodule(name)
-            _split_experts(module, state)
-            adapter.patch(module, EXCHANGE, self._exchange_of(adapter, name, state))
-            units[_shard_experts(module, context, reshard)] = reshard
-            context.placed[name] = module
-        adapter.add(FreeWithoutBackward(units))
+        model, names, units = adapter.model, context.plan.experts, ShardedUnits(context)
+        if not names:
+            problem = f"{type(model).__name__} has no experts that run through transformers' interface"
+            raise ModelError(problem, *_FIX)
+        for name in names:
+            self._check_stacks(name, model.get_submodule(name))
+        for name in names:
+            module = context.placed[name] = model.get_submodule(name)
+            _split_experts(module, context.state)
+            adapter.patch(module, EXCHANGE, self._exchange_of(adapter, name, context.state))
+            _shard_experts(module, units, context)
+        adapter.add(units)
+
+    def _check_stacks(self, name: str, module: nn.Module) -> None:
+        experts = int(module.num_experts)  # type: ignore[arg-type]
+        if experts % self.size:
+            problem = f"the {experts} experts of {name} do not divide by expert parallel size {self.size}"
+            raise ModelError(problem, f"use a divisor of {experts}")
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.shape[0] != experts:
+                shape = list(parameter.shape)
+                raise ModelError(f"{name}.{key} {shape} is not a stack of {experts} experts", *_FIX)
 
     def _exchange_of(self, adapter: ModelAdapter, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")
@@ -115,35 +111,6 @@ class ExpertParallel(Strategy):
         return nullcontext()
 
 
-def check_experts(model: nn.Module, plan: ParallelPlan, size: int) -> None:
-    """Check that ``size`` ranks can share the experts of every layer; the meta device will do.
-
-    Raises:
-        ModelError: the model has no experts, they do not divide, or a layer's parameters are no stacks of experts.
-    """
-    if not plan.experts:
-        raise ModelError(
-            f"{type(model).__name__} has no experts that run through transformers' interface",
-            _FIX,
-            "ExpertParallel.size",
-        )
-    for name in plan.experts:
-        module = model.get_submodule(name)
-        experts = int(module.num_experts)  # type: ignore[arg-type]
-        if experts % size:
-            raise ModelError(
-                f"the {experts} experts of {name} do not divide by expert parallel size {size}",
-                f"use a divisor of {experts}",
-            )
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.shape[0] != experts:
-                raise ModelError(
-                    f"{name}.{key} {list(parameter.shape)} is not a stack of {experts} experts",
-                    _FIX,
-                    "ExpertParallel.size",
-                )
-
-
 def _split_experts(module: nn.Module, state: ParallelState) -> None:
     mesh = state.mesh("ep")
     for key, parameter in list(module.named_parameters(recurse=False)):
@@ -155,29 +122,25 @@ def _split_experts(module: nn.Module, state: ParallelState) -> None:
         module.register_parameter(key, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-def _shard_experts(module: nn.Module, context: SetupContext, reshard: bool) -> FSDPModule:
+def _shard_experts(module: nn.Module, units: ShardedUnits, context: SetupContext) -> None:
     """Shard each expert over ``ep_fsdp``, and what all of them share (a norm behind them) as other parameters are."""
-    state = context.state
-    offload = CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
-    options: dict[str, Any] = {
-        "mp_policy": _policy(context.precision),
-        "offload_policy": offload if context.parameters.cpu_offload else OffloadPolicy(),
-        "reshard_after_forward": reshard,
-    }
+    state, ranks = context.state, context.state.size("ep_fsdp")
+    reshard = context.parameters.reshard_after_forward and ranks > 1
+    policy = cast_policy(context.precision, cast_inputs=False)  # routing weights stay float32; experts cast the rows
     for child in module.children():
         if next(child.parameters(), None) is not None:
-            fully_shard(child, mesh=state.parameter_mesh, **options)
-    place = partial(_placement, ranks=state.size("ep_fsdp"))
-    fully_shard(module, mesh=state.expert_mesh, shard_placement_fn=place, **options)
-    assert isinstance(module, FSDPModule)
-    average_over(module, state.size("loss"))
-    if state.size("ep_fsdp") == 1:
-        reduce_in_place(module)
-    return module
+            units.add(child, state.parameter_mesh, policy, reshard=reshard)
+    place = partial(_placement, ranks=ranks)
+    unit = units.add(module, state.expert_mesh, policy, reshard=reshard, shard_placement_fn=place)
+    average_over(unit, state.size("loss"))
 
 
 def average_over(module: FSDPModule, ranks: int) -> None:
-    """Sum the gradients over the ranks that hold them, and divide by ``ranks``."""
+    """Sum the gradients over the ranks that hold them, and divide by ``ranks``.
+
+    Each rank's gradient of an expert is the sum over the tokens that its ``ep`` peers sent it, so the average over all
+    tokens divides by the ranks of the ``loss`` view, not by those that hold a copy.
+    """
 
     def divide(summed: Tensor) -> None:
         summed.div_(ranks)
@@ -200,13 +163,3 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
         f"no dimension of experts {list(parameter.shape)} divides by the {ranks} ranks that share each of them",
         "use a larger expert parallel size, or another number of ranks",
     )
-
-
-def _policy(precision: Precision) -> MixedPrecisionPolicy:
-    if not precision.mixed:
-        return MixedPrecisionPolicy()
-    # Routing weights keep their float32; experts cast the rows themselves.
-    return MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
-
-
-__all__ = ["ExpertParallel", "average_over", "check_experts"]

@@ -20,7 +20,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from veomni.compat.fsdp1_units import HYBRID_SHARD_GRAD_OP, free_without_backward
+from veomni.compat.sharding import HYBRID_SHARD_GRAD_OP, free_without_backward
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
 from veomni.parallel.tensors import wide_dtype

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from typing_extensions import override
 
-from veomni.compat.inplace_reduce_scatter import reduce_in_place
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm
-from veomni.strategies.transforms.gathered import FreeWithoutBackward
+from veomni.strategies.units import ShardedUnits, cast_policy
 
 
 class FSDP2(ParameterStrategy):
@@ -50,11 +42,8 @@ class FSDP2(ParameterStrategy):
         cpu_offload: bool = False,
         prefetch: int = 0,
     ) -> None:
-        self.replicate = replicate
-        self.reshard_after_forward = reshard_after_forward
-        self.reshard_after_backward = reshard_after_backward
-        self.cpu_offload = cpu_offload
-        self.prefetch = prefetch
+        self.replicate, self.cpu_offload, self.prefetch = replicate, cpu_offload, prefetch
+        self.reshard_after_forward, self.reshard_after_backward = reshard_after_forward, reshard_after_backward
         self._device = torch.device("cpu")
 
     @override
@@ -63,31 +52,22 @@ class FSDP2(ParameterStrategy):
 
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
-        self._device = context.device
-        options: dict[str, Any] = {"mesh": context.state.parameter_mesh, "offload_policy": self._offload(context)}
-        policy = _policy(context)
-        units: dict[FSDPModule, bool] = {}
+        self._device, mesh, units = context.device, context.state.parameter_mesh, ShardedUnits(context)
         for name in context.plan.keep_fp32 if context.precision.mixed else ():
-            module = model.get_submodule(name)
-            units[fully_shard(module, mp_policy=_fp32_policy(), reshard_after_forward=False, **options)] = False
+            # Modeling code that keeps a module in float32 casts that module's inputs itself.
+            fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+            units.add(model.get_submodule(name), mesh, fp32, reshard=False)
+        policy = cast_policy(context.precision)
         blocks = [model.get_submodule(name) for name in context.plan.blocks]
         for module in [*blocks, model]:
             # The backward starts with the last block, so its parameters stay, and those outside of the blocks: the loss
             # reads the head's weight. Unsharded ones would free nothing.
-            reshard = self.reshard_after_forward and module not in [*blocks[-1:], model] and context.state.dims.fsdp > 1
-            units[fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **options)] = reshard
-        if context.state.dims.fsdp == 1:
-            for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
-                reduce_in_place(unit)
+            stays = module in [*blocks[-1:], model] or context.state.size("fsdp") == 1
+            units.add(module, mesh, policy, reshard=self.reshard_after_forward and not stays)
         set_prefetch(blocks, max(self.prefetch, 1 if context.placed else 0))
-        ModelAdapter.of(model).add(FreeWithoutBackward(units))
+        ModelAdapter.of(model).add(units)
         context.materialize(model, "")
         return model
-
-    def _offload(self, context: SetupContext) -> OffloadPolicy:
-        if not self.cpu_offload:
-            return OffloadPolicy()
-        return CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -121,15 +101,3 @@ def set_prefetch(blocks: Sequence[nn.Module], depth: int) -> None:
         unit.set_modules_to_forward_prefetch(forward[index + 1 : index + 1 + depth])
     for index, unit in enumerate(backward):
         unit.set_modules_to_backward_prefetch(backward[index + 1 : index + 1 + depth])
-
-
-def _policy(context: SetupContext) -> MixedPrecisionPolicy:
-    precision = context.precision
-    if not precision.mixed:
-        return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce)
-
-
-def _fp32_policy() -> MixedPrecisionPolicy:
-    # Modeling code that keeps a module in float32 casts that module's inputs itself.
-    return MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)

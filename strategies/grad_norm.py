@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from veomni.compat.foreach import multiply
+from veomni.compat.tensors import multiply
 from veomni.errors import NonFiniteError
 from veomni.parallel.tensors import local_shard, wide_dtype
 

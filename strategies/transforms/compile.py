@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from veomni.compat.compiled_call import compile_in_place
+from veomni.compat.modules import compile_in_place
 from veomni.logging import create_logger
 from veomni.strategies.base import SetupContext, Stage, Strategy
 

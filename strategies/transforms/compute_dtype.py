@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from veomni.batch.forward_call import ForwardCall
-from veomni.compat.dispatch_mode import TorchDispatchMode
+from veomni.compat.tensors import TorchDispatchMode
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.strategies.transforms.precision import Precision
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from veomni import compat
-from veomni.compat import fsdp_copy_in
-from veomni.compat.private_name import PrivateName
-
-
-def declared() -> Iterator[PrivateName]:
-    for module in pkgutil.iter_modules(compat.__path__, f"{compat.__name__}."):
-        yield from getattr(importlib.import_module(module.name), "PRIVATE", ())
-
-
-NAMES = list(declared())
+from veomni.compat import sharding
+from veomni.compat.private_name import PRIVATE, PrivateName
 
 
 def parameters_of(found: object) -> set[str]:
@@ -30,7 +19,7 @@ def parameters_of(found: object) -> set[str]:
     return set(inspect.signature(found).parameters)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.path.partition(":")[2])
+@pytest.mark.parametrize("name", PRIVATE, ids=lambda name: name.path.partition(":")[2])
 def test_the_name_is_there_and_takes_what_is_passed(name: PrivateName) -> None:
     found = name.resolve()
     assert name.reason
@@ -40,7 +29,7 @@ def test_the_name_is_there_and_takes_what_is_passed(name: PrivateName) -> None:
 
 
 def test_each_is_declared_once() -> None:
-    paths = [name.path for name in NAMES]
+    paths = [name.path for name in PRIVATE]
     assert len(paths) == len(set(paths)) >= 20
 
 
@@ -48,8 +37,8 @@ def test_what_is_installed_is_undone() -> None:
     before = _fsdp_collectives.foreach_reduce_scatter_copy_in
     compat.install()
     compat.install()
-    assert _fsdp_collectives.foreach_reduce_scatter_copy_in is fsdp_copy_in.copy_gradients
+    assert _fsdp_collectives.foreach_reduce_scatter_copy_in is sharding.copy_gradients
     compat.uninstall()
     restored = _fsdp_collectives.foreach_reduce_scatter_copy_in
     assert restored.__module__ == _fsdp_collectives.__name__
-    assert before in (restored, fsdp_copy_in.copy_gradients)
+    assert before in (restored, sharding.copy_gradients)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 def install() -> None:
     """Change functions of torch for all models, without a change of results; calling it again changes nothing."""
-    from veomni.compat import checkpoint_ignored, fsdp_copy_in
+    from veomni.compat import modules, sharding
 
-    fsdp_copy_in.install()
-    checkpoint_ignored.install()
+    sharding.install_copy_in()
+    modules.ignore_profiler_marks()
 
 
 def uninstall() -> None:
     """Put back torch's own."""
-    from veomni.compat import checkpoint_ignored, fsdp_copy_in
+    from veomni.compat import modules, sharding
 
-    fsdp_copy_in.uninstall()
-    checkpoint_ignored.uninstall()
+    sharding.uninstall_copy_in()
+    modules.count_profiler_marks()

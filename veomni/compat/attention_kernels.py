@@ -12,31 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veomni.compat.private_name import PrivateName
-
-_ATEN = "torch:ops.aten._scaled_dot_product"
-_RING = "ring attention adds parts up by their lse"
-PRIVATE = (
-    PrivateName(f"{_ATEN}_flash_attention", reason=_RING, without="the slower math kernel", parameters=("is_causal",)),
-    PrivateName(
-        f"{_ATEN}_flash_attention_backward",
-        reason=_RING, without="the slower math kernel", parameters=("logsumexp", "philox_seed", "philox_offset"),
-    ),
-    PrivateName(
-        f"{_ATEN}_efficient_attention",
-        reason=_RING, without="the slower math kernel", parameters=("attn_bias", "compute_log_sumexp"),
-    ),
-    PrivateName(
-        f"{_ATEN}_efficient_attention_backward",
-        reason=_RING, without="the slower math kernel", parameters=("attn_bias", "logsumexp", "grad_input_mask"),
-    ),
-    PrivateName(
-        f"{_ATEN}_cudnn_attention",
-        reason="1.7 times as fast as FlashAttention 2 on an H200",
-        without="varlen's kernel for dense rows too",
-        parameters=("attn_bias", "compute_log_sumexp", "return_debug_mask"),
-    ),
-)  # fmt: skip
 _SAVED = (
     ("aten", "_scaled_dot_product_flash_attention"),
     ("aten", "_scaled_dot_product_efficient_attention"),

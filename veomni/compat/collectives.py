@@ -1,4 +1,4 @@
-"""Broadcasts in buckets, and timeouts of groups that exist."""
+"""Broadcasts in buckets, timeouts of groups that exist, and several axes of a mesh as one."""
 
 from __future__ import annotations
 
@@ -11,27 +11,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from veomni.compat.private_name import PrivateName
-
-PRIVATE = (
-    PrivateName(
-        "torch.distributed:_broadcast_coalesced",
-        reason="one message for many tensors, as DDP sends its own: a message per tensor costs its latency",
-        without="broadcast tensor by tensor",
-    ),
-    PrivateName(
-        "torch.distributed.distributed_c10d:_set_pg_timeout",
-        reason="a mesh makes its groups with the backend's default timeout, not with that of the world",
-        without="collectives of a mesh wait for the backend's default timeout",
-        parameters=("timeout", "group"),
-    ),
-    PrivateName(
-        "torch.distributed.device_mesh:DeviceMesh._flatten",
-        reason="one axis of several, which shares the groups of its mesh",
-        without="make a mesh for each view, with groups of its own",
-        parameters=("mesh_dim_name",),
-    ),
-)
 _BUCKET_BYTES = 250 * 1024**2  # DDP's own at the start
 
 

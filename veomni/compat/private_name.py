@@ -1,4 +1,4 @@
-"""How a name that another package does not export is declared: once, beside the only code that uses it."""
+"""How a name that another package does not export is declared: once, with its reason; and all such names of torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 class PrivateName:
     """A name that veomni relies on although its package does not promise to keep it.
 
-    A module that uses such names lists them in ``PRIVATE``; a contract test resolves all of them, and their
-    parameters, on both ends of the supported range.
+    A contract test resolves all of them, and their parameters, on both ends of the supported range.
 
     Attributes:
         path: ``module:qualified.name``; of an attribute that only instances have, ``module:Class().name``.
@@ -40,3 +39,82 @@ class PrivateName:
             found = getattr(found, name.removesuffix("()"))
             found = found() if name.endswith("()") else found
         return found
+
+
+_ATEN, _RING = "torch:ops.aten._scaled_dot_product", "ring attention adds parts up by their lse"
+_FOREACH, _LOOP = "one launch for all parameters instead of one for each", "a loop over tensors: exact, and slower"
+_FSDP, _HANDLE = "torch.distributed.fsdp", "torch.distributed.fsdp._flat_param:FlatParamHandle"
+_STORED, _UNREADABLE = "torch.distributed.checkpoint", "no checkpoint can be read: allow what has its new name"
+_MARKS, _UNMARKED = "torch:ops.profiler._record_function", "selective checkpointing of experts under FSDP2 fails"
+_COUNTED = "from torch 2.13 on, each operation of a recomputation must have one in the forward"
+_COPIED = "removes hooks that a copy came with"
+
+PRIVATE = tuple(
+    PrivateName(*fields)
+    for fields in (
+        # attention_kernels
+        (f"{_ATEN}_flash_attention", _RING, "the slower math kernel", ("is_causal",)),
+        (f"{_ATEN}_flash_attention_backward", _RING, "the slower math kernel",
+         ("logsumexp", "philox_seed", "philox_offset")),
+        (f"{_ATEN}_efficient_attention", _RING, "the slower math kernel", ("attn_bias", "compute_log_sumexp")),
+        (f"{_ATEN}_efficient_attention_backward", _RING, "the slower math kernel",
+         ("attn_bias", "logsumexp", "grad_input_mask")),
+        (f"{_ATEN}_cudnn_attention", "1.7 times as fast as FlashAttention 2 on an H200",
+         "varlen's kernel for dense rows too", ("attn_bias", "compute_log_sumexp", "return_debug_mask")),
+        # collectives
+        ("torch.distributed:_broadcast_coalesced",
+         "one message for many tensors, as DDP sends its own: a message per tensor costs its latency",
+         "broadcast tensor by tensor"),
+        ("torch.distributed.distributed_c10d:_set_pg_timeout",
+         "a mesh makes its groups with the backend's default timeout, not with that of the world",
+         "collectives of a mesh wait for the backend's default timeout", ("timeout", "group")),
+        ("torch.distributed.device_mesh:DeviceMesh._flatten",
+         "one axis of several, which shares the groups of its mesh",
+         "make a mesh for each view, with groups of its own", ("mesh_dim_name",)),
+        # modules
+        ("torch:_C._current_graph_task_id", "distinguishes a recomputed forward", "AttributeError"),
+        ("torch.nn:Module._compiled_call_impl", "Module.compile() keeps the compiled call there, and has no way back",
+         "a compiled module cannot be given back plain"),
+        ("torch.nn:Module()._forward_hooks", _COPIED, "AttributeError"),
+        ("torch.nn:Module()._forward_pre_hooks", _COPIED, "AttributeError"),
+        (f"{_MARKS}_enter_new", _COUNTED, _UNMARKED),
+        (f"{_MARKS}_exit", _COUNTED, _UNMARKED),
+        # sharding
+        ("torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model",
+         "parameters that are shards, as experts on several ranks are, must not be broadcast and averaged",
+         "DDP beside expert parallelism is not possible: it would overwrite every rank's experts by rank 0's",
+         ("module", "params_and_buffers_to_ignore")),
+        (f"{_FSDP}:ShardingStrategy._HYBRID_SHARD_ZERO2", 'FSDP1(replicate=2, sharding="grad_op")',
+         "reject that combination"),
+        (f"{_FSDP}._runtime_utils:_reshard",
+         "a forward without a backward leaves parameters gathered, and an optimizer would step on the copies",
+         "train wrongly after an evaluation between forward and step: reject FSDP1",
+         ("state", "handle", "free_unsharded_flat_param")),
+        (f"{_HANDLE}.uses_sharded_strategy", "whether a unit shards", "see _reshard"),
+        (f"{_HANDLE}.needs_unshard", "whether a unit is gathered", "see _reshard"),
+        (f"{_FSDP}._fully_shard._fsdp_collectives:foreach_reduce_scatter_copy_in",
+         "torch 2.11 has no way to replace the operation behind it, so the function that calls it is replaced",
+         "FSDP2 copies as PyTorch does: exact, and slower for many large parameters",
+         ("unsharded_grads", "reduce_scatter_input", "world_size")),
+        ("torch:_chunk_cat", "pads gradients that do not divide", "pad them one by one"),
+        # safe_pickle
+        (f"{_STORED}.filesystem:_StorageInfo", "where the bytes of a tensor lie", _UNREADABLE),
+        (f"{_STORED}.metadata:_MEM_FORMAT_ENCODING", "the memory format of a tensor", _UNREADABLE),
+        ("torch.serialization:_get_layout", "the function that the layout of a tensor is pickled as", _UNREADABLE,
+         ("name",)),
+        # tensors
+        ("torch:_foreach_mul_", _FOREACH, _LOOP),
+        ("torch:_foreach_lerp_", _FOREACH, _LOOP),
+        ("torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
+         "the place of a rank's shard in the whole tensor, for weights that are read shard by shard",
+         "every rank reads whole tensors", ("global_shape", "mesh", "placements")),
+        ("torch:Tensor._version", "whether a tensor was changed in place since it was given",
+         "shared experts do not run ahead"),
+        ("torch:UntypedStorage._cdata", "distinguishes storages on the meta device", "AttributeError"),
+        ("torch:ops.aten.add_.Tensor._schema", "marks operations that write", "AttributeError"),
+        ("torch.utils._python_dispatch:TorchDispatchMode",
+         "keeps float64 where modeling code names float32; records what a constructor writes on meta tensors",
+         "fp64 runs and initialization by tracing are not possible"),
+    )
+)  # fmt: skip
+"""The private names of torch, by the file of this package that uses them."""

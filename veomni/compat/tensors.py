@@ -1,26 +1,17 @@
-"""Facts about tensors: which part of a DTensor is here, and whether two tensors are the same values."""
+"""Facts about tensors and their storages, operations on many at once, and a mode that sees every operation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from veomni.compat.private_name import PrivateName
-
-PRIVATE = (
-    PrivateName(
-        "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
-        reason="the place of a rank's shard in the whole tensor, for weights that are read shard by shard",
-        without="every rank reads whole tensors",
-        parameters=("global_shape", "mesh", "placements"),
-    ),
-    PrivateName(
-        "torch:Tensor._version",
-        reason="whether a tensor was changed in place since it was given",
-        without="shared experts do not run ahead",
-    ),
-)
+__all__ = ["TorchDispatchMode", "WrittenStorages", "lerp", "multiply", "same_values", "shard_box", "storage_key"]
 
 
 def shard_box(tensor: DTensor) -> tuple[slice, ...]:
@@ -37,3 +28,31 @@ def same_values(first: Tensor, second: Tensor) -> bool:
         and first.dtype == second.dtype
         and first._version == second._version
     )
+
+
+def multiply(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply every tensor by ``factor``, in place, in one kernel launch."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def lerp(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move every tensor towards the one of ``ends`` by ``weight`` of their difference, in place."""
+    torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that tensors share which share a storage; it need not have memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class WrittenStorages(TorchDispatchMode):
+    """Records the storages that in-place operations write to, by :func:`storage_key`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], Tensor):
+            self.keys.add(storage_key(args[0]))
+        return func(*args, **(kwargs or {}))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch
-from veomni.compat.backward_pass import in_backward
+from veomni.compat.modules import in_backward
 from veomni.errors import ModelError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.moe.balance import balance_gradient, z_gradient

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from veomni.batch.split import SequenceShard
-from veomni.compat.backward_pass import in_backward
+from veomni.compat.modules import in_backward
 from veomni.errors import DataError, ModelError
 from veomni.models import unwrap
 from veomni.moe.router_hooks import hooked_routers

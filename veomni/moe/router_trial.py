@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.compat.module_hooks import clear_hooks
+from veomni.compat.modules import clear_hooks
 from veomni.models.transformers_api.experts import balances_on_softmax
 from veomni.moe.scoring import ScoreFunction, Scoring, find_scoring
 

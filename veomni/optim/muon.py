@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from veomni.compat.foreach import lerp, multiply
+from veomni.compat.tensors import lerp, multiply
 from veomni.errors import ModelError
 from veomni.optim.matrix_owners import Matrix, MatrixOwners, find_matrices
 from veomni.optim.newton_schulz import orthogonalize

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from veomni.compat.written_storages import WrittenStorages, storage_key
+from veomni.compat.tensors import WrittenStorages, storage_key
 from veomni.errors import ModelError
 from veomni.models.build.constructor import constructor_values
 from veomni.models.transformers_api.capabilities import is_pretrained

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from veomni.compat.backward_pass import in_backward
+from veomni.compat.modules import in_backward
 from veomni.compat.tensors import same_values
 from veomni.ops.patch import PatchAttribute
 

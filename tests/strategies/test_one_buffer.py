@@ -7,11 +7,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from veomni.compat.inplace_reduce_scatter import _OneBuffer, reduce_in_place
+from veomni.strategies.units import OneBuffer
 from veomni.testing.ranks import run_ranks
 
 
-class Recording(_OneBuffer):
+class Recording(OneBuffer):
     def __init__(self):
         super().__init__()
         self.places = []
@@ -29,7 +29,6 @@ def gradients(in_place):
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
     comm = Recording()
     if in_place:
-        reduce_in_place(model)
         model.set_custom_reduce_scatter(comm)
     for scale in (1.0, 2.0):  # the second backward adds to the first one's gradients
         model(torch.linspace(0, scale, 8).view(2, 4)).square().sum().backward()
@@ -47,7 +46,7 @@ def test_one_buffer_and_the_same_gradients():
 
 
 def test_a_broken_off_reduction_does_not_mix_buffers():
-    comm, device = _OneBuffer(), torch.device("cpu")
+    comm, device = OneBuffer(), torch.device("cpu")
     comm.allocate((4,), dtype=torch.float32, device=device)
     first = comm.allocate((8,), dtype=torch.float32, device=device)
     assert first.shape == (8,)

@@ -1,0 +1,54 @@
+"""Forwards of modules: recomputed, compiled in place, copied, and counted by selective activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import SAC_IGNORED_OPS
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward: a forward that runs now is recomputed.
+
+    ``torch.utils.checkpoint`` reads the same from the autograd engine to distinguish backward passes.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def compile_in_place(module: nn.Module) -> Callable[[], None]:
+    """Compile ``module`` at its first call, and return what undoes that."""
+    before = module._compiled_call_impl
+    module.compile()
+
+    def undo() -> None:
+        module._compiled_call_impl = before
+
+    return undo
+
+
+def clear_hooks(copy: nn.Module) -> None:
+    """Remove the forward hooks of a copied module, which were made for another, and of all modules in it."""
+    for module in copy.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
+def _profiler_marks() -> set[Any]:
+    packets = torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit
+    return {getattr(packet, overload) for packet in packets for overload in packet.overloads()}
+
+
+def ignore_profiler_marks() -> None:
+    """Leave the profiler's marks, which have no result, out of what selective activation checkpointing counts.
+
+    FSDP2 marks what it does inside a recomputed block, and does other things in a recomputation than in the forward.
+    """
+    SAC_IGNORED_OPS.update(_profiler_marks())
+
+
+def count_profiler_marks() -> None:
+    """Count them, as PyTorch does."""
+    SAC_IGNORED_OPS.difference_update(_profiler_marks())
