@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a training script under torchrun, on one node or several.
+# Start a training script on every device, on one node or several.
 #
 #   bash train.sh FILE CONFIG [--key value ...]
 #
@@ -34,4 +34,4 @@ if [[ -n "${LOG_FILE:-}" ]]; then
 fi
 
 # The shell is replaced, so that signals and the exit code need no passing on.
-exec "$python" -m veomni.launch.torchrun "$@"
+exec "$python" -m veomni.launch.node "$@"

@@ -30,7 +30,7 @@ from typing_extensions import override
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import EXIT_PREEMPTED, LoopError, ModelError
-from veomni.launch.world import DataParallel, Processes
+from veomni.launch.world import DataParallel, World
 from veomni.logging import create_logger
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.dataloader import StepLoader, check_loader, step_loader, warn_unsaved_loader
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 logger = create_logger(__name__)
 
 
-class Launcher(Processes):
+class Launcher(World):
     """Compose strategies and an accelerator, and give a training loop its verbs.
 
     Verbs that say "collective" must be called on all ranks.
@@ -155,7 +155,7 @@ class Launcher(Processes):
             LoopError: a micro-batch of the last step was not backpropagated; or the loader yields no lists (DataError).
         """
         check_loader(loader)
-        reader = StepReader(loader, self.world, self.strategies, self.signal, self.reporter)
+        reader = StepReader(loader, self, self.strategies, self.signal, self.reporter)
         total = max_steps if max_steps is not None else last_step(loader, self.step)
         self.reporter.start(self.step, total)
         while total is None or self.step < total:
@@ -262,7 +262,7 @@ class Launcher(Processes):
                 ``eval_NAME``; None takes the ``loss`` of the model's output.
         """
         self.reporter.mark("optimizer")
-        found = evaluate(model, loader, self.world, self.strategies, answers=answers, measure=loss)
+        found = evaluate(model, loader, self, self.strategies, answers=answers, measure=loss)
         self.reporter.mark("evaluation")
         return found
 

@@ -28,7 +28,7 @@ def test_torchrun_is_read_whole() -> None:
 
 
 def test_our_own_children_are_known() -> None:
-    found = detect_environment({**TORCHRUN, "VEOMNI_CHILD": "1"})
+    found = detect_environment({**TORCHRUN, "VEOMNI_SUPERVISOR_PID": "1"})
     assert found is not None
     assert found.kind == "child"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
 from veomni.errors import EXIT_PREEMPTED
-from veomni.launch import failure
-from veomni.launch.failure import Failure
+from veomni.launch.failure import Failure, leave_failure, leave_for_torchelastic
+from veomni.launch.signals import URGENT, take_default
 from veomni.logging import create_logger
 
 _FAREWELL = timedelta(seconds=10)
@@ -31,17 +31,9 @@ def entrypoint(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a script's ``main`` so that every end of it is an orderly one.
 
     Bad input (:class:`~veomni.errors.InputError`) prints its message alone and exits with 78; other errors print a
-    traceback and exit with their ``exit_code``, or 70. ``sys.exit`` passes. Of several ranks one speaks: the supervisor
-    prints the first failure, and under plain torchrun each node prints the same bad input once. Fatal signals dump the
+    traceback and exit with their ``exit_code``, or 70. ``sys.exit`` passes. Only one of several ranks prints: the
+    supervisor the first failure, and under plain torchrun each node the same bad input once. Fatal signals dump the
     stack of every thread.
-
-    Example::
-
-        @entrypoint
-        def main() -> None: ...
-
-        if __name__ == "__main__":
-            main()
     """
 
     @functools.wraps(function)
@@ -61,22 +53,18 @@ def entrypoint(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _end(error: BaseException) -> NoReturn:
-    outcome = Failure.of(error)
-    if isinstance(error, SystemExit) and outcome.exit_code in (0, EXIT_PREEMPTED):
-        _record(outcome)
-        _leave_process_group()
-        raise error
-    if not _record(outcome) and not isinstance(error, SystemExit) and _claim_report(outcome):
+    outcome, exiting = Failure.of(error), isinstance(error, SystemExit)
+    if not _record(outcome) and not exiting and _claim_report(outcome):
         print(outcome.text, file=sys.stderr)
-    if _process_group_size() == 1:
-        _leave_process_group()
-    elif _process_group_size() > 1:
+    orderly = exiting and outcome.exit_code in (0, EXIT_PREEMPTED)
+    if _process_group_size() > 1 and not orderly:
         if isinstance(error, SystemExit) and isinstance(error.code, str):
             print(error.code, file=sys.stderr)
         _flush()
         # The interpreter's own exit would wait for collectives that can no longer end, or be aborted by gloo's threads.
         os._exit(outcome.exit_code)
-    if isinstance(error, SystemExit):
+    _leave_process_group()
+    if exiting:
         raise error
     raise SystemExit(outcome.exit_code) from None
 
@@ -85,14 +73,11 @@ def _record(outcome: Failure) -> bool:
     """Leave the failure for the supervisor; return whether it will print it."""
     try:
         if outcome.exit_code not in (0, EXIT_PREEMPTED):
-            failure.leave_for_torchelastic(outcome)
-        if outcome.exit_code == 0 or not failure.is_supervised():
-            return False
-        failure.leave(outcome)
+            leave_for_torchelastic(outcome)
+        return outcome.exit_code != 0 and leave_failure(outcome)
     except OSError as error:
         logger.warning("the cause of this failure cannot be recorded: %s", error)
         return False
-    return True
 
 
 def _claim_report(outcome: Failure) -> bool:
@@ -102,27 +87,23 @@ def _claim_report(outcome: Failure) -> bool:
         return True
     name = hashlib.sha256(outcome.message.encode()).hexdigest()[:16]
     try:
-        (Path(path).parent.parent / f"said-{name}").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
+        (Path(path).parent.parent / f"reported-{name}").touch(exist_ok=False)
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
     return True
 
 
 def _die_by_interrupt() -> NoReturn:
     """End as a program without a handler ends, so that shells and supervisors see SIGINT and not a number."""
     _flush()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+    take_default(signal.SIGINT)
     os._exit(128 + signal.SIGINT)
 
 
 def _process_group_size() -> int:
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return 0
-    return int(distributed.get_world_size())
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return int(distributed.get_world_size()) if distributed is not None and joined else 0
 
 
 def _leave_process_group() -> None:
@@ -131,10 +112,10 @@ def _leave_process_group() -> None:
         return
     import torch.distributed as dist
 
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for number in URGENT:
         # The work is done: a signal that comes now could only spoil the exit code.
         with contextlib.suppress(ValueError):
-            signal.signal(name, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)
     try:
         work = dist.barrier(async_op=True)
         if work is not None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from veomni.config.fields import describe
 from veomni.errors import EXIT_FAULT, InputError, VeOmniError
+from veomni.launch.environment import SUPERVISOR_VARIABLE
 
 DIRECTORY_VARIABLE = "VEOMNI_FAILURE_DIR"
-SUPERVISOR_VARIABLE = "VEOMNI_SUPERVISOR_PID"
 _TRACEBACK_CHARACTERS = 20_000
 
 
@@ -30,7 +26,7 @@ class Failure:
         message: Its text.
         exit_code: What the process exits with.
         time: When, in seconds since the epoch.
-        traceback: The last part of its traceback; empty where the message says it all (bad input, ``sys.exit``).
+        traceback: The last part of its traceback; empty where the message is complete (bad input, ``sys.exit``).
     """
 
     type: str
@@ -48,7 +44,7 @@ class Failure:
 
     @property
     def text(self) -> str:
-        """What a person should read."""
+        """What is printed."""
         return self.traceback.rstrip() or f"error: {self.message}"
 
 
@@ -59,36 +55,20 @@ def _exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, VeOmniError) else EXIT_FAULT
 
 
-@contextlib.contextmanager
-def directory() -> Iterator[Path]:
-    """Make a directory, readable by this user alone, that ranks leave their failures in; it goes when the run ends."""
-    path = Path(tempfile.mkdtemp(prefix="veomni-ranks-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def variables(directory: Path) -> dict[str, str]:
-    """Return the environment that makes ranks started by this process leave their failures in ``directory``."""
-    return {DIRECTORY_VARIABLE: str(directory), SUPERVISOR_VARIABLE: str(os.getpid())}
-
-
-def is_supervised() -> bool:
-    """Whether the parent of this process reads failures; a program that a rank starts is not supervised itself."""
-    return os.environ.get(SUPERVISOR_VARIABLE) == str(os.getppid()) and DIRECTORY_VARIABLE in os.environ
-
-
-def leave(failure: Failure) -> None:
-    """Write ``failure`` where the supervisor looks for it.
+def leave_failure(failure: Failure) -> bool:
+    """Write ``failure`` for the supervisor; return False where there is none, as in a program that a rank starts.
 
     Raises:
         OSError: the file cannot be written.
     """
-    target = _path(Path(os.environ[DIRECTORY_VARIABLE]), int(os.environ.get("LOCAL_RANK", "0")))
+    directory = os.environ.get(DIRECTORY_VARIABLE)
+    if directory is None or os.environ.get(SUPERVISOR_VARIABLE) != str(os.getppid()):
+        return False
+    target = _path(Path(directory), int(os.environ.get("LOCAL_RANK", "0")))
     unfinished = target.with_suffix(".tmp")
     unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     unfinished.replace(target)
+    return True
 
 
 def leave_for_torchelastic(failure: Failure) -> None:
@@ -104,7 +84,7 @@ def leave_for_torchelastic(failure: Failure) -> None:
         Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
-def found(directory: Path, local_rank: int) -> Failure | None:
+def found_failure(directory: Path, local_rank: int) -> Failure | None:
     """Return what a rank of this node left in ``directory``, if anything."""
     path = _path(directory, local_rank)
     return Failure(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from veomni.errors import LaunchError
-from veomni.launch import failure
-from veomni.launch.command import own_command, threads_per_rank, tied_to_this_process
-from veomni.launch.environment import CHILD_VARIABLE, SINGLE, Environment, detect_environment
-from veomni.launch.rank_process import RankProcess
-from veomni.launch.supervisor import Supervisor, announce, collected_signals
-from veomni.logging import create_logger
-
-logger = create_logger(__name__)
+from veomni.launch.environment import SINGLE, Environment, detect_environment
+from veomni.launch.supervisor import supervise
 
 
 def join_or_start(devices: int | None) -> Environment:
@@ -38,67 +28,33 @@ def join_or_start(devices: int | None) -> Environment:
     if devices is not None and devices < 1:
         raise LaunchError(f"devices is {devices}", "ask for at least one", field="Launcher.devices")
     environment = detect_environment(os.environ)
-    if environment is not None:
-        return _join(environment, devices)
-    if devices is None or devices == 1:
-        return SINGLE
-    sys.exit(_supervise(devices))
-
-
-def _join(environment: Environment, devices: int | None) -> Environment:
+    if environment is None:
+        if devices is None or devices == 1:
+            return SINGLE
+        sys.exit(supervise(replace(SINGLE, world_size=devices, local_world_size=devices), _own_command()))
     if devices is not None and devices != environment.local_world_size:
         raise LaunchError(
             f"devices is {devices} but {environment.local_world_size} {environment.kind} processes run here",
             f"leave devices out, or start {devices} processes per node",
             field="Launcher.devices",
         )
-    environment.export(os.environ)
+    os.environ.update(environment.variables())
     return environment
 
 
-def _supervise(devices: int) -> int:
-    if threading.current_thread() is not threading.main_thread():
+def _own_command() -> list[str]:
+    """Return this program's command line: interpreter, its flags, script or ``-m`` or ``-c``, and arguments."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+        reason = "a multiprocessing worker"
+    elif "ipykernel" in sys.modules or hasattr(sys, "ps1"):
+        reason = "an interactive session"
+    elif program == "<stdin>" or (program is None and sys.argv[0] != "-c"):
+        reason = "a program read from standard input"
+    elif threading.current_thread() is not threading.main_thread():
         raise LaunchError("several processes cannot be started from a thread", "call launch from the main thread")
-    command = tied_to_this_process(own_command())
-    with collected_signals() as signals, failure.directory() as failures, _held_port() as port:
-        first = replace(SINGLE, world_size=devices, local_world_size=devices, master_port=port, kind="child")
-        logger.info("starting %d ranks on this node", devices)
-        ranks: list[RankProcess] = []
-        try:
-            for rank in range(devices):
-                environment = replace(first, rank=rank, local_rank=rank)
-                ranks.append(RankProcess(rank, command, _variables(environment, failures), failures))
-        except OSError as error:
-            for started in ranks:
-                started.kill()
-            raise LaunchError(
-                f"rank {len(ranks)} of {devices} cannot be started: {error}", "free memory or processes"
-            ) from error
-        verdict = Supervisor(ranks, signals).run()
-    announce(verdict)
-    return verdict.exit_code
-
-
-def _variables(environment: Environment, failures: Path) -> dict[str, str]:
-    variables = dict(os.environ)
-    environment.export(variables)
-    variables[CHILD_VARIABLE] = "1"
-    variables.update(failure.variables(failures))
-    variables.setdefault("OMP_NUM_THREADS", str(threads_per_rank(environment.local_world_size)))
-    return variables
-
-
-@contextlib.contextmanager
-def _held_port() -> Iterator[int]:
-    """Reserve a port for rank 0's store.
-
-    Linux lets rank 0 listen on it while this socket stays bound without listening, and gives it to no process that asks
-    for any free port. Elsewhere the port is only known to have been free.
-    """
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", 0))
-        port = int(holder.getsockname()[1])
-        if sys.platform != "linux":
-            holder.close()
-        yield port
+    else:
+        return [sys.executable, *sys.orig_argv[1:]]
+    problem = f"several processes cannot be started from {reason}"
+    raise LaunchError(problem, "put the program in a file and start that, or use one device")

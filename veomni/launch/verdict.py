@@ -1,22 +1,19 @@
-"""What the ends of all ranks say together: one exit code, the rank that failed first, and a report for people."""
+"""What the ends of all ranks mean together: one exit code, the rank that failed first, and a report."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from veomni.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_PREEMPTED
 from veomni.launch.failure import Failure
 
 
-@dataclass(frozen=True)
-class RankEnd:
+class RankEnd(NamedTuple):
     """How one rank ended.
 
     Attributes:
-        rank: Its number.
-        pid: Its process.
         status: Exit code, or the negative number of the signal that killed it, as :mod:`subprocess` gives it.
         stopped: Whether it was stopped because another rank had failed.
         seen: When the end was noticed, in seconds since the epoch.
@@ -36,11 +33,16 @@ class RankEnd:
         return self.failure.exit_code if self.failure else self.status
 
     @property
+    def failed(self) -> bool:
+        """Whether it neither finished nor was preempted."""
+        return self.code not in (0, EXIT_PREEMPTED)
+
+    @property
     def description(self) -> str:
         """One line for a report."""
         who = f"rank {self.rank} (pid {self.pid})"
         if self.failure and self.failure.type != "SystemExit":
-            return f"{who}: {self.failure.type}: {self.failure.message.splitlines()[0] if self.failure.message else ''}"
+            return f"{who}: {self.failure.type}: {self.failure.message.partition(chr(10))[0]}"
         if self.stopped and self.status in (-signal.SIGTERM, -signal.SIGKILL):
             return f"{who} was stopped"
         if self.status < 0:
@@ -48,14 +50,8 @@ class RankEnd:
         return f"{who} exited with code {self.code}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The end of a run.
-
-    Attributes:
-        exit_code: 0, 70, 75 or 78.
-        report: What to print; empty when there is nothing to explain.
-    """
+class Verdict(NamedTuple):
+    """The end of a run: 0, 70, 75 or 78, and what to print; empty when there is nothing to explain."""
 
     exit_code: int
     report: str
@@ -66,23 +62,21 @@ def judge(ends: Sequence[RankEnd]) -> Verdict:
     codes = {end.code for end in ends}
     if len(codes) == 1 and codes <= {0, EXIT_PREEMPTED}:
         return Verdict(codes.pop(), "")
-    failed = [end for end in ends if end.code not in (0, EXIT_PREEMPTED)]
+    failed = [end for end in ends if end.failed]
     if not failed:
-        return Verdict(
-            EXIT_FAULT, "run failed: some ranks finished, others stopped early to be resumed\n" + _list(ends)
-        )
+        problem = "run failed: some ranks finished, others stopped early to be resumed"
+        return Verdict(EXIT_FAULT, f"{problem}{_listed(ends)}")
     first = min(failed, key=_order)
     if first.code == EXIT_BAD_INPUT and first.failure:
         return Verdict(EXIT_BAD_INPUT, first.failure.text)
-    others = [end for end in failed if end is not first]
     cause = f"{first.failure.traceback.rstrip()}\n" if first.failure and first.failure.traceback else ""
-    tail = "\n" + _list(others) if others else ""
+    others = _listed([end for end in failed if end is not first])
     code = EXIT_BAD_INPUT if first.code == EXIT_BAD_INPUT else EXIT_FAULT
-    return Verdict(code, f"{cause}run failed: {first.description}{tail}")
+    return Verdict(code, f"{cause}run failed: {first.description}{others}")
 
 
-def _list(ends: Sequence[RankEnd]) -> str:
-    return "\n".join(f"  {end.description}" for end in sorted(ends, key=lambda end: end.rank))
+def _listed(ends: Sequence[RankEnd]) -> str:
+    return "".join(f"\n  {end.description}" for end in sorted(ends))
 
 
 def _order(end: RankEnd) -> tuple[bool, bool, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,10 +15,9 @@ from veomni import compat
 from veomni.accelerators import Accelerator
 from veomni.batch.split import SequenceShard
 from veomni.errors import LoopError
-from veomni.launch.collective_timeout import collective_timeout
-from veomni.launch.environment import detect_environment
+from veomni.launch.environment import collective_timeout, detect_environment
 from veomni.launch.join import join_or_start
-from veomni.launch.stop_signal import StopSignal
+from veomni.launch.signals import StopSignal
 from veomni.logging import create_logger
 from veomni.parallel.mesh import ParallelState, set_parallel_state
 from veomni.parallel.processes import init_process_group
@@ -29,58 +27,6 @@ from veomni.strategies.select import mesh_dims
 logger = create_logger(__name__)
 
 
-@dataclass(frozen=True)
-class World:
-    """A process among all ranks.
-
-    Attributes:
-        state: The mesh.
-        accelerator: What runs models.
-        device: The device of this process.
-        rank: Its place among all ranks.
-        world_size: Number of ranks.
-        local_rank: Its place among those of its node.
-    """
-
-    state: ParallelState
-    accelerator: Accelerator
-    device: torch.device
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def join_world(
-    strategies: Sequence[Strategy], accelerator: Accelerator, *, devices: int | None, backend: str, timeout: timedelta
-) -> World:
-    """Join the launch this process is part of, or start ``devices`` processes and supervise them.
-
-    In the process that people start, this does not return when it has to start others.
-
-    Raises:
-        InputError: the environment, the strategies and the devices contradict each other; nothing was started.
-    """
-    given = collective_timeout(os.environ)
-    found = detect_environment(os.environ)
-    if found is None and devices is None:
-        devices = accelerator.device_count()
-    world_size, local = (devices or 1,) * 2 if found is None else (found.world_size, found.local_world_size)
-    for strategy in strategies:
-        strategy.check(world_size)
-    dims = mesh_dims(strategies, world_size)
-    accelerator.check_devices(local, shared=backend == "gloo")
-    environment = join_or_start(devices)
-    if given is not None:
-        timeout = given
-        logger.info_rank0("collective timeout: %s (NCCL_TIMEOUT)", given)
-    device = accelerator.device(environment.local_rank)
-    accelerator.set_device(device)
-    init_process_group(device, backend, rank=environment.rank, world_size=environment.world_size, timeout=timeout)
-    state = ParallelState(dims, device.type, timeout=timeout)
-    set_parallel_state(state)
-    return World(state, accelerator, device, environment.rank, environment.world_size, environment.local_rank)
-
-
 class DataParallel(NamedTuple):
     """This process's place among the ranks that read different rows."""
 
@@ -88,7 +34,7 @@ class DataParallel(NamedTuple):
     size: int
 
 
-class Processes:
+class World:
     """The processes of a run, and this one among them.
 
     Args:
@@ -99,10 +45,13 @@ class Processes:
         timeout: How long a collective waits for the other ranks; overridden by ``NCCL_TIMEOUT``.
 
     Attributes:
-        world: This process among all ranks; its attributes are also this object's, once it is launched.
+        state: The mesh; this and what follows is there after :meth:`launch`.
+        device: The device of this process.
+        rank: Its place among all ranks.
+        local_rank: Its place among those of its node.
+        signal: Whether the run was asked to stop.
     """
 
-    world: World
     state: ParallelState
     device: torch.device
     rank: int
@@ -125,11 +74,9 @@ class Processes:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            if name not in ("world", "state", "device", "rank", "world_size", "local_rank", "signal"):
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            if "world" not in vars(self):
+            if name in World.__annotations__:
                 raise LoopError(f"launcher.{name} is known once processes are joined", "call launcher.launch() first")
-            return getattr(self.world, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def launch(self) -> None:
         """Join the launch this process is part of, or start ``devices`` processes and supervise them.
@@ -139,9 +86,24 @@ class Processes:
         Raises:
             InputError: the environment, the strategies and the devices contradict each other; nothing was started.
         """
-        self.world = join_world(
-            self.strategies, self.accelerator, devices=self.devices, backend=self.backend, timeout=self.timeout
-        )
+        given, found, devices = collective_timeout(os.environ), detect_environment(os.environ), self.devices
+        if found is None and devices is None:
+            devices = self.accelerator.device_count()
+        world_size, local = (devices or 1,) * 2 if found is None else (found.world_size, found.local_world_size)
+        for strategy in self.strategies:
+            strategy.check(world_size)
+        dims = mesh_dims(self.strategies, world_size)
+        self.accelerator.check_devices(local, shared=self.backend == "gloo")
+        place = join_or_start(devices)
+        if given is not None:
+            self.timeout = given
+            logger.info_rank0("collective timeout: %s (NCCL_TIMEOUT)", given)
+        self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
+        self.device = self.accelerator.device(place.local_rank)
+        self.accelerator.set_device(self.device)
+        init_process_group(self.device, self.backend, rank=self.rank, world_size=self.world_size, timeout=self.timeout)
+        self.state = ParallelState(dims, self.device.type, timeout=self.timeout)
+        set_parallel_state(self.state)
         self.signal = StopSignal()
         compat.install()
 

@@ -1,4 +1,4 @@
-"""``train.sh``: torchrun on one node and two, with our exit codes, signals and time limits."""
+"""``train.sh``: the ranks of one node and of two, with our exit codes, signals and time limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 from tests.launch.conftest import Program, is_running, wait_until
 from veomni.errors import LaunchError
-from veomni.launch.torchrun import processes_per_node, torchrun_arguments
+from veomni.launch import Environment
+from veomni.launch.node import first_of_node, processes_per_node
 from veomni.testing.ranks import free_port
 
 Start = Callable[..., Program]
@@ -48,17 +49,20 @@ MEET = """
 """
 
 
-def test_one_node_by_default() -> None:
-    arguments = torchrun_arguments({"NPROC_PER_NODE": "3"}, ["python", "x.py", "--a"])
-    assert arguments[0] == "--standalone"
-    assert "--nproc-per-node=3" in arguments
-    assert arguments[-4:] == ["--no-python", "python", "x.py", "--a"]
-
-
-def test_several_nodes_meet_at_the_master() -> None:
-    env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "8"}
-    arguments = torchrun_arguments(env, ["x"])
-    assert arguments[:4] == ["--nnodes=2", "--node-rank=1", "--master-addr=node0", "--master-port=29500"]
+@pytest.mark.parametrize(
+    ("env", "first"),
+    [
+        ({"NPROC_PER_NODE": "3", "MASTER_ADDR": "elsewhere"}, Environment(0, 0, 3, 3, 0, "127.0.0.1", 0, "child")),
+        ({"NPROC_PER_NODE": "1", "MASTER_PORT": "7"}, Environment(0, 0, 1, 1, 0, "127.0.0.1", 7, "child")),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "8"},
+            Environment(8, 0, 16, 8, 1, "node0", 29500, "child"),
+        ),
+    ],
+    ids=["one node meets on any port", "one node on a port", "several nodes meet at the master"],
+)
+def test_the_first_rank_of_a_node(env: dict[str, str], first: Environment) -> None:
+    assert first_of_node(env) == first
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_several_nodes_meet_at_the_master() -> None:
 )
 def test_contradictions_are_refused(env: dict[str, str], named: str) -> None:
     with pytest.raises(LaunchError, match=named):
-        torchrun_arguments(env, ["x"])
+        first_of_node({"NPROC_PER_NODE": "1", **env})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_two_nodes_meet(start: Start, tmp_path: Path) -> None:
     for rank in range(2):
         nodes.append(start(MEET, command=TRAIN, LOG_FILE=str(tmp_path / f"log{rank}"), **common, NODE_RANK=str(rank)))
     assert [node.wait(60) for node in nodes] == [0, 0], "".join(node.output for node in nodes)
-    assert {nodes[0].note(f"met{rank}") for rank in range(2)} == {"torchrun 0 0 2 3", "torchrun 1 0 2 3"}
+    assert {nodes[0].note(f"met{rank}") for rank in range(2)} == {"child 0 0 2 3", "child 1 0 2 3"}
 
 
 def test_bad_input_is_said_once_and_logged(start: Start, tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_a_killed_rank_ends_a_deaf_one_in_time(start: Start) -> None:
     assert not any(is_running(pid) for pid in pids)
 
 
-def test_a_killed_torchrun_leaves_no_rank(start: Start) -> None:
+def test_a_killed_supervisor_leaves_no_rank(start: Start) -> None:
     program = start(BODY, "wait", "deaf", command=TRAIN, **COMMON)
     pids = program.pids(2)
     program.send(signal.SIGKILL)

@@ -1,0 +1,64 @@
+"""Signals: handlers that are put back, and a request to stop that a training loop reads at its step boundaries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+URGENT = (signal.SIGTERM, signal.SIGINT)
+_ECHO_SECONDS = 0.5
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Handle signals inside the context; those ignored before (``nohup``, a background job) stay ignored."""
+    previous = {number: signal.getsignal(number) for number in numbers}
+    kept = {number: before for number, before in previous.items() if before is not signal.SIG_IGN}
+    for number in kept:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+
+class StopSignal(ExitStack):
+    """Handlers of SIGTERM, SIGINT and SIGUSR1 that set a flag and nothing else, until :meth:`close`.
+
+    A second SIGTERM or SIGINT takes its default effect at once. One that follows within half a second is taken for
+    the echo of the first: Slurm signals every process of a job, and torchrun or the supervisor pass the same signal on.
+
+    Attributes:
+        requested: Whether one of the signals came.
+        signal_name: The first one's name, such as "SIGTERM".
+
+    Raises:
+        ValueError: made outside the main thread, where Python allows no handlers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested = False
+        self.signal_name: str | None = None
+        self._since = 0.0
+        self._process = os.getpid()
+        self.enter_context(handled((*URGENT, signal.SIGUSR1), self._handle))
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked data worker must still end on a signal
+            take_default(number)
+        elif not self.requested:
+            self.requested, self.signal_name, self._since = True, signal.Signals(number).name, time.monotonic()
+        elif number in URGENT and time.monotonic() - self._since > _ECHO_SECONDS:
+            take_default(number)
+
+
+def take_default(number: int) -> None:
+    """End this process as one without a handler ends."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
