@@ -203,7 +203,12 @@ def unreduced_measure(launcher, model, step):
     launcher.evaluate(model, [step.micro_batches], loss=lambda model, micro: model(*micro.args, **micro.inputs))
 
 
+def empty_evaluation(launcher, model, step):
+    launcher.evaluate(model, [], loss=lambda model, micro: loss_of(model, micro))
+
+
 BAD_LOOPS = {
+    empty_evaluation: (LoopError, "empty loader"),
     module_without_set_up: (LoopError, "Plain was not set up"),
     module_inside_its_wrapper: (LoopError, "Plain was not set up"),
     optimizers_in_a_list: (CheckpointError, "state..optimizer.. is a list"),
@@ -240,6 +245,20 @@ def test_loops_that_cannot_be_right_are_errors():
         assert found is not None, body.__name__
         assert found[0] is kind, (body.__name__, found)
         assert re.search(message, found[1]), (body.__name__, found)
+
+
+def uneven_evaluation():
+    launcher = Launcher("fsdp2", accelerator="cpu", backend="gloo")
+    launcher.launch()
+    model = launcher.setup_model(Plain())
+    held_out = [[{"x": torch.ones(1, 2)}] * (1 + launcher.rank)]
+    with pytest.raises(LoopError, match="1 to 2 micro-batches"):
+        launcher.evaluate(model, held_out, loss=lambda model, micro: loss_of(model, micro))
+    launcher.close()
+
+
+def test_ranks_evaluate_equally_many_micro_batches():
+    run_ranks(uneven_evaluation, 2, init=False, timeout=30)
 
 
 def steps_of_a_list():

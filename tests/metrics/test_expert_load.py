@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from veomni.metrics import plot_expert_load
-from veomni.metrics.expert_load import relative_loads
+from veomni.metrics.plot import relative_loads
 
 
 def write(folder, loads, torn=""):

@@ -161,8 +161,7 @@ def test_short_runs_show_every_step() -> None:
     assert len(lines_of(3, 0, 3)) == 3
 
 
-def test_off_and_other_ranks_show_nothing(monkeypatch) -> None:
-    assert lines_of(3, 0, 3, enabled=False) == []
+def test_other_ranks_show_nothing(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert lines_of(3, 0, 3) == []
 

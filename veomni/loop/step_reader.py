@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from veomni.batch.counts import label_count, row_count, token_weight
@@ -19,7 +17,7 @@ from veomni.launch.world import World
 from veomni.logging import create_logger
 from veomni.loop.reporter import Reporter
 from veomni.loop.step import Step
-from veomni.loop.sync import StepTotals, sync_step
+from veomni.loop.sync import StepTotals, extremes, sync_step
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies import Strategy
 
@@ -139,9 +137,7 @@ def last_step(loader: Any, done: int) -> int | None:
     remaining = getattr(loader, "remaining_steps", None)
     if remaining is None:
         remaining = len(loader) if hasattr(loader, "__len__") else math.inf
-    ends = torch.tensor([remaining, -remaining], dtype=torch.float64)
-    dist.all_reduce(ends, op=dist.ReduceOp.MIN)  # ranks that ended apart would wait for each other
-    fewest, most = ends[0].item(), -ends[1].item()
+    fewest, most = extremes(remaining)  # ranks that ended apart would wait for each other
     if fewest < most:
         logger.warning_rank0("uneven data: ranks have from %g to %g steps, and all end after %g", fewest, most, fewest)
     return None if fewest == math.inf else done + int(fewest)

@@ -1,4 +1,4 @@
-"""What all ranks agree on before a step: one small reduction on the CPU, and no other collective for it.
+"""What all ranks agree on before a step: one small reduction on the CPU.
 
 It ends uneven data together, gives the sums that gradients are normalised by, and turns a signal to any one process
 into a decision of all.
@@ -45,3 +45,10 @@ def sync_step(counts: Mapping[str, float]) -> dict[str, float]:
     sums = torch.tensor(list(counts.values()), dtype=torch.float64)
     dist.all_reduce(sums)
     return dict(zip(counts, sums.tolist(), strict=True))
+
+
+def extremes(value: float) -> tuple[float, float]:
+    """Return the least and the greatest of a number over all ranks; collective."""
+    ends = torch.tensor([value, -value], dtype=torch.float64)
+    dist.all_reduce(ends, op=dist.ReduceOp.MIN)
+    return ends[0].item(), -ends[1].item()

@@ -7,11 +7,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TextIO
 
 from veomni.logging import current_rank
-from veomni.metrics.names import extra_metrics
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -20,13 +20,25 @@ _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} elapsed, {
 _COUNT = "step {n_fmt}, {elapsed} elapsed{postfix}"
 _LINES = 10
 _WIDTH = 80
-_UNITS = ("tokens", "samples")
+_MEASURED = frozenset(
+    (
+        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "samples", "samples_per_second",
+        "mfu_causal", "mfu_full", "peak_memory_gib", "perplexity", "aux_loss", "z_loss",
+    )
+)  # fmt: skip
+_MEASURED_PREFIXES = ("loss_", "eval_loss", "source_", "expert_load_")
 
 Numbers = Mapping[str, float | int | None]
 
 
+def extra_metrics(names: Iterable[str]) -> list[str]:
+    """Return the names that a loop added, in order: ``accuracy`` and ``eval_accuracy``, not ``data_seconds``."""
+    own = (name for name in names if name not in _MEASURED and not name.startswith(_MEASURED_PREFIXES))
+    return [name for name in own if not name.endswith("_seconds")]
+
+
 class Progress:
-    """Show step, loss, speed, time left, and every evaluation.
+    """Show step, loss, speed, time left, and every evaluation; on rank 0.
 
     Lines are written at the first step, at every tenth of the run (every 10 steps of a run without known end) and at
     the last step; the speed is that of the steps since the line before. While a bar is shown, what ``veomni``'s loggers
@@ -35,23 +47,31 @@ class Progress:
     Args:
         total: The last step of the run; None when the data decides.
         initial: Steps done before.
-        enabled: False shows nothing.
         stream: Where to show it; None is standard error.
     """
 
-    def __init__(
-        self, total: int | None, initial: int = 0, *, enabled: bool = True, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, total: int | None, initial: int = 0, *, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
-        self._enabled = enabled and current_rank() == 0
         self._total, self._initial = total, initial
         self._interval = max(1, total // _LINES) if total is not None else _LINES
         self._recent: deque[Numbers] = deque(maxlen=self._interval)
         self._start = time.perf_counter()
         self._bar: tqdm[Any] | None = None
-        self._redirected: list[logging.StreamHandler[Any]] = []
-        if self._enabled and self._stream.isatty():
+        self._redirected = ExitStack()
+        if current_rank() == 0 and self._stream.isatty():
             self._show_bar()
+
+    def _show_bar(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=self._total, initial=self._initial, file=self._stream, dynamic_ncols=_has_width(self._stream),
+            bar_format=_COUNT if self._total is None else _BAR, ncols=_WIDTH,
+        )  # fmt: skip
+        for handler in logging.getLogger("veomni").handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is self._stream:
+                before = handler.setStream(_AboveBar(self._stream))
+                self._redirected.callback(handler.setStream, before)
 
     def update(self, step: int, metrics: Numbers) -> None:
         """Show that ``step`` is done.
@@ -61,61 +81,43 @@ class Progress:
             metrics: What is shown where it is given and known: ``loss``, ``tokens`` or ``samples`` with
                 ``step_seconds``, ``mfu_causal``, metrics of the loop's own; and those of an evaluation, on a line.
         """
-        if not self._enabled:
+        if current_rank() != 0:
             return
         self._recent.append(metrics)
-        text = ", ".join([*_training(metrics), *self._speed(), *_utilization(metrics)])
+        own = ["loss", *(name for name in extra_metrics(metrics) if not name.startswith("eval_"))]
+        text = ", ".join([*_values(metrics, own), *self._speed()])
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._interval == 0 or step in (self._initial + 1, self._total):
-            self._write(f"{self._position(step)}, {text}{self._time_left(step)}")
-        evaluated = ", ".join(_evaluation(metrics))
-        if evaluated:
-            self._write(f"step {step}, evaluation: {evaluated}")
+            place = f"step {step}" if self._total is None else f"step {step}/{self._total} ({step / self._total:.0%})"
+            self._write(f"{place}, {text}{self._time_left(step)}")
+        evaluated = {name.removeprefix("eval_"): metrics[name] for name in metrics if name.startswith("eval_")}
+        if shown := _values(evaluated, evaluated):
+            self._write(f"step {step}, evaluation: {', '.join(shown)}")
         if step == self._total:
             self.close()
 
     def close(self) -> None:
         """Leave the bar in its last state and give the terminal back."""
-        for handler in self._redirected:
-            handler.setStream(self._stream)
-        self._redirected = []
+        self._redirected.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def _write(self, line: str) -> None:
         """Write a line, above the bar if there is one."""
-        stream = self._stream if self._bar is None else _AboveBar(self._stream)
-        stream.write(f"{line}\n")
-        stream.flush()
-
-    def _show_bar(self) -> None:
-        from tqdm import tqdm
-
-        layout = _COUNT if self._total is None else _BAR
-        self._bar = tqdm(
-            total=self._total, initial=self._initial, file=self._stream, bar_format=layout,
-            dynamic_ncols=_has_width(self._stream), ncols=_WIDTH,
-        )  # fmt: skip
-        for handler in logging.getLogger("veomni").handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is self._stream:
-                handler.setStream(_AboveBar(self._stream))
-                self._redirected.append(handler)
-
-    def _position(self, step: int) -> str:
-        return f"step {step}" if self._total is None else f"step {step}/{self._total} ({step / self._total:.0%})"
+        _AboveBar(self._stream).write(f"{line}\n")
+        self._stream.flush()
 
     def _speed(self) -> list[str]:
-        """Return tokens or samples per second over the latest steps, without the time of evaluations."""
+        """Return tokens or samples per second over the latest steps, without the time of evaluations, and MFU."""
         timed = [metrics for metrics in self._recent if metrics.get("step_seconds")]
         seconds = sum(metrics["step_seconds"] or 0.0 for metrics in timed)
-        for unit in _UNITS:
-            amount = sum(metrics.get(unit) or 0 for metrics in timed)
-            if amount:
-                return [f"{amount / seconds:,.0f} {unit}/s"]
-        return []
+        amounts = {unit: sum(metrics.get(unit) or 0 for metrics in timed) for unit in ("tokens", "samples")}
+        shown = [f"{amount / seconds:,.0f} {unit}/s" for unit, amount in amounts.items() if amount][:1]
+        share = self._recent[-1].get("mfu_causal")
+        return shown if share is None else [*shown, f"mfu {share:.1%}"]
 
     def _time_left(self, step: int) -> str:
         if self._total is None or step >= self._total:
@@ -131,6 +133,7 @@ class _AboveBar:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.flush = stream.flush
 
     def write(self, text: str) -> int:
         from tqdm import tqdm
@@ -138,8 +141,10 @@ class _AboveBar:
         with tqdm.external_write_mode(file=self._stream):
             return self._stream.write(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
+
+def _values(metrics: Numbers, names: Iterable[str]) -> list[str]:
+    known = ((name, metrics.get(name)) for name in names)
+    return [f"{name} {value:.4f}" for name, value in known if value is not None]
 
 
 def _has_width(stream: TextIO) -> bool:
@@ -148,18 +153,3 @@ def _has_width(stream: TextIO) -> bool:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
         return False
-
-
-def _training(metrics: Numbers) -> list[str]:
-    names = ["loss", *(name for name in extra_metrics(metrics) if not name.startswith("eval_"))]
-    return [f"{name} {metrics[name]:.4f}" for name in names if metrics.get(name) is not None]
-
-
-def _evaluation(metrics: Numbers) -> list[str]:
-    found = {name.removeprefix("eval_"): metrics[name] for name in metrics if name.startswith("eval_")}
-    return [f"{name} {value:.4f}" for name, value in found.items() if value is not None]
-
-
-def _utilization(metrics: Numbers) -> list[str]:
-    share = metrics.get("mfu_causal")
-    return [] if share is None else [f"mfu {share:.1%}"]

@@ -1,0 +1,48 @@
+"""Means over held-out data. Importing this module imports torchmetrics, which takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+
+class WeightedMean(Metric):
+    """Weighted mean of numbers, of all of them and of each group, over all updates and ranks; sums are in float64.
+
+    Args:
+        groups: Number of groups, such as the sources that documents come from.
+        options: Of ``torchmetrics.Metric``, such as ``process_group``.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    sums: Tensor
+
+    def __init__(self, groups: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("sums", torch.zeros(2, groups, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, values: Tensor | float, weights: Tensor | float, groups: Tensor | None = None) -> None:
+        """Add numbers of this rank.
+
+        Args:
+            values: ``[n]`` or one; not read where the weight is 0, as the mean of nothing may be NaN.
+            weights: ``[n]`` or one.
+            groups: The group of each, int64 ``[n]``; None is the first.
+        """
+        number, weight = (torch.as_tensor(given, device=self.sums.device).detach() for given in (values, weights))
+        number, weight = number.double().reshape(-1), weight.double().reshape(-1)
+        groups = torch.zeros_like(weight, dtype=torch.int64) if groups is None else groups
+        added = torch.stack([torch.where(weight > 0, number * weight, 0.0), weight])
+        self.sums = self.sums.index_add(1, groups, added)
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the mean of all, then of each group, float64 ``[1 + groups]``; NaN where nothing weighs."""
+        totals, weights = torch.cat([self.sums.sum(1, keepdim=True), self.sums], dim=1)
+        return totals / weights
