@@ -12,9 +12,9 @@ import pytest
 
 from tests.data.loaders import dataset_of
 from tests.data.stream_files import KINDS, add, jsonl, records, write_tar
-from veomni.data import DataSource, build_mixture
-from veomni.data.sources.archives import TarFile
-from veomni.data.sources.blocks import JsonRanges
+from veomni.data import DataSource, RecordSchema, build_mixture
+from veomni.data.sources.archives import tar_archive
+from veomni.data.sources.files import json_ranges
 from veomni.data.sources.locations import local_file, remote_files, shown
 
 ROWS = records(23)
@@ -88,9 +88,9 @@ def test_ranges_hold_every_line_once_wherever_they_are_cut(tmp_path, monkeypatch
     )
     expected = [document.record["text"] for document in dataset_of(str(path))]
     for size in (1, 2, 3, 15, 16, 17, 100, 10_000):
-        monkeypatch.setattr("veomni.data.sources.blocks.RANGE_BYTES", size)
-        ranges = JsonRanges(local_file(path))
-        parts = [ranges.open(block) for block in range(len(ranges))]
+        monkeypatch.setattr("veomni.data.sources.files.RANGE_BYTES", size)
+        ranges = json_ranges(local_file(path), RecordSchema())
+        parts = [ranges.open(block) for block in range(ranges.count)]
         assert [part[index].record["text"] for part in parts for index in range(len(part))] == expected, size
 
 
@@ -107,7 +107,7 @@ def test_members_of_one_name_are_a_record(tmp_path):
         add(archive, "a/1.pkl", b"cos\nsystem\n(S'touch canary'\ntR.")
         add(archive, "b/1.txt", b"another directory, another record")
         add(archive, "b/.hidden", b"")
-    source = TarFile(path, "text")
+    source = tar_archive(local_file(path), RecordSchema())
     assert len(source) == 2
     assert source[0].record == {
         "__key__": "a/1", "messages": [1], "images": [b"left", b"right"], "audios": [b"sound"],

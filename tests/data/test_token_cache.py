@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
 from tests.data.loaders import dataset_of
-from veomni.data.sources.build_once import build_once
+from veomni.data.sources.cache import build_once
 from veomni.data.text.token_cache import tokenize
 from veomni.testing.ranks import run_ranks
 

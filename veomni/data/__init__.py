@@ -7,12 +7,13 @@ from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.data.loading.packed_loader import PackedLoader
 from veomni.data.loading.stream_loader import StreamLoader
 from veomni.data.loading.worker_pool import WorkerError
-from veomni.data.protocols import Documents, DocumentStream, Loader
-from veomni.data.sources.build_once import build_once
+from veomni.data.protocols import Loader
+from veomni.data.sources.cache import build_once
 from veomni.data.sources.corpora import CORPORA, PYTHON_STDLIB
 from veomni.data.sources.dataset import IndexedDataset, build_dataset
 from veomni.data.sources.formats import FORMATS
-from veomni.data.sources.mixture import DataSource, Mixture, build_mixture
+from veomni.data.sources.mixture import DataSource, build_mixture
+from veomni.data.sources.opened import DocumentStream
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.byte_bpe import cached_byte_bpe, train_byte_bpe
 from veomni.data.text.chat_templates import CHAT_TEMPLATES
@@ -27,13 +28,11 @@ __all__ = [
     "DataSource",
     "DataType",
     "DocumentStream",
-    "Documents",
     "EncodeOptions",
     "Encoded",
     "Encoder",
     "IndexedDataset",
     "Loader",
-    "Mixture",
     "Order",
     "PackedLoader",
     "Packing",

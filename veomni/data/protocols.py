@@ -1,16 +1,12 @@
-"""What the parts of the data pipeline, and a training loop, rely on: documents, streams of them, and loaders."""
+"""What a training loop relies on: loaders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from veomni.batch.micro_batch import MicroBatch
-    from veomni.data.sources.opened import Mixing, OpenedSource
-    from veomni.data.sources.records import Document
-    from veomni.data.sources.schema import RecordSchema
 
 
 @runtime_checkable
@@ -42,41 +38,3 @@ class Loader(Protocol):
     @staticmethod
     def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return one state from those of all ranks, in order of rank."""
-
-
-class DocumentStream(Protocol):
-    """Documents of one or several sources, in order."""
-
-    @property
-    def indexed(self) -> Documents | None:
-        """The same documents by index; None where they can only be streamed."""
-
-    @property
-    def sources(self) -> Sequence[OpenedSource]:
-        """What is read, each with its weight and the schema of its records."""
-
-    @property
-    def mixing(self) -> Mixing:
-        """How the sources become one stream."""
-
-    def __iter__(self) -> Iterator[Document]: ...
-
-    def texts(self) -> Iterator[str]:
-        """Yield the texts that a tokenizer is trained on."""
-
-    def fingerprint(self, cache_dir: Path) -> Any:
-        """Return what changes when the documents do, as JSON can hold it."""
-
-
-class Documents(DocumentStream, Protocol):
-    """Documents of one source, by index.
-
-    Attributes:
-        schema: What its records hold, and in which fields.
-    """
-
-    schema: RecordSchema
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document: ...

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veomni.data.protocols import Documents
+    from veomni.data import IndexedDataset
 
 _CONTEXT_LINES = 6
 
 
 def show_sample(
     directory: Path | str,
-    documents: Documents | None,
+    documents: IndexedDataset | None,
     *,
     chat_template: str | None = None,
     max_new_tokens: int = 100,

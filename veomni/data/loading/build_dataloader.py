@@ -8,12 +8,10 @@ from veomni.data.loading.encoder import Encoder
 from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.data.loading.packed_loader import PackedLoader
 from veomni.data.loading.stream_loader import StreamLoader
-from veomni.data.loading.stream_plan import StreamPlan, StreamSource
-from veomni.data.loading.units import Units
+from veomni.data.loading.stream_plan import StreamPlan
 from veomni.data.packing.rows import MicroBatches
-from veomni.data.protocols import Documents, DocumentStream
 from veomni.data.sources.cache import cache_directory
-from veomni.data.sources.opened import Mixing
+from veomni.data.sources.opened import DocumentStream, Mixing
 from veomni.data.text.on_overflow import cut_to_rows
 from veomni.data.text.token_cache import tokenize
 from veomni.errors import ConfigError, DataError
@@ -49,42 +47,31 @@ def build_dataloader(
         ConfigError: an option does not fit the data.
     """
     packing, order, cache = packing or Packing(), (order or Order()).resolved(), cache_directory(cache_dir)
-    shape, workers = shape or BatchShape(), workers or Workers()
-    if dataset.indexed is not None and dataset.indexed.schema.type.cached:
-        batches, digests = _tokenized(dataset.indexed, encoder, packing, shape, cache)
+    shape, workers, indexed = shape or BatchShape(), workers or Workers(), dataset.indexed
+    if indexed is not None and indexed.schema.type.cached:
+        documents, digests = tokenize(indexed, encoder.tokenizer, cache, encoder.chat_template)
+        samples = cut_to_rows(
+            documents.lengths, packing.max_seq_len, packing.on_overflow,
+            lambda document: indexed[int(documents.source[document])].where,
+        )  # fmt: skip
+        batches = MicroBatches(documents, samples, packing.max_seq_len, encoder.pad_token_id, shape.shard)
         return PackedLoader(batches, packing, order, shape, workers, digests)
-    plan = _stream_plan(dataset, encoder, packing, order, shape)
-    facts = {} if order.held_out else {"sources": {one.name: dict(one.fingerprint(cache)) for one in dataset.sources}}
-    return StreamLoader(plan, shape, workers, facts | dict(plan.samples.digests))
+    maker = encoder.samples([source.schema for source in dataset.sources], packing, shape.shard)
+    plan = StreamPlan(dataset.sources, maker, packing, order, *_ending(dataset, order))
+    _check_shards(plan)
+    facts = {} if order.held_out else {"sources": dataset.fingerprint(cache)}
+    return StreamLoader(plan, shape, workers, facts | dict(maker.digests))
 
 
-def _tokenized(
-    dataset: Documents, encoder: Encoder, packing: Packing, shape: BatchShape, cache: Path
-) -> tuple[MicroBatches, dict[str, str]]:
-    documents, digests = tokenize(dataset, encoder.tokenizer, cache, encoder.chat_template)
-    samples = cut_to_rows(
-        documents.lengths,
-        packing.max_seq_len,
-        packing.on_overflow,
-        lambda document: dataset[int(documents.source[document])].where,
-    )
-    return MicroBatches(documents, samples, packing.max_seq_len, encoder.pad_token_id, shape.shard), digests
-
-
-def _stream_plan(
-    dataset: DocumentStream, encoder: Encoder, packing: Packing, order: Order, shape: BatchShape
-) -> StreamPlan:
-    opened = dataset.sources
-    samples = encoder.samples([source.schema for source in opened], packing, shape.shard)
-    mixing, passes = _ending(dataset, order)
-    shards = order.stream_shards
-    sources = [StreamSource(one.name, Units(one.blocks, shards), one.schema, one.weight) for one in opened]
-    if mixing.stopping_strategy == "repeat" or len(sources) > 1:
-        for source in sources:
-            if source.weight and len(source.units) < shards:
-                problem = f"source {source.name!r}: {len(source.units)} records for {shards} virtual shards"
-                raise DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
-    return StreamPlan(sources, samples, packing, order, mixing, passes)
+def _check_shards(plan: StreamPlan) -> None:
+    """Check that every shard of sources that must not end has something to read."""
+    shards = plan.order.stream_shards
+    if plan.mixing.stopping_strategy != "repeat" and len(plan.sources) == 1:
+        return
+    for source, units in zip(plan.sources, plan.units, strict=True):
+        if source.weight and len(units) < shards:
+            problem = f"source {source.name!r}: {len(units)} records for {shards} virtual shards"
+            raise DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
 
 
 def _ending(dataset: DocumentStream, order: Order) -> tuple[Mixing, int]:

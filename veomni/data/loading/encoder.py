@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from veomni.batch.split import SequenceShard
 from veomni.data.loading.options import Packing
-from veomni.data.sources.digests import digest, tokenizer_digest
+from veomni.data.sources.cache import digest, tokenizer_digest
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.chat_templates import find_chat_template
 from veomni.data.text.samples import SampleMaker, TextSamples

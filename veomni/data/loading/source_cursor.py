@@ -130,7 +130,7 @@ class SourceCursor:
     def _walk(self) -> Iterator[tuple[tuple[int, int, int], Document]]:
         """Yield records with their places from where progress stands, epoch after epoch."""
         epoch, unit, record = self.progress.epoch, self.progress.unit, self.progress.record
-        units, empty = self.source.units.of_shard(self.shard), 0
+        units, empty = self.plan.units[self.index].of_shard(self.shard), 0
         while self.limit is None or epoch < self.limit:
             empty += 1
             for at in range(unit, units):
@@ -144,13 +144,13 @@ class SourceCursor:
                 raise self._useless("is there")
 
     def _open(self, epoch: int, unit: int) -> tuple[Sequence[int] | Permutation, Records]:
-        source, plan = self.source, self.plan.order
+        source, units, plan = self.source, self.plan.units[self.index], self.plan.order
         chosen = self.shard + unit * plan.stream_shards
         if plan.shuffle:
             if self._order[0] != epoch:
-                self._order = epoch, Permutation(len(source.units), f"units of {source.name}", plan.seed, epoch)
+                self._order = epoch, Permutation(len(units), f"units of {source.name}", plan.seed, epoch)
             chosen = self._order[1][chosen]
-        records = source.units.open(chosen)
+        records = units.open(chosen)
         if not plan.shuffle or len(records) == 1:
             return range(len(records)), records
         return Permutation(len(records), f"records of {source.name}", plan.seed, epoch, chosen), records

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels
-from veomni.data.sources.digests import digest
+from veomni.data.sources.cache import digest
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)

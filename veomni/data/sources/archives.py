@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-from veomni.data.sources.files import decode
+from veomni.data.sources.blocks import Records
+from veomni.data.sources.files import decode, json_object
+from veomni.data.sources.locations import DataFile
 from veomni.data.sources.records import MEDIA_KEYS, Document
 from veomni.errors import DataError
+
+if TYPE_CHECKING:
+    from veomni.data.sources.schema import RecordSchema
 
 KEY = "__key__"
 """Field of a record that holds what its members' names have in common."""
@@ -23,94 +26,72 @@ _KINDS = {
     **dict.fromkeys(("wav", "flac", "mp3", "ogg", "m4a", "opus"), "audio"),
 }
 
-
-@dataclass
-class _Group:
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension: first byte, size
+_Members = dict[str, tuple[int, int]]  # extension: first byte, size
 
 
-class TarFile:
-    """An uncompressed tar archive as WebDataset lays them out, indexed once.
+def tar_archive(file: DataFile, schema: RecordSchema) -> Records:
+    """Return an uncompressed tar archive on this machine as WebDataset lays them out, indexed once.
 
     Neighbouring members whose paths agree up to the first dot of their name are one record. A ``json`` member gives the
     record's fields, ``txt`` its text, media the lists ``images``, ``videos`` and ``audios`` in the order of their
     members; any other member is bytes under its extension, and never unpickled.
 
-    Args:
-        path: The archive.
-        text_key: The field that a ``txt`` member is put in.
-        name: What messages call it; None for its path.
-
     Raises:
         DataError: it is no tar archive, is cut short, or a member is no plain file inside it.
     """
-
-    def __init__(self, path: Path, text_key: str, name: str | None = None) -> None:
-        self.files, self.text_key, self.name = (path,), text_key, name or str(path)
-        self._file = path.open("rb")
-        self._size = os.fstat(self._file.fileno()).st_size
-        self._groups: list[_Group] = []
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
-                for member in archive:
-                    self._index(member)
-        except tarfile.TarError as error:
-            raise DataError(
-                f"{self.name}: no tar archive: {error}", "the file is damaged or of another kind"
-            ) from error
-
-    def _index(self, member: tarfile.TarInfo) -> None:
-        where = f"{self.name}, member {member.name!r}"
-        parts = PurePosixPath(member.name).parts
-        if member.name.startswith("/") or "\\" in member.name or ".." in parts:
-            raise DataError(f"{where}: its path leads out of the archive", "make the archive again with plain names")
-        if member.isdir():
-            return
-        if not member.isreg() or member.issparse():
-            raise DataError(f"{where}: not a plain file", "leave links and devices out of the archive")
-        if member.offset_data + member.size > self._size:
-            raise DataError(f"{where}: the archive is cut short", "copy it again")
-        if parts[-1].startswith("."):
-            return
-        stem, _, extension = parts[-1].partition(".")
-        key = "/".join((*parts[:-1], stem))
-        if not self._groups or self._groups[-1].key != key:
-            self._groups.append(_Group(key))
-        members = self._groups[-1].members
-        if extension.lower() in members:
-            raise DataError(f"{where}: the record has two members of this extension", "give each another one")
-        members[extension.lower()] = (member.offset_data, member.size)
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, index: int) -> Document:
-        group = self._groups[index]
-        where = f"{self.name}, record {group.key!r}"
-        fields: dict[str, Any] = {}
-        media: dict[str, list[bytes]] = {}
-        for extension, (start, size) in group.members.items():
-            content = os.pread(self._file.fileno(), size, start)
-            if len(content) < size:
-                raise DataError(f"{where}: the archive is cut short", "copy it again")
-            kind = extension.rpartition(".")[2]
-            if kind in _KINDS:
-                media.setdefault(MEDIA_KEYS[_KINDS[kind]], []).append(content)
-            elif kind == "json":
-                fields |= _parsed(content, f"{where}, member .{extension}")
-            elif kind == "txt":
-                fields[self.text_key] = decode(content, f"{where}, member .{extension}")
-            else:
-                fields[extension] = content
-        return Document({**fields, **media, KEY: group.key}, where)
-
-
-def _parsed(content: bytes, where: str) -> Mapping[str, Any]:
+    opened = file.open()
+    groups: list[tuple[str, _Members]] = []
     try:
-        fields = json.loads(decode(content, where))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} (line {error.lineno})", "fix it") from error
-    if not isinstance(fields, Mapping):
-        raise DataError(f"{where}: a {type(fields).__name__}, not an object", "write one JSON object")
-    return fields
+        with tarfile.open(fileobj=opened, mode="r:") as archive:
+            for member in archive:
+                _index(member, groups, file)
+    except tarfile.TarError as error:
+        raise DataError(f"{file}: no tar archive: {error}", "the file is damaged or of another kind") from error
+
+    def read(index: int) -> Document:
+        key, members = groups[index]
+        where = f"{file}, record {key!r}"
+        contents = {name: os.pread(opened.fileno(), size, start) for name, (start, size) in members.items()}
+        if any(len(contents[name]) < size for name, (_, size) in members.items()):
+            raise DataError(f"{where}: the archive is cut short", "copy it again")
+        return Document({**_record(contents, where, schema.text_key), KEY: key}, where)
+
+    return Records(len(groups), read)
+
+
+def _index(member: tarfile.TarInfo, groups: list[tuple[str, _Members]], file: DataFile) -> None:
+    where, parts = f"{file}, member {member.name!r}", PurePosixPath(member.name).parts
+    if member.name.startswith("/") or "\\" in member.name or ".." in parts:
+        raise DataError(f"{where}: its path leads out of the archive", "make the archive again with plain names")
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        raise DataError(f"{where}: not a plain file", "leave links and devices out of the archive")
+    if member.offset_data + member.size > file.size:
+        raise DataError(f"{where}: the archive is cut short", "copy it again")
+    if parts[-1].startswith("."):
+        return
+    stem, _, extension = parts[-1].partition(".")
+    key, extension = "/".join((*parts[:-1], stem)), extension.lower()
+    if not groups or groups[-1][0] != key:
+        groups.append((key, {}))
+    members = groups[-1][1]
+    if extension in members:
+        raise DataError(f"{where}: the record has two members of this extension", "give each another one")
+    members[extension] = (member.offset_data, member.size)
+
+
+def _record(contents: Mapping[str, bytes], where: str, text_key: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    media: dict[str, list[bytes]] = {}
+    for extension, content in contents.items():
+        kind = extension.rpartition(".")[2]
+        if kind in _KINDS:
+            media.setdefault(MEDIA_KEYS[_KINDS[kind]], []).append(content)
+        elif kind == "json":
+            fields |= json_object(content, f"{where}, member .{extension}")
+        elif kind == "txt":
+            fields[text_key] = decode(content, f"{where}, member .{extension}")
+        else:
+            fields[extension] = content
+    return {**fields, **media}

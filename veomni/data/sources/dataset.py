@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from veomni.data.packing.order import hashed_uniform
-from veomni.data.sources.blocks import Blocks, RowGroups, SingleRecords
-from veomni.data.sources.cache import cache_directory
-from veomni.data.sources.digests import digest, file_digest
-from veomni.data.sources.files import ParquetFile, Source
+from veomni.data.sources.blocks import Records
+from veomni.data.sources.cache import cache_directory, digest, file_digest
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import Mixing, OpenedSource
-from veomni.data.sources.opening import open_sources
+from veomni.data.sources.opened import DocumentStream, Mixing, OpenedSource
+from veomni.data.sources.opening import find_data
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.errors import DataError
@@ -27,34 +26,32 @@ from veomni.logging import create_logger
 logger = create_logger(__name__)
 
 
-class IndexedDataset:
+class IndexedDataset(DocumentStream):
     """A map-style dataset: ``dataset[i]`` is a :class:`Document`, read on access.
 
+    As a stream, it is one source called ``data``, shuffled record by record; by row groups within Parquet files.
+
     Args:
-        files: What it is made of, in order.
-        indices: Which documents of ``files`` belong to it, ascending.
+        files: The files it is made of, in order, and their records.
+        indices: Which of their documents belong to it, ascending.
         schema: What its records hold, and in which fields.
     """
 
-    mixing = Mixing()
-
-    def __init__(self, files: Sequence[Source], indices: NDArray[np.int64], schema: RecordSchema) -> None:
-        self._files, self._indices, self.schema = files, indices, schema
-        self._offsets = np.array([0, *accumulate(len(file) for file in files)])
+    def __init__(self, files: Sequence[tuple[Path, Records]], indices: NDArray[np.int64], schema: RecordSchema) -> None:
+        self.schema, self.paths = schema, [path for path, _ in files]
+        self._records, self._indices = [records for _, records in files], indices
+        self._offsets = np.array([0, *accumulate(map(len, self._records))])
+        parts = zip(self._records, self._offsets, self._offsets[1:], strict=False)
+        blocks = [
+            records.blocks(indices[slice(*np.searchsorted(indices, [first, stop]))] - first)
+            for records, first, stop in parts
+        ]
+        super().__init__([OpenedSource("data", 1.0, schema, blocks, self._facts)], Mixing())
 
     @property
+    @override
     def indexed(self) -> IndexedDataset:
-        """The dataset itself: its documents can be read by index."""
         return self
-
-    @property
-    def sources(self) -> list[OpenedSource]:
-        """The dataset as one source called ``data``."""
-        return [self.source("data")]
-
-    def source(self, name: str, weight: float = 1.0) -> OpenedSource:
-        """Return the dataset as a source, shuffled record by record; by row groups within Parquet files."""
-        return OpenedSource(name, weight, self.schema, self._blocks(), self._facts)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -62,44 +59,16 @@ class IndexedDataset:
     def __getitem__(self, index: int) -> Document:
         position = int(self._indices[index])
         file = int(np.searchsorted(self._offsets, position, side="right")) - 1
-        return self.schema.converted(self._files[file][position - int(self._offsets[file])])
-
-    def __iter__(self) -> Iterator[Document]:
-        return (self[index] for index in range(len(self)))
-
-    @property
-    def files(self) -> list[Path]:
-        """All files the dataset is made of, in order."""
-        return [path for file in self._files for path in file.files]
-
-    def texts(self) -> Iterator[str]:
-        """Yield what a tokenizer is trained on: the text of every document, or of every message.
-
-        Raises:
-            DataError: a record lacks its field, or holds the wrong kind of value.
-        """
-        for document in self:
-            yield from self.schema.texts(document)
-
-    def fingerprint(self, cache_dir: Path) -> str:
-        """Return a digest of the files' contents, in order, of the chosen documents and of the schema."""
-        files = [file_digest(path, cache_dir) for path in self.files]
-        chosen = hashlib.blake2b(self._indices.tobytes(), digest_size=16).hexdigest()
-        return digest([files, chosen, *self.schema.facts()])
+        return self.schema.converted(self._records[file][position - int(self._offsets[file])])
 
     def _facts(self, cache_dir: Path) -> Mapping[str, Any]:
-        sizes = [path.stat().st_size for path in self.files]
-        return {"files": len(sizes), "bytes": sum(sizes), "digest": self.fingerprint(cache_dir)}
-
-    def _blocks(self) -> list[Blocks]:
-        blocks: list[Blocks] = []
-        for file, first, last in zip(self._files, self._offsets, self._offsets[1:], strict=False):
-            chosen = self._indices[slice(*np.searchsorted(self._indices, [first, last]))] - first
-            if isinstance(file, ParquetFile):
-                blocks.append(RowGroups(file.again, chosen))
-            else:
-                blocks.append(SingleRecords(file, chosen))
-        return blocks
+        files = [file_digest(path, cache_dir) for path in self.paths]
+        chosen = hashlib.blake2b(self._indices.tobytes(), digest_size=16).hexdigest()
+        return {
+            "files": len(files),
+            "bytes": sum(path.stat().st_size for path in self.paths),
+            "digest": digest([files, chosen, *self.schema.facts()]),
+        }
 
 
 def build_dataset(
@@ -131,8 +100,9 @@ def build_dataset(
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     schema, cache, names = schema or RecordSchema(), cache_directory(cache_dir), ", ".join(map(shown, paths))
-    files = [file for path in paths for file in open_sources(path, schema.text_key, schema.columns, cache)]
-    total = sum(len(file) for file in files)
+    found = [(file.kept_copy(cache), form) for path in paths for file, form in find_data(path, cache)]
+    files = [(Path(copy.place), form.read(copy, schema)) for copy, form in found]
+    total = sum(len(records) for _, records in files)
     if not total:
         raise DataError(f"{names or 'no path'}: no document in it", "give files with documents", "build_dataset.paths")
     indices = np.arange(total if max_documents is None else min(total, max_documents), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where data lies: files on this machine, or behind a URL that fsspec knows (s3, gs, http, hf, memory ...)."""
+"""Where data lies: files on this machine, or behind a URL that fsspec opens (s3, gs, http, hf, memory ...)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from veomni.data.sources.build_once import build_once
+from veomni.data.sources.cache import build_once, digest, lacks
 from veomni.errors import DataError
 from veomni.logging import create_logger
 
@@ -33,11 +33,13 @@ class DataFile:
         place: Path or URL, as it is opened.
         size: Bytes.
         relative: Its name within the directory that was given; what two copies of a data set have in common.
+        name: What messages call it; empty for its place.
     """
 
     place: str
     size: int
     relative: str
+    name: str = ""
 
     @property
     def path(self) -> Path | None:
@@ -50,13 +52,18 @@ class DataFile:
         return _COMPRESSED.get(PurePosixPath(self.relative).suffix.lower())
 
     @property
-    def suffix(self) -> str:
-        """The suffix of the data format, without that of compression."""
+    def plain(self) -> PurePosixPath:
+        """Its relative name without the suffix of compression."""
         name = PurePosixPath(self.relative)
-        return (name.with_suffix("") if self.compression else name).suffix.lower()
+        return name.with_suffix("") if self.compression else name
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the data format."""
+        return self.plain.suffix.lower()
 
     def __str__(self) -> str:
-        return shown(self.place)
+        return shown(self.name or self.place)
 
     def open(self) -> BinaryIO:
         """Open the file as it is, for reading; it can seek."""
@@ -65,11 +72,10 @@ class DataFile:
         system, path = _file_system(self.place)
         return _reading(lambda: system.open(path, "rb"), self.place)
 
-    def open_whole(self) -> BinaryIO:
-        """Open what is in it, decompressed, to be read once from start to end."""
-        import fsspec
-
-        return _reading(lambda: fsspec.open(self.place, "rb", compression=self.compression).open(), self.place)
+    def content(self) -> bytes:
+        """Return what is in it, decompressed."""
+        with self._open_decompressed() as file:
+            return _reading(file.read, self.place)
 
     def digest(self) -> str:
         """Return a digest of size and of samples of the content; of a URL, of the metadata of its file system."""
@@ -86,46 +92,43 @@ class DataFile:
                 hashed.update(file.read(_SAMPLE_BYTES))
         return hashed.hexdigest()
 
-    def copy_to(self, path: Path) -> None:
-        """Write what is in it, decompressed, to a file on this machine."""
-        with self.open_whole() as source, path.open("wb") as copy:
-            _reading(lambda: shutil.copyfileobj(source, copy, 1 << 22), self.place)
-
-    def kept_copy(self, cache_dir: Path) -> Path:
+    def kept_copy(self, cache_dir: Path) -> DataFile:
         """Return a copy on this machine that stays in ``cache_dir``, made once; the file itself if it needs none."""
         if self.path is not None and self.compression is None:
-            return self.path
-        name = hashlib.blake2b(f"{self.place}\n{self.digest()}".encode(), digest_size=16).hexdigest()
-        file = PurePosixPath(self.relative).name
-        file = file[: -len(PurePosixPath(file).suffix)] if self.compression else file
+            return self
+        directory = cache_dir / "files" / digest([self.place, self.digest()])
 
-        def fetch(directory: Path) -> None:
+        def fetch(empty: Path) -> None:
             logger.info("copying %s to %s", self, cache_dir)
-            self.copy_to(directory / file)
+            self._copy_to(empty / self.plain.name)
 
-        build_once(
-            cache_dir / "files" / name, fetch, lambda found: None if (found / file).is_file() else "file missing"
-        )
-        return cache_dir / "files" / name / file
+        build_once(directory, fetch, lacks(self.plain.name))
+        return self._copied(directory / self.plain.name)
 
-    def passing_copy(self, use: Callable[[Path], T]) -> T:
+    def passing_copy(self, use: Callable[[DataFile], T]) -> T:
         """Return what ``use`` makes of a copy on this machine that is removed at once: it must keep the file open."""
         if self.path is not None and self.compression is None:
-            return use(self.path)
+            return use(self)
         with tempfile.TemporaryDirectory(prefix="veomni-") as directory:
-            copy = Path(directory) / f"data{self.suffix}"
-            self.copy_to(copy)
-            return use(copy)
+            self._copy_to(path := Path(directory) / f"data{self.suffix}")
+            return use(self._copied(path))
+
+    def _copied(self, path: Path) -> DataFile:
+        return DataFile(str(path), path.stat().st_size, self.plain.as_posix(), str(self))
+
+    def _copy_to(self, path: Path) -> None:
+        with self._open_decompressed() as source, path.open("wb") as copy:
+            _reading(lambda: shutil.copyfileobj(source, copy, 1 << 22), self.place)
+
+    def _open_decompressed(self) -> BinaryIO:
+        import fsspec
+
+        return _reading(lambda: fsspec.open(self.place, "rb", compression=self.compression).open(), self.place)
 
 
 def is_url(path: str) -> bool:
     """Whether a path is one that fsspec opens; ``file://`` is a path on this machine."""
     return "://" in path and not path.startswith("file://")
-
-
-def local_path(path: str) -> Path:
-    """Return a path on this machine as one, without ``file://``."""
-    return Path(path.removeprefix("file://")).expanduser()
 
 
 def shown(place: str) -> str:
@@ -151,24 +154,23 @@ def remote_files(url: str) -> list[DataFile]:
 
     def listed() -> dict[str, Any]:
         if "*" in path:
-            found: dict[str, Any] = system.glob(path, detail=True)
-            return found
+            matching: dict[str, Any] = system.glob(path, detail=True)
+            return matching
         facts = system.info(path)
         return {path: facts} if facts["type"] == "file" else system.find(path, detail=True)
 
-    found = {name: facts for name, facts in _reading(listed, url).items() if facts["type"] == "file"}
+    found = {name: facts for name, facts in sorted(_reading(listed, url).items()) if facts["type"] == "file"}
     if not found:
         raise DataError(f"{shown(url)}: no file there", "correct the URL")
-    unsized = [name for name, facts in found.items() if not isinstance(facts.get("size"), int)]
-    if unsized:
-        raise DataError(f"{shown(url)}: the server does not say how large {unsized[0]} is", "download it, give a path")
     root = path if len(found) > 1 and "*" not in path else path.rpartition("/")[0]
-    query = urlsplit(url).query and len(found) == 1  # a signed URL is kept as it is
-    return [
-        DataFile(url if query else system.unstrip_protocol(name), facts["size"],
-                 name.removeprefix(root).lstrip("/").partition("?")[0])
-        for name, facts in sorted(found.items())
-    ]  # fmt: skip
+    signed = urlsplit(url).query and len(found) == 1
+    files = []
+    for name, facts in found.items():
+        if not isinstance(facts.get("size"), int):
+            raise DataError(f"{shown(url)}: the server does not say how large {name} is", "download it, give a path")
+        relative = name.removeprefix(root).lstrip("/").partition("?")[0]
+        files.append(DataFile(url if signed else system.unstrip_protocol(name), facts["size"], relative))
+    return files
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from veomni.data.sources.blocks import stream_blocks
-from veomni.data.sources.cache import cache_directory
+from veomni.data.sources.cache import cache_directory, digest
 from veomni.data.sources.dataset import build_dataset
-from veomni.data.sources.digests import digest
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import Mixing, OpenedSource
+from veomni.data.sources.opened import DocumentStream, Mixing, OpenedSource
 from veomni.data.sources.opening import find_data
-from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.errors import ConfigError, DataError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
+
+_OPENED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -51,43 +50,6 @@ class DataSource:
         return self.name or ", ".join(map(shown, self.paths))
 
 
-class Mixture:
-    """A dataset that is read as a stream: one or several sources, mixed by weight.
-
-    Args:
-        sources: What is mixed.
-        mixing: How.
-
-    Raises:
-        ConfigError: two sources have one name, or weights sum to zero.
-    """
-
-    indexed = None
-
-    def __init__(self, sources: Sequence[OpenedSource], mixing: Mixing | None = None) -> None:
-        self.sources, self.mixing = list(sources), mixing or Mixing()
-        names = [source.name for source in self.sources]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"two sources are called {twice!r}", "give each its own name")
-        _check_weights({source.name: source.weight for source in self.sources})
-
-    def __iter__(self) -> Iterator[Document]:
-        """Yield all documents once, source by source, in order."""
-        for source in self.sources:
-            yield from source
-
-    def texts(self) -> Iterator[str]:
-        """Yield what a tokenizer is trained on, source by source."""
-        for source in self.sources:
-            for document in source:
-                yield from source.schema.texts(document)
-
-    def fingerprint(self, cache_dir: Path) -> dict[str, Any]:
-        """Return, by source, what changes when it does."""
-        return {source.name: dict(source.fingerprint(cache_dir)) for source in self.sources}
-
-
 def build_mixture(
     sources: Sequence[DataSource],
     *,
@@ -95,7 +57,7 @@ def build_mixture(
     sampling: str = "sample",
     stopping_strategy: str = "repeat",
     cache_dir: str | Path | None = None,
-) -> Mixture:
+) -> DocumentStream:
     """Return one or several sources as a stream.
 
     Args:
@@ -111,43 +73,45 @@ def build_mixture(
         ConfigError: an option is unknown, two sources have one name, or weights sum to zero.
         DataError: a source cannot be read.
     """
-    mixing = Mixing(sampling, stopping_strategy)
-    _check_weights({source.label: source.weight for source in sources})
-    opened = [_streamed(source, cache_dir) if streaming else _indexed(source, cache_dir) for source in sources]
+    mixing, cache = Mixing(sampling, stopping_strategy), cache_directory(cache_dir)
+    _check(sources)
+    opened = [_streamed(source, cache) if streaming else _indexed(source, cache) for source in sources]
     for source in opened:
         logger.info_rank0("source %s: weight %s by %s", source.name, source.weight, sampling)
-    return Mixture(opened, mixing)
+    return DocumentStream(opened, mixing)
 
 
-def _check_weights(weights: Mapping[str, float]) -> None:
-    if not weights:
+def _check(sources: Sequence[DataSource]) -> None:
+    if not sources:
         raise ConfigError("no source to mix", "name a source")
-    for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"source {name!r} has weight {weight}", "give a number of at least 0")
-    if not any(weights.values()):
+    labels = [source.label for source in sources]
+    for source in sources:
+        if labels.count(source.label) > 1:
+            raise ConfigError(f"two sources are called {source.label!r}", "give each its own name")
+        if not (math.isfinite(source.weight) and source.weight >= 0):
+            raise ConfigError(f"source {source.label!r} has weight {source.weight}", "give a number of at least 0")
+    if not any(source.weight for source in sources):
         raise ConfigError("the weights of the sources sum to zero", "give one source a weight above 0")
 
 
-def _indexed(source: DataSource, cache_dir: str | Path | None) -> OpenedSource:
-    dataset, _ = build_dataset(source.paths, source.schema, cache_dir=cache_dir)
-    return dataset.source(source.label, source.weight)
+def _indexed(source: DataSource, cache: Path) -> OpenedSource:
+    dataset, _ = build_dataset(source.paths, source.schema, cache_dir=cache)
+    return replace(dataset.sources[0], name=source.label, weight=source.weight)
 
 
-def _streamed(source: DataSource, cache_dir: str | Path | None) -> OpenedSource:
+def _streamed(source: DataSource, cache: Path) -> OpenedSource:
     """Open a source none of whose files is read whole before it is needed; its first record is checked."""
-    schema, cache = source.schema, cache_directory(cache_dir)
-    found = [find_data(path, cache) for path in source.paths]
-    blocks = [block for one in found for block in stream_blocks(one, schema.text_key, schema.columns)]
-    files = [file for one in found for file in one.files]
+    found = [named for path in source.paths for named in find_data(path, cache)]
+    with ThreadPoolExecutor(_OPENED_TOGETHER) as threads:
+        blocks = list(threads.map(lambda named: named[1].blocks(named[0], source.schema), found))
 
     def fingerprint(cache_dir: Path) -> dict[str, Any]:
-        digests = [[file.relative, file.size, file.digest()] for file in files]
-        return {"files": len(files), "bytes": sum(file.size for file in files), "digest": digest(digests)}
+        digests = [[file.relative, file.size, file.digest()] for file, _ in found]
+        return {"files": len(found), "bytes": sum(file.size for file, _ in found), "digest": digest(digests)}
 
-    opened = OpenedSource(source.label, source.weight, schema, blocks, fingerprint)
-    first = next(islice(opened, 1), None)
+    opened = OpenedSource(source.label, source.weight, source.schema, blocks, fingerprint)
+    first = next(iter(opened), None)
     if first is None:
         raise DataError(f"{opened.name}: no document in it", "point it at data, or leave the source out")
-    schema.check(first)
+    source.schema.check(first)
     return opened

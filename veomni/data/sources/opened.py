@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veomni.data.sources.blocks import Blocks, all_records
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.errors import ConfigError
 from veomni.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from veomni.data.sources.dataset import IndexedDataset
 
 SAMPLING = ("sample", "token")
 STOPPING_STRATEGIES = ("repeat", "first_exhausted", "all_exhausted", "once")
@@ -62,14 +66,43 @@ class OpenedSource:
         return map(self.schema.converted, all_records(self.blocks))
 
 
+class DocumentStream:
+    """Documents of one or several sources.
+
+    Args:
+        sources: What is read, each with its weight and the schema of its records.
+        mixing: How the sources become one stream.
+    """
+
+    def __init__(self, sources: Sequence[OpenedSource], mixing: Mixing) -> None:
+        self.sources, self.mixing = sources, mixing
+
+    @property
+    def indexed(self) -> IndexedDataset | None:
+        """The same documents by index; None where they can only be streamed."""
+        return None
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield all documents once, source by source, in order."""
+        for source in self.sources:
+            yield from source
+
+    def texts(self) -> Iterator[str]:
+        """Yield what a tokenizer is trained on: the text of every document, or of every message.
+
+        Raises:
+            DataError: a record lacks its field, or holds the wrong kind of value.
+        """
+        for source in self.sources:
+            for document in source:
+                yield from source.schema.texts(document)
+
+    def fingerprint(self, cache_dir: Path) -> dict[str, dict[str, Any]]:
+        """Return, by source, what changes when it does, as JSON can hold it."""
+        return {source.name: dict(source.fingerprint(cache_dir)) for source in self.sources}
+
+
 def in_turn(sources: Sequence[OpenedSource]) -> Iterator[tuple[OpenedSource, Document]]:
     """Yield all documents once, one of each source after another, with their source."""
-    readers = {source.name: iter(source) for source in sources}
-    while readers:
-        for source in sources:
-            if source.name in readers:
-                document = next(readers[source.name], None)
-                if document is None:
-                    del readers[source.name]
-                else:
-                    yield source, document
+    for turn in zip_longest(*(zip(repeat(source), source, strict=False) for source in sources)):
+        yield from (named for named in turn if named is not None)

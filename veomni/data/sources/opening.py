@@ -1,116 +1,102 @@
-"""From a path or URL to the files and sources it stands for."""
+"""From a path or URL to the files it stands for, and how each is read: one table of file formats."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from weakref import WeakValueDictionary
 
-from veomni.data.sources.archives import TarFile
+from veomni.data.sources.archives import tar_archive
+from veomni.data.sources.blocks import Blocks, Records
 from veomni.data.sources.corpora import CORPORA, PYTHON_STDLIB, corpus_files
-from veomni.data.sources.files import ArrowFile, JsonArray, JsonLines, ParquetFile, SavedDataset, Source, TextFiles
-from veomni.data.sources.locations import DataFile, is_url, local_file, local_path, remote_files, shown
+from veomni.data.sources.files import json_array, json_lines, json_ranges, text_file
+from veomni.data.sources.locations import DataFile, is_url, local_file, remote_files, shown
+from veomni.data.sources.schema import RecordSchema
+from veomni.data.sources.tables import ParquetFile, arrow_table
 from veomni.errors import DataError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
-TABLES = frozenset({".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".tar"})
-"""Suffixes of files that hold many records; a ``.json`` file does where nothing else is there."""
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How files are read.
+
+    Attributes:
+        read: Returns the records of an uncompressed file on this machine.
+        split: Returns the blocks of an uncompressed file that is not copied; None where it must be on this machine.
+        splits_remote: Whether ``split`` can do so where the file is behind a URL.
+    """
+
+    read: Callable[[DataFile, RecordSchema], Records]
+    split: Callable[[DataFile, RecordSchema], Blocks] | None = None
+    splits_remote: bool = True
+
+    def blocks(self, file: DataFile, schema: RecordSchema) -> Blocks:
+        """Return what a stream reads of a file: its blocks, or all of it when it is needed."""
+        if self is TEXT:
+            return Blocks(1, lambda _: self.read(file, schema))
+        if self.split and not file.compression and (self.splits_remote or file.path):
+            return self.split(file, schema)
+        shared: WeakValueDictionary[int, Records] = WeakValueDictionary()  # by process; a copy stays while it is read
+
+        def open_(_: int) -> Records:
+            records = shared.get(os.getpid())
+            if records is None:
+                records = shared[os.getpid()] = file.passing_copy(lambda copy: self.read(copy, schema))
+            return records
+
+        return Blocks(1, open_)
+
+
+TEXT = FileFormat(text_file)
+_LINES = FileFormat(json_lines, json_ranges)
+_ARROW = FileFormat(arrow_table, lambda file, schema: arrow_table(file, schema).blocks(), splits_remote=False)
+_PARQUET = FileFormat(ParquetFile, lambda file, schema: ParquetFile(file, schema).blocks())
+TABLES = {
+    ".jsonl": _LINES, ".ndjson": _LINES, ".parquet": _PARQUET, ".arrow": _ARROW, ".feather": _ARROW,
+    ".tar": FileFormat(tar_archive),
+}  # fmt: skip
+"""Suffixes of files that hold many records."""
+
+_TABLES_ALONE = {**TABLES, ".json": FileFormat(json_array)}  # JSON is a table where nothing else is there
 
 _UNSUPPORTED = frozenset({".csv", ".tsv", ".xlsx", ".xls"})
 """Suffixes of tables that would be read as one plain text each."""
 
 
-@dataclass(frozen=True)
-class FoundData:
-    """What a path stands for.
-
-    Attributes:
-        files: Its files, in order.
-        tables: Whether they hold records; otherwise each is one text.
-        saved: The directory, if it is a Hugging Face dataset on this machine.
-    """
-
-    files: list[DataFile]
-    tables: bool
-    saved: Path | None = None
-
-
-def find_data(path: str, cache_dir: Path) -> FoundData:
-    """Return the files that a path, a directory, a URL or the name of a built-in corpus stands for.
+def find_data(path: str, cache_dir: Path) -> list[tuple[DataFile, FileFormat]]:
+    """Return the files that a path stands for, in order, each with its format.
 
     Args:
-        path: One of these.
+        path: A file, a directory, a saved Hugging Face dataset, a URL, or the name of a built-in corpus.
         cache_dir: Where built-in corpora are kept.
 
     Raises:
-        DataError: nothing is there.
+        DataError: nothing is there, or it cannot be used.
     """
     if path in CORPORA:
         files = [local_file(file) for file in corpus_files(path, cache_dir)]
-        return FoundData(files, tables=path != PYTHON_STDLIB)
+        return [(file, TEXT if path == PYTHON_STDLIB else _LINES) for file in files]
     if is_url(path):
         return _chosen(remote_files(path), path)
-    location = local_path(path)
+    location = Path(path.removeprefix("file://")).expanduser()
     if not location.exists():
         raise DataError(f"{path} does not exist", f"give an existing file or directory, or one of {', '.join(CORPORA)}")
     if location.is_file():
         return _chosen([local_file(location)], path)
-    found = sorted(file for file in location.rglob("*") if file.is_file())
-    if (location / "state.json").is_file() or (location / "dataset_dict.json").is_file():
-        arrow = [local_file(file, location) for file in found if file.suffix == ".arrow"]
-        return FoundData(arrow, tables=True, saved=location)
-    return _chosen([local_file(file, location) for file in found], path)
+    return _chosen([local_file(file, location) for file in sorted(location.rglob("*")) if file.is_file()], path)
 
 
-def open_sources(path: str, text_key: str, keys: Sequence[str], cache_dir: Path) -> list[Source]:
-    """Return a path's files as sequences of records.
-
-    Args:
-        path: A file, a directory, a URL, or the name of a built-in corpus.
-        text_key: The field that the text of plain text files is put in.
-        keys: The columns that are read from tables.
-        cache_dir: Where copies of remote and compressed files are kept, and built-in corpora.
-
-    Raises:
-        DataError: it is not there, or cannot be read.
-    """
-    found = find_data(path, cache_dir)
-    if found.saved is not None:
-        return [SavedDataset(found.saved, keys)]
-    copies = [file.kept_copy(cache_dir) for file in found.files]
-    if not found.tables:
-        return [TextFiles(copies, text_key)]
-    return [
-        open_file(copy, text_key, keys, None if copy == file.path else str(file))
-        for copy, file in zip(copies, found.files, strict=True)
-    ]
-
-
-def open_file(path: Path, text_key: str, keys: Sequence[str], name: str | None = None) -> Source:
-    """Return a file of records as a sequence; ``name`` is what messages call it, None for its path."""
-    match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            return JsonLines(path, name)
-        case ".json":
-            return JsonArray(path, name)
-        case ".parquet":
-            return ParquetFile(path, keys, name)
-        case ".arrow" | ".feather":
-            return ArrowFile(path, keys, name)
-        case ".tar":
-            return TarFile(path, text_key, name)
-        case _:
-            return TextFiles([path], text_key)
-
-
-def _chosen(found: list[DataFile], path: str) -> FoundData:
+def _chosen(found: list[DataFile], path: str) -> list[tuple[DataFile, FileFormat]]:
     """Keep only the tables if there are any, else all but the hidden files."""
-    saved = next((file for file in found if file.relative == "state.json"), None)
-    if saved is not None:
-        return FoundData(_listed(saved, found), tables=True)
+    by_name = {file.relative: file for file in found}
+    if "state.json" in by_name or "dataset_dict.json" in by_name:
+        return [(file, _ARROW) for file in _saved(by_name, path)]
     visible = [file for file in found if not any(part.startswith(".") for part in PurePosixPath(file.relative).parts)]
     visible = visible if len(found) > 1 else found
     chosen = [file for file in visible if file.suffix in TABLES] or visible
@@ -121,16 +107,19 @@ def _chosen(found: list[DataFile], path: str) -> FoundData:
     if len(chosen) < len(found):
         example = next(file for file in found if file not in set(chosen))
         logger.info_rank0("%s: %s files are not data and ignored (%s)", shown(path), len(found) - len(chosen), example)
-    tables = bool(chosen) and all(file.suffix in TABLES | {".json"} for file in chosen)
-    return FoundData(chosen, tables)
+    tables = all(file.suffix in _TABLES_ALONE for file in chosen)
+    return [(file, _TABLES_ALONE[file.suffix] if tables else TEXT) for file in chosen]
 
 
-def _listed(state: DataFile, found: Sequence[DataFile]) -> list[DataFile]:
-    """Return the files of a remote Hugging Face dataset in the order it says."""
-    by_name = {file.relative: file for file in found}
+def _saved(by_name: Mapping[str, DataFile], path: str) -> list[DataFile]:
+    """Return the files of a dataset that the library `datasets` has saved, in the order of its state."""
+    splits = by_name.get("dataset_dict.json")
+    state = splits or by_name["state.json"]
     try:
-        with state.open() as file:
-            names = [str(entry["filename"]) for entry in json.load(file)["_data_files"]]
-        return [by_name[name] for name in names]
+        read = json.loads(state.content())
+        if splits is None:
+            return [by_name[entry["filename"]] for entry in read["_data_files"]]
+        named = ", ".join(f"{shown(path)}/{split}" for split in read["splits"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{state}: not the state of a saved dataset: {error!r}", "save the dataset again") from error
+    raise DataError(f"{shown(path)} holds several splits", f"name one of: {named}")

@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veomni.data.protocols import DocumentStream
-from veomni.data.sources.build_once import build_once
-from veomni.data.sources.cache import cache_directory
-from veomni.data.sources.digests import digest
+from veomni.data.sources.cache import build_once, cache_directory, digest, lacks
+from veomni.data.sources.opened import DocumentStream
 from veomni.data.text.chat_templates import CHAT_TEMPLATES
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
@@ -44,7 +42,7 @@ def cached_byte_bpe(dataset: DocumentStream, vocab_size: int, cache_dir: str | P
     def build(empty: Path) -> None:
         train_byte_bpe(dataset.texts(), vocab_size).save_pretrained(empty)
 
-    build_once(directory, build, lambda built: None if (built / "tokenizer.json").is_file() else "no tokenizer.json")
+    build_once(directory, build, lacks("tokenizer.json"))
     return directory
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veomni.data.data_type import Encoded, EncodeOptions
-from veomni.data.protocols import Documents
-from veomni.data.sources.build_once import build_once
-from veomni.data.sources.digests import digest, tokenizer_digest
+from veomni.data.sources.cache import build_once, digest, tokenizer_digest
+from veomni.data.sources.dataset import IndexedDataset
 from veomni.data.sources.records import Document
 from veomni.data.text.chat_templates import find_chat_template
 from veomni.data.text.token_weights import TokenWeights, token_weights
@@ -91,7 +90,7 @@ class TokenizedDocuments:
 
 
 def tokenize(
-    dataset: Documents, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, chat_template: str | None = None
+    dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, cache_dir: Path, chat_template: str | None = None
 ) -> tuple[TokenizedDocuments, dict[str, str]]:
     """Return a dataset's tokenized documents, from ``cache_dir`` if they are there.
 
@@ -111,7 +110,7 @@ def tokenize(
     """
     template = find_chat_template(chat_template, tokenizer) if dataset.schema.type.renders else ""
     digests = {
-        "documents": dataset.fingerprint(cache_dir),
+        "documents": digest(dataset.fingerprint(cache_dir)),
         "tokenizer": tokenizer_digest(tokenizer),
         "chat template": digest(template),
     }
@@ -121,7 +120,9 @@ def tokenize(
     return TokenizedDocuments(directory), digests
 
 
-def _write(directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions) -> None:
+def _write(
+    directory: Path, dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+) -> None:
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     lengths, source, weighted, some_masked, stored = [], [], [], False, 0
@@ -165,7 +166,7 @@ def _write(directory: Path, dataset: Documents, tokenizer: PreTrainedTokenizerBa
 
 
 def _encoded(
-    dataset: Documents, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
 ) -> Iterator[tuple[int, Encoded]]:
     encode = dataset.schema.type.encode
     assert encode is not None, "only types that encode text are tokenized"

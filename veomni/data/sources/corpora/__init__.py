@@ -1,37 +1,38 @@
-"""Data that needs no download, by a name that is written in place of a path.
-
-Small enough to learn in minutes on a CPU: what the examples train on.
-"""
+"""Data that needs no download, by a name that is written in place of a path: what the examples train on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from veomni.data.sources.build_once import build_once
+from veomni.data.sources.cache import build_once, lacks
 from veomni.data.sources.corpora.handwritten_digits import digit_drawings, handwritten_digits
 from veomni.data.sources.corpora.keypad_tones import keypad_tones
 from veomni.data.sources.corpora.number_words import number_words
 from veomni.data.sources.corpora.python_stdlib import python_stdlib_files
-from veomni.data.sources.corpora.records_file import RECORDS, write_records
 
 PYTHON_STDLIB = "python-stdlib"
 
-_MADE: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+Turn = tuple[Any, Any, dict[str, bytes]]
+"""A question, its answer, and the content of media by the field of the record that lists them."""
+
+_MADE: dict[str, Callable[[str], Iterator[Turn]]] = {
     "handwritten-digits": handwritten_digits,
     "digit-drawings": digit_drawings,
     "keypad-tones": keypad_tones,
     "number-words": number_words,
 }
-_PARTS = ("train", "test")
 _FORMAT = 1  # to be raised when what is made changes: it is kept under this number
-CORPORA = (PYTHON_STDLIB, *(f"{name}-{part}" for name in _MADE for part in _PARTS))
+_RECORDS = "records.jsonl"
+CORPORA = (PYTHON_STDLIB, *(f"{name}-{part}" for name in _MADE for part in ("train", "test")))
 """Names of all built-in data."""
 
 
 def corpus_files(name: str, cache_dir: Path) -> list[Path]:
-    """Return the files of built-in data; conversations are written once, by whichever process comes first.
+    """Return the files of built-in data; conversations are written once, with their media inside as base64.
 
     Args:
         name: One of :data:`CORPORA`.
@@ -46,7 +47,14 @@ def corpus_files(name: str, cache_dir: Path) -> list[Path]:
     directory = cache_dir / "corpora" / str(_FORMAT) / name
 
     def build(empty: Path) -> None:
-        write_records(_MADE[kind](part), empty)
+        lines = (json.dumps(_record(*turn), ensure_ascii=False) for turn in _MADE[kind](part))
+        (empty / _RECORDS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
-    build_once(directory, build, lambda built: None if (built / RECORDS).is_file() else f"no {RECORDS}")
-    return [directory / RECORDS]
+    build_once(directory, build, lacks(_RECORDS))
+    return [directory / _RECORDS]
+
+
+def _record(question: Any, answer: Any, media: dict[str, bytes]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    held = {field: [{"base64": base64.b64encode(content).decode()}] for field, content in media.items()}
+    return {"messages": messages, **held}

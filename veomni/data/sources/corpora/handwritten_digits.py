@@ -7,45 +7,33 @@ pixels in 17 shades, by 13 writers. Every fifth scan is held out.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
-from veomni.data.sources.corpora.records_file import inline, question_answer
 from veomni.errors import MissingExtraError
 
 _HELD_OUT = 5
 _SHADES = 16
 
 
-def handwritten_digits(part: str) -> list[dict[str, Any]]:
-    """Return the records of ``train`` or ``test``.
+def handwritten_digits(part: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Yield question, answer and image of the records of ``train`` or ``test``.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    return [
-        {
-            "messages": question_answer("<image>Which digit is this?", str(digit)),
-            "images": [inline(_png(shades.reshape(8, 8) / _SHADES))],
-        }
-        for shades, digit in _scans(part)
-    ]
+    for shades, digit in _scans(part):
+        yield "<image>Which digit is this?", str(digit), {"images": _png(shades.reshape(8, 8) / _SHADES)}
 
 
-def digit_drawings(part: str) -> list[dict[str, Any]]:
-    """Return the same scans as answers, to be drawn: 64 codes of 17 shades, row by row.
+def digit_drawings(part: str) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, bytes]]]:
+    """Yield the same scans as answers, to be drawn: 64 codes of 17 shades, row by row.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"Draw the digit {digit}."},
-                {"role": "assistant", "content": [{"type": "codes", "codes": shades.astype(int).tolist()}]},
-            ]
-        }
-        for shades, digit in _scans(part)
-    ]
+    for shades, digit in _scans(part):
+        yield f"Draw the digit {digit}.", [{"type": "codes", "codes": shades.astype(int).tolist()}], {}
 
 
 def _scans(part: str) -> list[tuple[Any, int]]:

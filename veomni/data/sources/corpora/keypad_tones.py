@@ -8,12 +8,11 @@ second (G.711).
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veomni.data.sources.corpora.records_file import inline, question_answer
 from veomni.errors import MissingExtraError
 
 KEYS = ("123", "456", "789", "*0#")
@@ -23,21 +22,18 @@ _SIZES = {"train": 3000, "test": 300}
 _SEEDS = {"train": 1, "test": 2}
 
 
-def keypad_tones(part: str) -> list[dict[str, Any]]:
-    """Return the records of ``train`` or ``test``.
+def keypad_tones(part: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Yield question, answer and sound of the records of ``train`` or ``test``.
 
     Raises:
         MissingExtraError: soundfile is not installed.
     """
     random = np.random.default_rng(_SEEDS[part])
-    return [_record(random) for _ in range(_SIZES[part])]
-
-
-def _record(random: np.random.Generator) -> dict[str, Any]:
-    key = str(random.choice(list("".join(KEYS))))
-    wave = np.concatenate([_pause(random), _tone(key, random), _pause(random)])
-    wave += random.standard_normal(len(wave)) * 10 ** (-random.uniform(0, 20) / 20)
-    return {"messages": question_answer("<audio>Which key was pressed?", key), "audios": [inline(_wav(wave))]}
+    for _ in range(_SIZES[part]):
+        key = str(random.choice(list("".join(KEYS))))
+        wave = np.concatenate([_pause(random), _tone(key, random), _pause(random)])
+        wave += random.standard_normal(len(wave)) * 10 ** (-random.uniform(0, 20) / 20)
+        yield "<audio>Which key was pressed?", key, {"audios": _wav(wave)}
 
 
 def _tone(key: str, random: np.random.Generator) -> NDArray[np.float64]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from veomni.data.sources.corpora.records_file import question_answer
+from collections.abc import Iterator
 
 _BELOW_TWENTY = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -15,10 +13,11 @@ _HELD_OUT = 200
 _STEP = 7919  # a prime: numbers far apart are held out, with every last digit
 
 
-def number_words(part: str) -> list[dict[str, Any]]:
-    """Return the records of ``train`` or ``test``."""
-    chosen = [number for number in range(1000) if (number * _STEP % 1000 < _HELD_OUT) == (part == "test")]
-    return [{"messages": question_answer(f"How is {number} said?", _words(number))} for number in chosen]
+def number_words(part: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Yield question and answer of the records of ``train`` or ``test``."""
+    for number in range(1000):
+        if (number * _STEP % 1000 < _HELD_OUT) == (part == "test"):
+            yield f"How is {number} said?", _words(number), {}
 
 
 def _words(number: int) -> str:
