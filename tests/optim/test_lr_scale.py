@@ -66,7 +66,7 @@ def test_all_rates_appear():
 
 
 @pytest.mark.parametrize(
-    ("rates", "message"), [({"layres.0": 0.5}, "did you mean"), ({"layers.0": 0.0}, "factor above 0")]
+    ("rates", "message"), [({"layres.0": 0.5}, "did you mean"), ({"layers.0": 0.0}, "greater than 0")]
 )
 def test_wrong_rates_are_refused(rates, message):
     with pytest.raises(ConfigError, match=message):

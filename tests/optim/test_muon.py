@@ -27,7 +27,7 @@ from tests.optim.layouts import (
 from veomni.errors import ConfigError, ModelError
 from veomni.optim import MultiOptimizer, Muon, build_optimizer, hidden_matrices, matrix_owners
 from veomni.optim.matrix_owners import Matrix
-from veomni.optim.newton_schulz import orthogonalize
+from veomni.optim.muon import orthogonalize
 from veomni.testing.ranks import RankFailed, run_ranks
 
 OPTIONS = {

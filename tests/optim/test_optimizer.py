@@ -128,3 +128,21 @@ def test_the_section_of_a_configuration_has_the_defaults_of_the_function() -> No
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"(?s)no optimizer is called 'adam'.*did you mean 'adamw'"):
         build_optimizer(model(), name="adam", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("adamw", {"lr": "1e-3"}, r"(?s)lr is '1e-3'.*valid number"),
+        ("adamw", {"lr": -1.0}, r"(?s)lr is -1.0.*greater than or equal to 0"),
+        ("sgd", {"momentum": 1.0}, r"(?s)momentum is 1.0.*less than 1"),
+        ("adamw", {"no_decay": "norm"}, "no_decay is 'norm'"),
+        ("muon", {"momentun": 0.9}, r"(?s)momentun is not a key.*did you mean 'momentum'"),
+        (torch.optim.AdamW, {"lr": "1e-3"}, "the optimizer AdamW: .*str"),
+        (torch.optim.AdamW, {"momentum": 0.9}, "the optimizer AdamW: .*momentum"),
+        (torch.optim.AdamW, {"weight_decay": "0.1"}, "weight_decay is '0.1'"),
+    ],
+)
+def test_options_of_a_wrong_name_type_or_range_are_refused(name, wrong, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(model(), name, **wrong)

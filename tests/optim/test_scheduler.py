@@ -137,14 +137,23 @@ def test_a_run_resumed_with_more_steps_follows_the_longer_schedule() -> None:
     assert longer.param_groups[0]["lr"] == pytest.approx(PEAKS[0] * closed_form(11, "cosine", 100, 4, 0.1), rel=1e-12)
 
 
-@pytest.mark.parametrize("warmup", [-1, 31])
-def test_a_warm_up_longer_than_the_run_is_refused(warmup) -> None:
-    with pytest.raises(ConfigError, match=r"warmup_steps is .* 30 steps"):
-        start(warmup_steps=warmup)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"warmup_steps": 31}, r"warmup_steps is 31 in a run of 30 steps"),
+        ({"warmup_steps": -1}, r"(?s)warmup_steps is -1.*greater than or equal to 0"),
+        ({"warmup_ratio": "0.1"}, r"(?s)warmup_ratio is '0.1'.*valid number"),
+        ({"min_lr_ratio": 1.5}, r"(?s)min_lr_ratio is 1.5.*less than or equal to 1"),
+        ({"min_lr": 0.1}, r"(?s)min_lr is not a key.*did you mean 'min_lr_ratio'"),
+    ],
+)
+def test_wrong_options_are_refused(wrong, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start(**wrong)
 
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         start(name="cosin")
-    with pytest.raises(ConfigError, match=r"(?s)decay_shape.*did you mean 'sqrt'"):
+    with pytest.raises(ConfigError, match=r"(?s)decay_shape is 'sqr'.*'sqrt'"):
         start(name="wsd", decay_shape="sqr")

@@ -13,15 +13,16 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, create_model
+from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from veomni.config.base import PathText, Section
-from veomni.config.problems import Problem
+from veomni.config.problems import Problem, explain, raise_problems
 from veomni.errors import ConfigError
 
+S = TypeVar("S", bound=Section)
 _SCALARS = (int, float, str, bool, type(None))
 _ARGUMENT = re.compile(r"^    (\w+)(?: \([^)]*\))?: ?(.*)$")
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
@@ -76,6 +77,19 @@ def section_of(
     made = create_model(f"{component.__name__}Section", __base__=base, __doc__=_summary(component), **given)
     made.component, made.chosen, made.configures = component, name or "", (component.__name__,)
     return made
+
+
+def checked(section: type[S], options: Mapping[str, Any]) -> S:
+    """Return the section that holds ``options``, which were given in Python.
+
+    Raises:
+        ConfigError: an option has another name, type or range than the component's argument.
+    """
+    try:
+        return section.model_validate({key: list(v) if isinstance(v, tuple) else v for key, v in options.items()})
+    except ValidationError as error:
+        raise_problems(explain(error, section, {}), section.configures[0] if section.configures else section.__name__)
+        raise
 
 
 def parameters_of(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

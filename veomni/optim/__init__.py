@@ -1,10 +1,9 @@
 """Optimizers, which parameters weight decay applies to, and learning-rate schedules."""
 
-from veomni.optim.groups import build_optimizer_groups
-from veomni.optim.lr_scale import scale_lr, split_by_lr_scale
-from veomni.optim.matrices import hidden_matrices
+from veomni.optim.groups import build_optimizer_groups, scale_lr, split_by_lr_scale
 from veomni.optim.multi import MultiLRScheduler, MultiOptimizer, combine, members_by_mesh
 from veomni.optim.muon import Muon
+from veomni.optim.muon_with_adamw import hidden_matrices
 from veomni.optim.optimizer import OPTIMIZERS, OptimizerRecipe, OptimizerSection, build_optimizer
 from veomni.optim.scheduler import SCHEDULERS, SchedulerSection, Shape, build_scheduler
 

@@ -1,20 +1,62 @@
-"""Which parameters weight decay applies to, under any wrapper and sharding."""
+"""Groups of parameters by name: which are decayed, and which have a learning rate of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
-from veomni.errors import ModelError
-from veomni.optim.names import is_fsdp1, matching, parameter_names
-from veomni.parallel.wrappers import fsdp1_parameters
+from veomni.errors import ConfigError, ModelError
+from veomni.parallel.wrappers import FSDP1_PREFIX, fsdp1_parameters, plain_name
+from veomni.registry import did_you_mean
 
-_COVERED_ANYWAY = ("*norm*", "*.bias")
+Groups = list[dict[str, Any]]
+NO_DECAY = ("*norm*", "*.bias")
+"""What is not decayed by default: parameters that never are, so these patterns may match nothing."""
+
+_LR_SCALE = "lr_scale"
 
 
-def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: Sequence[str]) -> list[dict[str, Any]]:
+class NamedParameters(dict[nn.Parameter, list[str]]):
+    """All names that the user's module gives each parameter, under any wrapper; a tied one has several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        inside = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        for name, parameter in inside.named_parameters(remove_duplicate=False):
+            self.setdefault(parameter, []).append(plain_name(name))
+
+    def matching(self, patterns: Sequence[str], argument: str, may_miss: Sequence[str] = ()) -> set[nn.Parameter]:
+        """Return the parameters that shell patterns match, by a name or by the module that they are in.
+
+        Raises:
+            ConfigError: a pattern of ``argument`` that is not in ``may_miss`` matches nothing.
+        """
+        found: set[nn.Parameter] = set()
+        for pattern in patterns:
+            hits = {parameter for parameter, names in self.items() if any(_matches(name, pattern) for name in names)}
+            if not hits and pattern not in may_miss:
+                fix = did_you_mean(pattern, list(chain.from_iterable(self.values())))
+                raise ConfigError(f"{argument}: no parameter matches {pattern!r}", fix)
+            found |= hits
+        return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 wraps the model, or a part of it."""
+    return any(FSDP1_PREFIX[:-1] in name for name, _ in model.named_modules())
+
+
+def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: Sequence[str]) -> Groups:
     """Split the trained parameters into a group with weight decay and one without.
 
     Parameters of fewer than two dimensions (norms, sinks) and biases are never decayed; matrices are, embeddings
@@ -30,26 +72,53 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
         At most two groups, in the model's order, with ``params`` and ``weight_decay``; empty ones are left out.
 
     Raises:
-        ConfigError: a pattern matches nothing (the two that say what is never decayed anyway, ``*norm*`` and
-            ``*.bias``, may).
+        ConfigError: a pattern matches nothing.
         ModelError: no parameter is trained.
     """
-    names = parameter_names(model)
-    everyone = [name for aliases in names.values() for name in aliases]
-    exempt = matching(everyone, no_decay, "no_decay", may_miss=_COVERED_ANYWAY)
-    dimensions = _unsharded_dimensions(model)
+    parameters = NamedParameters(model)
+    exempt = parameters.matching(no_decay, "no_decay", may_miss=NO_DECAY)
+    # FSDP1's shards are flat.
+    dimensions = {name: whole.ndim for name, whole in fsdp1_parameters(model)} if is_fsdp1(model) else {}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for parameter, aliases in names.items():
+    for parameter, (name, *_) in parameters.items():
         if parameter.requires_grad:
-            vector = dimensions.get(aliases[0], parameter.ndim) < 2 or aliases[0].endswith("bias")
-            (kept if vector or exempt.intersection(aliases) else decayed).append(parameter)
+            vector = dimensions.get(name, parameter.ndim) < 2 or name.endswith("bias")
+            (kept if vector or parameter in exempt else decayed).append(parameter)
     if not decayed and not kept:
         raise ModelError("every parameter of the model is frozen", "leave something to train")
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def _unsharded_dimensions(model: nn.Module) -> dict[str, int]:
-    """Return the number of dimensions of FSDP1's parameters, whose shards are flat; empty for other models."""
-    return {name: parameter.ndim for name, parameter in fsdp1_parameters(model)} if is_fsdp1(model) else {}
+def split_by_lr_scale(model: nn.Module, groups: Groups, lr_scale: Mapping[str, float]) -> Groups:
+    """Split groups so that each has parameters of one factor, and note it in them; :func:`scale_lr` applies it.
+
+    Args:
+        model: What the groups are of.
+        groups: From :func:`build_optimizer_groups`.
+        lr_scale: Shell patterns of parameter or module names to positive factors of the learning rate; the last that
+            matches a parameter counts.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
+    parameters = NamedParameters(model)
+    factors = dict.fromkeys(parameters, 1.0)
+    for pattern, factor in lr_scale.items():
+        factors |= dict.fromkeys(parameters.matching([pattern], "lr_scale"), factor)
+    split = []
+    for group in groups:
+        by_factor = defaultdict(list)
+        for parameter in group["params"]:
+            by_factor[factors[parameter]].append(parameter)
+        for factor in sorted(by_factor, key=lambda factor: factor != 1.0):  # the first group's rate is the run's
+            split.append({**group, "params": by_factor[factor], _LR_SCALE: factor})
+    return split
+
+
+def scale_lr(optimizer: Optimizer) -> Optimizer:
+    """Give the groups of an optimizer their share of its learning rate; to be called once, before a schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop(_LR_SCALE, 1.0)
+    return optimizer

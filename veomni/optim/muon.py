@@ -18,10 +18,32 @@ from typing_extensions import override
 from veomni.compat.tensors import lerp, multiply
 from veomni.errors import ModelError
 from veomni.optim.matrix_owners import Matrix, MatrixOwners, find_matrices
-from veomni.optim.newton_schulz import orthogonalize
 from veomni.parallel.tensors import local_shard
 
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_SMALLEST_NORM = 1e-7
 _ADAMW_RMS = 0.2
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Push all singular values of every matrix towards 1, and keep its singular vectors.
+
+    Each matrix is divided by its Frobenius norm, then ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` is repeated
+    (Newton-Schulz), which maps every singular value ``s`` to ``a s + b s^3 + c s^5``. The coefficients are Jordan's
+    (https://kellerjordan.github.io/posts/muon/): five steps bring values from 0.003 up to between 0.68 and 1.21. A
+    matrix of zeros stays one.
+
+    Args:
+        matrices: ``[batch, rows, columns]``, in the format to compute in.
+        steps: Repetitions.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    return x.mT if tall else x
 
 
 class Muon(Optimizer):
@@ -54,25 +76,13 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        lr: float = 3e-4,
-        *,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-        }
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float = 3e-4, *, weight_decay: float = 0.1,
+        momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
+    ) -> None:  # fmt: skip
         self._owners: dict[tuple[int, ...], list[MatrixOwners]] = {}
         self._mesh: DeviceMesh | None = None
-        super().__init__(params, options)
+        own = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own})
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -82,18 +92,20 @@ class Muon(Optimizer):
             ModelError: they are none, or on another mesh than the others.
         """
         super().add_param_group(param_group)
-        everyone = [parameter for group in self.param_groups for parameter in group["params"]]
-        for parameter in everyone:
+        for parameter in self._parameters():
             if parameter.ndim not in (2, 3):
                 raise ModelError(
                     f"muon updates matrices and stacks of them; a parameter has the shape {list(parameter.shape)}",
                     "give the others to AdamW, as build_optimizer's muon does; FSDP1's flat shards have lost their "
                     "shapes: use FSDP2",
                 )
-        meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in everyone}
+        meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in self._parameters()}
         if len(meshes) > 1:
             raise ModelError("muon was given parameters on several device meshes", "use one optimizer for each mesh")
         (self._mesh,) = meshes
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -118,14 +130,14 @@ class Muon(Optimizer):
 
     def _with_gradient(self) -> set[nn.Parameter]:
         """Return the parameters that some rank has a gradient for, the same on all ranks."""
-        everyone = [parameter for group in self.param_groups for parameter in group["params"]]
-        have = [parameter.grad is not None for parameter in everyone]
+        parameters = self._parameters()
+        have = [parameter.grad is not None for parameter in parameters]
         if self._mesh is not None:
             flags = torch.tensor(have, dtype=torch.int32, device=self._mesh.device_type)
             for axis in range(self._mesh.ndim):
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._mesh.get_group(axis))
             have = flags.tolist()
-        return {parameter for parameter, trained in zip(everyone, have, strict=True) if trained}
+        return {parameter for parameter, trained in zip(parameters, have, strict=True) if trained}
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
@@ -139,7 +151,7 @@ class Muon(Optimizer):
             mean = matrix.of(means[matrix.parameter])
             return matrix.of(gradients[matrix.parameter]).lerp(mean, momentum) if group["nesterov"] else mean
 
-        for owners in self._shared_out(parameters):
+        for owners in self._owners_of(parameters):
             for matrix, step in owners.run(direction, partial(orthogonalize, steps=group["ns_steps"])):
                 weight = matrix.of(weights[matrix.parameter])
                 weight.add_(step.to(weight), alpha=-lr * _ADAMW_RMS * math.sqrt(max(matrix.shape)))
@@ -151,7 +163,7 @@ class Muon(Optimizer):
         mean: Tensor = state["momentum_buffer"]
         return mean
 
-    def _shared_out(self, parameters: list[nn.Parameter]) -> list[MatrixOwners]:
+    def _owners_of(self, parameters: list[nn.Parameter]) -> list[MatrixOwners]:
         key = tuple(map(id, parameters))
         if key not in self._owners:
             wide = any(parameter.dtype == torch.float64 for parameter in parameters)

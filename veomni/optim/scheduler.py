@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import Field
@@ -16,11 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from veomni.config.problems import Problem
-from veomni.config.section import ComponentSection
+from veomni.config.section import ComponentSection, checked, section_of
 from veomni.errors import ConfigError
-from veomni.registry import Registry, did_you_mean
+from veomni.registry import Registry
 
-Decay = Literal["linear", "cosine", "sqrt"]
 Share = Annotated[float, Ge(0.0), Le(1.0)]
 
 SCHEDULERS: Registry[type[Shape]] = Registry("scheduler", group="veomni.schedulers", home="veomni.optim")
@@ -56,9 +54,22 @@ class SchedulerSection(ComponentSection):
     )
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-        """Return the schedule over a run of ``total_steps``."""
-        options = {key: getattr(self, key) for key in type(self).model_fields}
-        return build_scheduler(optimizer, options.pop("name"), total_steps=total_steps, **options)
+        """Return the schedule over a run of ``total_steps``; see :func:`build_scheduler`."""
+        own = {key: value for key, value in self.arguments().items() if key not in SchedulerSection.model_fields}
+        shape: Shape = type(self).component(**own)
+        warmup = int(total_steps * (self.warmup_ratio or 0.0)) if self.warmup_steps is None else self.warmup_steps
+        if warmup > total_steps:
+            problem = f"warmup_steps is {warmup} in a run of {total_steps} steps"
+            raise ConfigError(problem, f"use a number from 0 to {total_steps}", field="build_scheduler.warmup_steps")
+        needed = shape.steps_needed(total_steps)
+        if warmup + needed > total_steps:
+            problem = f"{warmup} steps of warm-up and {needed} of decay are more than the run's {total_steps} steps"
+            raise ConfigError(problem, "warm up in fewer steps, or decay in a smaller share of them")
+
+        def factor(step: int) -> float:
+            return (step + 1) / (warmup + 1) if step < warmup else shape.factor(step, total_steps, warmup)
+
+        return _FactorLR(optimizer, factor)
 
     @override
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
@@ -80,14 +91,9 @@ class SchedulerSection(ComponentSection):
 
 
 def build_scheduler(
-    optimizer: Optimizer,
-    name: str = "cosine",
-    *,
-    total_steps: int,
-    warmup_steps: int | None = None,
-    warmup_ratio: float | None = None,
-    **options: Any,
-) -> LRScheduler:
+    optimizer: Optimizer, name: str = "cosine", *, total_steps: int, warmup_steps: int | None = None,
+    warmup_ratio: float | None = None, **options: Any,
+) -> LRScheduler:  # fmt: skip
     """Return the schedule; call its ``step()`` after every ``optimizer.step()``.
 
     Its state is plain JSON: how many steps were done. The shape is not part of it, so that a run resumed with a larger
@@ -107,30 +113,9 @@ def build_scheduler(
     Raises:
         ConfigError: there is no such scheduler or option, or warm-up and decay are longer than the run.
     """
-    shape = _shape(name, options)
-    warmup = int(total_steps * (warmup_ratio or 0.0)) if warmup_steps is None else warmup_steps
-    if not 0 <= warmup <= total_steps:
-        problem = f"warmup_steps is {warmup} in a run of {total_steps} steps"
-        raise ConfigError(problem, f"use a number from 0 to {total_steps}", field="build_scheduler.warmup_steps")
-    needed = shape.steps_needed(total_steps)
-    if warmup + needed > total_steps:
-        problem = f"{warmup} steps of warm-up and {needed} of decay are more than the run's {total_steps} steps"
-        raise ConfigError(problem, "warm up in fewer steps, or decay in a smaller share of them")
-    return _FactorLR(optimizer, partial(_factor, shape=shape, total_steps=total_steps, warmup_steps=warmup))
-
-
-def _shape(name: str, options: Mapping[str, Any]) -> Shape:
-    kind = SCHEDULERS.get(name)
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise ConfigError(f"scheduler {name!r}: {error}", "give the arguments of its class") from None
-
-
-def _factor(step: int, *, shape: Shape, total_steps: int, warmup_steps: int) -> float:
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    return shape.factor(step, total_steps, warmup_steps)
+    section = section_of(SCHEDULERS.get(name), base=SchedulerSection)
+    warmup = {"warmup_steps": warmup_steps, "warmup_ratio": warmup_ratio}
+    return checked(section, warmup | options).build(optimizer, total_steps)
 
 
 @SCHEDULERS.register("constant")
@@ -182,20 +167,15 @@ class WarmupStableDecay(Linear):
         min_lr_ratio: Final learning rate as a share of the peak.
         decay_ratio: Share of all steps, at the end, in which the rate falls; one step at least.
         decay_shape: How it falls; sqrt is 1 - sqrt(share of the decay done) (arXiv:2405.18392).
-
-    Raises:
-        ConfigError: there is no such shape.
     """
 
     def __init__(
         self,
         min_lr_ratio: Share = 0.0,
         decay_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 0.1,
-        decay_shape: Decay = "linear",
+        decay_shape: Literal["linear", "cosine", "sqrt"] = "linear",
     ) -> None:
         super().__init__(min_lr_ratio)
-        if decay_shape not in (known := get_args(Decay)):
-            raise ConfigError(f"decay_shape: there is no {decay_shape!r}", did_you_mean(decay_shape, list(known)))
         self.curve, self.ratio = decay_shape, decay_ratio
 
     @override
