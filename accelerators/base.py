@@ -1,4 +1,4 @@
-"""The contract of an accelerator: facts about one family of devices, and nothing else."""
+"""What an accelerator is: facts about one family of devices, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from veomni.accelerators.peak_flops import peak_flops_by_name
 from veomni.errors import DeviceError
 from veomni.registry import Registry
 
@@ -19,7 +20,7 @@ ACCELERATORS: Registry[Callable[[], Accelerator]] = Registry(
 
 
 class Accelerator(ABC):
-    """Facts about one family of devices.
+    """Facts about one family of devices, from ``torch.<device_type>``, which has the same functions for all of them.
 
     A third-party accelerator subclasses this and names itself in the entry-point group ``veomni.accelerators``.
 
@@ -27,21 +28,28 @@ class Accelerator(ABC):
         name: What a configuration calls it.
         device_type: ``torch.device.type`` of its devices.
         backend: The collective backend of its devices.
+        supports_pinned_memory: Whether copies from page-locked host memory to a device overlap with compute.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     backend: ClassVar[str]
+    supports_pinned_memory: ClassVar[bool] = True
 
     @classmethod
-    @abstractmethod
+    def module(cls) -> Any:
+        """Return ``torch.<device_type>``."""
+        return torch.get_device_module(cls.device_type)
+
+    @classmethod
     def is_available(cls) -> bool:
         """Return whether a device of this family can be used here, without starting its driver context."""
+        return bool(cls.module().is_available())
 
     @classmethod
-    @abstractmethod
     def device_count(cls) -> int:
         """Return how many devices this process may use."""
+        return int(cls.module().device_count())
 
     @classmethod
     @abstractmethod
@@ -52,46 +60,42 @@ class Accelerator(ABC):
             DeviceError: it cannot; the message says what to install or change.
         """
 
-    @abstractmethod
     def device(self, local_rank: int) -> torch.device:
         """Return the device of the process with this rank on its node."""
+        return torch.device(self.device_type, local_rank % max(1, self.device_count()))
 
-    @abstractmethod
     def set_device(self, device: torch.device) -> None:
         """Make ``device`` this process's current device."""
+        self.module().set_device(device)
 
-    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work queued on the current device is done."""
+        self.module().synchronize()
 
-    @abstractmethod
     def peak_memory(self) -> int:
         """Return the most bytes allocated since :meth:`reset_peak_memory`."""
+        return int(self.module().max_memory_allocated())
 
-    @abstractmethod
     def reset_peak_memory(self) -> None:
         """Start a new measurement of :meth:`peak_memory`."""
+        self.module().reset_peak_memory_stats()
 
-    @abstractmethod
     def total_memory(self) -> int:
         """Return the bytes of memory of the current device."""
+        return int(self.module().get_device_properties(self.module().current_device()).total_memory)
 
-    @abstractmethod
     def get_rng_state(self) -> Tensor | None:
         """Return the device generator's state as a uint8 CPU tensor; None where it is the CPU generator itself."""
+        state: Tensor = self.module().get_rng_state()
+        return state
 
-    @abstractmethod
     def set_rng_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_rng_state` returned."""
+        self.module().set_rng_state(state)
 
-    @abstractmethod
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Return the dense peak in FLOP/s of the current device for ``dtype``; None when unknown, never a guess."""
-
-    @property
-    def supports_pinned_memory(self) -> bool:
-        """Whether copies from page-locked host memory to this device overlap with compute."""
-        return True
+        return peak_flops_by_name(self.module().get_device_name(), dtype)
 
     @property
     def supports_varlen_attention(self) -> bool:
@@ -104,11 +108,7 @@ class Accelerator(ABC):
         return ("loop",)
 
     def check_devices(self, processes: int, *, shared: bool) -> None:
-        """Check that ``processes`` local ranks find a device each.
-
-        Args:
-            processes: Ranks on this node.
-            shared: Whether several ranks may use one device (over gloo).
+        """Check that ``processes`` local ranks find a device each, or ``shared`` ones (over gloo).
 
         Raises:
             DeviceError: there are too few devices.
@@ -119,8 +119,3 @@ class Accelerator(ABC):
                 f"start at most {self.device_count()}, or use backend gloo to share devices",
                 field="Launcher.devices",
             )
-
-
-def device_module(device_type: str) -> Any:
-    """Return ``torch.<device_type>``, the module of per-device functions that PyTorch backends all provide."""
-    return torch.get_device_module(device_type)

@@ -19,16 +19,8 @@ class CPU(Accelerator):
     name = "cpu"
     device_type = "cpu"
     backend = "gloo"
-
-    @override
-    @classmethod
-    def is_available(cls) -> bool:
-        return True
-
-    @override
-    @classmethod
-    def device_count(cls) -> int:
-        return 1
+    supports_pinned_memory = False
+    experts_backends = ("loop", "grouped_mm")
 
     @override
     @classmethod
@@ -38,14 +30,6 @@ class CPU(Accelerator):
     @override
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
-
-    @override
-    def set_device(self, device: torch.device) -> None:
-        return None
-
-    @override
-    def synchronize(self) -> None:
-        return None
 
     @override
     def peak_memory(self) -> int:
@@ -71,16 +55,6 @@ class CPU(Accelerator):
     @override
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         return None
-
-    @property
-    @override
-    def supports_pinned_memory(self) -> bool:
-        return False
-
-    @property
-    @override
-    def experts_backends(self) -> tuple[str, ...]:
-        return ("loop", "grouped_mm")
 
     @override
     def check_devices(self, processes: int, *, shared: bool) -> None:

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 import torch
 from typing_extensions import override
 
-from veomni.accelerators.device import DiscreteAccelerator
+from veomni.accelerators.base import Accelerator
 from veomni.errors import DeviceError
 
 
-class CUDA(DiscreteAccelerator):
+class CUDA(Accelerator):
     """GPUs that PyTorch calls ``cuda``: NVIDIA's, and AMD's in a ROCm build."""
 
     name = "cuda"

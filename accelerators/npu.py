@@ -8,56 +8,45 @@ from typing import Any
 
 from typing_extensions import override
 
-from veomni.accelerators.device import DiscreteAccelerator
+from veomni.accelerators.base import Accelerator
 from veomni.errors import DeviceError, MissingExtraError
 
 
-class NPU(DiscreteAccelerator):
+class NPU(Accelerator):
     """Ascend devices over HCCL."""
 
     name = "npu"
     device_type = "npu"
     backend = "hccl"
+    experts_backends = ("npu", "loop")
 
     @override
     @classmethod
-    def _module(cls) -> Any:
-        # torch_npu renames PyTorch's private-use device to "npu" when it is imported, so this comes first.
-        cls._torch_npu()
-        return super()._module()
-
-    @staticmethod
-    def _torch_npu() -> Any:
+    def module(cls) -> Any:
         if importlib.util.find_spec("torch_npu") is None:
             raise MissingExtraError("torch_npu", "npu")
-        try:
-            return importlib.import_module("torch_npu")
+        try:  # torch_npu renames PyTorch's private-use device to "npu" when it is imported, so this comes first
+            importlib.import_module("torch_npu")
         except (ImportError, OSError, RuntimeError) as error:
             raise DeviceError(
                 f"torch_npu is installed but cannot be imported: {error}",
                 "install CANN and source its set_env.sh, with a torch_npu of the same minor version as torch",
             ) from error
+        return super().module()
 
     @override
     @classmethod
     def is_available(cls) -> bool:
-        if importlib.util.find_spec("torch_npu") is None:
-            return False
         try:
             return super().is_available()
-        except DeviceError:
+        except (DeviceError, MissingExtraError):
             return False
 
     @override
     @classmethod
     def require(cls) -> None:
-        if not bool(cls._module().is_available()):
+        if not bool(cls.module().is_available()):
             raise DeviceError(
                 "accelerator npu: no Ascend device is visible",
                 "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or use accelerator cpu",
             )
-
-    @property
-    @override
-    def experts_backends(self) -> tuple[str, ...]:
-        return ("npu", "loop")

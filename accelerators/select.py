@@ -21,10 +21,7 @@ def find_accelerator() -> Accelerator:
 
 
 def select_accelerator(choice: str | Accelerator) -> Accelerator:
-    """Return an accelerator that can be used here.
-
-    Args:
-        choice: An object, or a registered name: "cpu", "cuda", "npu", "auto", or an entry point's.
+    """Return an accelerator that can be used here; ``choice`` is an object or a registered name.
 
     Raises:
         ConfigError: no accelerator has that name.
