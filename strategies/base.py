@@ -1,8 +1,7 @@
 """The contract of a strategy: what it needs of the mesh, and what it does to a model, a batch and the gradients.
 
 Strategies compose. Exactly one of them holds the parameters (:class:`ParameterStrategy`); others split sequences,
-experts or tensors beside it, or transform the model. A strategy reads a
-:class:`~veomni.parallel.plan.ParallelPlan` and never a model's name.
+experts or tensors beside it, or transform the model. They read a :class:`ParallelPlan` and never a model's name.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
@@ -24,10 +24,11 @@ from veomni.models.traits.verdict import Trait
 from veomni.parallel.mesh import ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.registry import Registry
-from veomni.strategies.transforms.precision import Precision
+from veomni.strategies.grad_norm import sharded_grad_norm
 
 if TYPE_CHECKING:
     from veomni.models.adapter.adapter import ModelAdapter
+    from veomni.strategies.transforms.precision import Precision
 
 Materialize = Callable[[nn.Module, str], None]
 """Gives the meta parameters and buffers under a module (its name in the model second) their storage and values."""
@@ -44,6 +45,7 @@ class Stage(IntEnum):
     ENCODERS = auto()
     RECOMPUTATION = auto()
     COMPILATION = auto()
+    PRECISION = auto()
     PARAMETERS = auto()
 
 
@@ -92,7 +94,7 @@ def set_up_as(kind: type[SetUp], model: nn.Module) -> SetUp:
     return model
 
 
-STRATEGIES: Registry[type[Strategy]] = Registry("strategy", group="veomni.strategies", home="veomni.strategies.select")
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", group="veomni.strategies", home="veomni.strategies")
 """Strategies by the names that configurations use."""
 
 
@@ -173,12 +175,12 @@ class ParameterStrategy(Strategy):
         """Return the model to call, its parameters real and placed; ``model`` may still be on the meta device."""
 
     @abstractmethod
-    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Return the context a micro-batch runs in: gradients are exchanged in it only when it is the ``last``."""
+    @override
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]: ...
 
-    @abstractmethod
     def grad_norm(self, model: nn.Module) -> Tensor:
         """Return the 2-norm of all gradients as if unsharded: each parameter once, equal on all ranks."""
+        return sharded_grad_norm(model.parameters(), next(model.parameters()).device)
 
 
 @contextmanager

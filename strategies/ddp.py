@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from veomni.compat.sharding import ignore_parameters
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
-from veomni.strategies.grad_norm import sharded_grad_norm
 
 
 class DDP(ParameterStrategy):
@@ -28,8 +27,7 @@ class DDP(ParameterStrategy):
     name = "ddp"
 
     def __init__(self, *, find_unused_parameters: bool = False, bucket_cap_mb: int = 100) -> None:
-        self.find_unused_parameters = find_unused_parameters
-        self.bucket_cap_mb = bucket_cap_mb
+        self.find_unused_parameters, self.bucket_cap_mb = find_unused_parameters, bucket_cap_mb
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
@@ -53,10 +51,6 @@ class DDP(ParameterStrategy):
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         wrapped = set_up_as(DistributedDataParallel, model)
         return nullcontext() if last else wrapped.no_sync()
-
-    @override
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        return sharded_grad_norm(model.parameters(), next(model.parameters()).device)
 
 
 def _keep_buffers_local() -> dict[str, Any]:

@@ -6,26 +6,16 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    BackwardPrefetch,
-    CPUOffload,
-    FullyShardedDataParallel,
-    MixedPrecision,
-    ShardingStrategy,
-)
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from veomni.compat.sharding import HYBRID_SHARD_GRAD_OP, free_without_backward
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
-from veomni.parallel.tensors import wide_dtype
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
-from veomni.strategies.grad_norm import sharded_grad_norm, square_sum
+from veomni.strategies.grad_norm import sharded_grad_norm
 
 logger = create_logger(__name__)
 
@@ -60,15 +50,11 @@ class FSDP1(ParameterStrategy):
         forward_prefetch: bool = False,
     ) -> None:
         if (sharding, replicate > 1) not in _STRATEGIES:
-            raise LayoutError(
-                f"fsdp1 has no sharding {sharding!r}", "use full or grad_op; replicate > 1 makes it hybrid"
-            )
-        self.replicate = replicate
-        self.sharding = sharding
-        self.cpu_offload = cpu_offload
-        self.forward_prefetch = forward_prefetch
+            fix = "use full or grad_op; replicate > 1 makes it hybrid"
+            raise LayoutError(f"fsdp1 has no sharding {sharding!r}", fix)
+        self.replicate, self.sharding = replicate, sharding
+        self.cpu_offload, self.forward_prefetch = cpu_offload, forward_prefetch
         self.reshard_after_forward = sharding == "full"
-        self._group: dist.ProcessGroup | None = None
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
@@ -76,7 +62,7 @@ class FSDP1(ParameterStrategy):
 
     @override
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
-        self._group = context.state.group("fsdp")
+        self._state, self._device = context.state, context.device
         names = {id(module): name for name, module in model.named_modules()}
         for name, module in model.named_modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not list(module.parameters()):
@@ -90,7 +76,6 @@ class FSDP1(ParameterStrategy):
             auto_wrap_policy=_wrap_policy(model, context),
             mixed_precision=_mixed_precision(context),
             cpu_offload=CPUOffload(offload_params=self._offloads(context)),
-            backward_prefetch=BackwardPrefetch.BACKWARD_PRE,
             forward_prefetch=self.forward_prefetch,
             device_id=context.device,
             param_init_fn=lambda module: context.materialize(module, names[id(module)]),
@@ -114,23 +99,8 @@ class FSDP1(ParameterStrategy):
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:
         """Sum the squares of this rank's shards over the shard group; replicas hold the same and are not summed."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        experts = [parameter for parameter in trained if isinstance(parameter, DTensor)]
-        parameters = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-        device = _collective_device(model)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        wide = wide_dtype(parameters[0].dtype) if parameters else torch.float32
-        total = square_sum(gradients, device).to(wide)
-        dist.all_reduce(total, group=self._group)
-        if experts:
-            total += sharded_grad_norm(experts, device).to(wide).square()
-        return total.sqrt()
-
-
-def _collective_device(model: nn.Module) -> torch.device:
-    assert isinstance(model, FullyShardedDataParallel)
-    assert model.compute_device is not None
-    return model.compute_device
+        wrapped = set_up_as(FullyShardedDataParallel, model)
+        return sharded_grad_norm(wrapped.parameters(), self._device, self._state.group("fsdp"))
 
 
 def _mixed_precision(context: SetupContext) -> MixedPrecision | None:

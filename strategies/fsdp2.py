@@ -44,7 +44,6 @@ class FSDP2(ParameterStrategy):
     ) -> None:
         self.replicate, self.cpu_offload, self.prefetch = replicate, cpu_offload, prefetch
         self.reshard_after_forward, self.reshard_after_backward = reshard_after_forward, reshard_after_backward
-        self._device = torch.device("cpu")
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
@@ -87,6 +86,7 @@ class FSDP2(ParameterStrategy):
 
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:
+        set_up_as(FSDPModule, model)
         return sharded_grad_norm(model.parameters(), self._device)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -16,19 +17,18 @@ from veomni.errors import NonFiniteError
 from veomni.parallel.tensors import local_shard, wide_dtype
 
 
-def square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of squares of local tensors as a 0-d tensor on ``device``, in float32 or better."""
-    norms = [torch.linalg.vector_norm(grad, dtype=wide_dtype(grad.dtype)) for grad in gradients if grad.numel()]
-    if not norms:
-        return torch.zeros((), device=device)
-    return torch.stack([norm.to(device) for norm in norms]).square().sum()
-
-
-def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+def sharded_grad_norm(
+    parameters: Iterable[nn.Parameter], device: torch.device, flat: ProcessGroup | None = None
+) -> Tensor:
     """Return the global gradient norm of DTensor and plain parameters, over any mix of meshes and placements.
 
     Groups are formed from the parameters, not from the gradients a rank happens to have, and only scalars are
     exchanged: every rank runs the same collectives. Replicated mesh axes are not summed over.
+
+    Args:
+        parameters: The parameters; those that are frozen do not count.
+        device: Of the collectives and the result.
+        flat: Ranks that plain parameters are sharded over; None where every rank holds them whole.
     """
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     wide = torch.float32
@@ -41,12 +41,21 @@ def sharded_grad_norm(parameters: Iterable[nn.Parameter], device: torch.device) 
             members.append(local_shard(parameter.grad))
     total = torch.zeros((), device=device, dtype=wide)
     for (mesh, sharded_axes), gradients in groups.items():
-        part = square_sum(gradients, device).to(wide)
-        for axis in sharded_axes:
-            assert mesh is not None
-            dist.all_reduce(part, group=mesh.get_group(axis))
+        part = _square_sum(gradients, device).to(wide)
+        shards = [flat] if mesh is None else [mesh.get_group(axis) for axis in sharded_axes]
+        for group in shards:
+            if group is not None:
+                dist.all_reduce(part, group=group)
         total += part
     return total.sqrt()
+
+
+def _square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares of local tensors as a 0-d tensor on ``device``, in float32 or better."""
+    norms = [torch.linalg.vector_norm(grad, dtype=wide_dtype(grad.dtype)) for grad in gradients if grad.numel()]
+    if not norms:
+        return torch.zeros((), device=device)
+    return torch.stack([norm.to(device) for norm in norms]).square().sum()
 
 
 def sharding_of(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, ...]]:
@@ -69,9 +78,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
             "look at the last batch, the learning rate and the precision"
         )
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    local = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for gradient in local:
-        by_device[gradient.device].append(gradient)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = local_shard(parameter.grad)
+            by_device[gradient.device].append(gradient)
     for device, gradients in by_device.items():
         multiply(gradients, coefficient.to(device))

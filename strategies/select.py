@@ -7,27 +7,10 @@ from collections.abc import Sequence
 from veomni.errors import LayoutError
 from veomni.parallel.mesh import ParallelDims
 from veomni.strategies.base import STRATEGIES, ParameterStrategy, Strategy
-from veomni.strategies.ddp import DDP
-from veomni.strategies.expert_parallel import ExpertParallel
-from veomni.strategies.fsdp1 import FSDP1
-from veomni.strategies.fsdp2 import FSDP2
-from veomni.strategies.sequence.context_parallel import ContextParallel
-from veomni.strategies.sequence.ulysses import Ulysses
-from veomni.strategies.single import Single
-from veomni.strategies.transforms.activation_checkpointing import ActivationCheckpointing
-from veomni.strategies.transforms.compile import Compile
-from veomni.strategies.transforms.encoder_balance import EncoderBalance
-
-_BUILT_IN: tuple[type[Strategy], ...] = (
-    Single, DDP, FSDP1, FSDP2, ExpertParallel, Ulysses, ContextParallel,
-    ActivationCheckpointing, Compile, EncoderBalance,
-)  # fmt: skip
-for _strategy in _BUILT_IN:
-    STRATEGIES.register(_strategy.name)(_strategy)
 
 
 def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strategy]:
-    """Return strategy objects.
+    """Return strategy objects, in the order of their stages.
 
     Args:
         choice: An object, several, a registered name ("fsdp2", or an entry point's), or "auto".
@@ -59,9 +42,12 @@ def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:
 
 
 def mesh_dims(strategies: Sequence[Strategy], world_size: int) -> ParallelDims:
-    """Return the sizes of the mesh axes that strategies ask for, in a world of ``world_size`` ranks.
+    """Return the sizes of the mesh axes that strategies declare, in a world of ``world_size`` ranks.
 
     Raises:
         LayoutError: they do not fit.
     """
-    return ParallelDims.compose((strategy.mesh_axes() for strategy in strategies), world_size)
+    sizes = {"dp_shard": -1 if world_size > 1 else 1}
+    for strategy in strategies:
+        sizes |= strategy.mesh_axes()
+    return ParallelDims(**sizes).resolve(world_size)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -11,36 +9,41 @@ from typing_extensions import override
 
 from veomni.batch.forward_call import ForwardCall
 from veomni.compat.collectives import broadcast_all
-from veomni.models.adapter.adapter import InputPass, Stage
+from veomni.models.adapter import adapter as adapters
+from veomni.strategies.base import SetupContext, Stage, Strategy
 
 
-class ShareBuffers(InputPass):
+class SharedBuffers(Strategy):
     """Give all ranks the first rank's buffers after every forward in training.
 
     The first rank's statistics (a BatchNorm's running mean) are those of torch's DDP, which sends them before the next
     forward; here evaluation and checkpoints between two forwards also see the same ones on every rank.
-
-    Args:
-        model: The model.
-        group: The ranks that hold copies of it.
     """
 
-    stage: ClassVar[Stage] = Stage.PRECISION
+    name = "shared_buffers"
+    stage = Stage.PRECISION
 
-    def __init__(self, model: nn.Module, group: ProcessGroup) -> None:
-        self.model, self.group = model, group
-        self.places = changing_buffers(model)
+    @override
+    def transform(self, adapter: adapters.ModelAdapter, context: SetupContext) -> None:
+        places, group = _changing_buffers(adapter.model), context.state.group("loss")
+        if places and group.size() > 1:
+            adapter.add(_Share(adapter.model, places, group))
+
+
+class _Share(adapters.InputPass):
+    stage = adapters.Stage.PRECISION
+
+    def __init__(self, model: nn.Module, places: list[tuple[nn.Module, str]], group: ProcessGroup) -> None:
+        self.model, self.places, self.group = model, places, group
 
     @override
     def close(self, call: ForwardCall) -> None:
-        if not (self.model.training and torch.is_grad_enabled()):
-            return
-        # The data alone: autograd saves running statistics, and does not read them in training.
-        found = [getattr(module, name).data for module, name in self.places]
-        broadcast_all(found, self.group)
+        if self.model.training and torch.is_grad_enabled():
+            # The data alone: autograd saves running statistics, and does not read them in training.
+            broadcast_all([getattr(module, name).data for module, name in self.places], self.group)
 
 
-def changing_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def _changing_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return modules and names of the buffers that a forward may change: persistent ones, but transformers' own."""
     persistent = model.state_dict().keys()
     return [

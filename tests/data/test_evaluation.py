@@ -20,7 +20,7 @@ from veomni.errors import DataError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import Single
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.oracle import initial_model
 from veomni.testing.ranks import RankFailed, run_ranks
 

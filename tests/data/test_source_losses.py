@@ -17,7 +17,7 @@ from veomni.data import DataSource, RecordSchema, build_mixture
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP2, ContextParallel, Single, Ulysses
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.oracle import initial_model
 from veomni.testing.ranks import run_ranks
 

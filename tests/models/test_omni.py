@@ -28,7 +28,7 @@ from veomni.models import (
     prepare_towers,
 )
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.ranks import run_ranks
 
 TINY = Path(__file__).parent / "tiny_omni.json"

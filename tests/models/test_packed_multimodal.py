@@ -22,7 +22,7 @@ from tests.models.multimodal import (
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.errors import DataError
 from veomni.models import prepare_towers
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 
 TAIL = 5
 

@@ -18,7 +18,7 @@ from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import MoEOptions
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.documents import IGNORE, Document, global_rows, pack, supervised
 from veomni.testing.oracle import Truth, initial_model
 from veomni.testing.step import Outcome, full_gradients

@@ -21,7 +21,7 @@ from veomni.models import build_model
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import ExpertLoad, MoEOptions
 from veomni.moe.routers import RouterHook
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.documents import global_rows
 from veomni.testing.oracle import initial_model
 from veomni.testing.ranks import RankFailed, run_ranks

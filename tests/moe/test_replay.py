@@ -14,7 +14,7 @@ from veomni.errors import DataError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.moe import MoEOptions, RoutingLog, find_routers, record_routing, replay_routing
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.documents import ROW, global_rows
 from veomni.testing.oracle import initial_model, relative_error
 from veomni.testing.ranks import run_ranks

@@ -15,7 +15,7 @@ from torch import nn
 
 from veomni.launcher import Launcher
 from veomni.strategies import DDP, FSDP2, Single
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.oracle import BOUNDS
 from veomni.testing.ranks import RankFailed, run_ranks
 from veomni.testing.step import full_gradients

@@ -23,7 +23,7 @@ from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing import seams
 from veomni.testing.oracle import BOUNDS, Truth, check, initial_model
 from veomni.testing.ranks import RankFailed, run_ranks

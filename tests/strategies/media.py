@@ -25,7 +25,7 @@ from veomni.models import build_model, export_hf, freeze
 from veomni.models.transformers_api.experts import has_experts, use_experts
 from veomni.parallel.wrappers import plain_name
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ExpertParallel, Ulysses
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.step import full_gradients
 
 ROW = 48

@@ -49,7 +49,7 @@ def test_compiled_blocks_with_experts_on_other_ranks(model_name, layout, changes
 
 def logged_step(*arguments):
     said: list[str] = []
-    logging.getLogger("veomni.strategies.transforms.compile").addFilter(
+    logging.getLogger("veomni.strategies.transforms.blocks").addFilter(
         lambda record: bool(said.append(record.getMessage())) or True
     )
     return *compiled_step(*arguments), said

@@ -23,8 +23,8 @@ from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.traits import FusesHead, ModelTraits, PassesDocuments, complete, examine_model
 from veomni.moe import MoEOptions, RouterScoring, install_controller
 from veomni.strategies.base import SetupContext, Strategy
-from veomni.strategies.transforms.buffers import ShareBuffers, changing_buffers
-from veomni.strategies.transforms.compute_dtype import compute_in
+from veomni.strategies.transforms.buffers import SharedBuffers
+from veomni.strategies.transforms.precision import ComputePrecision
 
 if TYPE_CHECKING:
     from veomni.launcher import Launcher
@@ -64,13 +64,11 @@ def setup_model(
     controller = install_controller(model, router or MoEOptions(), state, device, dtype)
     prepare_towers(model)
 
-    # Experts, sequence, encoders, recomputation, compilation; then the parameters, materialised and loaded
+    # Experts, sequence, encoders, recomputation, compilation, precision; then the parameters, materialised and loaded
     context = SetupContext(state, accelerator, device, precision, plan, owner, materialize)
-    for strategy in launcher.strategies:
+    transforms = [*launcher.strategies, ComputePrecision(), SharedBuffers()]
+    for strategy in sorted(transforms, key=lambda each: each.stage):
         strategy.transform(adapter, context)
-    compute_in(adapter, precision, device.type, autocast=not owner.casts_parameters)
-    if launcher.world_size > 1 and changing_buffers(model):
-        adapter.add(ShareBuffers(model, state.group("loss")))
     ready = owner.parallelize(model, context)
 
     # What only the real model shows

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from veomni.models import Materializer, build_model
 from veomni.models.transformers_api.experts import has_experts, use_experts
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.documents import IGNORE, Document, global_rows, supervised, weights_of
 
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}

@@ -15,8 +15,8 @@ from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import ACTIVATION, find_activation
 from veomni.ops.experts.routing import route
 from veomni.ops.experts.rows import expert_rows
-from veomni.strategies.transforms.activation_checkpointing import checkpointed
-from veomni.strategies.transforms.compute_dtype import Float64Throughout
+from veomni.strategies.transforms.blocks import checkpointed
+from veomni.strategies.transforms.float64 import Float64Throughout
 
 TOKENS, TOP_K = 37, 3
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}

@@ -1,7 +1,9 @@
-"""What Ulysses and context parallelism have in common: rows shared by several ranks, attention over the whole row."""
+"""Strategies that split the rows of a batch over ranks, and give attention the whole rows."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,15 +13,19 @@ from typing_extensions import override
 
 from veomni.batch.forward_call import SequenceGroups
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import DataError, ModelError
+from veomni.errors import DataError, LayoutError, ModelError
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.shared_media import share_towers
 from veomni.models.traits import SplitsRows, Trait
 from veomni.models.traits.rows import dry_run
+from veomni.models.traits.sequence_layers import text_part
 from veomni.models.transformers_api.attention import text_attention_of
+from veomni.ops.attention.ring import register_ring
 from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
+from veomni.ops.attention.ulysses import register_ulysses
+from veomni.ops.attention.ulysses_async import overlap_projections
 from veomni.parallel.mesh import ParallelState
-from veomni.strategies.base import SetupContext, Strategy
+from veomni.strategies.base import SetupContext, Stage, Strategy
 
 _PACKING_BACKENDS = (
     "eager", "sdpa", "flex_attention", "varlen", "ring", "flash_attention_2", "flash_attention_3", "flash_attention_4",
@@ -32,14 +38,25 @@ class SequenceStrategy(Strategy):
     Rows are cut once for all such strategies together, as the mesh says; attention is wrapped by each in turn.
 
     Args:
+        size: Ranks that share each row.
         validate_batches: Check in every micro-batch that the ranks which share a row hold the same one, for debugging
             a loader; it costs a small collective.
+
+    Attributes:
+        axis: The mesh axis of those ranks.
     """
 
     requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows,)
+    axis: ClassVar[str]
 
-    def __init__(self, *, validate_batches: bool = False) -> None:
-        self.validate_batches = validate_batches
+    def __init__(self, size: int, *, validate_batches: bool = False) -> None:
+        if size < 1:
+            raise LayoutError(f"{type(self).__name__} has size {size}", "give a positive size")
+        self.size, self.validate_batches = size, validate_batches
+
+    @override
+    def mesh_axes(self) -> Mapping[str, int]:
+        return {self.axis: self.size}
 
     @override
     def shard(self, micro: MicroBatch, state: ParallelState) -> MicroBatch:
@@ -64,21 +81,70 @@ class SequenceStrategy(Strategy):
             adapter.patch(model, UNSPLIT_ATTENTION, backend)
             adapter.sequence = _groups(state)
             share_towers(adapter, adapter.sequence)
-        use_attention(model, self.install(model, backend, state))
+        use_attention(model, self.install(adapter, backend, state))
 
-    def install(self, model: nn.Module, backend: str, state: ParallelState) -> str:
+    @abstractmethod
+    def install(self, adapter: ModelAdapter, backend: str, state: ParallelState) -> str:
         """Return the name of an attention over whole rows that runs ``backend`` inside.
 
         Raises:
             ModelError: the model's heads do not divide, or its attention cannot be wrapped.
         """
-        raise NotImplementedError
 
     @override
     def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
         size = context.state.size("sequence")
         if size > 1:
             dry_run(model, body, size, context.device)
+
+
+class ContextParallel(SequenceStrategy):
+    """Split every row over ranks, whatever the number of heads; attention is computed block by block on a ring.
+
+    Rows are dealt out in a zigzag, so that every rank computes alike under a causal rule. Composes with
+    :class:`Ulysses`: heads are exchanged within each group of that, keys and values are sent between the groups. See
+    Liu et al., 2023 (arXiv:2310.01889).
+
+    Args:
+        size: Ranks of the ring.
+        validate_batches: See :class:`SequenceStrategy`.
+    """
+
+    name = "context_parallel"
+    stage = Stage.RING
+    axis = "cp"
+
+    @override
+    def install(self, adapter: ModelAdapter, backend: str, state: ParallelState) -> str:
+        return register_ring()
+
+
+class Ulysses(SequenceStrategy):
+    """Split every row over ranks; before attention exchange positions for heads, and back after it.
+
+    Works beside any strategy that holds parameters, for every model whose attention goes through transformers'
+    attention interface. See Jacobs et al., 2023 (arXiv:2309.14509).
+
+    Args:
+        size: Ranks that share each row; must divide the number of attention heads.
+        overlap: Exchange queries while keys are projected, and keys while values are; the backward mirrors it. For
+            attention modules of the standard q/k/v/o form, which most language models have.
+        validate_batches: See :class:`SequenceStrategy`.
+    """
+
+    name = "ulysses"
+    stage = Stage.ULYSSES
+    axis = "ulysses"
+
+    def __init__(self, size: int, *, overlap: bool = False, validate_batches: bool = False) -> None:
+        super().__init__(size, validate_batches=validate_batches)
+        self.overlap = overlap
+
+    @override
+    def install(self, adapter: ModelAdapter, backend: str, state: ParallelState) -> str:
+        if self.overlap:
+            overlap_projections(text_part(adapter.model), state.group("ulysses"), adapter.patch)
+        return register_ulysses(backend)
 
 
 def _groups(state: ParallelState) -> SequenceGroups:

@@ -1,4 +1,7 @@
-"""Activation checkpointing: recompute a block's activations in the backward instead of keeping them."""
+"""Transforms of every block: activations recomputed in the backward, and compilation.
+
+Compiled block by block, the same graph serves every layer, and sharding hooks stay outside of it.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from typing_extensions import override
 
 from veomni.batch.forward_call import bind_call
 from veomni.compat.attention_kernels import attention_operations
+from veomni.compat.modules import compile_in_place
 from veomni.errors import ConfigError
+from veomni.logging import create_logger
 from veomni.strategies.base import SetupContext, Stage, Strategy
-from veomni.strategies.transforms.compute_dtype import keep_float64
+from veomni.strategies.transforms.float64 import keep_float64
 
 if TYPE_CHECKING:
     from veomni.models.adapter.adapter import ModelAdapter
+
+logger = create_logger(__name__)
 
 Recompute = Literal["full", "selective"]
 
@@ -70,21 +77,35 @@ class _SaveEverySecondMatmul:
     """A policy with counters: the forward and its recomputation count apart and so decide alike."""
 
     def __init__(self) -> None:
-        self._matmuls: Counter[bool] = Counter()
-        self._grouped: Counter[bool] = Counter()
+        self._counts: Counter[tuple[str, bool]] = Counter()
         self._attention = attention_operations()
 
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operation in self._attention:
             return CheckpointPolicy.MUST_SAVE
         if operation in _MATMULS:
-            return self._every_second(self._matmuls, context)
+            return self._every_second("matmul", context)
         if operation.name() in _GROUPED:  # of experts' two products the first: the backward needs no second one
-            return self._every_second(self._grouped, context)
+            return self._every_second("grouped", context)
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    @staticmethod
-    def _every_second(count: Counter[bool], context: Any) -> CheckpointPolicy:
-        count[context.is_recompute] += 1
-        odd = count[context.is_recompute] % 2
+    def _every_second(self, kind: str, context: Any) -> CheckpointPolicy:
+        self._counts[kind, context.is_recompute] += 1
+        odd = self._counts[kind, context.is_recompute] % 2
         return CheckpointPolicy.MUST_SAVE if odd else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Compile(Strategy):
+    """Compile every block with ``torch.compile``, each at its first call. An fp64 run stays uncompiled."""
+
+    name = "compile"
+    stage = Stage.COMPILATION
+
+    @override
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        if context.precision.name == "fp64":
+            # TorchDynamo skips code inside a TorchDispatchMode, and logs nothing.
+            logger.warning_rank0("Compile has no effect in fp64: the mode that keeps float64 cannot be compiled")
+            return
+        for name in context.plan.blocks:
+            adapter.on_remove(compile_in_place(adapter.model.get_submodule(name)))

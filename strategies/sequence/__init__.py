@@ -1,1 +1,0 @@
-"""Strategies that split the rows of a batch over ranks."""
