@@ -24,7 +24,7 @@ def main() -> None:
     tokenizer = config.build_tokenizer(train_set)
     loader = config.build_loader(train_set, tokenizer, launcher)
     eval_loader = config.build_loader(held_out, tokenizer, launcher, train=False) if held_out else None
-    answers = "multimodal" in config.data.data_types  # also evaluate which answers are right, word for word
+    answers = config.data.has_media  # also evaluate which answers are right, word for word
 
     model = launcher.setup_model(
         config.build_model(tokenizer), **config.setup_options()

@@ -30,7 +30,7 @@ CHOSEN = {
     },
     "train.loggers": [{"name": "csv", "columns": ["loss", "lr"]}, "tensorboard"],
     "model.attention": {"name": "scaled", "temperature": 2.0},
-    "data.data_type": "reversed",
+    "data.data_type": {"name": "reversed", "skip": 1},
 }
 
 
@@ -62,7 +62,9 @@ def test_each_is_built_with_its_options():
     assert schedule.get_last_lr()[0] == pytest.approx(1e-3 * (4 / 6) ** 0.5)
     assert train.loggers[0].build(output_dir="x").columns == ["loss", "lr"]
     assert chosen().model.attention.build().temperature == 2.0
-    assert chosen(**{"data.format": "question_answer", "data.data_type": "conversation"}).data.format
+    assert chosen().data.data_type.build().skip == 1
+    form = {"name": "question_answer", "system": "Be brief."}
+    assert chosen(**{"data.format": form, "data.data_type": "conversation"}).data.format.build().system == "Be brief."
 
 
 def test_they_are_saved_and_read_again(tmp_path):
@@ -79,7 +81,12 @@ def test_their_options_are_keys_that_are_checked(tmp_path):
     assert "train.scheduler.offset" in caught.value.problem
     assert "greater than or equal to 1" in caught.value.problem
     assert "did you mean 'offset'" in caught.value.problem
-    assert {"train.scheduler.offset", "train.optimizer.betas", "model.attention.temperature"} <= set(all_keys(Config))
+    assert {
+        "train.scheduler.offset",
+        "train.optimizer.betas",
+        "model.attention.temperature",
+        "data.data_type.skip",
+    } <= set(all_keys(Config))
     assert "reserve" in json.dumps(Config.model_json_schema())
 
 

@@ -11,7 +11,6 @@ from tests.data.stream_files import jsonl
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import CHAT_TEMPLATES, FORMATS
 from veomni.data.sources.formats import RecordFormat
-from veomni.data.sources.records import Document
 
 USER, ANSWER = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -76,13 +75,14 @@ def test_a_form_gives_the_tokens_of_its_messages(case, streaming, tokenizer, tmp
 
 
 def test_a_registered_form_is_read(tokenizer, tmp_path):
-    def two_columns(document, key):
-        question = {"role": "user", "content": document.record["q"]}
-        return Document(
-            {"messages": [question, {"role": "assistant", "content": document.record["a"]}]}, document.where
-        )
+    @FORMATS.register("two-columns")
+    class TwoColumns(RecordFormat):
+        keys = ("q", "a")
 
-    FORMATS.register("two-columns")(RecordFormat(("q", "a"), two_columns))
+        def messages(self, document, key):
+            question = {"role": "user", "content": document.record["q"]}
+            return [question, {"role": "assistant", "content": document.record["a"]}]
+
     path = str(jsonl(tmp_path / "t.jsonl", [{"q": "Two?", "a": "2."}]))
     dataset = dataset_of(path, data_type="conversation", format="two-columns")
     assert dataset[0].record["messages"] == [USER, ANSWER]

@@ -12,8 +12,8 @@ from annotated_types import Ge, Lt
 from torch.optim import Optimizer
 
 from veomni.accelerators import CPU
-from veomni.data import DATA_TYPES
-from veomni.data.sources.formats import MESSAGES, RecordFormat
+from veomni.data.builtin_types import Plaintext
+from veomni.data.sources.formats import RecordFormat
 from veomni.loggers import Logger
 from veomni.ops.attention.backends import AttentionBackend
 from veomni.optim import Shape
@@ -83,22 +83,39 @@ class CsvLogger(Logger):
             csv.writer(file).writerow([step, *(metrics.get(name) for name in self.columns)])
 
 
-def _question_answer(document, key):
-    roles = {"user": "question", "assistant": "answer"}
-    messages = [{"role": role, "content": document.record[field]} for role, field in roles.items()]
-    return replace(document, record={**document.record, MESSAGES: messages})
+class QuestionAnswer(RecordFormat):
+    """A question and its answer.
+
+    Args:
+        system: What each conversation begins with; None for nothing.
+    """
+
+    keys = ("question", "answer")
+
+    def __init__(self, system: str | None = None):
+        self.system = system
+
+    def messages(self, document, key):
+        roles = {"user": "question", "assistant": "answer"}
+        messages = [{"role": role, "content": document.record[field]} for role, field in roles.items()]
+        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
 
 
-QUESTION_ANSWER = RecordFormat(("question", "answer"), _question_answer)
+class Reversed(Plaintext):
+    """Texts, from the last token to the first.
 
+    Args:
+        skip: Tokens left out at the beginning.
+    """
 
-def reversed_text(documents, tokenizer, options):
-    """Token ids of a text from the last to the first."""
-    encode = DATA_TYPES.get("plaintext").encode
-    return [replace(encoded, ids=encoded.ids[::-1]) for encoded in encode(documents, tokenizer, options)]
+    marks = ()
 
+    def __init__(self, skip: Annotated[int, Ge(0)] = 0):
+        self.skip = skip
 
-REVERSED = replace(DATA_TYPES.get("plaintext"), encode=reversed_text, marks=())
+    def encode(self, documents, schema, tokenizer, template):
+        encoded = super().encode(documents, schema, tokenizer, template)
+        return [replace(one, ids=one.ids[::-1][self.skip :]) for one in encoded]
 
 
 class ScaledAttention(AttentionBackend):

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     config = load_config(rest[1:] if rest[:1] == ["preview"] else rest)
     console = Console(highlight=False, soft_wrap=True)
-    if "multimodal" in config.data.data_types:
+    if config.data.has_media:
         groups = show_documents(config, console, arguments.rows, arguments.documents)
     else:
         groups = {"documents": show_rows(config, console, arguments.rows, arguments.documents)}

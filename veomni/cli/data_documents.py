@@ -52,7 +52,7 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
     found: list[_Counted] = []
     for source, document in islice(in_turn(dataset.sources), max(shown, counted)):
-        if source.schema.type.encode is not None:
+        if not source.schema.type.has_media:
             encoded: EncodedDocument | None = _text(document, source.schema, transform)
         else:
             encoded = skipping(transform.encode, document) if skips else transform.encode(document)
@@ -70,13 +70,9 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
 
 
 def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> EncodedDocument:
-    from veomni.data import EncodeOptions
     from veomni.data.multimodal import EncodedDocument
 
-    assert schema.type.encode is not None
-    [encoded] = schema.type.encode(
-        [document], transform.tokenizer, EncodeOptions(schema.text_key, transform.chat_template)
-    )
+    [encoded] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
     ids = torch.tensor(encoded.ids)
     weights = torch.ones(len(ids)) if encoded.weights is None else torch.tensor(encoded.weights)
     sample = {"input_ids": ids, "labels": torch.where(weights != 0, ids, IGNORE_INDEX)}

@@ -58,7 +58,7 @@ def _show_stream(read: Sequence[MicroBatch], capacity: int, tokenizer: Any, cons
 
 
 def _loader(config: Config) -> tuple[PackedLoader | StreamLoader, Any]:
-    from veomni.data import Encoder, Workers, build_dataloader
+    from veomni.data import Encoder, Order, Packing, Workers, build_dataloader
 
     data = config.data
     dataset, _ = config.open_data()
@@ -67,8 +67,8 @@ def _loader(config: Config) -> tuple[PackedLoader | StreamLoader, Any]:
     loader = build_dataloader(
         dataset,
         Encoder(tokenizer, data.chat_template),
-        packing=data.build_packing(),
-        order=data.build_order(config.train.seed, epochs),
+        packing=data.make(Packing),
+        order=data.make(Order, seed=config.train.seed, epochs=epochs),
         workers=Workers(pin_memory=False),
         cache_dir=data.cache_dir,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from veomni.config.problems import Problem
+
+T = TypeVar("T")
 
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path as people write it; ``~`` is the home directory."""
@@ -25,6 +28,14 @@ class Section(BaseModel):
     """Classes and functions whose arguments are the keys of this section."""
     renames: ClassVar[Mapping[str, str]] = {}
     """Their arguments that have another name ("Packing.strategy"), and the keys."""
+
+    def make(self, component: Callable[..., T], **given: Any) -> T:
+        """Return what one of the components in :attr:`configures` makes of these keys and of ``given``."""
+        for argument in inspect.signature(component).parameters:
+            key = self.renames.get(f"{component.__name__}.{argument}", argument)
+            if argument not in given and key in type(self).model_fields:
+                given[argument] = getattr(self, key)
+        return component(**given)
 
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
         """Yield what is wrong with this section beside the others; files, devices and the model are not looked at.

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -92,6 +92,25 @@ def checked(section: type[S], options: Mapping[str, Any]) -> S:
         raise
 
 
+def options_of(
+    *components: Callable[..., Any], supplied: Collection[str] = (), renames: Mapping[str, str] | None = None
+) -> type[Section]:
+    """Return a section whose keys are the keyword arguments of several components; :meth:`Section.make` calls them.
+
+    Args:
+        components: As for :func:`section_of`; of arguments with one name, the first decides default and description.
+        supplied: Arguments that are not keys, as the run gives them.
+        renames: As :attr:`Section.renames`.
+    """
+    renames, fields = renames or {}, dict[str, Any]()
+    for component in components:
+        for name, field in _fields(component, supplied):
+            fields.setdefault(renames.get(f"{component.__name__}.{name}", name), field)
+    made = create_model("Options", __base__=Section, **fields)
+    made.configures, made.renames = tuple(component.__name__ for component in components), renames
+    return made
+
+
 def parameters_of(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Return the arguments that a component takes, by name."""
     return inspect.signature(component).parameters
@@ -115,6 +134,8 @@ def _fields(component: Callable[..., Any], supplied: Iterable[str]) -> Iterator[
 def _default(parameter: inspect.Parameter) -> Any:
     if parameter.default is parameter.empty:
         return ...
+    if isinstance(parameter.default, Path):
+        return str(parameter.default)
     return list(parameter.default) if isinstance(parameter.default, (tuple, frozenset)) else parameter.default
 
 

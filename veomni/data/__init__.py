@@ -1,6 +1,6 @@
 """Data: sources, tokenizing, packing, and a loader whose order no layout changes and any layout resumes."""
 
-from veomni.data.data_type import DATA_TYPES, DataType, Encoded, EncodeOptions
+from veomni.data.data_type import DATA_TYPES, DataType, Encoded
 from veomni.data.loading.build_dataloader import build_dataloader
 from veomni.data.loading.encoder import Encoder
 from veomni.data.loading.options import BatchShape, Order, Packing, Workers
@@ -28,7 +28,6 @@ __all__ = [
     "DataSource",
     "DataType",
     "DocumentStream",
-    "EncodeOptions",
     "Encoded",
     "Encoder",
     "IndexedDataset",

@@ -2,50 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from typing_extensions import override
 
 from veomni.config.base import PathText, Section
-from veomni.config.choice import Name
+from veomni.config.choice import Choice, configured
 from veomni.config.paths import exists, is_writable
 from veomni.config.problems import Problem
-from veomni.data.data_type import DATA_TYPES
+from veomni.config.section import ComponentSection, options_of
+from veomni.data.data_type import DATA_TYPES, DataType
+from veomni.data.loading.build_dataloader import build_dataloader
+from veomni.data.loading.encoder import Encoder
+from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.data.multimodal.section import MediaSection
 from veomni.data.sources.corpora import CORPORA
+from veomni.data.sources.dataset import build_dataset
 from veomni.data.sources.formats import FORMATS
+from veomni.data.sources.mixture import DataSource, build_mixture
+from veomni.data.sources.opened import Mixing
+from veomni.data.sources.schema import RecordSchema
 
 if TYPE_CHECKING:
-    from veomni.data import DocumentStream, Order, PackedLoader, Packing, StreamLoader
+    from veomni.data import DocumentStream, PackedLoader, StreamLoader
     from veomni.launcher import Launcher
 
-DataType = Annotated[str, Name(DATA_TYPES)]
-RecordFormat = Annotated[str, Name(FORMATS)]
-_RECORD_KEYS = ("data_type", "format", "text_key", "messages_key")
+Paths = PathText | Annotated[list[PathText], Field(min_length=1)]
+Chosen = Annotated[ComponentSection, Choice(DATA_TYPES)]
+Form = Annotated[ComponentSection, Choice(FORMATS)]
 
 
 class SourceSection(Section):
     """A source of a mixture; what is null is taken from the keys of the same name in ``data``."""
 
-    path: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(description="As data.train_path.")
+    path: Paths = Field(description="As data.train_path.")
     name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="What metrics and messages call it.")
     weight: float = Field(default=1.0, ge=0, description="Its share of the mixture, relative to the others'.")
-    data_type: DataType | None = Field(default=None, description="What its records become.")
-    format: RecordFormat | None = Field(default=None, description="How its records hold conversations.")
+    data_type: Chosen | None = Field(default=None, description="What its records become.")
+    format: Form | None = Field(default=None, description="How its records hold conversations.")
     text_key: str | None = Field(default=None, min_length=1, description="Field of the text.")
     messages_key: str | None = Field(default=None, min_length=1, description="Field of the messages.")
     eval_path: PathText | None = Field(default=None, description="Its held-out data, evaluated under its name.")
 
+    def schema_beside(self, schema: RecordSchema) -> RecordSchema:
+        """Return what its records hold, where ``schema`` is that of the other sources."""
+        chosen = {key: section.build() for key in ("data_type", "format") if (section := getattr(self, key))}
+        named = {key: name for key in ("text_key", "messages_key") if (name := getattr(self, key))}
+        return replace(schema, **chosen, **named)
 
-class DataSection(Section):
+
+_OPTIONS: Any = options_of(
+    RecordSchema, Mixing, build_dataset, Encoder, Packing, Order, BatchShape, Workers, build_dataloader,
+    supplied=(
+        "data_type", "format", "paths", "seed", "cache_dir", "tokenizer", "epochs", "held_out", "micro_batch_size",
+        "global_batch_size", "rank", "size", "timeout", "dataset", "encoder",
+    ),
+    renames={"build_dataset.paths": "train_path", "Packing.strategy": "packing", "Workers.count": "num_workers"},
+)  # fmt: skip
+
+
+class DataSection(_OPTIONS):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
-    configures = ("build_dataset", "build_dataloader", "RecordSchema", "Packing", "Order", "Workers", "Encoder")
-    renames: ClassVar[Mapping[str, str]] = {"Packing.strategy": "packing", "build_dataset.paths": "train_path"}
-
-    train_path: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
+    train_path: Paths | None = Field(
         default=None,
         description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "
         "WebDataset tar, a saved Hugging Face dataset), or a built-in corpus: python-stdlib (the sources of this "
@@ -56,94 +78,38 @@ class DataSection(Section):
         description="Instead of train_path: what is mixed, each with path, name, weight, eval_path, and, where they "
         "differ from those here, data_type, format, text_key and messages_key. Read as a stream.",
     )
-    sampling: Literal["sample", "token"] = Field(
-        default="sample", description="Whether the weights of sources are shares of the samples or of their tokens."
-    )
-    stopping_strategy: Literal["repeat", "first_exhausted", "all_exhausted", "once"] = Field(
-        default="repeat",
-        description="When a stream ends before train.max_steps: never; as soon as a source has been read "
-        "train.num_train_epochs times and is wanted again; when all have been, shorter ones more often; or once all "
-        "have been, and none more often.",
-    )
     streaming: bool = Field(
         default=False, description="Read blocks of files as they are needed; false indexes all records first."
     )
-    stream_shards: int = Field(
-        default=32,
-        ge=1,
-        description="Virtual shards of a stream, each with an order and rows of its own, whatever the number of ranks; "
-        "a multiple of the data ranks.",
-    )
-    lookahead: int = Field(
-        default=256, ge=1, description="Samples that a virtual shard reads ahead to fill its rows from."
-    )
-    max_media_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Most tokens of a row that stand for images, videos and audio clips (a stream's or multimodal).",
-    )
-    balance: bool = Field(
-        default=False,
-        description="Share the rows of a step among ranks by the work in them, the squares of document lengths.",
-    )
     eval_path: PathText | None = Field(default=None, description="Held-out data, read as train_path is.")
-    eval_fraction: float = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Share of the training documents that is held out when eval_path is null.",
+    data_type: Chosen = configured(
+        "plaintext",
+        "plaintext supervises every token; conversation applies a chat template, supervises replies; multimodal does "
+        "so with images, videos and audio clips; pretokenized takes token ids; preference takes pairs of answers.",
     )
-    data_type: DataType = Field(
-        default="plaintext",
-        description="plaintext supervises every token; conversation applies a chat template, supervises replies; "
-        "multimodal does so with images, videos and audio clips; pretokenized takes token ids; preference takes pairs "
-        "of answers.",
-    )
-    format: RecordFormat = Field(
-        default="messages",
-        description="How records hold conversations: {messages: [{role, content}]}, ShareGPT's "
-        "{conversations: [{from, value}]}, or Alpaca's {instruction, input, output}.",
-    )
-    text_key: str = Field(
-        default="text", min_length=1, description="Field of a record that holds the text (plaintext)."
-    )
-    messages_key: str = Field(
-        default="messages", min_length=1, description="Field of a record that holds the messages (conversation)."
-    )
-    chat_template: str | None = Field(
-        default=None, description="A registered chat template's name or a Jinja file; null takes the tokenizer's own."
+    format: Form = configured(
+        "messages",
+        "How records hold conversations: {messages: [{role, content}]}, ShareGPT's {conversations: [{from, value}]}, "
+        "or Alpaca's {instruction, input, output}.",
     )
     media: MediaSection = Field(
         default=MediaSection(),
         description="Images, videos and audio clips of conversations (data.data_type multimodal).",
     )
-    max_seq_len: int = Field(default=2048, ge=2, description="Tokens per packed row.")
-    on_overflow: Literal["error", "truncate", "split", "drop"] = Field(
-        default="error",
-        description="What happens to a document longer than max_seq_len; all but error are counted and logged.",
-    )
-    packing: Literal["best_fit", "none"] = Field(
-        default="best_fit",
-        description="best_fit puts several documents into a row, kept apart; none gives each its own row.",
-    )
-    shuffle: bool = Field(default=True, description="Read documents in an order drawn from (train.seed, epoch).")
-    num_workers: int = Field(
-        default=0, ge=0, description="Processes per rank that prepare batches; 0 prepares them in the loop."
-    )
-    prefetch_factor: int = Field(default=2, ge=1, description="Batches each of the num_workers keeps ready.")
-    pin_memory: bool | Literal["auto"] = Field(
-        default="auto",
-        description="Copy batches to the device from page-locked memory; auto does so where it is of use.",
-    )
     cache_dir: PathText | None = Field(
         default=None, description="Where tokenized data is kept between runs; null keeps it in ~/.cache/veomni."
     )
-    max_documents: int | None = Field(default=None, ge=1, description="Use only this many documents; null uses all.")
 
     @property
-    def data_types(self) -> set[str]:
+    def types(self) -> list[DataType]:
         """The types of all data that is trained on."""
-        return {source.data_type or self.data_type for source in self.sources} or {self.data_type}
+        chosen = [source.data_type or self.data_type for source in self.sources]
+        return [section.build() for section in chosen or [self.data_type]]
+
+    @property
+    def has_media(self) -> bool:
+        """Whether some data holds images, videos or audio clips."""
+        return any(one.has_media for one in self.types)
 
     def open(self, seed: int) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None.
@@ -151,14 +117,11 @@ class DataSection(Section):
         Args:
             seed: Decides which documents ``eval_fraction`` holds out.
         """
-        from veomni.data import DataSource, RecordSchema, build_dataset, build_mixture
-
-        given = {key: getattr(self, key) for key in _RECORD_KEYS}
-        schema, paths = RecordSchema(**given), self.train_path
-        sources = [] if paths is None else [DataSource(paths, schema=schema)]
+        schema = self.make(RecordSchema, data_type=self.data_type.build(), format=self.format.build())
+        sources = [DataSource(self.train_path, schema=schema)] if self.train_path else []
         held_out_sources = []
         for source in self.sources:
-            own = RecordSchema(**{key: getattr(source, key) or value for key, value in given.items()})
+            own = source.schema_beside(schema)
             sources.append(DataSource(source.path, source.name, source.weight, own))
             if source.eval_path is not None:
                 held_out_sources.append(DataSource(source.eval_path, source.name, schema=own))
@@ -167,23 +130,10 @@ class DataSection(Section):
             held_out = build_mixture(held_out_sources, streaming=False, cache_dir=self.cache_dir)
         elif self.eval_path is not None:
             held_out, _ = build_dataset(self.eval_path, schema, cache_dir=self.cache_dir)
-        if paths is None or self.streaming:
-            mixture = build_mixture(
-                sources,
-                streaming=self.streaming,
-                sampling=self.sampling,
-                stopping_strategy=self.stopping_strategy,
-                cache_dir=self.cache_dir,
-            )
-            return mixture, held_out
-        train, split_off = build_dataset(
-            paths,
-            schema,
-            max_documents=self.max_documents,
-            eval_fraction=0.0 if self.eval_path else self.eval_fraction,
-            seed=seed,
-            cache_dir=self.cache_dir,
-        )
+        if self.sources or self.streaming:
+            return self.make(build_mixture, sources=sources), held_out
+        fraction = 0.0 if self.eval_path else self.eval_fraction
+        train, split_off = self.make(build_dataset, schema=schema, eval_fraction=fraction, seed=seed)
         return train, held_out or split_off
 
     def build_loader(
@@ -198,36 +148,23 @@ class DataSection(Section):
             launcher: Launched; gives the rank's place.
             train: False for held-out data.
         """
-        from veomni.data import BatchShape, Encoder, Workers, build_dataloader
-
         section, (rank, size) = config.train, launcher.data_parallel
         repeats = self.stopping_strategy == "repeat" or not (self.streaming or self.sources)
         epochs = None if section.max_steps is not None and repeats else section.num_train_epochs
-        media = any(source.schema.type.encode is None for source in dataset.sources)
-        shape = BatchShape(
-            section.micro_batch_size, section.global_batch_size, rank, size, launcher.sequence_shard, self.balance
-        )
+        media = any(source.schema.type.has_media for source in dataset.sources)
+        shape = self.make(
+            BatchShape, micro_batch_size=section.micro_batch_size, global_batch_size=section.global_batch_size,
+            rank=rank, size=size, shard=launcher.sequence_shard,
+        )  # fmt: skip
         return build_dataloader(
             dataset,
-            self.media.build_encoder(config, tokenizer) if media else Encoder(tokenizer, self.chat_template),
-            packing=self.build_packing(),
-            order=self.build_order(section.seed, epochs, held_out=not train),
+            self.media.build_encoder(config, tokenizer) if media else self.make(Encoder, tokenizer=tokenizer),
+            packing=self.make(Packing),
+            order=self.make(Order, seed=section.seed, epochs=epochs, held_out=not train),
             shape=shape,
-            workers=Workers(self.num_workers, self.prefetch_factor, self.pin_memory),
+            workers=self.make(Workers),
             cache_dir=self.cache_dir,
         )
-
-    def build_packing(self) -> Packing:
-        """Return how documents are put into rows."""
-        from veomni.data import Packing
-
-        return Packing(self.max_seq_len, self.packing, self.on_overflow, self.lookahead, self.max_media_tokens)
-
-    def build_order(self, seed: int, epochs: int | None, *, held_out: bool = False) -> Order:
-        """Return in which order, and how often, documents are read."""
-        from veomni.data import Order
-
-        return Order(seed, self.shuffle, epochs, self.stream_shards, held_out)
 
     @override
     def path_problems(self) -> Iterator[Problem]:
@@ -247,14 +184,14 @@ class DataSection(Section):
         yield from self._source_problems()
         if self.streaming or self.sources:
             yield from self._stream_problems(config.train)
-        if self.data_types & {"conversation", "multimodal"}:
-            return
-        for key, changed in (
-            ("chat_template", self.chat_template is not None and "preference" not in self.data_types),
-            ("format", self.format != "messages"),
+        types = self.types
+        for key, changed, used in (
+            ("chat_template", self.chat_template is not None, any(one.renders for one in types)),
+            ("format", self.format.chosen != "messages", any(one.converts for one in types)),
         ):
-            if changed:
-                problem = f"data.{key} {getattr(self, key)} has no meaning with data.data_type {self.data_type}"
+            if changed and not used:
+                given = self.format.chosen if key == "format" else self.chat_template
+                problem = f"data.{key} {given} has no meaning with data.data_type {self.data_type.chosen}"
                 yield Problem(problem, "leave it out, or set data.data_type to conversation or multimodal")
 
     def _held_out_problems(self, train: Any) -> Iterator[Problem]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veomni.data import IndexedDataset
-
-_CONTEXT_LINES = 6
 
 
 def show_sample(
@@ -33,26 +30,21 @@ def show_sample(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-    if documents is None or documents.schema.data_type not in ("plaintext", "conversation"):
+    from veomni.data.text.chat_templates import find_chat_template
+
+    if documents is None:
+        return
+    tokenizer, schema = AutoTokenizer.from_pretrained(directory), documents.schema
+    if schema.type.renders:
+        tokenizer.chat_template = find_chat_template(chat_template, tokenizer)
+    document = documents[len(documents) // 2]
+    prompt = schema.type.prompt(document, schema, tokenizer)
+    if prompt is None:
         return
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    document = documents[len(documents) // 2]
-    prompt = _prompt(document.record, tokenizer, documents.schema.text_key, chat_template)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     torch.manual_seed(0)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.4, top_p=0.9)
     generated = tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"--- held out, from {document.where}:\n{prompt}\n--- {directory} continues:\n{generated}", flush=True)
-
-
-def _prompt(record: Mapping[str, Any], tokenizer: Any, text_key: str, chat_template: str | None) -> str:
-    from veomni.data.sources.formats import MESSAGES
-    from veomni.data.text.chat_templates import find_chat_template
-
-    if text_key in record:
-        text = record[text_key]
-        return "\n".join(text[: len(text) // 2].splitlines()[-_CONTEXT_LINES - 1 : -1]) or text[: len(text) // 2]
-    tokenizer.chat_template = find_chat_template(chat_template, tokenizer)
-    return str(tokenizer.apply_chat_template(record[MESSAGES][:-1], add_generation_prompt=True, tokenize=False))

@@ -54,7 +54,7 @@ class Encoder:
             ConfigError: there are media and no processor for them, or documents cannot be cut as ``packing`` says.
             DataError: there is no chat template.
         """
-        if all(schema.type.encode is not None for schema in schemas):
+        if not any(schema.type.has_media for schema in schemas):
             return self._text_samples(schemas, packing, shard)
         from veomni.data.multimodal import MediaSamples, settings_of
         from veomni.data.multimodal.collate import MultimodalCollator
@@ -62,7 +62,7 @@ class Encoder:
         if self.media is None:
             problem = "conversations with media need a model's processor"
             raise ConfigError(problem, "give Encoder(media=...)", "Encoder.media")
-        has_texts = any(schema.type.encode is not None for schema in schemas)
+        has_texts = any(not schema.type.has_media for schema in schemas)
         family = self.media.family
         return MediaSamples(
             self.media,
@@ -77,7 +77,7 @@ class Encoder:
         )
 
     def _text_samples(self, schemas: Sequence[RecordSchema], packing: Packing, shard: SequenceShard) -> TextSamples:
-        renders = any(schema.type.renders and schema.type.encode is not None for schema in schemas)
+        renders = any(schema.type.renders and not schema.type.has_media for schema in schemas)
         template = find_chat_template(self.chat_template, self.tokenizer) if renders else ""
         return TextSamples(
             self.tokenizer, schemas, template, packing.max_seq_len, packing.on_overflow, shard,

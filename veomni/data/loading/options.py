@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from veomni.batch.split import WHOLE_ROWS, SequenceShard
 from veomni.data.text.on_overflow import check_policy
@@ -22,8 +24,9 @@ class Packing:
 
     Attributes:
         max_seq_len: Tokens of a row.
-        strategy: ``best_fit`` puts several documents into a row; ``none`` gives each its own.
-        on_overflow: What happens to documents longer than a row: ``error``, ``truncate``, ``split`` or ``drop``.
+        strategy: ``best_fit`` puts several documents into a row, kept apart; ``none`` gives each its own.
+        on_overflow: What happens to documents longer than a row: ``error``, ``truncate``, ``split`` or ``drop``; all
+            but ``error`` are counted and logged.
         lookahead: Samples that each virtual shard of a stream reads ahead to fill its rows from.
         max_media_tokens: Most tokens of a stream's row that stand for images, videos and audio; None sets no bound.
 
@@ -31,11 +34,11 @@ class Packing:
         ConfigError: a strategy or policy is unknown.
     """
 
-    max_seq_len: int = 2048
-    strategy: str = "best_fit"
-    on_overflow: str = "error"
-    lookahead: int = 256
-    max_media_tokens: int | None = None
+    max_seq_len: Annotated[int, Ge(2)] = 2048
+    strategy: Literal["best_fit", "none"] = "best_fit"
+    on_overflow: Literal["error", "truncate", "split", "drop"] = "error"
+    lookahead: Annotated[int, Ge(1)] = 256
+    max_media_tokens: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in PACKINGS:
@@ -55,16 +58,17 @@ class Order:
 
     Attributes:
         seed: Decides the order, together with the epoch.
-        shuffle: Otherwise documents are read in the order of the files.
+        shuffle: Read documents in an order drawn from seed and epoch; otherwise in the order of the files.
         epochs: How often the data is read; None repeats it without end.
-        stream_shards: Virtual shards of a stream: part of its order, preferably a multiple of the data ranks.
+        stream_shards: Virtual shards of a stream, each with an order and rows of its own, whatever the number of ranks;
+            a multiple of the data ranks.
         held_out: One pass in the order of the files, from the start at each iteration.
     """
 
     seed: int = 0
     shuffle: bool = True
     epochs: int | None = None
-    stream_shards: int = 32
+    stream_shards: Annotated[int, Ge(1)] = 32
     held_out: bool = False
 
     def resolved(self) -> Order:
@@ -111,14 +115,14 @@ class Workers:
     """Processes that prepare micro-batches ahead of the loop; the batches do not depend on them.
 
     Attributes:
-        count: Number of processes; 0 prepares micro-batches in the loop.
+        count: Processes per rank that prepare micro-batches; 0 prepares micro-batches in the loop.
         prefetch_factor: Micro-batches that each process keeps ready.
-        pin_memory: Page-locked memory; ``auto`` uses it where there is an accelerator.
+        pin_memory: Copy micro-batches to the device from page-locked memory; ``auto`` where there is an accelerator.
         timeout: Seconds after which a process that returns nothing is an error.
     """
 
-    count: int = 0
-    prefetch_factor: int = 2
+    count: Annotated[int, Ge(0)] = 0
+    prefetch_factor: Annotated[int, Ge(1)] = 2
     pin_memory: bool | Literal["auto"] = "auto"
     timeout: float = 300.0
 

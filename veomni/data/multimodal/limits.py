@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt
 
 from veomni.errors import MediaError
 
@@ -12,16 +15,16 @@ class MediaLimits:
     """What is rejected. A file says how large it decodes; a few kilobytes may become gigabytes.
 
     Attributes:
-        max_bytes: Of a file.
-        max_pixels: Of an image or a video frame, before resizing.
-        max_aspect_ratio: Longer side over shorter side; transformers' Qwen processors reject more than 200.
-        max_seconds: Of a video or an audio clip.
+        max_bytes: Largest file.
+        max_pixels: Most pixels of an image or frame before resizing.
+        max_aspect_ratio: Longest side over shortest side; transformers' Qwen processors reject more than 200.
+        max_seconds: Longest video or audio clip.
     """
 
-    max_bytes: int = 1 << 29
-    max_pixels: int = 64_000_000
-    max_aspect_ratio: float = 200.0
-    max_seconds: float = 3600.0
+    max_bytes: Annotated[int, Ge(1)] = 1 << 29
+    max_pixels: Annotated[int, Ge(1)] = 64_000_000
+    max_aspect_ratio: Annotated[float, Ge(1)] = 200.0
+    max_seconds: Annotated[float, Gt(0)] = 3600.0
 
     def check_bytes(self, name: str, size: int) -> None:
         """Raise MediaError for an empty or too large file."""

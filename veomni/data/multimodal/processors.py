@@ -11,7 +11,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt
 
 from veomni.data.multimodal.family import Family, FamilyParts, family_of
 from veomni.data.multimodal.frames import VideoDecoder, usable_decoder
@@ -33,6 +35,9 @@ _GEOMETRY = {
 }
 
 
+Count = Annotated[int, Ge(1)]
+
+
 @dataclass(frozen=True)
 class MediaSettings:
     """What a run changes of a model's processors; None keeps what the model's files say.
@@ -41,19 +46,20 @@ class MediaSettings:
         image_min_pixels: Least pixels of an image after resizing (models with patches of any number).
         image_max_pixels: Most pixels of an image after resizing.
         video_fps: Frames per second that are seen.
-        video_min_frames: Least frames of a video.
-        video_max_frames: Most frames of a video.
-        video_max_pixels: Most pixels: of a frame (Qwen2-VL, Qwen2.5-VL, omni) or of all (Qwen3-VL, GLM-4V).
+        video_min_frames: Least frames of a video that are seen.
+        video_max_frames: Most frames of a video that are seen.
+        video_max_pixels: Most pixels after resizing: of a frame, or of a whole video (Qwen3-VL, GLM-4V).
         use_audio_in_video: Also use the audio track of videos (omni models).
-        video_decoder: Decoder of the frames of videos; torchcodec only where it can be loaded.
+        video_decoder: Video decoding backend. torchcodec jumps to the frames that are seen and gives the same pixels,
+            but does not find damage that the codec covers up; without FFmpeg's libraries PyAV does it.
     """
 
-    image_min_pixels: int | None = None
-    image_max_pixels: int | None = None
-    video_fps: float | None = None
-    video_min_frames: int | None = None
-    video_max_frames: int | None = None
-    video_max_pixels: int | None = None
+    image_min_pixels: Count | None = None
+    image_max_pixels: Count | None = None
+    video_fps: Annotated[float, Gt(0)] | None = None
+    video_min_frames: Count | None = None
+    video_max_frames: Count | None = None
+    video_max_pixels: Count | None = None
     use_audio_in_video: bool = False
     video_decoder: VideoDecoder = "pyav"
 

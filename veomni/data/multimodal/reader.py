@@ -29,12 +29,13 @@ class MediaReader:
     ``url`` (what ``datasets`` stores has ``bytes`` and ``path``; the bytes are taken).
 
     Attributes:
-        root: Paths are relative to it; what lies outside, also through a symbolic link, is rejected. ``/`` allows all.
+        root: Directory that paths are relative to; what lies outside, also through a symbolic link, is rejected
+            (``/`` allows all).
         fetch: Gets URLs; None rejects them.
         limits: A file larger than ``max_bytes`` is rejected.
     """
 
-    root: Path = field(default_factory=Path.cwd)
+    root: Path = Path()
     fetch: Fetch | None = None
     limits: MediaLimits = field(default_factory=MediaLimits)
 

@@ -70,7 +70,7 @@ class MediaSamples:
         Raises:
             DataError: a record cannot be used, or is too long where that is an error.
         """
-        if self._texts is not None and self._schemas[source].type.encode is not None:
+        if self._texts is not None and not self._schemas[source].type.has_media:
             return self._texts.make(documents, source)
         return [self._made(document) for document in documents]
 
@@ -116,7 +116,7 @@ class MediaSamples:
         return name_documents(self._collator(packed), rows)
 
     def _documents(self, sample: Sample) -> list[dict[str, Any]]:
-        if self._schemas[sample.ref.source].type.encode is None:
+        if self._schemas[sample.ref.source].type.has_media:
             content = sample.piece.content.items()
             found = [
                 {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content}

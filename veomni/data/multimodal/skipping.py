@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from annotated_types import Ge
 
 from veomni.errors import DataError, MediaError
 from veomni.logging import create_logger
@@ -22,10 +24,10 @@ class SkipBadMedia:
     started with it count together.
 
     Args:
-        max_skipped: How many records may be left out; one more is an error.
+        max_skipped: How many records may be left out before it is an error.
     """
 
-    def __init__(self, max_skipped: int) -> None:
+    def __init__(self, max_skipped: Annotated[int, Ge(0)] = 100) -> None:
         self.max_skipped = max_skipped
         self._skipped = multiprocessing.get_context("spawn").Value("q", 0)
 

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Lt
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -75,8 +76,8 @@ def build_dataset(
     paths: str | Sequence[str],
     schema: RecordSchema | None = None,
     *,
-    max_documents: int | None = None,
-    eval_fraction: float = 0.0,
+    max_documents: Annotated[int, Ge(1)] | None = None,
+    eval_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0,
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> tuple[IndexedDataset, IndexedDataset | None]:
@@ -87,8 +88,8 @@ def build_dataset(
     Args:
         paths: Files, directories, saved Hugging Face datasets, URLs, or names of built-in corpora (``CORPORA``).
         schema: What the records hold, and in which fields; None for text in the field ``text``.
-        max_documents: Use the first so many documents only.
-        eval_fraction: Expected share of the documents that is held out; 0 holds nothing out.
+        max_documents: Use only the first so many documents; None uses all.
+        eval_fraction: Expected share of the training documents that is held out.
         seed: Seed of the held-out choice.
         cache_dir: Where copies of remote and compressed files are kept; None for ``$XDG_CACHE_HOME/veomni``.
 

@@ -12,7 +12,10 @@ import socket
 import ssl
 import time
 from collections.abc import Iterable
+from typing import Annotated
 from urllib.parse import SplitResult, urljoin, urlsplit
+
+from annotated_types import Gt
 
 from veomni.errors import MediaError
 
@@ -27,13 +30,18 @@ class Fetch:
     Args:
         hosts: Those allowed: ``example.com`` is that host, ``.example.com`` all below it.
         max_bytes: Largest content.
-        timeout: Seconds in which all must have come.
+        timeout: Seconds in which a URL must have been fetched.
         private: Hosts that may have an address inside the network (a store of one's own); link-local addresses, where
             clouds keep credentials, are rejected all the same.
     """
 
     def __init__(
-        self, hosts: Iterable[str], *, max_bytes: int, timeout: float = 30.0, private: Iterable[str] = ()
+        self,
+        hosts: Iterable[str],
+        *,
+        max_bytes: int,
+        timeout: Annotated[float, Gt(0.0)] = 30.0,
+        private: Iterable[str] = (),
     ) -> None:
         self.hosts = tuple(host.lower().rstrip(".") for host in hosts)
         self.max_bytes, self.timeout = max_bytes, timeout

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from typing_extensions import override
 
 from veomni.data.sources.records import Document, Message, field_of
 from veomni.errors import DataError
@@ -15,24 +16,32 @@ MESSAGES = "messages"
 """The field in which converted records hold their messages."""
 
 
-@dataclass(frozen=True)
 class RecordFormat:
-    """How a record holds a conversation.
+    """How a record holds a conversation; the arguments of a subclass are its options in a configuration.
 
     Attributes:
         keys: Fields that are read, beside that of the messages.
-        convert: Given a record and the field of the messages, returns it with the messages in the field
-            :data:`MESSAGES`; these are validated when they are read.
         marks: Fields by which such records are recognised, for the message about a missing field.
     """
 
-    keys: tuple[str, ...]
-    convert: Callable[[Document, str], Document]
-    marks: tuple[str, ...] = ()
+    keys: ClassVar[tuple[str, ...]] = ()
+    marks: ClassVar[tuple[str, ...]] = ()
+
+    def messages(self, document: Document, key: str) -> Any:
+        """Return the messages of a record, ``[{role, content}, ...]``; they are validated when they are read.
+
+        Args:
+            document: The record.
+            key: ``messages_key`` of the schema.
+
+        Raises:
+            DataError: a field is missing or malformed.
+        """
+        raise NotImplementedError
 
 
-FORMATS: Registry[RecordFormat] = Registry("record format", group="veomni.formats")
-"""Name to format; ``FORMATS.register("name")(RecordFormat(...))`` or an entry point adds one."""
+FORMATS: Registry[type[RecordFormat]] = Registry("record format", group="veomni.formats")
+"""Name to format; ``@FORMATS.register("name")`` above a subclass, or an entry point, adds one."""
 
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -41,57 +50,59 @@ _SPEAKERS = {
 }  # fmt: skip
 
 
-def as_messages(document: Document, key: str) -> Document:
-    """Return a record of OpenAI's form: ``{key: [{role, content}, ...]}``."""
-    return _with_messages(document, field_of(document, key, "RecordSchema.messages_key"))
+@FORMATS.register("messages")
+class Messages(RecordFormat):
+    """OpenAI's form: ``{key: [{role, content}, ...]}``."""
+
+    marks = (MESSAGES,)
+
+    @override
+    def messages(self, document: Document, key: str) -> Any:
+        return field_of(document, key, "RecordSchema.messages_key")
 
 
-def sharegpt(document: Document, key: str) -> Document:
-    """Return a record of ShareGPT's form: ``{conversations: [{from, value}, ...], system: ..., tools: ...}``.
+@FORMATS.register("sharegpt")
+class ShareGPT(RecordFormat):
+    """ShareGPT's form: ``{conversations: [{from, value}, ...], system: ..., tools: ...}``.
 
     The field is ``conversations``, unless ``messages_key`` names another.
-
-    Raises:
-        DataError: there is no such field, it is no list of turns, or a speaker is unknown.
     """
-    field = "conversations" if key == MESSAGES else key
-    turns = field_of(document, field, "RecordSchema.messages_key")
-    if not isinstance(turns, list):
-        raise DataError(f"{document.where}: field {field!r} is not a list", "make it a list of {from, value}")
-    messages = [_turn(turn, f"{document.where}, message {number}") for number, turn in enumerate(turns, start=1)]
-    return _with_messages(document, _with_system(document, messages))
+
+    keys = ("conversations", "system")
+    marks = keys[:1]
+
+    @override
+    def messages(self, document: Document, key: str) -> Any:
+        field = "conversations" if key == MESSAGES else key
+        turns = field_of(document, field, "RecordSchema.messages_key")
+        if not isinstance(turns, list):
+            raise DataError(f"{document.where}: field {field!r} is not a list", "make it a list of {from, value}")
+        messages = [_turn(turn, f"{document.where}, message {number}") for number, turn in enumerate(turns, start=1)]
+        return _with_system(document, messages)
 
 
-def alpaca(document: Document, key: str) -> Document:
-    """Return a record of Alpaca's form: ``{instruction, input, output, system, history: [[question, answer], ...]}``.
+@FORMATS.register("alpaca")
+class Alpaca(RecordFormat):
+    """Alpaca's form: ``{instruction, input, output, system, history: [[question, answer], ...]}``."""
 
-    Raises:
-        DataError: a field is missing or has a wrong type.
-    """
-    question, answer = _text(document, "instruction", True), _text(document, "output", True)
-    given = _text(document, "input", False)
-    messages: list[Message] = []
-    history = document.record.get("history") or []
-    for number, pair in enumerate(history if isinstance(history, list) else [history], start=1):
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise DataError(f"{document.where}: history {number} is no pair", "write [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    messages += [
-        {"role": "user", "content": f"{question}\n{given}" if given else question},
-        {"role": "assistant", "content": answer},
-    ]
-    return _with_messages(document, _with_system(document, messages))
+    keys = ("instruction", "input", "output", "system", "history")
+    marks = ("instruction", "output")
 
-
-FORMATS.register("messages")(RecordFormat((), as_messages, (MESSAGES,)))
-FORMATS.register("sharegpt")(RecordFormat(("conversations", "system"), sharegpt, ("conversations",)))
-FORMATS.register("alpaca")(
-    RecordFormat(("instruction", "input", "output", "system", "history"), alpaca, ("instruction", "output"))
-)
-
-
-def _with_messages(document: Document, messages: Any) -> Document:
-    return replace(document, record={**document.record, MESSAGES: messages})
+    @override
+    def messages(self, document: Document, key: str) -> Any:
+        question, answer = _text(document, "instruction", True), _text(document, "output", True)
+        given = _text(document, "input", False)
+        messages: list[Message] = []
+        history = document.record.get("history") or []
+        for number, pair in enumerate(history if isinstance(history, list) else [history], start=1):
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise DataError(f"{document.where}: history {number} is no pair", "write [question, answer]")
+            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        messages += [
+            {"role": "user", "content": f"{question}\n{given}" if given else question},
+            {"role": "assistant", "content": answer},
+        ]
+        return _with_system(document, messages)
 
 
 def _with_system(document: Document, messages: list[Message]) -> list[Message]:

@@ -12,7 +12,7 @@ from typing import Any
 from veomni.data.sources.cache import cache_directory, digest
 from veomni.data.sources.dataset import build_dataset
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import DocumentStream, Mixing, OpenedSource
+from veomni.data.sources.opened import DocumentStream, Mixing, OpenedSource, Sampling, StoppingStrategy
 from veomni.data.sources.opening import find_data
 from veomni.data.sources.schema import RecordSchema
 from veomni.errors import ConfigError, DataError
@@ -54,8 +54,8 @@ def build_mixture(
     sources: Sequence[DataSource],
     *,
     streaming: bool = True,
-    sampling: str = "sample",
-    stopping_strategy: str = "repeat",
+    sampling: Sampling = "sample",
+    stopping_strategy: StoppingStrategy = "repeat",
     cache_dir: str | Path | None = None,
 ) -> DocumentStream:
     """Return one or several sources as a stream.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from veomni.data.sources.blocks import Blocks, all_records
 from veomni.data.sources.records import Document
@@ -17,8 +17,8 @@ from veomni.registry import did_you_mean
 if TYPE_CHECKING:
     from veomni.data.sources.dataset import IndexedDataset
 
-SAMPLING = ("sample", "token")
-STOPPING_STRATEGIES = ("repeat", "first_exhausted", "all_exhausted", "once")
+Sampling = Literal["sample", "token"]
+StoppingStrategy = Literal["repeat", "first_exhausted", "all_exhausted", "once"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mixing:
     """How several sources become one stream.
 
     Attributes:
-        sampling: Whether weights are shares of the ``sample`` s or of the ``token`` s.
+        sampling: Whether weights of sources are shares of the samples or of their tokens.
         stopping_strategy: When the stream ends: ``repeat``, never; ``first_exhausted``, when a source has been read
             ``epochs`` times and is due again; ``all_exhausted``, when each has been read that often, shorter ones more
             often; ``once`` likewise, but no source is read more often.
@@ -35,11 +35,11 @@ class Mixing:
         ConfigError: an option is unknown.
     """
 
-    sampling: str = "sample"
-    stopping_strategy: str = "repeat"
+    sampling: Sampling = "sample"
+    stopping_strategy: StoppingStrategy = "repeat"
 
     def __post_init__(self) -> None:
-        for key, known in (("sampling", SAMPLING), ("stopping_strategy", STOPPING_STRATEGIES)):
+        for key, known in (("sampling", get_args(Sampling)), ("stopping_strategy", get_args(StoppingStrategy))):
             if (value := getattr(self, key)) not in known:
                 raise ConfigError(f"{key}: {value!r} is unknown", did_you_mean(value, list(known)))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated
+
+from annotated_types import MinLen
 
 from veomni.data.data_type import DATA_TYPES, DataType
 from veomni.data.sources.formats import FORMATS, MESSAGES, RecordFormat
@@ -18,33 +20,33 @@ class RecordSchema:
     """What records hold.
 
     Attributes:
-        data_type: Name of a registered data type: plaintext, conversation, multimodal, pretokenized, preference.
-        format: Name of the record format of conversations: messages, sharegpt, alpaca.
-        text_key: Field that holds the text (plaintext).
-        messages_key: Field that holds the messages (conversation, multimodal).
+        data_type: A data type, or the name of a registered one: plaintext, conversation, multimodal, pretokenized,
+            preference.
+        format: How records hold conversations, or the name of a registered record format: messages, sharegpt, alpaca.
+        text_key: Field of a record that holds the text (plaintext).
+        messages_key: Field of a record that holds the messages (conversation, multimodal).
 
     Raises:
         ConfigError: no data type or format has that name.
     """
 
-    data_type: str = "plaintext"
-    format: str = "messages"
-    text_key: str = "text"
-    messages_key: str = MESSAGES
+    data_type: DataType | str = "plaintext"
+    format: RecordFormat | str = "messages"
+    text_key: Annotated[str, MinLen(1)] = "text"
+    messages_key: Annotated[str, MinLen(1)] = MESSAGES
 
     def __post_init__(self) -> None:
-        FORMATS.get(self.format)
-        DATA_TYPES.get(self.data_type)
+        _ = self.type, self.record_format
 
     @cached_property
     def type(self) -> DataType:
         """The data type."""
-        return DATA_TYPES.get(self.data_type)
+        return DATA_TYPES.get(self.data_type)() if isinstance(self.data_type, str) else self.data_type
 
     @cached_property
     def record_format(self) -> RecordFormat:
         """The record format."""
-        return FORMATS.get(self.format)
+        return FORMATS.get(self.format)() if isinstance(self.format, str) else self.format
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -57,10 +59,11 @@ class RecordSchema:
         Raises:
             DataError: it lacks a field, or is malformed.
         """
-        if not self.type.converts or (self.format == "messages" and self.messages_key == MESSAGES):
+        if not self.type.converts:
             return document
         with self._suggesting(document):
-            return self.record_format.convert(document, self.messages_key)
+            messages = self.record_format.messages(document, self.messages_key)
+        return replace(document, record={**document.record, MESSAGES: messages})
 
     def check(self, document: Document) -> None:
         """Check that a converted record has its fields.
@@ -69,10 +72,7 @@ class RecordSchema:
             DataError: it does not; the message says which data type its fields are those of.
         """
         with self._suggesting(document):
-            if self.type.check is not None:
-                self.type.check(document, self)
-            else:
-                next(iter(self.texts(document)), None)
+            self.type.check(document, self)
 
     def texts(self, document: Document) -> Iterable[str]:
         """Return the texts of a converted record: what a tokenizer is trained on.
@@ -84,31 +84,33 @@ class RecordSchema:
 
     def facts(self) -> list[str]:
         """Return what the documents made of a record depend on."""
-        return [self.data_type, self.text_key, self.messages_key, self.format]
+        chosen = [f"{type(one).__qualname__} {vars(one)}" for one in (self.type, self.record_format)]
+        return [*chosen, self.text_key, self.messages_key]
 
     @contextmanager
     def _suggesting(self, document: Document) -> Iterator[None]:
-        """Name the schema that the fields of a record fit, where one of this schema's is missing."""
+        """Name the data type and format that the fields of a record fit, where one of this schema's is missing."""
         try:
             yield
         except MissingFieldError as error:
-            fitting = _fitting(document.record, self)
-            if fitting is None:
+            present = {name for name, value in document.record.items() if value is not None}
+            found = self._other_fitting(present)
+            if found is None:
                 raise
-            named = f"data_type {fitting.data_type!r}"
-            named += f" and format {fitting.format!r}" if fitting.type.converts else ""
             field = "RecordSchema.data_type RecordSchema.format"
-            raise MissingFieldError(error.problem, f"its fields are those of {named}: set these", field) from error
+            raise MissingFieldError(error.problem, f"its fields are those of {found}: set these", field) from error
 
-
-def _fitting(record: Mapping[str, Any], schema: RecordSchema) -> RecordSchema | None:
-    """Return another schema that has all of its marks in a record, or None."""
-    present = {name for name, value in record.items() if value is not None}
-    media = present & set(MEDIA_KEYS.values())
-    types = [name for name in DATA_TYPES if (marks := DATA_TYPES.get(name).marks) and present.issuperset(marks)]
-    chats = [name for name in FORMATS if (marks := FORMATS.get(name).marks) and present.issuperset(marks)]
-    kind = "multimodal" if media or schema.data_type == "multimodal" else "conversation"
-    found = [RecordSchema(name) for name in types] + [RecordSchema(kind, format=name) for name in chats]
-    return next(
-        (one for one in reversed(found) if (one.data_type, one.format) != (schema.data_type, schema.format)), None
-    )
+    def _other_fitting(self, present: set[str]) -> str | None:
+        """Return another data type, with a format if it has one, all of whose marks are fields of a record."""
+        types = {name: DATA_TYPES.get(name) for name in DATA_TYPES}
+        formats = {name: FORMATS.get(name) for name in FORMATS}
+        media = self.type.has_media or not present.isdisjoint(MEDIA_KEYS.values())
+        talks = next(name for name, one in types.items() if one.converts and one.has_media == media)
+        for name, form in reversed(formats.items()):
+            same = type(self.record_format) is form and type(self.type) is types[talks]
+            if form.marks and present.issuperset(form.marks) and not same:
+                return f"data_type {talks!r} and format {name!r}"
+        for name, one in reversed(types.items()):
+            if one.marks and present.issuperset(one.marks) and type(self.type) is not one:
+                return f"data_type {name!r}"
+        return None

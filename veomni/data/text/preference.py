@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veomni.data.sources.records import TOOLS_KEY, Conversation, Document, conversation_of, field_of
@@ -43,6 +43,13 @@ def pair_of(document: Document) -> Pair:
             problem = f"{document.where}, {name}: the answer has weight 0, so nothing is supervised"
             raise DataError(problem, "give it another weight, or remove the record")
     return chosen, rejected
+
+
+def supervised_answer(weights: Sequence[float]) -> list[float]:
+    """Return weights with all but the last run of nonzero ones set to 0: the answer that the pair is about."""
+    stop = len(weights) - next(index for index, one in enumerate(reversed(weights)) if one)
+    start = next((index + 1 for index in range(stop - 1, -1, -1) if not weights[index]), 0)
+    return [0.0] * start + [*weights[start:stop]] + [0.0] * (len(weights) - stop)
 
 
 def _messages(document: Document, key: str, role: str) -> list[Any]:

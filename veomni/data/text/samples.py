@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
-from veomni.data.data_type import Encoded, EncodeOptions
+from veomni.data.data_type import Encoded
 from veomni.data.packing.rows import DocumentTokens, pack_rows
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
@@ -149,7 +149,7 @@ class TextSamples:
         self._schemas, self._chat_template, self.digests = schemas, chat_template, digests
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = int(pad or 0)
-        unsplittable = [schema.data_type for schema in schemas if not schema.type.splittable and schema.type.encode]
+        unsplittable = [schema.data_type for schema in schemas if not (schema.type.splittable or schema.type.has_media)]
         if on_overflow == "split" and unsplittable:
             problem = f"on_overflow split would cut {unsplittable[0]} records apart"
             raise ConfigError(problem, "use error, truncate or drop", "Packing.on_overflow")
@@ -161,8 +161,7 @@ class TextSamples:
             DataError: a record cannot be used, or is too long where that is an error.
         """
         schema = self._schemas[source]
-        assert schema.type.encode is not None, "records with media have their own samples"
-        encoded = schema.type.encode(documents, self._tokenizer, EncodeOptions(schema.text_key, self._chat_template))
+        encoded = schema.type.encode(documents, schema, self._tokenizer, self._chat_template)
         return [self._cut(one, document.where) for one, document in zip(encoded, documents, strict=True)]
 
     def _cut(self, encoded: Encoded, where: str) -> Made:

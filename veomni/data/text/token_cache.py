@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from veomni.data.data_type import Encoded, EncodeOptions
+from veomni.data.data_type import Encoded
 from veomni.data.sources.cache import build_once, digest, tokenizer_digest
 from veomni.data.sources.dataset import IndexedDataset
 from veomni.data.sources.records import Document
@@ -115,21 +115,18 @@ def tokenize(
         "chat template": digest(template),
     }
     directory = cache_dir / digest([_FORMAT, digests])
-    options = EncodeOptions(dataset.schema.text_key, template)
-    build_once(directory, lambda path: _write(path, dataset, tokenizer, options), _problem)
+    build_once(directory, lambda path: _write(path, dataset, tokenizer, template), _problem)
     return TokenizedDocuments(directory), digests
 
 
-def _write(
-    directory: Path, dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
-) -> None:
+def _write(directory: Path, dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     started = time.monotonic()
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     lengths, source, weighted, some_masked, stored = [], [], [], False, 0
     files = (directory / name for name in ("tokens.bin", "supervised.bin", "weights.bin"))
     with ExitStack() as stack:
         tokens, supervised, weights = (stack.enter_context(file.open("wb")) for file in files)
-        for index, encoded in _encoded(dataset, tokenizer, options):
+        for index, encoded in _encoded(dataset, tokenizer, template):
             if len(encoded.ids) < 2:  # nothing follows the first token
                 continue
             tokens.write(np.array(encoded.ids, dtype).tobytes())
@@ -166,14 +163,13 @@ def _write(
 
 
 def _encoded(
-    dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, options: EncodeOptions
+    dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> Iterator[tuple[int, Encoded]]:
-    encode = dataset.schema.type.encode
-    assert encode is not None, "only types that encode text are tokenized"
+    schema = dataset.schema
     for start in range(0, len(dataset), _BATCH):
         stop = min(start + _BATCH, len(dataset))
         documents: list[Document] = [dataset[index] for index in range(start, stop)]
-        yield from enumerate(encode(documents, tokenizer, options), start)
+        yield from enumerate(schema.type.encode(documents, schema, tokenizer, template), start)
 
 
 def _problem(directory: Path) -> str | None:
