@@ -21,9 +21,9 @@ from veomni.models.traits.rows import dry_run
 from veomni.models.traits.sequence_layers import text_part
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.ring import register_ring
-from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
 from veomni.ops.attention.ulysses import register_ulysses
 from veomni.ops.attention.ulysses_async import overlap_projections
+from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, use_attention
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies.base import SetupContext, Stage, Strategy
 

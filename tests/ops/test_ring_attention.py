@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from veomni.batch.split import SequenceShard
 from veomni.errors import LayoutError, ModelError
-from veomni.ops.attention.block import attend, merge_into, select_kernel
-from veomni.ops.attention.ring import MaskRule, RingAttention, ring_attention
+from veomni.ops.attention.block import Block, attend, merge_into, select_kernel
+from veomni.ops.attention.ring import MaskRule, attend_on_ring, ring_attention
 from veomni.testing.ranks import run_ranks
 
 SEQ, HEAD_DIM = 48, 8
@@ -100,10 +100,10 @@ def test_half_precision_adds_up_in_float32(name):
 
 def test_parts_over_different_keys_add_up():
     (query, key, value), _ = inputs(4, 2, HEAD_DIM)
-    whole, whole_lse = attend(query, key, value, None, causal=False, scale=0.5)
+    whole, whole_lse = attend(Block(query, key, value, scale=0.5))
     total, lse = torch.zeros_like(whole), torch.full_like(whole_lse, -torch.inf)
     for keys in (slice(0, 5), slice(5, 6), slice(6, SEQ)):
-        merge_into(total, lse, *attend(query, key[:, :, keys], value[:, :, keys], None, causal=False, scale=0.5))
+        merge_into(total, lse, *attend(Block(query, key[:, :, keys], value[:, :, keys], scale=0.5)))
     assert torch.allclose(total, whole, rtol=1e-13, atol=1e-14)
     assert torch.allclose(lse, whole_lse, rtol=1e-13)
 
@@ -111,7 +111,7 @@ def test_parts_over_different_keys_add_up():
 def test_queries_that_see_nothing_add_nothing():
     (query, key, value), _ = inputs(4, 2, HEAD_DIM)
     blind = torch.zeros(2, 1, SEQ, SEQ, dtype=torch.bool)
-    output, lse = attend(query, key, value, blind, causal=False, scale=0.5)
+    output, lse = attend(Block(query, key, value, scale=0.5, mask=blind))
     assert not output.any()
     assert bool((lse == -math.inf).all())
 
@@ -151,4 +151,4 @@ def test_uneven_chunks_are_refused():
 def test_what_it_does_not_support_is_refused(mask, options, named):
     heads = torch.zeros(1, 1, 4, HEAD_DIM)
     with pytest.raises(ModelError, match=named):
-        RingAttention()(torch.nn.Module(), heads, heads, heads, mask, **options)
+        attend_on_ring(torch.nn.Module(), heads, heads, heads, mask, **options)

@@ -10,7 +10,12 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
+EFFICIENT_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 _SAVED = (
     ("aten", "_scaled_dot_product_flash_attention"),
@@ -19,59 +24,7 @@ _SAVED = (
     ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
     ("aten", "_scaled_dot_product_fused_attention_overrideable"),
     ("torch_attn", "_varlen_attn"),
-    ("veomni", "cudnn_varlen_attention"),
 )
-
-
-def flash(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the output and the lse."""
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, causal, False, scale=scale
-    )
-    return output, lse
-
-
-def flash_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values."""
-    # Nothing is drawn without dropout, but the kernel takes the state of a generator.
-    seed, offset = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, output, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
-        seed, offset, scale=scale,
-    )  # fmt: skip
-    return grads
-
-
-def efficient(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the output and the lse, which may be longer than the queries."""
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, 0.0, causal, scale=scale
-    )
-    return output, lse
-
-
-def efficient_backward(
-    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, output: Tensor, lse: Tensor,
-    *, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of queries, keys and values, which are ``inputs``."""
-    unused = torch.empty((), dtype=torch.int64, device=grad.device)
-    grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        grad, *inputs, bias, output, lse, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
-    )
-    return grad_query, grad_key, grad_value
-
-
-def cudnn(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float | None) -> Tensor:
-    """Return the output, ``[batch, heads, seq, head_dim]``."""
-    output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, causal, False, scale=scale
-    )[0]
-    return output
 
 
 @functools.cache

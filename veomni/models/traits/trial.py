@@ -28,7 +28,7 @@ from veomni.models.traits.verdict import Verdict
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.weights.initialize import Initializer
 from veomni.models.weights.slots import slots
-from veomni.ops.attention.text import UNSPLIT_ATTENTION, use_attention
+from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, use_attention
 
 TINY, SMALL = 1_000_000, 20_000_000
 """Elements of a model that is copied whole, and of one that is where it cannot be shrunk: in a deep model with random

@@ -1,8 +1,7 @@
 """Attention over a sequence that is split over ranks: keys and values are sent round a ring of them.
 
 Each rank keeps its queries. It receives the keys and values of one rank after the other, and adds up what the queries
-see of them (Liu et al., 2023, arXiv:2310.01889). Nothing but attention sees that rows are split, heads need not divide,
-and no rank ever holds a whole row.
+see of them (Liu et al., 2023, arXiv:2310.01889). Heads need not divide, and no rank ever holds a whole row.
 
 A row is cut into ``2 * C`` chunks for the ``C`` ranks of the ring, and rank ``c`` holds chunks ``c`` and
 ``2 * C - 1 - c``: under a causal rule early positions see little and late ones much, and so every rank computes alike.
@@ -20,21 +19,21 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from veomni.batch.fields import scope_of
-from veomni.batch.forward_call import current_groups
 from veomni.batch.split import zigzag_chunks
 from veomni.errors import LayoutError, ModelError
 from veomni.models.transformers_api.masks import is_plain_causal
-from veomni.ops.attention.block import accumulation_dtype, attend, attend_backward, merge_into
+from veomni.ops.attention.block import Block, attend, attend_backward, merge_into
 from veomni.ops.attention.varlen import in_autocast_dtype
+from veomni.ops.attention.whole_rows import group_of, register_whole_rows
 from veomni.ops.comm.ring import RingStep
+from veomni.parallel.tensors import wide_dtype
 
 RING = "ring"
 MASK_RULE = "mask_rule"
-_FIX = "use Ulysses instead of ContextParallel"
 
 
-def _chunk(number: int, width: int, device: torch.device) -> Tensor:
-    return torch.arange(number * width, (number + 1) * width, device=device)
+def _unsupported(problem: str) -> ModelError:
+    return ModelError(problem, "use Ulysses instead of ContextParallel", "ContextParallel.size Ulysses.size")
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,9 @@ class MaskRule:
 
     def visible(self, q_positions: Tensor, kv_positions: Tensor) -> Tensor:
         """Return where positions ``[q]`` see positions ``[kv]``, bool ``[batch, 1, q, kv]``."""
-        rows = torch.arange(self.batch, device=q_positions.device)
-        seen = self.mask_function(
-            rows[:, None, None, None],
-            rows.new_zeros(1, 1, 1, 1),
-            q_positions[None, None, :, None],
-            kv_positions[None, None, None, :],
-        )
+        rows = torch.arange(self.batch, device=q_positions.device)[:, None, None, None]
+        head = rows.new_zeros(1, 1, 1, 1)
+        seen = self.mask_function(rows, head, q_positions[None, None, :, None], kv_positions[None, None, None, :])
         return seen.expand(self.batch, 1, len(q_positions), len(kv_positions))
 
 
@@ -96,16 +91,6 @@ def ring_attention(
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A half of this rank's queries, and a half of the current keys that it sees at least partly."""
-
-    queries: slice
-    keys: slice
-    mask: Tensor | None
-    causal: bool
-
-
-@dataclass(frozen=True)
 class _Ring:
     """What forward and backward have in common."""
 
@@ -113,30 +98,28 @@ class _Ring:
     group: ProcessGroup
     scale: float
 
-    def sources(self) -> Iterator[int]:
-        """Yield the rank whose keys and values are current at each step: this one, then those before it."""
-        for step in range(self.group.size()):
-            yield (self.group.rank() - step) % self.group.size()
+    def rounds(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Iterator[tuple[slice, slice, Block]]]:
+        """Yield the blocks of each rank's keys and values, this one's first; meanwhile those of the next come in."""
+        size, rank = self.group.size(), self.group.rank()
+        for step in range(size):
+            coming = RingStep((key, value), self.group) if step + 1 < size else None
+            yield self._blocks((rank - step) % size, query, key, value)
+            if coming is not None:
+                key, value = coming.wait()
 
-    def pairs(self, source: int, local: int, device: torch.device) -> Iterator[_Pair]:
-        """Return what to compute on the keys of rank ``source``; ``local`` positions are on each rank."""
-        size, width = self.group.size(), local // 2
-        for q_half, q_chunk in enumerate(zigzag_chunks(size, self.group.rank())):
-            for kv_half, kv_chunk in enumerate(zigzag_chunks(size, source)):
-                if self.rule.causal and kv_chunk > q_chunk:
+    def _blocks(self, source: int, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[slice, slice, Block]]:
+        """Yield halves of this rank's queries, halves of rank ``source``'s keys that they see, and both as a block."""
+        size, width, rule = self.group.size(), query.shape[2] // 2, self.rule
+        positions = torch.arange(2 * size * width, device=query.device).view(-1, width)
+        halves = slice(width), slice(width, None)
+        for queries, q_chunk in zip(halves, zigzag_chunks(size, self.group.rank()), strict=True):
+            for keys, kv_chunk in zip(halves, zigzag_chunks(size, source), strict=True):
+                if rule.causal and kv_chunk > q_chunk:
                     continue
-                mask = None
-                if not self.rule.plain_causal:
-                    mask = self.rule.visible(_chunk(q_chunk, width, device), _chunk(kv_chunk, width, device))
-                yield _Pair(
-                    slice(q_half * width, (q_half + 1) * width),
-                    slice(kv_half * width, (kv_half + 1) * width),
-                    mask,
-                    causal=self.rule.plain_causal and kv_chunk == q_chunk,
-                )
-
-    def send(self, *tensors: Tensor) -> RingStep:
-        return RingStep(tensors, self.group)
+                mask = None if rule.plain_causal else rule.visible(positions[q_chunk], positions[kv_chunk])
+                causal = rule.plain_causal and kv_chunk == q_chunk
+                parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+                yield queries, keys, Block(*parts, self.scale, causal, mask)
 
 
 class _RingAttention(torch.autograd.Function):
@@ -158,21 +141,12 @@ class _RingAttention(torch.autograd.Function):
 
 def _forward(ring: _Ring, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return output ``[batch, heads, local, value_head_dim]`` and lse ``[batch, heads, local]``."""
-    dtype = accumulation_dtype(query.dtype)
+    dtype = wide_dtype(query.dtype)
     output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=dtype)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-    last = (ring.group.rank() + 1) % ring.group.size()
-    for source in ring.sources():
-        coming = None if source == last else ring.send(key, value)
-        for pair in ring.pairs(source, query.shape[2], query.device):
-            queries, keys = pair.queries, pair.keys
-            part, part_lse = attend(
-                query[:, :, queries], key[:, :, keys], value[:, :, keys], pair.mask,
-                causal=pair.causal, scale=ring.scale,
-            )  # fmt: skip
-            merge_into(output[:, :, queries], lse[:, :, queries], part, part_lse)
-        if coming is not None:
-            key, value = coming.wait()
+    for blocks in ring.rounds(query, key, value):
+        for queries, _, block in blocks:
+            merge_into(output[:, :, queries], lse[:, :, queries], *attend(block))
     return output, lse
 
 
@@ -184,108 +158,66 @@ def _backward(
     The gradients of keys and values are sent one step behind them, so that they too are in flight while the next block
     is computed, and one step further: from the last rank that adds to them to their own.
     """
-    key_dtype, value_dtype = key.dtype, value.dtype
-    grad_query = torch.zeros_like(query, dtype=accumulation_dtype(query.dtype))
-    last = (ring.group.rank() + 1) % ring.group.size()
+    dtype = wide_dtype(query.dtype)
+    grad_query = torch.zeros_like(query, dtype=dtype)
     behind: RingStep | None = None
-    for source in ring.sources():
-        coming = None if source == last else ring.send(key, value)
-        grad_key, grad_value = (torch.zeros_like(part, dtype=grad_query.dtype) for part in (key, value))
-        for pair in ring.pairs(source, query.shape[2], query.device):
-            queries, keys = pair.queries, pair.keys
-            parts = attend_backward(
-                grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys], output[:, :, queries],
-                lse[:, :, queries], pair.mask, causal=pair.causal, scale=ring.scale,
-            )  # fmt: skip
-            grad_query[:, :, queries] += parts[0]
-            grad_key[:, :, keys] += parts[1]
-            grad_value[:, :, keys] += parts[2]
+    for blocks in ring.rounds(query, key, value):
+        totals = [torch.zeros_like(part, dtype=dtype) for part in (key, value)]
+        for queries, keys, block in blocks:
+            own, *parts = attend_backward(block, grad[:, :, queries], output[:, :, queries], lse[:, :, queries])
+            grad_query[:, :, queries] += own
+            for total, part in zip(totals, parts, strict=True):
+                total[:, :, keys] += part
         if behind is not None:
-            for so_far, total in zip(behind.wait(), (grad_key, grad_value), strict=True):
+            for total, so_far in zip(totals, behind.wait(), strict=True):
                 total += so_far
-        behind = ring.send(grad_key, grad_value)
-        if coming is not None:
-            key, value = coming.wait()
-    assert behind is not None
+        behind = RingStep(totals, ring.group)
+    assert behind is not None  # there is a rank
     grad_key, grad_value = behind.wait()
-    return grad_query.to(query.dtype), grad_key.to(key_dtype), grad_value.to(value_dtype)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-class RingAttention:
-    """What transformers calls in place of an attention implementation; the ring is that of the current call."""
+def attend_on_ring(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskRule | Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend over whole rows, on the ring of the current call; in transformers' signature.
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: MaskRule | Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend over the whole sequence.
+    Args:
+        module: The attention module.
+        query: As for :func:`ring_attention`; so are ``key`` and ``value``.
+        key: Keys of this rank's positions.
+        value: Values of this rank's positions.
+        attention_mask: The rule that the maker registered beside this made.
+        scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
+        dropout: Must be 0 in training.
+        kwargs: What other backends take; windows and document boundaries are in the rule already.
 
-        Args:
-            module: The attention module.
-            query: ``[batch, heads, seq / C, head_dim]``.
-            key: ``[batch, kv_heads, seq / C, head_dim]``.
-            value: Like ``key``; its head_dim may differ.
-            attention_mask: The rule that the maker registered beside this made.
-            scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
-            dropout: Must be 0 in training.
-            kwargs: What other backends take; windows and document boundaries are in the rule already.
+    Returns:
+        ``[batch, seq / C, heads, value_head_dim]`` and None in place of weights.
 
-        Returns:
-            ``[batch, seq / C, heads, value_head_dim]`` and None in place of weights.
-
-        Raises:
-            ModelError: an option of the model is unsupported.
-        """
-        if not isinstance(attention_mask, MaskRule):
-            given = "no mask rule" if attention_mask is None else "a mask of the model's own"
-            raise ModelError(
-                f"{type(module).__name__} gives ring attention {given}", _FIX, "ContextParallel.size Ulysses.size"
-            )
-        if dropout and module.training:
-            raise ModelError(
-                f"ring attention has no dropout (the model has {dropout})",
-                _FIX,
-                "ContextParallel.size Ulysses.size",
-            )
-        _check_options(kwargs)
-        query, key, value = in_autocast_dtype(query, key, value)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = ring_attention(query, key, value, attention_mask, group=_ring_group(), scale=scale)
-        return output.transpose(1, 2).contiguous(), None
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        unknown = isinstance(value, Tensor) and scope_of(name) not in ("token", "row")
-        if unknown or (name in ("s_aux", "sinks", "softcap") and value is not None):
-            raise ModelError(
-                f"ring attention does not support {name}, which this model uses",
-                _FIX,
-                "ContextParallel.size Ulysses.size",
-            )
-
-
-def _ring_group() -> ProcessGroup:
-    group = current_groups().ring
-    assert group is not None, "ring attention was chosen for a model without a ring"
-    return group
+    Raises:
+        ModelError: an option of the model is unsupported.
+    """
+    if not isinstance(attention_mask, MaskRule):
+        given = "no mask rule" if attention_mask is None else "a mask of the model's own"
+        raise _unsupported(f"{type(module).__name__} gives ring attention {given}")
+    if dropout and module.training:
+        raise _unsupported(f"ring attention has no dropout (the model has {dropout})")
+    for name, option in kwargs.items():
+        unknown = isinstance(option, Tensor) and scope_of(name) not in ("token", "row")
+        if unknown or (name in ("s_aux", "sinks", "softcap") and option is not None):
+            raise _unsupported(f"ring attention does not support {name}, which this model uses")
+    query, key, value = in_autocast_dtype(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = ring_attention(query, key, value, attention_mask, group=group_of("ring"), scale=scale)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def register_ring() -> str:
     """Make ring attention known to transformers, mask makers included, and return its name."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     register_mask_rule()
-    AttentionInterface.register(RING, RingAttention())
-    AttentionMaskInterface.register(RING, make_whole_row_rule)
-    return RING
+    return register_whole_rows(RING, "ring", attend_on_ring, _make_whole_row_rule)
 
 
 def register_mask_rule() -> None:
@@ -293,66 +225,27 @@ def register_mask_rule() -> None:
     from transformers import AttentionMaskInterface
 
     if MASK_RULE not in AttentionMaskInterface():
-        AttentionMaskInterface.register(MASK_RULE, make_mask_rule)
+        AttentionMaskInterface.register(MASK_RULE, _make_mask_rule)
 
 
-def make_mask_rule(
+def _make_mask_rule(
     *, batch_size: int, mask_function: Callable[..., Tensor], causal: bool = False, **options: Any
 ) -> MaskRule:
-    """Make the rule of whole rows, as one of transformers' mask makers.
-
-    Args:
-        batch_size: Rows.
-        mask_function: transformers' rule.
-        causal: Whether it is certain that no query sees a key after itself.
-        options: What other makers take.
-    """
     plain = is_plain_causal(mask_function)
     return MaskRule(mask_function, batch_size, plain_causal=plain, causal=plain or causal)
 
 
-def make_whole_row_rule(
-    *,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Tensor],
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    allow_is_causal_skip: bool = False,
-    **options: Any,
+def _make_whole_row_rule(
+    *, mask_function: Callable[..., Tensor], allow_is_causal_skip: bool = False, **options: Any
 ) -> MaskRule:
-    """Make the rule of whole rows, as one of transformers' mask makers that is called for this rank's positions.
-
-    Raises:
-        ModelError: the model's mask is not a rule of whole rows.
-    """
     from transformers import AttentionMaskInterface
 
-    if attention_mask is not None:
-        raise ModelError("ring attention was given a padding mask", "pack the documents and leave attention_mask out")
-    if q_length != kv_length or q_offset or kv_offset:
-        raise ModelError(
-            "ring attention was called for other keys than those of the current row",
-            _FIX,
-            "ContextParallel.size Ulysses.size",
-        )
-    if use_vmap:
-        raise ModelError(
-            "the model adds a rule to its mask that is defined on this rank's shard only",
-            _FIX,
-            "ContextParallel.size Ulysses.size",
-        )
+    if options["q_length"] != options["kv_length"] or options.get("q_offset") or options.get("kv_offset"):
+        raise _unsupported("ring attention was called for other keys than those of the current row")
+    if options.get("use_vmap"):
+        raise _unsupported("the model adds a rule to its mask that is defined on this rank's shard only")
     # SDPA may put is_causal in place of the mask when this is set, so transformers sets it for causal rules only;
     # a window or chunk reaches SDPA in another way.
     causal = allow_is_causal_skip or is_plain_causal(mask_function)
-    whole = q_length * _ring_group().size()
     maker: Callable[..., MaskRule] = AttentionMaskInterface()[MASK_RULE]
-    return maker(q_length=whole, kv_length=whole, mask_function=mask_function, causal=causal, **options)
-
-
-__all__ = [
-    "MASK_RULE", "RING", "MaskRule", "RingAttention", "make_mask_rule", "register_mask_rule", "register_ring",
-    "ring_attention",
-]  # fmt: skip
+    return maker(mask_function=mask_function, causal=causal, **options)

@@ -13,18 +13,14 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from veomni.batch.fields import scope_of
-from veomni.batch.forward_call import current_groups
 from veomni.errors import ModelError
 from veomni.models.transformers_api.attention import ConfigWithAttention, attention_of, eager_attention
+from veomni.ops.attention.whole_rows import group_of, register_whole_rows
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
 
-PREFIX = "ulysses_"
 _PER_HEAD = ("s_aux", "sinks")
-
-
 _exchanged: ContextVar[bool] = ContextVar("veomni_exchanged", default=False)
 
 
@@ -38,11 +34,11 @@ def on_exchanged_heads() -> Iterator[None]:
         _exchanged.reset(token)
 
 
-def attention_in_use(module: nn.Module) -> Any:
-    """Return what transformers calls for an attention module now, or None where that is the module's own eager one."""
+def exchanges_heads(module: nn.Module) -> bool:
+    """Whether the attention that transformers calls for an attention module now is Ulysses'."""
     from transformers import AttentionInterface
 
-    return AttentionInterface().get(attention_of(module))
+    return isinstance(AttentionInterface().get(attention_of(module)), UlyssesAttention)
 
 
 class UlyssesAttention:
@@ -56,13 +52,7 @@ class UlyssesAttention:
         self.backend = backend
 
     def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Attend over the whole sequence.
 
@@ -80,42 +70,28 @@ class UlyssesAttention:
         Raises:
             ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
         """
-        group = ulysses_group()
+        group = group_of("ulysses")
+        size = group.size()
         if not _exchanged.get():
-            query, key, value = self._exchange(query, key, value, group)
+            check_heads(query.shape[1], size)
+            parts = [part.transpose(1, 2) for part in (query, key, value)]
+            parts = [parts[0], *(repeat_heads(part, size) for part in parts[1:])]
+            query, key, value = (part.transpose(1, 2) for part in gather_seq_scatter_heads(parts, group))
         local = _LocalHeads(module, self.backend, query.shape[1], key.shape[1], group.rank())
-        mask = _local_mask(attention_mask, query, query.shape[1] * group.size(), local)
+        mask = _local_mask(attention_mask, query, query.shape[1] * size, local)
         options = local_options(kwargs, local.heads)
         output, _ = self._backend(module)(local, query, key, value, mask, **options)
         return (output if _exchanged.get() else gather_heads_scatter_seq(output, group)), None
 
-    def _exchange(self, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> Iterator[Tensor]:
-        size = group.size()
-        heads, kv_heads = query.shape[1], key.shape[1]
-        check_heads(heads, size)
-        repeats = math.lcm(kv_heads, size) // kv_heads
-        parts = [
-            query,
-            *(tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value)),
-        ]
-        whole = gather_seq_scatter_heads([part.transpose(1, 2) for part in parts], group)
-        return (part.transpose(1, 2) for part in whole)
-
     def _backend(self, module: nn.Module) -> Callable[..., Any]:
         from transformers import AttentionInterface
 
-        if self.backend != "eager":
-            function: Callable[..., Any] = AttentionInterface()[self.backend]
-            return function
         # Eager attention is not in the registry: each modeling file brings its own.
-        eager = eager_attention(module)
-        if eager is None:
-            raise ModelError(
-                f"{type(module).__name__} has no eager attention",
-                "set attention to sdpa",
-                field="build_model.attention",
-            )
-        return eager
+        own = eager_attention(module) if self.backend == "eager" else AttentionInterface()[self.backend]
+        if own is None:
+            problem = f"{type(module).__name__} has no eager attention"
+            raise ModelError(problem, "set attention to sdpa", "build_model.attention")
+        return own
 
 
 class _LocalHeads:
@@ -139,15 +115,12 @@ def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
         ModelError: there is a tensor without a rule for splitting it.
     """
     options = {name: value for name, value in kwargs.items() if scope_of(name) != "token"}  # of this rank's shard only
-    for name, value in list(options.items()):
+    for name, value in options.items():
         if not isinstance(value, Tensor) or scope_of(name) == "row" or not value.dim():
             continue
         if name not in _PER_HEAD:
-            raise ModelError(
-                f"the model passes {name} to its attention, which Ulysses cannot split",
-                "set Ulysses.size to 1",
-                field="Ulysses.size",
-            )
+            problem = f"the model passes {name} to its attention, which Ulysses cannot split"
+            raise ModelError(problem, "set Ulysses.size to 1", "Ulysses.size")
         options[name] = value[heads]
     return options
 
@@ -155,12 +128,10 @@ def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
 def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any:
     if not isinstance(mask, Tensor):
         return mask
-    if mask.shape[-2:] != (query.shape[2], query.shape[2]):
-        raise ModelError(
-            f"the model's attention mask is {list(mask.shape)}, not of the whole row of {query.shape[2]} positions",
-            "set Ulysses.size to 1: this model builds masks of its own",
-            field="Ulysses.size",
-        )
+    length = query.shape[2]
+    if mask.shape[-2:] != (length, length):
+        problem = f"the model's attention mask is {list(mask.shape)}, not of the whole row of {length} positions"
+        raise ModelError(problem, "set Ulysses.size to 1: this model builds masks of its own", "Ulysses.size")
     return mask[:, local.heads] if mask.shape[1] == heads > 1 else mask
 
 
@@ -171,54 +142,28 @@ def check_heads(heads: int, size: int) -> None:
         ModelError: ``size`` does not divide ``heads``.
     """
     if heads % size:
-        divisors = [str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0]
+        divisors = ", ".join(str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0)
         raise ModelError(
             f"{heads} attention heads cannot be shared by {size} ranks (Ulysses.size)",
-            f"use one of {', '.join(divisors)}, or ContextParallel.size",
+            f"use one of {divisors}, or ContextParallel.size",
             field="Ulysses.size ContextParallel.size",
         )
 
 
-def ulysses_group() -> ProcessGroup:
-    """Return the ranks that exchange sequence for heads in the forward around."""
-    group = current_groups().ulysses
-    assert group is not None, "Ulysses attention was chosen for a model without a Ulysses group"
-    return group
+def repeat_heads(tensor: Tensor, size: int) -> Tensor:
+    """Repeat the heads of ``[batch, seq, heads, head_dim]`` until ``size`` ranks can share them."""
+    repeats = math.lcm(tensor.shape[2], size) // tensor.shape[2]
+    return tensor.repeat_interleave(repeats, dim=2) if repeats > 1 else tensor
 
 
 def register_ulysses(backend: str) -> str:
     """Make Ulysses around ``backend`` known to transformers, mask maker included, and return its name."""
-    from transformers import AttentionInterface, AttentionMaskInterface
 
-    # transformers looks names with "flash" in them up on the hub.
-    name = PREFIX + backend.replace("flash_attention_", "fa")
-    AttentionInterface.register(name, UlyssesAttention(backend))
-    AttentionMaskInterface.register(name, _whole_row_masks(backend))
-    return name
-
-
-def _whole_row_masks(backend: str) -> Callable[..., Any]:
-    """Return a mask maker that is called for this rank's positions and makes the mask of all of them."""
-
-    def make(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options: Any) -> Any:
+    def make_mask(**options: Any) -> Any:
         from transformers import AttentionMaskInterface
 
-        if attention_mask is not None:
-            raise ModelError("Ulysses was given a padding mask", "pack the documents and leave attention_mask out")
-        size = ulysses_group().size()
-        maker = AttentionMaskInterface()[backend]
-        return maker(q_length=q_length * size, kv_length=kv_length * size, attention_mask=None, **options)
+        return AttentionMaskInterface()[backend](**options)
 
-    return make
-
-
-__all__ = [
-    "PREFIX",
-    "UlyssesAttention",
-    "attention_in_use",
-    "check_heads",
-    "local_options",
-    "on_exchanged_heads",
-    "register_ulysses",
-    "ulysses_group",
-]
+    # transformers looks names with "flash" in them up on the hub.
+    name = "ulysses_" + backend.replace("flash_attention_", "fa")
+    return register_whole_rows(name, "ulysses", UlyssesAttention(backend), make_mask)

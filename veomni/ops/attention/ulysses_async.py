@@ -10,7 +10,6 @@ and so the trial run of a strategy's set-up finds it.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +18,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
-from veomni.ops.attention.ulysses import UlyssesAttention, attention_in_use, check_heads, on_exchanged_heads
+from veomni.ops.attention.ulysses import check_heads, exchanges_heads, on_exchanged_heads, repeat_heads
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
 from veomni.ops.patch import PatchAttribute
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_INPUTS = ("q_proj", "k_proj", "v_proj")
+_PROJECTIONS = (*_INPUTS, "o_proj")
 _NORMS = ("q_norm", "k_norm")
-_FIX = "leave Ulysses.overlap out"
+_FIX = "leave Ulysses.overlap out", "Ulysses.overlap"
 
 
 def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttribute) -> None:
@@ -44,9 +44,7 @@ def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttri
     for name, module in attention_modules(model):
         reason = why_not_overlapped(module)
         if reason:
-            raise ModelError(
-                f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", _FIX, "Ulysses.overlap"
-            )
+            raise ModelError(f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", *_FIX)
         _Overlapped(module, group, tables, patch)
 
 
@@ -93,7 +91,7 @@ class _Overlapped:
         self.signature = inspect.signature(self.inner)
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
         self.exchanges: dict[str, AsyncAllToAll] = {}
-        for name in _PROJECTIONS[:3]:
+        for name in _INPUTS:
             patch(getattr(module, name), "forward", self._received(name))
         patch(module.o_proj, "forward", self._send_back)
         patch(module, "forward", self.forward)
@@ -101,11 +99,11 @@ class _Overlapped:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend as the module does; where another attention is in use (a probe), do nothing else."""
-        if not isinstance(attention_in_use(self.module), UlyssesAttention):
+        if not exchanges_heads(self.module):
             return self.inner(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs)
         hidden = bound.arguments["hidden_states"]
-        for name in _PROJECTIONS[:3]:
+        for name in _INPUTS:
             self.exchanges[name] = self._start(name, self.project[name](hidden))
         shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
         bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
@@ -114,14 +112,11 @@ class _Overlapped:
             return self.inner(*bound.args, **bound.kwargs)
 
     def _start(self, name: str, projected: Tensor) -> AsyncAllToAll:
-        heads = projected.unflatten(-1, (-1, self.module.head_dim))
-        size = self.group.size()
+        heads, size = projected.unflatten(-1, (-1, self.module.head_dim)), self.group.size()
         if name == "q_proj":
             check_heads(heads.shape[2], size)
-        repeats = math.lcm(heads.shape[2], size) // heads.shape[2]
-        if repeats > 1:
-            heads = heads.repeat_interleave(repeats, dim=2)
-        return AsyncAllToAll.start(heads.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4), None, self.group)
+        shares = repeat_heads(heads, size).unflatten(2, (size, -1))
+        return AsyncAllToAll.start(shares.permute(2, 0, 1, 3, 4), None, self.group)
 
     def _received(self, name: str) -> Callable[[Tensor], Tensor]:
         def forward(hidden: Tensor) -> Tensor:
@@ -133,10 +128,10 @@ class _Overlapped:
         return forward
 
     def _send_back(self, attended: Tensor) -> Tensor:
-        if not isinstance(attention_in_use(self.module), UlyssesAttention):
-            return self.project["o_proj"](attended)
-        heads = attended.unflatten(-1, (-1, self.module.head_dim))
-        return self.project["o_proj"](gather_heads_scatter_seq(heads, self.group).flatten(2))
+        if exchanges_heads(self.module):
+            heads = attended.unflatten(-1, (-1, self.module.head_dim))
+            attended = gather_heads_scatter_seq(heads, self.group).flatten(2)
+        return self.project["o_proj"](attended)
 
 
 class _RotaryTables:
@@ -148,7 +143,7 @@ class _RotaryTables:
 
     def whole(self, tables: Any) -> tuple[Tensor, ...]:
         if not (isinstance(tables, tuple) and all(isinstance(table, Tensor) for table in tables)):
-            raise ModelError("the model's rotary embedding is not a pair of cosines and sines", _FIX, "Ulysses.overlap")
+            raise ModelError("the model's rotary embedding is not a pair of cosines and sines", *_FIX)
         return tuple(self._gathered(table) for table in tables)
 
     def _gathered(self, table: Tensor) -> Tensor:
@@ -158,6 +153,3 @@ class _RotaryTables:
         whole = gather_sequence(table, self.group, dim=-2)
         self.known = [*self.known[-7:], (table, whole)]  # cosine and sine, of up to four kinds of layers
         return whole
-
-
-__all__ = ["attention_modules", "overlap_projections", "why_not_overlapped"]

@@ -8,29 +8,23 @@ variable-length path is not used: on torch 2.11 its backward is wrong and it pla
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veomni.compat.attention_kernels import cudnn
+from veomni.compat import attention_kernels as kernels
 from veomni.errors import ModelError
 
 VARLEN = "varlen"
 
 
 def varlen_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attend within each document of packed rows.
 
     Args:
@@ -52,27 +46,24 @@ def varlen_attention(
     _check_options(attention_mask, dropout if module.training else 0.0, kwargs)
     query, key, value = in_autocast_dtype(query, key, value)
     batch, _, length, _ = query.shape
-    causal, sliding_window = kwargs.get("is_causal"), kwargs.get("sliding_window")
+    causal, window = kwargs.get("is_causal"), kwargs.get("sliding_window")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if cu_seq_lens_q is None or max_length_q is None:
-        if sliding_window is None and _cudnn_takes(query, value):
-            return _dense(query, key, value, causal, scaling), None
+        if window is None and _cudnn_takes(query, value):
+            dense = kernels.CUDNN(query, key, value, None, True, 0.0, causal, False, scale=scaling)[0]
+            return dense.transpose(1, 2), None
         cu_seq_lens_q = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=query.device)
         max_length_q = length
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 has no such argument and lets the kernel group the heads; later versions need it.
+    grouped = query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    query, key, value = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
     output = varlen_attn(
-        _flatten(query),
-        _flatten(key),
-        _flatten(value),
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(sliding_window - 1 if sliding_window else -1, 0 if causal else -1),
-        **_grouped_heads(query, key),
-    )
+        query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+        window_size=(window - 1 if window else -1, 0 if causal else -1), **options,
+    )  # fmt: skip
     assert isinstance(output, Tensor)
     return output.unflatten(0, (batch, length)), None
 
@@ -95,28 +86,6 @@ def _cudnn_takes(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and half and several and value.shape[-1] == head_dim and head_dim <= 128 and head_dim % 8 == 0
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None) -> Tensor:
-    return cudnn(query, key, value, causal=causal, scale=scaling).transpose(1, 2)
-
-
-def _flatten(heads: Tensor) -> Tensor:
-    return heads.transpose(1, 2).flatten(0, 1)
-
-
-def _grouped_heads(query: Tensor, key: Tensor) -> dict[str, Any]:
-    # torch 2.11 has no such argument and lets the kernel group the heads; later versions need it.
-    grouped = query.shape[1] != key.shape[1] and _varlen_takes("enable_gqa")
-    return {"enable_gqa": True} if grouped else {}
-
-
-def _varlen_takes(argument: str) -> bool:
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return argument in inspect.signature(varlen_attn).parameters
-
-
 def _check_options(attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     fix = "set attention to sdpa or eager"
     if attention_mask is not None:
@@ -131,11 +100,8 @@ def _check_options(attention_mask: Tensor | None, dropout: float, kwargs: dict[s
 def reject_padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
     """Stand in for transformers' mask maker: packed rows need no mask, and a padding mask would be ignored silently."""
     if attention_mask is not None:
-        raise ModelError(
-            "attention varlen was given a padding mask",
-            "pack the documents, or set attention to sdpa",
-            field="build_model.attention",
-        )
+        fix = "pack the documents, or set attention to sdpa"
+        raise ModelError("attention varlen was given a padding mask", fix, "build_model.attention")
 
 
 def register_attention() -> None:
