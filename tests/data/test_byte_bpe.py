@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
+from tests.data.loaders import dataset_of, make_loader
 from veomni.data import train_byte_bpe
 from veomni.data.text.byte_bpe import SPECIAL_TOKENS, _thinned
-from veomni.errors import ConfigError
+from veomni.errors import ConfigError, DataError
 
 TEXTS = [f"def function_{n}(argument):\n    return argument + {n}\n" for n in range(200)]
 HARD = ["naïve ☃ 日本語 \x00\x7f", "  tabs\tand\r\nnewlines \n\n", "", "e\u0301 vs é", "\U0001f600"]
@@ -45,3 +46,11 @@ def test_much_text_is_thinned_evenly(limit, stride):
     kept = _thinned(texts, limit)
     assert kept == texts[::stride]
     assert sum(map(len, kept)) <= max(limit, 10)
+
+
+def test_a_tokenizer_without_an_end_is_rejected(tmp_path):
+    tokenizer = train_byte_bpe(["some text"], 269)
+    tokenizer.eos_token = None
+    (tmp_path / "t.txt").write_text("x")
+    with pytest.raises(DataError, match="no eos_token"):
+        make_loader(dataset_of(str(tmp_path / "t.txt")), tokenizer, cache_dir=tmp_path / "cache")
