@@ -1,7 +1,7 @@
 """The tables: a YAML file for each way in, with inputs by name, the error that each must raise and how it is fixed.
 
 A row holds what is given, ``error`` (a type of :mod:`veomni.errors`), ``problem`` (text of the error, or a pattern
-after ``!re``) and ``fix`` (text of the fix); ``DEFAULTS`` are fields that rows need not repeat. Tags (``MAKERS``) make bytes.
+after ``!re``) and ``fix`` (its text). ``DEFAULTS`` are fields that rows need not repeat; tags make bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BadInput:
 
 
 def load(table: str) -> list[BadInput]:
-    """Return the rows of a table; ``DEFAULTS`` in it are the fields that its rows need not repeat."""
+    """Return the rows of a table."""
     rows = yaml.load((Path(__file__).parent / f"{table}.yaml").read_text(), _Loader)
     defaults = rows.pop("DEFAULTS")
     cases = []

@@ -29,7 +29,7 @@ def place(tmp_path, shared, tokenizer, caplog, monkeypatch):
     return Place(tmp_path, tokenizer, shared, lambda: caplog.text)
 
 
-@pytest.mark.parametrize(("case", "way"), cases())
+@pytest.mark.parametrize(("case", "way"), list(cases()))
 def test_it_is_rejected_naming_the_problem_and_the_fix(case: BadInput, way: str, place: Place) -> None:
     given = made({key: value for key, value in case.given.items() if key != "ways"})
     chosen = WAYS[case.table][way]
