@@ -141,14 +141,6 @@ class Strategy(ABC):
         """Return the context a micro-batch runs in: gradients are exchanged in it only when it is the ``last``."""
         return nullcontext()
 
-    def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
-        """Check the model that users call (``body`` is the one inside its wrapper), once it has its values.
-
-        Raises:
-            ModelError: the model does not support this strategy.
-        """
-        return
-
 
 class ParameterStrategy(Strategy):
     """A strategy that owns parameters and gradients.

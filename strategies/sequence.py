@@ -16,9 +16,8 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.shared_media import share_towers
-from veomni.models.traits import SplitsRows, Trait
-from veomni.models.traits.rows import dry_run
-from veomni.models.traits.sequence_layers import text_part
+from veomni.models.traits import RunsOnShards, SplitsRows, Trait
+from veomni.models.traits.rows import text_part
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.ring import register_ring
 from veomni.ops.attention.ulysses import register_ulysses
@@ -46,7 +45,7 @@ class SequenceStrategy(Strategy):
         axis: The mesh axis of those ranks.
     """
 
-    requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows,)
+    requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows, RunsOnShards)
     axis: ClassVar[str]
 
     def __init__(self, size: int, *, validate_batches: bool = False) -> None:
@@ -90,12 +89,6 @@ class SequenceStrategy(Strategy):
         Raises:
             ModelError: the model's heads do not divide, or its attention cannot be wrapped.
         """
-
-    @override
-    def verify(self, model: nn.Module, body: nn.Module, context: SetupContext) -> None:
-        size = context.state.size("sequence")
-        if size > 1:
-            dry_run(model, body, size, context.device)
 
 
 class ContextParallel(SequenceStrategy):

@@ -13,10 +13,14 @@ from veomni.errors import ConfigError
 T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """Return the fix for an unknown ``name``: the nearest known one, or all of them."""
+def did_you_mean(name: str, known: list[str], otherwise: str = "") -> str:
+    """Return the fix for an unknown ``name``: the nearest known one, else ``otherwise``, or all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(sorted(known)) or 'none registered'}"
+    return (
+        f"did you mean {near[0]!r}?"
+        if near
+        else otherwise or f"use one of: {', '.join(sorted(known)) or 'none registered'}"
+    )
 
 
 class Registry(Generic[T]):

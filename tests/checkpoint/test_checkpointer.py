@@ -23,7 +23,7 @@ from veomni.checkpoint.safe_storage import _MetadataUnpickler
 from veomni.errors import CheckpointError
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.models.weights.gather import full_tensors
+from veomni.models.weights.export import full_tensors
 from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import run_ranks
 

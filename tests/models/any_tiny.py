@@ -45,10 +45,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "layer_types": _SLIDING_FULL_FULL, "n_routed_experts": 4, "num_experts_per_tok": 2,
         "n_shared_experts": 1,
     },
-    "dots3_note": {
-        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
-        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
-    },
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [16, 16],

@@ -88,7 +88,7 @@ def test_the_architecture_of_the_file_is_built(tmp_path):
 @pytest.mark.parametrize("name", ["qwen2_audio", "omni"])
 def test_encoders_that_mask_padding_keep_an_attention_that_takes_masks(name):
     from tests.models.multimodal import family_config
-    from veomni.models import resolve_attention
+    from veomni.models.build.backends import resolve_attention
 
     composed = Path(__file__).parents[2] / "configs/model_configs/tiny_omni.json"
     model = build_model(family_config(name) if name == "qwen2_audio" else composed, weights="random")

@@ -17,7 +17,7 @@ from veomni.errors import ModelError
 from veomni.launcher import Launcher
 from veomni.models import Materializer, build_model
 from veomni.models.build.constructor import constructor_values
-from veomni.models.weights.gather import full_tensors
+from veomni.models.weights.export import full_tensors
 from veomni.testing.ranks import RankFailed, run_ranks
 
 

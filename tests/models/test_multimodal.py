@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.models.layouts import materialized
 from tests.models.multimodal import FAMILIES, IMAGES, MROPE, Sampler, alone, documents_of, family_config, family_model
 from veomni.families.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
-from veomni.models import build_model, derive_plan, export_hf, prepare_towers
+from veomni.models import build_model, derive_plan, export_hf
 from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.media import prepare_towers
 from veomni.models.transformers_api.encoders import vision_inputs
 
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")

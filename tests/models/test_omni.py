@@ -25,8 +25,8 @@ from veomni.models import (
     build_omni_model,
     derive_plan,
     export_hf,
-    prepare_towers,
 )
+from veomni.models.adapter.passes.media import prepare_towers
 from veomni.strategies import DDP, FSDP1, FSDP2, Ulysses
 from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.ranks import run_ranks

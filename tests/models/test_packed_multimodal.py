@@ -21,7 +21,7 @@ from tests.models.multimodal import (
 )
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.errors import DataError
-from veomni.models import prepare_towers
+from veomni.models.adapter.passes.media import prepare_towers
 from veomni.strategies.transforms.float64 import Float64Throughout
 
 TAIL = 5

@@ -14,7 +14,7 @@ from tests.models.layouts import CPU, fsdp1, fsdp2, materialized
 from tests.models.tiny import OTHER_MODELS, TEXT_MODELS, tiny_config
 from veomni.errors import ModelError
 from veomni.models import Materializer, build_model
-from veomni.models.weights.gather import full_tensors
+from veomni.models.weights.export import full_tensors
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.testing.ranks import RankFailed, run_ranks
 

@@ -55,8 +55,7 @@ def config_class(model_type: str) -> type[Any]:
 
     if model_type not in CONFIG_MAPPING:
         known = [*MODEL_CONFIG_REGISTRY, *CONFIG_MAPPING.keys()]
-        fix = did_you_mean(model_type, known)
-        fix = fix if fix.startswith("did you mean") else "use a model type of transformers, or register your own"
+        fix = did_you_mean(model_type, known, otherwise="use a model type of transformers, or register your own")
         raise ModelError(f"no model type is called {model_type!r}", fix)
     found: type[Any] = CONFIG_MAPPING[model_type]
     return found

@@ -10,17 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 from veomni.compat.collectives import broadcast_all
-from veomni.models import (
-    Materializer,
-    derive_plan,
-    install_token_loss,
-    isolate_documents,
-    prepare_towers,
-    resolve_attention,
-    resolve_experts,
-)
+from veomni.models import Materializer, derive_plan
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.traits import FusesHead, ModelTraits, PassesDocuments, complete, examine_model
+from veomni.models.adapter.passes.documents import isolate_documents
+from veomni.models.adapter.passes.media import prepare_towers
+from veomni.models.adapter.passes.token_loss import install_token_loss
+from veomni.models.build.backends import resolve_attention, resolve_experts
+from veomni.models.traits import FusesHead, PassesDocuments, examine_model
 from veomni.moe import MoEOptions, RouterScoring, install_controller
 from veomni.strategies.base import SetupContext, Strategy
 from veomni.strategies.transforms.buffers import SharedBuffers
@@ -52,7 +48,7 @@ def setup_model(
     spread = [strategy for strategy in launcher.strategies if {*strategy.mesh_axes().values()} - {1}]
     required = {trait for each in spread for trait in each.requires}
     adapter.traits = examine_model(model, [PassesDocuments, FusesHead, RouterScoring, *required])
-    _require(adapter.traits, spread)
+    _check_traits(adapter, spread)
 
     # What it gets its values from, later; and what is added to its forward
     plan = derive_plan(model)
@@ -72,17 +68,15 @@ def setup_model(
     ready = owner.parallelize(model, context)
 
     # What only the real model shows
-    adapter.traits = complete(adapter.traits, ready, model, device)
-    _require(adapter.traits, spread)
-    for strategy in launcher.strategies:
-        strategy.verify(ready, model, context)
+    adapter.traits.complete(ready, model, device)
+    _check_traits(adapter, spread)
     controller.check(ready)
     return ready
 
 
-def _require(traits: ModelTraits, strategies: Sequence[Strategy]) -> None:
+def _check_traits(adapter: ModelAdapter, strategies: Sequence[Strategy]) -> None:
     for strategy in strategies:
-        traits.require(*strategy.requires, by=type(strategy).__name__)
+        adapter.traits.require(*strategy.requires, by=type(strategy).__name__)
 
 
 def _store_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -22,7 +22,8 @@ from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_fam
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.sources.records import Document
 from veomni.families.mrope import FRACTION_PARTS, FRACTIONS, DocumentPositions
-from veomni.models import Materializer, build_model, prepare_towers
+from veomni.models import Materializer, build_model
+from veomni.models.adapter.passes.media import prepare_towers
 from veomni.strategies.transforms.float64 import Float64Throughout
 
 OMNI = ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"]

@@ -15,7 +15,8 @@ from veomni.data import CHAT_TEMPLATES
 from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_family
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.sources.records import Document
-from veomni.models import Materializer, build_model, prepare_towers
+from veomni.models import Materializer, build_model
+from veomni.models.adapter.passes.media import prepare_towers
 
 ANSWER = {"role": "assistant", "content": "some words"}
 PICTURES = [image_bytes(Image.fromarray(pixels(30, 40, seed=seed))) for seed in (0, 5)]

@@ -18,7 +18,7 @@ from veomni.models import build_model, derive_plan
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.models.transformers_api.construction import construct
-from veomni.models.weights.gather import full_tensors
+from veomni.models.weights.export import full_tensors
 from veomni.strategies import DDP, FSDP2, Single, Ulysses
 from veomni.testing.ranks import run_ranks
 

@@ -12,14 +12,14 @@ from transformers import CONFIG_MAPPING
 
 from tests.models.tiny import tiny_config
 from veomni.models import build_model
-from veomni.models.traits import FusesHead, MissingTraitError, PassesDocuments, SplitsRows, complete, examine_model
+from veomni.models.traits import FusesHead, MissingTraitError, PassesDocuments, SplitsRows, examine_model
 from veomni.models.traits.shrink import shrunk_config
 from veomni.moe import RouterScoring
 
 PAGE = (Path(__file__).parents[3] / "docs" / "coverage.md").read_text()
 EXACT = set(re.findall(r"^\| ([\w.-]+) \| exact", PAGE, re.MULTILINE))
 FULL_SIZE = (
-    "llama", "qwen3_moe", "gemma3_text", "mixtral", "deepseek_v3", "gpt_oss", "smollm3", "cohere2", "bert", "electra",
+    "llama", "qwen3_moe", "gemma3_text", "gemma4_text", "mixtral", "deepseek_v3", "gpt_oss", "smollm3", "cohere2", "bert", "electra",
     "mamba", "minimax", "qwen3_next",
 )  # fmt: skip
 
@@ -56,6 +56,17 @@ def test_a_layer_of_every_kind_is_kept():
     assert shrunk.num_hidden_layers == 2
 
 
+@pytest.mark.parametrize("name", ["gemma4_text", "dots3_note_text"])
+def test_layers_with_values_of_their_own_keep_them_small(name):
+    config = CONFIG_MAPPING[name]()
+    shrunk = shrunk_config(config)
+    own = {place: layer for place, layer in shrunk.to_dict()["per_layer_config"].items() if layer}
+    assert {shrunk.layer_types[int(place)] for place in own} == {
+        config.layer_types[int(place)] for place in config.to_dict()["per_layer_config"]
+    }
+    assert all(value <= 32 for layer in own.values() for value in layer.values())
+
+
 def test_a_large_model_that_was_changed_is_examined_itself():
     model = full_size("llama")
     model.model.layers[1].mlp = nn.Identity()
@@ -83,10 +94,11 @@ def test_the_model_itself_is_left_as_it_was():
     traits = examine_model(model, [PassesDocuments, SplitsRows])
     assert traits.deferred == (PassesDocuments, SplitsRows)
     state = torch.get_rng_state()
-    found = complete(traits, model, model, torch.device("cpu"))
+    traits.complete(model, model, torch.device("cpu"))
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert "see each other" in found[PassesDocuments].reason
+    assert not traits.deferred
+    assert "see each other" in traits[PassesDocuments].reason
     with pytest.raises(MissingTraitError, match="Ulysses requires a model that can be computed on shards") as caught:
-        found.require(SplitsRows, by="Ulysses")
+        traits.require(SplitsRows, by="Ulysses")
     assert "outside attention" in caught.value.reason

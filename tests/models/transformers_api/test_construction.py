@@ -27,7 +27,8 @@ def test_initialisers_follow_transformers_order_and_owner(monkeypatch):
                 module, "_initialize_weights", lambda m, *args, owner=module: seen.append((id(m), id(owner)))
             )
     model.initialize_weights()
-    assert [(id(module), id(owner)) for _, module, owner in initialisers(model)] == seen
+    runs = [run for _, run in initialisers(model)]
+    assert [(id(run.args[0]), id(run.func.__self__)) for run in runs] == seen
     assert len(seen) > 40
 
 

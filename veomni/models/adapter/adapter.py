@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, auto
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, forward_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.models.transformers_api.attention import Implementations
-from veomni.models.weights.source import WeightSource
 
 if TYPE_CHECKING:
     from veomni.models.adapter.passes.token_loss import TokenMeanLoss
@@ -124,7 +124,7 @@ class ModelAdapter:
         sequence: The ranks that share the model's rows; None where rows are whole.
         attention_open: Whether the choice of attention was left to the library.
         experts: The backend that experts were requested to run with.
-        weight_source: Where the model's weights come from.
+        weights: Directories with safetensors, by the part of the model ("" is all of it); the rest is random.
         towers: How each modality is encoded, by its name.
         traits: What the examination of the model found.
         loss: The loss that the model computes; None where it is its own.
@@ -137,7 +137,7 @@ class ModelAdapter:
         self.sequence: SequenceGroups | None = None
         self.attention_open = False
         self.experts = "auto"
-        self.weight_source = WeightSource()
+        self.weights: dict[str, Path] = {}
         self.towers: dict[str, TowerCall] = {}
         self.traits: Any = None
         self.loss: TokenMeanLoss | None = None

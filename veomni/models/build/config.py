@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from veomni.errors import ModelError
 from veomni.families.record import family_record
 from veomni.logging import create_logger
-from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.models.loader import config_class
+from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def build_config(
     path = directory / "config.json" if directory is not None else Path(source)
     overrides = dict(overrides or {})
     if directory is not None or path.suffix == ".json":
-        values = _thinker_of(_read(path), path)
-        config = _from_values(values, overrides, path, trust_remote_code)
+        config = _from_values(_read(path), overrides, path, trust_remote_code)
     elif len(path.parts) > 1 or str(source).startswith((".", "~")):
         raise ModelError(f"{source} is no model directory", "give a directory with a config.json; download it first")
     else:
@@ -70,6 +69,7 @@ def find_directory(source: str | Path) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return the values of a configuration file; of a model with a thinker and a talker, the thinker's."""
     if not path.is_file():
         raise ModelError(f"there is no {path}", "give a model directory, a config file or a model type")
     try:
@@ -78,10 +78,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not JSON: {error}", "correct the file") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path} names no model_type", "give a model's config.json")
-    return values
-
-
-def _thinker_of(values: dict[str, Any], path: Path) -> dict[str, Any]:
     thinker = family_record(values["model_type"]).thinker
     if thinker is None:
         return values
@@ -98,8 +94,18 @@ def _from_values(
 
         remote: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, trust_remote_code=True, **overrides)
         return remote
-    kind = _remote_free_type(values, path)
-    config = _construct(config_class(kind), values, overrides, str(path))
+    model_type = values["model_type"]
+    brings_code = values.pop("auto_map", None) is not None
+    try:
+        cls = config_class(model_type)
+    except ModelError as error:
+        if not brings_code:
+            raise
+        problem = f"{path} brings its own code (auto_map) and {error.problem}"
+        raise ModelError(problem, "read that code, then pass trust_remote_code=True") from error
+    if brings_code:
+        logger.info_rank0("%s: auto_map is ignored, transformers' own %s is used", path, model_type)
+    config = _construct(cls, values, overrides, str(path))
     config.name_or_path = str(path.parent)
     return config
 
@@ -111,21 +117,6 @@ def _check_no_orders(values: Any, path: Path) -> None:
             raise ModelError(f"{path} sets {key}, which only the caller may choose", f"remove {key} from the file")
         if isinstance(value, dict):
             _check_no_orders(value, path)
-
-
-def _remote_free_type(values: dict[str, Any], path: Path) -> str:
-    kind: str = values["model_type"]
-    if values.pop("auto_map", None) is None:
-        return kind
-    try:
-        config_class(kind)
-    except ModelError as error:
-        raise ModelError(
-            f"{path} brings its own code (auto_map) and {error.problem}",
-            "read that code, then pass trust_remote_code=True",
-        ) from error
-    logger.info_rank0("%s: auto_map is ignored, transformers' own %s is used", path, kind)
-    return kind
 
 
 def _construct(cls: type[Any], values: dict[str, Any], overrides: dict[str, Any], source: str) -> PreTrainedConfig:

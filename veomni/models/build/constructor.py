@@ -1,28 +1,20 @@
 """Constructors of modules: keep what they register off the device, or get back the values that they alone set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules import module as registration
 from torch.utils import deterministic
 
 from veomni.models.transformers_api.construction import construct_again
-
-
-def _nothing(module: nn.Module, key: str) -> bool:
-    return False
+from veomni.models.weights.slots import on_meta
 
 
 @contextmanager
-def registered_on_meta(keep: Callable[[nn.Module, str], bool] = _nothing) -> Iterator[None]:
+def registered_on_meta(keep: Callable[[nn.Module, str], bool] = lambda module, key: False) -> Iterator[None]:
     """Move each parameter and buffer to the meta device as soon as a module registers it.
 
     ``torch.device("meta")`` does not reach all that constructors call: ``torch.normal``, or tensors from numpy.
@@ -31,22 +23,13 @@ def registered_on_meta(keep: Callable[[nn.Module, str], bool] = _nothing) -> Ite
         keep: Whether a module's parameter or buffer of that name stays where it is.
     """
 
-    def move(module: nn.Module, key: str, value: Tensor | None) -> Tensor | None:
-        if value is None or value.is_meta or keep(module, key):
-            return value
-        meta = value.detach().to("meta")
-        return nn.Parameter(meta, value.requires_grad) if isinstance(value, nn.Parameter) else meta
+    def move(module: nn.Module, key: str, value: Tensor | None) -> Any:  # torch's annotations forbid another value
+        return value if value is None or value.is_meta or keep(module, key) else on_meta(value)
 
-    # PyTorch's annotations leave out that a hook may return another value.
-    hooks = [
-        register_module_parameter_registration_hook(move),  # type: ignore[arg-type]
-        register_module_buffer_registration_hook(move),  # type: ignore[arg-type]
-    ]
-    try:
+    parameters = registration.register_module_parameter_registration_hook(move)
+    buffers = registration.register_module_buffer_registration_hook(move)
+    with parameters, buffers:
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def constructor_values(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:

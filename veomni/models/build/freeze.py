@@ -1,7 +1,5 @@
 """Parameters that are not trained."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -22,15 +20,14 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ModelError: a pattern matches nothing.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    frozen: dict[str, None] = {}
+    frozen: dict[str, nn.Parameter] = {}
     for pattern in patterns:
         matched = [name for name in parameters if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not matched:
             known = [*parameters, *(name for name, _ in model.named_modules() if name)]
-            near = did_you_mean(pattern, known)
-            fix = near if near.startswith("did you mean") else "look the names up with model.named_parameters()"
+            fix = did_you_mean(pattern, known, otherwise="look the names up with model.named_parameters()")
             raise ModelError(f"no parameter matches {pattern!r}, which is to be frozen", fix)
-        frozen.update(dict.fromkeys(matched))
-    for name in frozen:
-        parameters[name].requires_grad_(False)
+        frozen |= {name: parameters[name] for name in matched}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
     return list(frozen)

@@ -11,17 +11,15 @@ from torch import nn
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models.transformers_api.attention import attention_names
-from veomni.models.transformers_api.capabilities import caps_scores, is_pretrained, set_config_flag, supports_sdpa
-from veomni.models.transformers_api.construction import construct
-from veomni.models.build.attention import attention_name
+from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.documents import isolate_documents
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.constructor import registered_on_meta
 from veomni.models.loader import model_class
-from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.adapter.passes.documents import isolate_documents
+from veomni.models.transformers_api.attention import attention_names
+from veomni.models.transformers_api.capabilities import caps_scores, is_pretrained, set_config_flag, supports_sdpa
+from veomni.models.transformers_api.construction import construct
 from veomni.models.weights.safetensors_files import has_safetensors, require_safetensors
-from veomni.models.weights.source import WeightSource
 from veomni.ops.attention.backends import AttentionBackend
 from veomni.ops.attention.varlen import register_attention
 from veomni.registry import did_you_mean
@@ -56,7 +54,6 @@ def build_model(
         ModelError: see :func:`~veomni.models.build_config`; or the weights are missing, or only pickle; or the
             attention is unknown or not supported by the model.
     """
-    attention = attention_name(attention)
     if isinstance(source, str | Path):
         config = build_config(source, overrides, trust_remote_code=trust_remote_code)
         directory = find_directory(source)
@@ -64,57 +61,49 @@ def build_model(
         config, directory = source, None
         set_config_flag(config, "use_cache", False)
     composed = hasattr(config, "decoders") and config.model_type == "omni"
-    parts = weight_parts(weights, directory) if composed else {}
-    origin = None if composed else _weight_directory(weights, directory)
-    _check_quantisation(config, origin)
+    directories = _weight_directories(weights, directory, composed)
+    if directories and getattr(config, "quantization_config", None) is not None:
+        problem = f"{directories.get('', directory)} holds quantised weights"
+        raise ModelError(problem, "dequantise them first: load with transformers, then save_pretrained")
+    attention = attention if isinstance(attention, str) else _registered(attention)
     with torch.device("meta"):
-        model = _construct(config, attention, trust_remote_code)
+        model: Any = _construct(config, attention, trust_remote_code)
     adapter = ModelAdapter.of(model)
-    if attention == "auto":
-        adapter.attention_open = True
-    adapter.experts = experts
+    adapter.attention_open = attention == "auto"
+    adapter.experts, adapter.weights = experts, directories
     isolate_documents(model)
-    if origin is not None:
-        _take_generation_config(model, origin)
-    adapter.weight_source = WeightSource(origin, parts)
+    if is_pretrained(model) and "" in directories and (directories[""] / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(directories[""])  # an export has it too
     return model
 
 
-def _weight_directory(weights: str | Path, directory: Path | None) -> Path | None:
-    if weights == "random":
-        return None
-    if weights == "auto":
-        if directory is None or has_safetensors(directory):
-            return directory
-        if any(directory.glob("*.bin")):
-            require_safetensors(directory)
-        logger.info_rank0("%s holds no weights: the model starts from random ones", directory)
-        return None
-    chosen = find_directory(weights)
-    if chosen is None:
-        raise ModelError(f"{weights} is no directory", "give a directory with safetensors, 'auto' or 'random'")
-    if not has_safetensors(chosen):
-        require_safetensors(chosen)
-    return chosen
-
-
-def weight_parts(weights: str | Path, directory: Path | None) -> dict[str, Path]:
-    """Return the parts of a composed model that a directory has weights of, by name; ``weights`` is build_model's."""
-    chosen = directory if weights == "auto" else None if weights == "random" else find_directory(weights)
-    if chosen is None:
-        if weights not in ("auto", "random"):
-            raise ModelError(f"{weights} is no directory", "give a composed model's, 'auto' or 'random'")
+def _weight_directories(weights: str | Path, own: Path | None, composed: bool) -> dict[str, Path]:
+    """Return the directories with weights by the part of the model, "" for all of it; ``weights`` is build_model's."""
+    if weights == "random" or (weights == "auto" and own is None):
         return {}
-    found = sorted({path.parent for path in chosen.glob("**/*.safetensors")})
-    return {".".join(path.relative_to(chosen).parts): path for path in found if path != chosen}
+    directory = own if weights == "auto" else find_directory(weights)
+    if directory is None:
+        raise ModelError(f"{weights} is no directory", "give a directory with safetensors, 'auto' or 'random'")
+    if composed:
+        found = sorted({path.parent for path in directory.glob("**/*.safetensors")} - {directory})
+        return {".".join(path.relative_to(directory).parts): path for path in found}
+    if weights == "auto" and not has_safetensors(directory) and not any(directory.glob("*.bin")):
+        logger.info_rank0("%s holds no weights: the model starts from random ones", directory)
+        return {}
+    require_safetensors(directory)
+    return {"": directory}
 
 
-def _check_quantisation(config: PreTrainedConfig, origin: Path | None) -> None:
-    method = getattr(config, "quantization_config", None)
-    if origin is not None and method is not None:
-        raise ModelError(
-            f"{origin} holds quantised weights", "dequantise them first: load with transformers, then save_pretrained"
-        )
+def _registered(backend: AttentionBackend) -> str:
+    """Register the function that a backend brings with transformers, and return the attention's name there."""
+    if backend.function is not None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(backend.name, backend.function)
+        AttentionMaskInterface.register(backend.name, AttentionMaskInterface()[backend.mask])
+    return backend.name
 
 
 def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool) -> nn.Module:
@@ -124,9 +113,7 @@ def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool
         remote: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
         return remote
     cls = model_class(config)
-    if not issubclass(cls, PreTrainedModel):
-        return cls(config)
-    return _construct_pretrained(cls, config, attention)
+    return _construct_pretrained(cls, config, attention) if issubclass(cls, PreTrainedModel) else cls(config)
 
 
 def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
@@ -146,13 +133,5 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
         with registered_on_meta():
             return construct(cls, config, attention)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
-        said = str(error).partition("\n")[0]  # AutoModel goes on with the name of every configuration there is
-        raise ModelError(f"{cls.__name__} cannot be built: {said}", "correct its configuration") from error
-
-
-def _take_generation_config(model: nn.Module, directory: Path) -> None:
-    """Keep the generation defaults that a checkpoint brings, so that an export has them too."""
-    from transformers import GenerationConfig
-
-    if is_pretrained(model) and (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]
+        reason = str(error).partition("\n")[0]  # AutoModel goes on with the name of every configuration there is
+        raise ModelError(f"{cls.__name__} cannot be built: {reason}", "correct its configuration") from error

@@ -1,7 +1,5 @@
 """The parallel plan of a model, derived from its modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn
@@ -25,33 +23,33 @@ def derive_plan(model: nn.Module) -> ParallelPlan:
     if callable(own):
         plan: ParallelPlan = own()
         return plan
-    return ParallelPlan(blocks=_blocks(model), keep_fp32=_keep_fp32(model), experts=_experts(model))
+    fp32 = {id(module) for name, module in model.named_modules() if _keeps_fp32(model, name, module)}
+    experts = tuple(name for name, module in model.named_modules() if holds_experts(module))
+    return ParallelPlan(_blocks(model), keep_fp32=_outermost(model, lambda module: id(module) in fp32), experts=experts)
 
 
-def _experts(model: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, module in model.named_modules() if holds_experts(module))
+def _keeps_fp32(model: nn.Module, name: str, module: nn.Module) -> bool:
+    return any(keeps_fp32(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
+    rules: list[Callable[[nn.Module], bool]] = []
     if is_pretrained(model):
         from transformers import GradientCheckpointingLayer
 
         classes = layer_classes(model)
-        for is_block in (
-            lambda module: isinstance(module, GradientCheckpointingLayer),
-            lambda module: type(module).__name__ in classes,
-        ):
-            if names := _outermost(model, is_block):
-                return names
+        rules.append(lambda module: isinstance(module, GradientCheckpointingLayer))
+        rules.append(lambda module: type(module).__name__ in classes)
     repeated = _repeated_children(model)
-    return _outermost(model, lambda module: id(module) in repeated)
+    rules.append(lambda module: id(module) in repeated)
+    return next((names for is_block in rules if (names := _outermost(model, is_block))), ())
 
 
-def _outermost(model: nn.Module, is_block: Callable[[nn.Module], bool]) -> tuple[str, ...]:
+def _outermost(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> tuple[str, ...]:
     names: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in names)
-        if name and not inside and is_block(module) and next(module.parameters(), None) is not None:
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if name and not inside and is_one(module) and next(module.parameters(), None) is not None:
             names.append(name)
     return tuple(names)
 
@@ -63,13 +61,3 @@ def _repeated_children(model: nn.Module) -> set[int]:
             classes = [type(child) for child in module]
             repeated |= {id(child) for child in module if classes.count(type(child)) >= 2}
     return repeated
-
-
-def _keep_fp32(model: nn.Module) -> tuple[str, ...]:
-    names: list[str] = []
-    for name, module in model.named_modules():
-        own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
-        inside = any(name.startswith(f"{outer}.") for outer in names)
-        if name and not inside and any(keeps_fp32(model, parameter) for parameter in own):
-            names.append(name)
-    return tuple(names)

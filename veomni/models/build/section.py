@@ -54,7 +54,9 @@ class ModelSection(Section):
         ge=269,
         description="Train a byte-level BPE tokenizer of this many tokens on the training text; null uses a ready one.",
     )
-    attention: Annotated[ComponentSection, Choice(ATTENTION)] = configured("auto", "Attention backend: a name, or a mapping of its name and options. auto takes the fastest that is "
+    attention: Annotated[ComponentSection, Choice(ATTENTION)] = configured(
+        "auto",
+        "Attention backend: a name, or a mapping of its name and options. auto takes the fastest that is "
         "installed and keeps packed documents apart; varlen is PyTorch's own and needs CUDA and bf16, as the "
         "flash_attention kernels do.",
     )
@@ -142,16 +144,16 @@ class ModelSection(Section):
     @override
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
         if self.config_path is None and self.model_path is None:
-            yield Problem(
-                "model.config_path and model.model_path are both null", "set one: it names the architecture"
-            )
+            yield Problem("model.config_path and model.model_path are both null", "set one: it names the architecture")
         if self.train_tokenizer_vocab_size is not None:
             for key in ("tokenizer_path", "model_path"):
                 if getattr(self, key) is not None:
                     problem = f"model.train_tokenizer_vocab_size and model.{key} both give a tokenizer"
                     yield Problem(problem, "set one to null")
         if config.train.broadcast_weights and self.model_path is None:
-            yield Problem("train.broadcast_weights is true without model.model_path", "set it to false: nothing is read")
+            yield Problem(
+                "train.broadcast_weights is true without model.model_path", "set it to false: nothing is read"
+            )
         yield from self._experts_problems(config.train)
 
     def _experts_problems(self, train: Any) -> Iterator[Problem]:

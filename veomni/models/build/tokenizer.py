@@ -1,7 +1,5 @@
 """Tokenizers and processors of a local model directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,12 @@ def build_processor(path: str | Path) -> Any:
     """
     from transformers import AutoProcessor
 
-    directory = _directory(path)
+    directory, loader = _directory(path), AutoProcessor
     if (directory / "config.json").is_file() and len(MODEL_PROCESSOR_REGISTRY):
-        kind = build_config(directory).model_type
-        if kind in MODEL_PROCESSOR_REGISTRY:
-            return _load(MODEL_PROCESSOR_REGISTRY.get(kind)(), directory, "processor")
-    return _load(AutoProcessor, directory, "processor")
+        model_type = build_config(directory).model_type
+        if model_type in MODEL_PROCESSOR_REGISTRY:
+            loader = MODEL_PROCESSOR_REGISTRY.get(model_type)()
+    return _load(loader, directory, "processor")
 
 
 def _directory(path: str | Path) -> Path:
@@ -53,5 +51,5 @@ def _load(loader: Any, directory: Path, what: str) -> Any:
     try:
         return loader.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the loaders raise many kinds, OSError and ValueError most of all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{directory} holds no usable {what}: {reason}", f"save the {what} there first") from error

@@ -13,7 +13,6 @@ from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.model import build_model
 from veomni.models.weights.safetensors_files import has_safetensors
-from veomni.models.weights.source import WeightSource
 
 
 def build_omni_model(
@@ -58,6 +57,6 @@ def build_omni_model(
     )
     model = build_model(config, attention=attention, weights="random")
     directories = {name: find_directory(source) for name, source in given.items()}
-    parts = {name: path for name, path in directories.items() if path is not None and has_safetensors(path)}
-    ModelAdapter.of(model).weight_source = WeightSource(None, parts)
+    adapter = ModelAdapter.of(model)
+    adapter.weights = {name: path for name, path in directories.items() if path is not None and has_safetensors(path)}
     return model

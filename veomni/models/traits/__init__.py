@@ -1,11 +1,10 @@
 """What one examination of a model finds; strategies name what they require."""
 
-from veomni.models.traits.documents import PassesDocuments
-from veomni.models.traits.examine import complete, examine_model
+from veomni.models.traits.examine import MissingTraitError, ModelTraits, examine_model
 from veomni.models.traits.head import FusesHead
-from veomni.models.traits.rows import SplitsRows
-from veomni.models.traits.trial import NoCopyError, Trial
-from veomni.models.traits.verdict import MissingTraitError, ModelTraits, Trait, Verdict
+from veomni.models.traits.rows import PassesDocuments, RunsOnShards, SplitsRows
+from veomni.models.traits.trial import Trial
+from veomni.models.traits.verdict import NoCopyError, Trait, Verdict
 
 __all__ = [
     "FusesHead",
@@ -13,10 +12,10 @@ __all__ = [
     "ModelTraits",
     "NoCopyError",
     "PassesDocuments",
+    "RunsOnShards",
     "SplitsRows",
     "Trait",
     "Trial",
     "Verdict",
-    "complete",
     "examine_model",
 ]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veomni.errors import ModelError
-from veomni.models.traits.inputs import LENGTH
 from veomni.ops.attention.ulysses import local_options
 
+LENGTH = 12
+"""Tokens of the row that trials run."""
 POINTWISE, BOUNDED = "veomni_pointwise", "veomni_bounded"
 SHARDS = 2
 """Ranks that a trial pretends to share a row with."""
@@ -24,7 +25,7 @@ def register_attentions() -> None:
     """Make both known to transformers; calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for name, function, mask in ((POINTWISE, pointwise, _whole_mask), (BOUNDED, bounded, _no_mask)):
+    for name, function, mask in ((POINTWISE, pointwise, _shards_mask), (BOUNDED, bounded, _no_mask)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
 
@@ -59,7 +60,7 @@ def pointwise(
     return (value.repeat_interleave(groups, dim=1) * (1 + score)).transpose(1, 2).contiguous(), None
 
 
-def _whole_mask(
+def _shards_mask(
     *, batch_size: int, q_length: int, attention_mask: Tensor | None = None, device: Any = None, **options: Any
 ) -> Tensor:
     if attention_mask is not None:

@@ -1,4 +1,4 @@
-"""Examine a model once, at set-up."""
+"""Examine a model once, at set-up; what that takes the values of the model for, when it has them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,71 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models.traits.trial import NoCopyError, Trial
-from veomni.models.traits.verdict import ModelTraits, Trait, Verdict
+from veomni.models.traits.trial import Trial
+from veomni.models.traits.verdict import NoCopyError, Trait, Verdict
 
 logger = create_logger(__name__)
+
+
+class MissingTraitError(ModelError):
+    """A model lacks a trait that something requires of it."""
+
+    @property
+    def reason(self) -> str:
+        """Why it lacks it, without what requires it."""
+        return self.problem.partition(": ")[2]
+
+
+class ModelTraits(dict[type[Trait], Verdict]):
+    """Verdicts about one model, by trait.
+
+    Attributes:
+        deferred: Traits that :meth:`complete` examines.
+    """
+
+    deferred: tuple[type[Trait], ...] = ()
+
+    def examine(self, trial: Trial, traits: Iterable[type[Trait]]) -> ModelTraits:
+        """Examine the model of a trial, in one random state and without gradients."""
+        self.deferred = ()
+        with trial.running():
+            for trait in traits:
+                try:
+                    self[trait] = trait().examine(trial)
+                except NoCopyError as error:
+                    self.deferred += (trait,)
+                    if str(error):
+                        logger.info_rank0("%s is examined after it is sharded: %s", trial.name, error)
+        return self
+
+    def complete(self, model: nn.Module, body: nn.Module, device: torch.device) -> None:
+        """Examine what was deferred on the model itself; collective, and the model is left as it was.
+
+        Args:
+            model: What users call; its parameters have values.
+            body: The module inside that was examined.
+            device: Where the model computes.
+        """
+        if self.deferred:
+            self.examine(Trial(body, model, device), self.deferred)
+
+    def require(self, *traits: type[Trait], by: str) -> None:
+        """Check that the model has traits; a deferred one passes until it has been examined.
+
+        Args:
+            traits: What is required.
+            by: What requires it, for the message.
+
+        Raises:
+            MissingTraitError: the model lacks one.
+        """
+        for trait in traits:
+            verdict = self.get(trait)
+            if verdict is not None and not verdict.ok:
+                problem = f"{by} requires a model that {trait.says}: {verdict.reason}"
+                raise MissingTraitError(problem, verdict.fix or trait.fix)
 
 
 def examine_model(model: nn.Module, traits: Iterable[type[Trait]]) -> ModelTraits:
@@ -23,28 +83,6 @@ def examine_model(model: nn.Module, traits: Iterable[type[Trait]]) -> ModelTrait
 
     Returns:
         A verdict for each trait. Those that run the model are deferred where it has no small copy: its own forward was
-        replaced, or it is large and its configuration cannot be shrunk. :func:`complete` examines these.
+        replaced, or it is large and its configuration cannot be shrunk.
     """
-    trial, found, deferred = Trial(model), dict[type[Trait], Verdict](), list[type[Trait]]()
-    for trait in traits:
-        try:
-            found[trait] = trait().examine(trial)
-        except NoCopyError as error:
-            deferred.append(trait)
-            logger.info_rank0("%s is examined after it is sharded: %s", trial.name, error)
-    return ModelTraits(found, deferred)
-
-
-def complete(traits: ModelTraits, model: nn.Module, body: nn.Module, device: torch.device) -> ModelTraits:
-    """Examine what was deferred on the model itself; collective, and the model is left as it was.
-
-    Args:
-        traits: What :func:`examine_model` returned.
-        model: What users call; its parameters have values.
-        body: The module inside that was examined.
-        device: Where the model computes.
-    """
-    trial, found = Trial(body, itself=(model, device)), dict(traits)
-    for trait in traits.deferred:
-        found[trait] = trait().examine(trial)
-    return ModelTraits(found)
+    return ModelTraits().examine(Trial(model), traits)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from veomni.models.adapter.adapter import Patch
-from veomni.models.skeleton import skeleton_of
 from veomni.models.traits.trial import Trial
 from veomni.models.traits.verdict import Verdict
+from veomni.models.weights.slots import skeleton_of
 
 
 class FusesHead:

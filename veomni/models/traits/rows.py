@@ -1,27 +1,64 @@
-"""Whether a model computes on a shard of a row what it computes on the whole row.
+"""Whether a model keeps the documents of a row apart, and computes on a shard of a row what it does on the whole.
 
-With attention replaced by something that treats every position separately, a model in which only attention mixes
-positions must treat every position separately too, and must take a token's place in the row from ``position_ids``.
-Two things are tried on a short row: another token at one place must change no other place, and rotating tokens and
-position ids must rotate the output. State spaces, convolutions, trained mixing, positions that the model counts,
-attention that goes around transformers' interface: all of them fail one of the two.
+Another token in one place must change no place that it is to be kept from, and rotating tokens and position ids must
+rotate the output. State spaces, convolutions, trained mixing and positions that a model counts fail one of the two.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from veomni.errors import ModelError
-from veomni.models.traits.attention import NO_SHARDS, POINTWISE, SHARDS, calls
-from veomni.models.traits.inputs import FIRST, LENGTH, displacement, influence
-from veomni.models.traits.sequence_layers import layer_outside_attention
+from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.traits.attention import LENGTH, NO_SHARDS, POINTWISE, SHARDS, calls
 from veomni.models.traits.trial import Trial
-from veomni.models.traits.verdict import Verdict
+from veomni.models.traits.verdict import NoCopyError, Verdict
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.transformers_api.capabilities import is_pretrained
+
+FIRST = 5
+"""Length of the first of two documents, and by how much a row is rotated."""
+_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+_STATE_PARAMETERS = {"A_log", "dt_bias"}
+
+
+class PassesDocuments:
+    """Two documents in a row do not see each other, and are computed the same in either order."""
+
+    says: ClassVar[str] = "keeps the documents of a packed row apart"
+    fix: ClassVar[str] = "set packing to none, so that every row is one document"
+
+    def examine(self, trial: Trial) -> Verdict:
+        """Run two documents, change a token of the first, and exchange them."""
+        if not (is_pretrained(trial.subject) and hasattr(trial.subject.config, "vocab_size")):
+            return Verdict(True, f"{trial.name} is not a language model of transformers: it is not run")
+        if not trial.takes("input_ids", "position_ids"):
+            return Verdict(False, f"{trial.name} takes no position_ids, which separate documents")
+        carried = carried_state(trial.subject)
+        if not carried.ok:
+            return carried
+        with trial.attention():
+            return trial.attempt(self._run, f"{trial.name} does not run on packed tokens alone")
+
+    def _run(self, trial: Trial) -> Verdict:
+        def run(tokens: Tensor, positions: Tensor) -> Tensor:
+            starts = (positions == 0).nonzero().flatten().tolist()
+            boundaries = torch.tensor([*starts, LENGTH], dtype=torch.int32, device=trial.device)
+            return trial.outputs(
+                tokens, positions,
+                cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=LENGTH, max_length_k=LENGTH,
+            )  # fmt: skip
+
+        positions = torch.cat([torch.arange(FIRST), torch.arange(LENGTH - FIRST)]).to(trial.device)
+        return _judged(
+            trial, run, positions, [slice(FIRST, LENGTH)],
+            f"{trial.name} lets the documents of a packed row see each other",
+            f"{trial.name} computes a document by its place in the row",
+        )  # fmt: skip
 
 
 class SplitsRows:
@@ -31,7 +68,7 @@ class SplitsRows:
     fix: ClassVar[str] = NO_SHARDS
 
     def examine(self, trial: Trial) -> Verdict:
-        """Run the model with pointwise attention."""
+        """Run the model with an attention that treats every position separately, so that all of the model must."""
         if not is_pretrained(trial.subject):
             return Verdict(False, f"{trial.name} is not a transformers model, so its attention cannot be replaced")
         if not trial.takes("input_ids", "position_ids"):
@@ -40,52 +77,110 @@ class SplitsRows:
         if layer is not None:
             return Verdict(False, f"{trial.name} has a layer that sees the sequence outside attention: {layer}")
         with trial.attention(POINTWISE):
-            return trial.attempt(_examine, f"{trial.name} does not run on shards of rows")
+            return trial.attempt(self._run, f"{trial.name} does not run on shards of rows")
+
+    def _run(self, trial: Trial) -> Verdict:
+        def run(tokens: Tensor, positions: Tensor) -> Tensor:
+            return trial.outputs(tokens, positions, shards=SHARDS)
+
+        before = calls.get()
+        verdict = _judged(
+            trial, run, torch.arange(LENGTH, device=trial.device), [slice(FIRST - 1), slice(FIRST, LENGTH)],
+            f"{trial.name} lets positions see each other outside attention",
+            f"{trial.name} does not take the place of a token from position_ids alone",
+        )  # fmt: skip
+        if calls.get() == before:
+            return Verdict(
+                False, f"the attention of {trial.name} does not go through transformers' attention interface"
+            )
+        return verdict
 
 
-def _examine(trial: Trial) -> Verdict:
-    before = calls.get()
-    positions = torch.arange(LENGTH, device=trial.device)
-    tokens, other = trial.tokens()
+class RunsOnShards:
+    """The model and its attention accept a shard of a row, on the ranks that share it."""
 
-    def run(tokens: Tensor, positions: Tensor) -> Tensor:
-        return trial.outputs(tokens, positions, shards=SHARDS)
+    says: ClassVar[str] = "runs on shards of rows"
+    fix: ClassVar[str] = NO_SHARDS
 
-    elsewhere = (slice(FIRST, None), slice(0, FIRST - 1))
-    mixed = max(influence(run, tokens, other, positions, places) for places in elsewhere)
-    if calls.get() == before:
-        return Verdict(False, f"the attention of {trial.name} does not go through transformers' attention interface")
-    if mixed > 1:
-        return Verdict(False, f"{trial.name} lets positions see each other outside attention", mixed)
-    moved = displacement(run, tokens, positions)
-    if moved > 1:
-        return Verdict(False, f"{trial.name} does not take the place of a token from position_ids alone", moved)
-    return Verdict(True, measured=max(mixed, moved))
+    def examine(self, trial: Trial) -> Verdict:
+        """Run one row of the model itself; collective."""
+        if trial.itself is None:
+            raise NoCopyError
+        name = f"{trial.name} with attention {text_attention_of(trial.subject)}"
+        return trial.attempt(self._run, f"{name} does not run on shards of rows")
 
-
-def dry_run(model: nn.Module, body: Any, size: int, device: torch.device) -> None:
-    """Run one row of a sharded model; collective.
-
-    Args:
-        model: What users call; its parameters have values.
-        body: The transformers model inside.
-        size: Ranks that share a row.
-        device: Where the model computes.
-
-    Raises:
-        ModelError: the attention or the model rejects the row.
-    """
-    trial = Trial(body, itself=(model, device))
-
-    def run(trial: Trial) -> Verdict:
-        tokens, _ = trial.tokens()
-        try:
-            trial.outputs(tokens, torch.arange(LENGTH, device=device), shards=size)
-        except ModelError as error:
-            return Verdict(False, found=error)
+    def _run(self, trial: Trial) -> Verdict:
+        groups = ModelAdapter.of(trial.subject).sequence
+        positions = torch.arange(LENGTH, device=trial.device)
+        trial.outputs(trial.tokens()[0], positions, 1 if groups is None else groups.shard.size)
         return Verdict(True)
 
-    name = f"{trial.name} with attention {text_attention_of(body)}"
-    verdict = trial.attempt(run, f"{name} does not run on shards of rows")
-    if not verdict.ok:
-        raise verdict.found or ModelError(verdict.reason, NO_SHARDS)
+
+def carried_state(model: nn.Module) -> Verdict:
+    """Return whether no layer of a model carries a state along the row."""
+    layer = layer_outside_attention(model)
+    return Verdict(not layer, f"{layer} carries state from one document of a packed row into the next" if layer else "")
+
+
+def layer_outside_attention(model: nn.Module) -> str | None:
+    """Return the name of a layer that carries something along the sequence: state space, convolution.
+
+    Such a layer mixes the documents of a packed row, and its state does not reach a part of a row on another rank.
+
+    Args:
+        model: A transformers model; of one with towers, only the text part is looked at.
+    """
+    text = {id(module) for module in text_part(model).modules()}
+    for name, module in model.named_modules():
+        state = any(key in _STATE_PARAMETERS for key, _ in module.named_parameters(recurse=False))
+        if id(module) in text and (state or (isinstance(module, nn.Conv1d) and module.kernel_size != (1,))):
+            return f"{name} ({type(module).__name__})"
+    return None
+
+
+def text_part(model: nn.Module) -> nn.Module:
+    """Return the text decoder of a transformers model, without towers and head; other modules are returned whole."""
+    decoder = getattr(model, "get_decoder", None)
+    found = decoder() if callable(decoder) else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def _judged(
+    trial: Trial,
+    run: Callable[[Tensor, Tensor], Tensor],
+    positions: Tensor,
+    elsewhere: Sequence[slice],
+    mixes: str,
+    counts: str,
+) -> Verdict:
+    """Compare three runs of one row.
+
+    Args:
+        trial: The model.
+        run: From tokens ``[seq]`` and position ids ``[seq]`` to outputs ``[seq, channels]``.
+        positions: The position ids.
+        elsewhere: The places that another token at place ``FIRST - 1`` must not change.
+        mixes: The reason where it does.
+        counts: The reason where rotating tokens and position ids together does more than rotate the outputs.
+    """
+    tokens, other = trial.tokens()
+    reference = run(tokens, positions)
+    changed = tokens.clone()
+    changed[FIRST - 1] = other
+    influenced = run(changed, positions)
+    seen = max(_difference(influenced[places], reference[places], reference) for places in elsewhere)
+    if seen > 1:
+        return Verdict(False, mixes, seen)
+    rotated = run(tokens.roll(-FIRST), positions.roll(-FIRST))
+    moved = _difference(rotated, reference.roll(-FIRST, 0), reference)
+    return Verdict(False, counts, moved) if moved > 1 else Verdict(True, measured=max(seen, moved))
+
+
+def _difference(found: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """Return the largest difference in tolerances of the dtype."""
+    errors = (found - expected).abs().amax(-1)
+    # In half precision one rounding can choose another expert for a token; positions that really differ are many.
+    error = errors.median() if found.dtype.itemsize == 2 else errors.max()
+    limit = _TOLERANCE[found.dtype] * scale.abs().max()
+    ratio = float(error / limit)
+    return ratio if math.isfinite(ratio) else 0.0 if bool(error <= limit) else math.inf

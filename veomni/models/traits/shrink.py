@@ -1,7 +1,5 @@
 """A configuration of the same kind with small numbers: two layers or one of each kind, narrow, with few experts."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 
@@ -13,38 +11,32 @@ from veomni.models.transformers_api.construction import construct_again
 VOCAB = 128
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 _PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
-_SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "intermediate_size_mlp"), 48
-    ),
-    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "dense_intermediate_size"), 48),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "attention_heads"), 4),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
-    **dict.fromkeys(("expert_ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "moe_top_k"), 2),
-    **dict.fromkeys(("top_k_experts", "experts_per_token"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 128),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
-    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "global_head_dim"), 8),
-    **dict.fromkeys(("kv_channels", "d_kv", "d_head", "attention_head_dim", "rotary_dim", "query_pre_attn_scalar"), 8),
-    **dict.fromkeys(("mamba_num_heads", "mamba_n_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "mamba_d_head"), 16),
-    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "chunk_size", "mamba_chunk_size"), 8),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
-    "hidden_size_per_layer_input": 8,
-    "out_hidden_size": 32,
-    "sliding_window": 8,
-    "attention_chunk_size": 16,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
+_OWN = "per_layer_config"
+"""What some layers have instead of the values of the configuration, by their place."""
+_NAMES: dict[float, str] = {
+    VOCAB: "vocab_size vocab_size_per_layer_input max_position_embeddings n_positions n_ctx max_seq_len "
+    "max_sequence_length",
+    48: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim "
+    "dense_intermediate_size",
+    32: "hidden_size d_model n_embd dim embedding_size word_embed_proj_dim out_hidden_size "
+    "adapter_in_dim adapter_out_dim adapter_input_size",
+    16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
+    "moe_ffn_hidden_size moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank linear_key_head_dim "
+    "linear_value_head_dim mamba_head_dim mamba_d_head attention_chunk_size",
+    8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim global_head_dim kv_channels d_kv d_head "
+    "attention_head_dim rotary_dim query_pre_attn_scalar hidden_size_per_layer_input sliding_window state_size "
+    "mamba_d_state ssm_state_size chunk_size mamba_chunk_size",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
+    "mamba_num_heads mamba_n_heads linear_num_value_heads linear_num_key_heads "
+    "num_experts n_routed_experts num_local_experts moe_num_experts",
+    2: "num_experts_per_tok moe_topk moe_k num_experts_per_token moe_top_k top_k_experts experts_per_token "
+    "eos_token_id",
+    1: "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace bos_token_id",
+    0: "pad_token_id decoder_start_token_id",
+    0.1: "initializer_range",
 }
+_SIZES: dict[str, Any] = {name: size for size, names in _NAMES.items() for name in names.split()}
+"""Small values by the names that configurations have for them."""
 
 
 def shrunk_copy(model: nn.Module, limit: int) -> nn.Module:
@@ -99,7 +91,7 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     nested = {
         key: merged(values[key], value)
         for key, value in overrides.items()
-        if isinstance(value, dict) and isinstance(values.get(key), dict)
+        if key != _OWN and isinstance(value, dict) and isinstance(values.get(key), dict)
     }
     return deepcopy({**values, **overrides, **nested})
 
@@ -108,24 +100,35 @@ def _own_values(config: Any, layers: int, jointly: bool) -> dict[str, Any]:
     known = config.to_dict()
     sizes = {**_SIZES, **dict.fromkeys(_LAYERS, layers)}
     names = {name: getattr(config, "attribute_map", {}).get(name, name) for name in sizes}
-    values = {name: size for name, size in sizes.items() if known.get(names[name], known.get(name)) is not None}
+    values: dict[str, Any] = {
+        name: size for name, size in sizes.items() if known.get(names[name], known.get(name)) is not None
+    }
     if "head_dim" in known:
         values["head_dim"] = _SIZES["head_dim"]
     values |= {name: 0.0 for name, value in known.items() if _is_dropout(name) and isinstance(value, float)}
     if known.get("num_key_value_heads") is not None:
         heads = known.get("num_attention_heads") or known.get("num_heads")
         values["num_key_value_heads"] = 4 if known["num_key_value_heads"] == heads else 2
-    lists = _lists_by_layer(known, layers) if jointly else _kind_lists(known, layers)
-    values |= lists
-    if lists:
-        values["num_hidden_layers"] = len(list(lists.values())[-1])
+    by_layer = _by_layer(known, layers) if jointly else _kind_lists(known, layers)
+    if by_layer:
+        values["num_hidden_layers"] = len(list(by_layer.values())[-1])
     if isinstance(known.get("rope_parameters"), dict) and "mrope_section" in known["rope_parameters"]:
         values["rope_parameters"] = {**known["rope_parameters"], "mrope_section": [2, 1, 1]}
-    return values
+    if _OWN in by_layer:
+        own = {place: _own_sizes(changed) for place, changed in enumerate(by_layer.pop(_OWN)) if changed}
+        values[_OWN] = own
+    return {**values, **by_layer}
 
 
 def _is_dropout(name: str) -> bool:
     return "drop" in name or name.endswith("jitter_noise")
+
+
+def _own_sizes(changed: dict[str, Any]) -> dict[str, Any]:
+    sizes = {name: {**_SIZES, "num_key_value_heads": 4}.get(name, value) for name, value in changed.items()}
+    if "qk_nope_head_dim" in changed:  # such layers have heads of both parts
+        sizes["head_dim"] = _SIZES["qk_nope_head_dim"] + _SIZES["qk_rope_head_dim"]
+    return sizes
 
 
 def _kind_lists(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
@@ -134,11 +137,14 @@ def _kind_lists(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
     return {name: kinds + kinds[-1:] * (layers - len(kinds)) for name, kinds in found.items()}
 
 
-def _lists_by_layer(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
-    """Return the lists that have an entry for each layer, cut to one layer of every combination of entries."""
+def _by_layer(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
+    """Return what there is an entry of for each layer, cut to one layer of every combination of entries."""
     count = next((known[name] for name in ("num_hidden_layers", *_LAYERS) if known.get(name)), None)
     lists = {name: value for name, value in known.items() if isinstance(value, list) and len(value) == count}
+    if known.get(_OWN):
+        own = {int(place): changed for place, changed in known[_OWN].items()}
+        lists[_OWN] = [own.get(place) for place in range(count or 0)]
     entries = [str(entry) for entry in zip(*lists.values(), strict=True)]
-    chosen = [entries.index(kind) for kind in dict.fromkeys(entries)]
+    chosen = [entries.index(entry) for entry in dict.fromkeys(entries)]
     chosen += chosen[-1:] * (layers - len(chosen))
-    return {name: [value[index] for index in chosen] for name, value in lists.items()}
+    return {name: [value[place] for place in chosen] for name, value in lists.items()}

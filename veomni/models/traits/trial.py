@@ -1,8 +1,7 @@
 """A trial: a small copy of a model that traits may run and change, discarded when the examination ends.
 
-The copy is the whole model where that is small, and otherwise the same class built from a shrunk configuration. A model
-that is too large and was changed after it was built has no such copy; then the model itself is run, after it has been
-sharded and has its values, and is left as it was.
+The copy is the whole model, or of a large one the same class with a shrunk configuration. A large model that was
+changed after it was built has none; then the model itself is run once it has its values, and is left as it was.
 """
 
 from __future__ import annotations
@@ -20,46 +19,36 @@ from veomni.batch.documents import RowLayout
 from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
-from veomni.models.skeleton import skeleton_of
-from veomni.models.traits.attention import on_cpu, register_attentions
-from veomni.models.traits.inputs import tokens_of
+from veomni.models.traits.attention import LENGTH, on_cpu, register_attentions
 from veomni.models.traits.shrink import shrunk_copy
-from veomni.models.traits.verdict import Verdict
+from veomni.models.traits.verdict import NoCopyError, Verdict
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.weights.initialize import Initializer
-from veomni.models.weights.slots import slots
+from veomni.models.weights.slots import skeleton_of, slots
 from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, use_attention
 
 TINY, SMALL = 1_000_000, 20_000_000
 """Elements of a model that is copied whole, and of one that is where it cannot be shrunk: in a deep model with random
 weights the influence of a token vanishes."""
 _CPU = torch.device("cpu")
-
-
-class NoCopyError(Exception):
-    """A model cannot be copied small; the message says why."""
+_SPECIAL = ("_token_id", "_token_index")
 
 
 class Trial:
     """One model under examination.
 
     Args:
-        subject: The real model, to be read only.
-        itself: What users call, the real model's body inside and its device, where the model itself is run.
+        subject: The real model's body, to be read only.
+        itself: What users call, where the model itself is run instead of a copy.
+        device: Where it runs.
+
+    Attributes:
+        name: The class of the model.
     """
 
-    def __init__(self, subject: nn.Module, *, itself: tuple[nn.Module, torch.device] | None = None) -> None:
-        self.subject, self._itself = subject, itself
-
-    @property
-    def name(self) -> str:
-        """The class of the model."""
-        return type(self.subject).__name__
-
-    @property
-    def device(self) -> torch.device:
-        """Where the trial runs."""
-        return _CPU if self._itself is None else self._itself[1]
+    def __init__(self, subject: nn.Module, itself: nn.Module | None = None, device: torch.device = _CPU) -> None:
+        self.subject, self.itself, self.device = subject, itself, device
+        self.name = type(subject).__name__
 
     @cached_property
     def body(self) -> Any:
@@ -68,15 +57,24 @@ class Trial:
         Raises:
             NoCopyError: there is no copy.
         """
-        return self.subject if self._itself is not None else copy_with_values(self.subject)
+        return copy_with_values(self.subject) if self.itself is None else self.subject
 
     def takes(self, *names: str) -> bool:
         """Whether the forward of the model has parameters of these names."""
         return set(names) <= inspect.signature(type(self.subject).forward).parameters.keys()
 
     def tokens(self) -> tuple[Tensor, int]:
-        """Return a row of ordinary tokens, int64 ``[seq]``, and a token that is not in it."""
-        return tokens_of(self.body.config, self.device)
+        """Return ``LENGTH`` different tokens, int64, where the vocabulary has as many, and a token not among them.
+
+        None of them is special to the model: a placeholder would need an image.
+        """
+        config = self.body.config
+        facts = {**config.get_text_config().to_dict(), **config.to_dict()}
+        special = {value for name, value in facts.items() if name.endswith(_SPECIAL) and isinstance(value, int)}
+        vocabulary = range(config.get_text_config().vocab_size)
+        ordinary = [token for token in vocabulary[3:] if token not in special] or vocabulary
+        *tokens, other = (ordinary[7 * place % len(ordinary)] for place in range(LENGTH + 1))
+        return torch.tensor(tokens, device=self.device), other
 
     def outputs(self, tokens: Tensor, positions: Tensor, shards: int = 1, **inputs: Any) -> Tensor:
         """Run one row and return ``[seq, channels]``: logits, or hidden states of a model without a head.
@@ -87,13 +85,28 @@ class Trial:
             shards: Ranks that share the row, of which these tokens are one's.
             inputs: What else the model is given.
         """
-        model = self.body if self._itself is None else self._itself[0]
         given = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False, **inputs}
         micro = MicroBatch(given, RowLayout(shard=SequenceShard(shards)))
-        output = model(**micro.inputs)
+        output = (self.itself or self.body)(**micro.inputs)
         logits = getattr(output, "logits", None)
         values: Tensor = output[0] if logits is None else logits
         return values[0]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run without gradients and compiled code, a model itself in evaluation; the random state stays."""
+        training = self.subject.training
+        eager = nullcontext() if self.itself is None else torch.compiler.set_stance("force_eager")
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.no_grad(), eager, torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(0)
+            if self.itself is not None:
+                self.itself.eval()
+            try:
+                yield
+            finally:
+                if self.itself is not None:
+                    self.itself.train(training)
 
     @contextmanager
     def attention(self, name: str | None = None) -> Iterator[None]:
@@ -101,7 +114,7 @@ class Trial:
         register_attentions()
         installed = text_attention_of(self.body)
         if name is None:
-            name = getattr(self.subject, UNSPLIT_ATTENTION, installed) if self._itself else on_cpu(installed)
+            name = on_cpu(installed) if self.itself is None else getattr(self.subject, UNSPLIT_ATTENTION, installed)
         use_attention(self.body, name)
         try:
             yield
@@ -109,7 +122,7 @@ class Trial:
             use_attention(self.body, installed)
 
     def attempt(self, examine: Callable[[Trial], Verdict], problem: str) -> Verdict:
-        """Return the verdict of ``examine``, run without gradients, compiled code or a trace in the random state.
+        """Return the verdict of ``examine``, which runs the model.
 
         Args:
             examine: May raise whatever the model's forward raises.
@@ -118,24 +131,15 @@ class Trial:
         Raises:
             NoCopyError: the copy does not run.
         """
-        model = self.body if self._itself is None else self._itself[0]
-        training = model.training
-        devices = [] if self.device.type == "cpu" else [self.device]
-        eager = nullcontext() if self._itself is None else torch.compiler.set_stance("force_eager")
         try:
-            with torch.no_grad(), eager, torch.random.fork_rng(devices=devices):
-                torch.default_generator.manual_seed(0)
-                model.eval()
-                return examine(self)
+            return examine(self)
         except ModelError as error:
-            return Verdict(False, error.problem)
+            return Verdict(False, error.problem, fix=error.fix)
         except Exception as error:  # whatever a model's own forward raises
             reason = f"{problem} ({type(error).__name__}: {str(error)[:160]})"
-            if self._itself is None:
+            if self.itself is None:
                 raise NoCopyError(reason) from error
             return Verdict(False, reason)
-        finally:
-            model.train(training)
 
 
 def copy_with_values(model: nn.Module) -> nn.Module:
@@ -144,7 +148,7 @@ def copy_with_values(model: nn.Module) -> nn.Module:
     Raises:
         NoCopyError: it is too large, and its configuration does not describe it or cannot be shrunk.
     """
-    from veomni.models.adapter.passes.documents import isolate_documents  # it imports this package
+    from veomni.models.adapter.passes.documents import isolate_documents  # it imports the traits
 
     replaced = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
     if replaced is not None:
@@ -152,8 +156,6 @@ def copy_with_values(model: nn.Module) -> nn.Module:
     elements = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
     try:
         copy = skeleton_of(model) if elements <= TINY else _shrunk_or_whole(model, elements)
-        from veomni.models.adapter.passes.documents import isolate_documents  # it imports the traits
-
         isolate_documents(copy)
         _fill(copy)
     except Exception as error:

@@ -1,12 +1,9 @@
-"""What was found about a model, and the one error for what is missing."""
+"""What a trait is, and what was found about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-
-from veomni.errors import ModelError
 
 if TYPE_CHECKING:
     from veomni.models.traits.trial import Trial
@@ -21,12 +18,14 @@ class Verdict:
         reason: Why it has not, or on what the verdict rests where that is not a copy of the whole model.
         measured: The number that decided, where there is one: a relative error.
         found: What was found, where a trait is more than yes or no: a formula, the routers.
+        fix: What to change, where that is not the trait's own fix.
     """
 
     ok: bool
     reason: str = ""
     measured: float | None = None
     found: Any = None
+    fix: str = ""
 
 
 class Trait(Protocol):
@@ -49,37 +48,5 @@ class Trait(Protocol):
         ...
 
 
-class MissingTraitError(ModelError):
-    """A model lacks a trait that something requires of it."""
-
-    @property
-    def reason(self) -> str:
-        """Why it lacks it, without what requires it."""
-        return self.problem.partition(": ")[2]
-
-
-class ModelTraits(dict[type[Trait], Verdict]):
-    """Verdicts about one model, by trait.
-
-    Attributes:
-        deferred: Traits whose examination waits for the model itself: see :func:`veomni.models.traits.complete`.
-    """
-
-    def __init__(self, verdicts: Mapping[type[Trait], Verdict], deferred: Iterable[type[Trait]] = ()) -> None:
-        super().__init__(verdicts)
-        self.deferred = tuple(deferred)
-
-    def require(self, *traits: type[Trait], by: str) -> None:
-        """Check that the model has traits; a deferred one passes until it has been examined.
-
-        Args:
-            traits: What is required.
-            by: What requires it, for the message.
-
-        Raises:
-            MissingTraitError: the model lacks one.
-        """
-        for trait in traits:
-            verdict = self.get(trait)
-            if verdict is not None and not verdict.ok:
-                raise MissingTraitError(f"{by} requires a model that {trait.says}: {verdict.reason}", trait.fix)
+class NoCopyError(Exception):
+    """A trait can be examined on the model itself only; the message says why, unless that is true of any model."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ _MODEL = "transformers.modeling_utils:PreTrainedModel"
 PRIVATE = (
     PrivateName(f"{_MODEL}._from_config", "builds with dtype and attention", "AttributeError", ("config", "kwargs")),
     PrivateName(f"{_MODEL}._init_weights", "a class's own initial values", "AttributeError", ("module",)),
-)  # fmt: skip
+)
 
 
 def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> PreTrainedModel:
@@ -33,27 +34,28 @@ def construct_again(model: nn.Module, config: PreTrainedConfig | None = None) ->
     return construct(type(model), config or deepcopy(model.config), attention_of(model))  # type: ignore[arg-type]
 
 
-InitialiserEntry = tuple[str, nn.Module, nn.Module | None]
+def initialisers(model: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield (name of a module, function that initialises its own parameters and buffers in place), children first.
 
-
-def initialisers(model: nn.Module) -> Iterator[InitialiserEntry]:
-    """Yield (name, module, transformers model whose ``_init_weights`` is responsible for it), children first.
-
-    The order and the owner are those of ``PreTrainedModel.initialize_weights``.
+    The function is ``_init_weights`` of the transformers model around the module, in the order and with the owners of
+    ``PreTrainedModel.initialize_weights``; of other modules ``reset_parameters``.
     """
 
-    def walk(module: nn.Module, name: str, owner: nn.Module | None) -> Iterator[InitialiserEntry]:
+    def walk(module: nn.Module, name: str, owner: Any) -> Iterator[tuple[str, Callable[[], object]]]:
         owner = module if is_pretrained(module) else owner
         for child_name, child in module.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name, owner)
-        yield name, module, owner
+        yield name, partial(_reset, module) if owner is None else partial(owner._init_weights, module)
 
     return walk(model, "", None)
 
 
-def init_weights(owner: nn.Module, module: nn.Module) -> None:
-    """Initialise one module's own parameters and buffers in place, as its model's class defines."""
-    owner._init_weights(module)  # type: ignore[operator]
+def _reset(module: nn.Module) -> None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        method = getattr(module, name, None)
+        if callable(method):
+            method()
+            return
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veomni.compat.private_name import PrivateName
+from veomni.models.transformers_api.capabilities import is_pretrained
 
 _MODEL = "transformers.modeling_utils:PreTrainedModel"
 _LOADING, _MAPPING = "transformers.core_model_loading", "transformers.conversion_mapping"
@@ -95,8 +96,11 @@ class Conversion:
 def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
     """Group a checkpoint's tensor names by the parameters they become, as ``from_pretrained`` does.
 
-    The transforms that matched are kept on the model, so that saving reverts exactly these.
+    The transforms that matched are kept on the model, so that saving reverts exactly these. Names of any other module
+    stay.
     """
+    if not is_pretrained(model):
+        return _unchanged(names)
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
@@ -116,6 +120,8 @@ def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversi
 
 def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
     """Group a model's parameter names by the checkpoint tensors they become, as ``save_pretrained`` does."""
+    if not is_pretrained(model):
+        return _unchanged(names)
     renamings, converters = _split(_reverse_transforms(model))
     groups: dict[str, Conversion] = {}
     for name in _natural(names):
@@ -125,6 +131,10 @@ def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversio
     for group in groups.values():
         group.renamings = renamings if group.converter is not None else ()
     return list(groups.values())
+
+
+def _unchanged(names: Sequence[str]) -> list[Conversion]:
+    return [Conversion(name, {name: [name]}) for name in names]
 
 
 def copy_conversions(source: nn.Module, target: nn.Module) -> None:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
-from veomni.errors import ModelError
+from veomni.errors import ModelError, VeOmniError
 from veomni.logging import create_logger
 from veomni.models.loader import model_class
-from veomni.models.transformers_api.capabilities import is_pretrained, keeps_fp32, set_config_flag
+from veomni.models.transformers_api.capabilities import keeps_fp32, set_config_flag
 from veomni.models.transformers_api.construction import construct, tied_parameters
-from veomni.models.transformers_api.conversions import Conversion, copy_conversions, saving_conversions
-from veomni.models.weights.export_directory import published, raise_on_all
-from veomni.models.weights.gather import full_state, full_tensors
-from veomni.models.weights.safetensors_writer import SafetensorsWriter
-from veomni.parallel.wrappers import unwrap
+from veomni.models.transformers_api.conversions import copy_conversions, saving_conversions
+from veomni.models.weights.safetensors_files import SafetensorsWriter
+from veomni.parallel.wrappers import fsdp1_parameters, plain_name, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
 logger = create_logger(__name__)
 
 GIB = 1024**3
+Tensors = Iterable[tuple[str, Tensor]]
+"""Names in the model and full tensors, which are not needed again once taken."""
 
 
 def export_hf(
@@ -53,41 +62,23 @@ def export_hf(
     Raises:
         ModelError: the directory holds something else.
     """
-    inner, output_dir = unwrap(model), Path(output_dir)
-    names = getattr(inner, "component_names", None)
-    if names is not None:
-        parts = {name: full_tensors(model, name) for name in names}
-        _write_on_rank_zero(parts, lambda: _export_parts(inner, parts, output_dir, tokenizer, dtype, max_shard_size))
-        return output_dir
-    config: Any = getattr(inner, "config", None)
-    known = hasattr(config, "save_pretrained")
-    tensors = full_tensors(model) if known else full_state(model)
+    inner: Any = unwrap(model)
+    export = _Export(Path(output_dir), tokenizer, dtype, max_shard_size)
+    known = hasattr(getattr(inner, "config", None), "save_pretrained")
+    parts = {name: full_tensors(model, name) for name in getattr(inner, "component_names", [""])}
+    if not known:
+        parts = {"": _full_state(model)}
 
     def write() -> None:
-        skeleton = _skeleton(config, inner) if known else None
-        _export(skeleton, tensors, output_dir, tokenizer, dtype, max_shard_size)
+        export.write(_skeleton(inner.config, inner, parts) if known else None, parts)
 
-    _write_on_rank_zero({"": tensors}, write)
-    return output_dir
-
-
-def _write_on_rank_zero(streams: Mapping[str, Iterator[Any]], write: Callable[[], object]) -> None:
-    """Run ``write``, which consumes ``streams``, on rank 0; every rank takes part in gathering all of them."""
-    error: Exception | None = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            write()
-        except Exception as raised:  # the other ranks are in a collective: take part to its end, then raise there too
-            error = raised
-    for tensors in streams.values():
-        for _ in tensors:
-            pass
-    raise_on_all(error)
+    _on_rank_zero(write, parts.values())
+    return export.output_dir
 
 
 def export_tensors(
     config: PreTrainedConfig | None,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Tensors,
     output_dir: Path | str,
     *,
     tokenizer: Any = None,
@@ -107,96 +98,116 @@ def export_tensors(
     Raises:
         ModelError: a tensor is missing, unknown or of another shape; or the directory holds something else.
     """
-    skeleton = None if config is None else _skeleton(config)
-    return _export(skeleton, tensors, Path(output_dir), tokenizer, dtype, max_shard_size)
+    export = _Export(Path(output_dir), tokenizer, dtype, max_shard_size)
+    export.write(None if config is None else _skeleton(config), {"": tensors})
+    return export.output_dir
 
 
-def _skeleton(config: PreTrainedConfig, like: nn.Module | None = None) -> nn.Module:
-    """Build the model on the meta device: the source of names, ties and conversions, unwrapped."""
+@dataclass
+class _Export:
+    """Where an export goes, and how it is written."""
+
+    output_dir: Path
+    tokenizer: Any
+    dtype: torch.dtype | None
+    max_shard_size: int
+
+    def write(self, skeleton: Any, parts: Mapping[str, Tensors]) -> None:
+        """Write the tensors of the parts of a model, "" being all of it; without a skeleton, by their names."""
+        with _published(self.output_dir) as partial:
+            writers = [self._write_part(skeleton, part, tensors, partial) for part, tensors in parts.items()]
+            if skeleton is not None and "" not in parts:
+                _save_configs(skeleton, partial, skeleton.config.dtype)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+        count, size = (sum(getattr(writer, name) for writer in writers) for name in ("count", "total_bytes"))
+        logger.info_rank0("exported to %s: %s tensors, %.2f GiB", self.output_dir, count, size / GIB)
+
+    def _write_part(self, skeleton: Any, part: str, tensors: Tensors, partial: Path) -> SafetensorsWriter:
+        directory = partial.joinpath(*part.split("."))
+        directory.mkdir(parents=True, exist_ok=True)
+        writer = SafetensorsWriter(directory, self.max_shard_size)
+        inner = None if skeleton is None else skeleton.get_submodule(part)
+        tensors = ((name.removeprefix(f"{part}."), tensor) for name, tensor in tensors)
+        tensors = tensors if inner is None else _expected(inner, tensors)
+        tensors = ((name, self._cast(inner, name, tensor)) for name, tensor in tensors)
+        for name, tensor in tensors if inner is None else _hub_tensors(inner, tensors):
+            writer.add(name, tensor)
+        writer.finish()
+        if hasattr(inner, "config"):
+            _save_configs(inner, directory, writer.dtype)
+        return writer
+
+    def _cast(self, skeleton: nn.Module | None, name: str, tensor: Tensor) -> Tensor:
+        keep = self.dtype is None or not tensor.is_floating_point()
+        return tensor if keep or (skeleton is not None and keeps_fp32(skeleton, name)) else tensor.to(self.dtype)
+
+
+def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer of a part (all without one), unsharded, by its name in the user's module.
+
+    Collective: every rank has to take every item. Under FSDP1 only rank 0's values are full. Tied parameters come once.
+    """
+    inner = unwrap(model)
+    sharded = isinstance(model, FullyShardedDataParallel)
+    parameters = fsdp1_parameters(model, rank0_only=True) if sharded else inner.named_parameters()
+    for name, tensor in chain(parameters, inner.named_buffers()):
+        if plain_name(name).startswith(f"{part}." if part else ""):
+            yield plain_name(name), _whole(tensor.detach())
+
+
+def _full_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of any module's ``state_dict``, unsharded, tied ones by each of their names; collective."""
+    for name, value in get_model_state_dict(model).items():
+        if isinstance(value, Tensor):
+            yield name, _whole(value) if isinstance(value, DTensor) else value.clone()  # tied: each its own
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_rank_zero(write: Callable[[], object], streams: Iterable[Iterator[Any]]) -> None:
+    """Run ``write``, which consumes ``streams``, on rank 0; every rank gathers all of them, or raises with it."""
+    error: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            write()
+        except Exception as raised:  # the other ranks are in a collective: take part to its end, then raise there too
+            error = raised
+    for _ in chain.from_iterable(streams):
+        pass
+    message = [None if error is None else f"{type(error).__name__}: {error}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise VeOmniError(f"rank 0 could not export: {message[0]}")
+
+
+def _skeleton(config: PreTrainedConfig, like: Any = None, parts: Iterable[str] = ()) -> Any:
+    """Build the model on the meta device: the source of names, ties and conversions, unwrapped.
+
+    Args:
+        config: Its configuration.
+        like: The model whose generation defaults, and conversions of these parts, it takes over.
+        parts: Names of modules.
+    """
     from transformers import PreTrainedModel
 
     config = deepcopy(config)
     cls: Any = model_class(config)
     with torch.device("meta"):
-        skeleton = construct(cls, config, "eager") if issubclass(cls, PreTrainedModel) else cls(config)
-    if like is not None:
-        copy_conversions(like, skeleton)
-        if getattr(like, "generation_config", None) is not None:
-            skeleton.generation_config = like.generation_config
+        skeleton: Any = construct(cls, config, "eager") if issubclass(cls, PreTrainedModel) else cls(config)
+    for part in parts:
+        copy_conversions(like.get_submodule(part), skeleton.get_submodule(part))
+    if getattr(like, "generation_config", None) is not None:
+        skeleton.generation_config = like.generation_config
     return skeleton
 
 
-def _export(
-    skeleton: nn.Module | None,
-    tensors: Iterable[tuple[str, Tensor]],
-    output_dir: Path,
-    tokenizer: Any,
-    dtype: torch.dtype | None,
-    max_shard_size: int,
-) -> Path:
-    with published(output_dir) as partial:
-        writer = SafetensorsWriter(partial, max_shard_size)
-        for name, tensor in _written(skeleton, tensors, dtype):
-            writer.add(name, tensor)
-        writer.finish()
-        if skeleton is not None:
-            _save_configs(skeleton, partial, writer.dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    logger.info_rank0("exported to %s: %s tensors, %.2f GiB", output_dir, writer.count, writer.total_bytes / GIB)
-    return output_dir
-
-
-def _written(
-    skeleton: nn.Module | None, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield what goes into the files: the hub's tensors of a known architecture, else those of the module."""
-    if skeleton is not None:
-        return _hub_tensors(skeleton, _cast(skeleton, _expected(skeleton, tensors), dtype))
-    return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in tensors)
-
-
-def _export_parts(
-    inner: Any,
-    streams: Mapping[str, Iterator[tuple[str, Tensor]]],
-    output_dir: Path,
-    tokenizer: Any,
-    dtype: torch.dtype | None,
-    max_shard_size: int,
-) -> None:
-    skeleton: Any = _skeleton(inner.config)
-    with published(output_dir) as partial:
-        for part, tensors in streams.items():
-            part_skeleton = skeleton.get_submodule(part)
-            copy_conversions(inner.get_submodule(part), part_skeleton)
-            _write_part(part_skeleton, part, tensors, partial, dtype, max_shard_size)
-        skeleton.config.architectures = [type(skeleton).__name__]
-        skeleton.config.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    logger.info_rank0("exported to %s: %s", output_dir, ", ".join(streams))
-
-
-def _write_part(
-    skeleton: nn.Module,
-    part: str,
-    tensors: Iterable[tuple[str, Tensor]],
-    partial: Path,
-    dtype: torch.dtype | None,
-    max_shard_size: int,
-) -> None:
-    directory = partial.joinpath(*part.split("."))
-    directory.mkdir(parents=True)
-    writer = SafetensorsWriter(directory, max_shard_size)
-    own = ((name[len(part) + 1 :], tensor) for name, tensor in tensors)
-    for name, tensor in _hub_tensors(skeleton, _cast(skeleton, _expected(skeleton, own), dtype)):
-        writer.add(name, tensor)
-    writer.finish()
-    if hasattr(skeleton, "config"):
-        _save_configs(skeleton, directory, writer.dtype)
-
-
-def _expected(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _expected(skeleton: nn.Module, tensors: Tensors) -> Tensors:
     """Yield the tensors of a checkpoint, each tied tensor once, and reject any that does not belong to the model."""
     state = skeleton.state_dict()
     tied = tied_parameters(skeleton)
@@ -216,43 +227,63 @@ def _expected(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Ite
         raise ModelError(f"missing for the export: {', '.join(sorted(waiting)[:10])}", "give every tensor of the model")
 
 
-def _cast(
-    skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        keep = dtype is None or not tensor.is_floating_point() or keeps_fp32(skeleton, name)
-        yield name, tensor if keep else tensor.to(dtype)
-
-
-def _hub_tensors(skeleton: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _hub_tensors(skeleton: nn.Module, tensors: Tensors) -> Tensors:
     """Convert tensors to the hub's names and shapes; those converted together are held until all are there."""
-    conversions = _conversions(skeleton)
+    own = [name for name in skeleton.state_dict() if name not in tied_parameters(skeleton)]
+    conversions = {name: group for group in saving_conversions(skeleton, own) for name in group.names}
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:
         conversion = conversions[name]
         held[name] = tensor if len(conversion.names) == 1 else tensor.cpu()
         if all(other in held for other in conversion.names):
-            parts = {key: [held.pop(other) for other in names] for key, names in conversion.sources.items()}
-            yield from conversion.convert(skeleton, parts).items()
+            sources = {key: [held.pop(other) for other in names] for key, names in conversion.sources.items()}
+            yield from conversion.convert(skeleton, sources).items()
 
 
-def _conversions(skeleton: nn.Module) -> dict[str, Conversion]:
-    tied = tied_parameters(skeleton)
-    names = [name for name in skeleton.state_dict() if name not in tied]
-    if not is_pretrained(skeleton):
-        return {name: Conversion(name, {name: [name]}) for name in names}
-    return {name: group for group in saving_conversions(skeleton, names) for name in group.names}
-
-
-def _save_configs(skeleton: nn.Module, directory: Path, dtype: torch.dtype) -> None:
-    config: Any = skeleton.config
-    config.dtype = dtype
+def _save_configs(skeleton: Any, directory: Path, dtype: torch.dtype | None) -> None:
+    config = skeleton.config
+    config.dtype = dtype or torch.float32
     config.architectures = [type(skeleton).__name__]
     set_config_flag(config, "use_cache", True)  # training turned it off; what is exported is to generate
     config.save_pretrained(directory)
-    generation: Any = getattr(skeleton, "generation_config", None)
+    generation = getattr(skeleton, "generation_config", None)
     if generation is not None:
         try:
             generation.save_pretrained(directory)
         except ValueError as error:
             logger.warning_rank0("the generation config is not exported, it contradicts itself: %s", error)
+
+
+@contextmanager
+def _published(output_dir: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the name ``output_dir`` when the body ends, and is removed if it fails.
+
+    Raises:
+        ModelError: ``output_dir`` is a file, or holds something other than an export.
+    """
+    _check_replaceable(output_dir)
+    partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
+    previous = output_dir.with_name(f".{output_dir.name}.previous-{os.getpid()}")
+    new_parents = [parent for parent in partial.parents if not parent.exists()]
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if output_dir.exists():
+            output_dir.rename(previous)
+        partial.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process uses one of them by now
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _check_replaceable(output_dir: Path) -> None:
+    if output_dir.is_file():
+        raise ModelError(f"{output_dir} is a file", "give a directory to export to")
+    if not output_dir.is_dir() or (output_dir / "config.json").is_file():
+        return
+    if not all(path.name.startswith("model") and ".safetensors" in path.name for path in output_dir.iterdir()):
+        raise ModelError(f"{output_dir} holds something other than an export", "give another directory, or empty it")

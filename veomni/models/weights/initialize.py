@@ -1,11 +1,9 @@
 """Layout-independent initialisation: each tensor depends only on (seed, name)."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +12,17 @@ from veomni.compat.tensors import WrittenStorages, storage_key
 from veomni.errors import ModelError
 from veomni.models.build.constructor import constructor_values
 from veomni.models.transformers_api.capabilities import is_pretrained
-from veomni.models.transformers_api.construction import init_weights, initialisers
-from veomni.models.weights.slots import slots
+from veomni.models.transformers_api.construction import initialisers
+from veomni.models.weights.slots import like, slots
 
 
 @dataclass
-class _Initialiser:
-    """One call that initialises: of which module, and which tensors it writes."""
+class _Call:
+    """One call that initialises a module, and the tensors that it writes."""
 
     name: str
-    module: nn.Module
-    owner: nn.Module | None
-    writes: set[str] = field(default_factory=set)
-
-    def run(self) -> None:
-        if self.owner is not None:
-            init_weights(self.owner, self.module)
-        else:
-            _reset(self.module)
+    run: Callable[[], object]
+    writes: set[str]
 
 
 class Initializer:
@@ -52,8 +43,12 @@ class Initializer:
         self._slots = {slot.name: slot for slot in slots(skeleton, remove_duplicate=False)}
         first: dict[int, str] = {}
         self._aliases = {name: first.setdefault(id(slot.tensor), name) for name, slot in self._slots.items()}
-        self._initialisers = [_Initialiser(*entry) for entry in initialisers(skeleton)]
-        self._trace()
+        storages = {storage_key(self._slots[name].tensor): name for name in first.values()}
+        self._calls: list[_Call] = []
+        for name, run in initialisers(skeleton):
+            with WrittenStorages() as written, torch.no_grad():
+                run()
+            self._calls.append(_Call(name, run, {storages[key] for key in written.keys if key in storages}))
 
     def values(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         """Yield full tensors for ``names``, in groups that are to be dropped before the next is made.
@@ -67,24 +62,17 @@ class Initializer:
             made = self._make(group, calls) if calls else self._constructed(wanted)
             yield {wanted.pop(name): value for name, value in made.items() if name in wanted}
 
-    def _trace(self) -> None:
-        storages = {storage_key(self._slots[name].tensor): name for name in set(self._aliases.values())}
-        for initialiser in self._initialisers:
-            with WrittenStorages() as written, torch.no_grad():
-                initialiser.run()
-            initialiser.writes = {storages[key] for key in written.keys if key in storages}
-
-    def _group(self, name: str) -> tuple[set[str], list[_Initialiser]]:
+    def _group(self, name: str) -> tuple[set[str], list[_Call]]:
         group, size = {name}, 0
         while len(group) > size:
             size = len(group)
-            calls = [initialiser for initialiser in self._initialisers if initialiser.writes & group]
-            group = group.union(*(initialiser.writes for initialiser in calls))
+            calls = [call for call in self._calls if call.writes & group]
+            group = group.union(*(call.writes for call in calls))
         return group, calls
 
     def _constructed(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return values of those of ``names`` that no initialiser writes, as the constructor sets them."""
-        written = set().union(*(initialiser.writes for initialiser in self._initialisers))
+        written = set().union(*(call.writes for call in self._calls))
         left = [name for name in names if name not in written]
         made: dict[str, Tensor] = {}
         if is_pretrained(self._skeleton):
@@ -98,9 +86,9 @@ class Initializer:
             )
         return made
 
-    def _make(self, group: set[str], calls: list[_Initialiser]) -> dict[str, Tensor]:
+    def _make(self, group: set[str], calls: list[_Call]) -> dict[str, Tensor]:
         meta = {name: self._slots[name].tensor for name in group}
-        made = {name: _temporary(tensor, self.device) for name, tensor in meta.items()}
+        made = {name: _zeros(tensor, self.device) for name, tensor in meta.items()}
         self._put(made)
         try:
             for call in calls:
@@ -116,26 +104,16 @@ class Initializer:
                 self._slots[name].put(tensors[canonical])
 
 
-def _reset(module: nn.Module) -> None:
-    for name in ("reset_parameters", "_reset_parameters"):
-        method = getattr(module, name, None)
-        if callable(method):
-            method()
-            return
-
-
-def _temporary(tensor: Tensor, device: torch.device) -> Tensor:
+def _zeros(tensor: Tensor, device: torch.device) -> Tensor:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    zeros = torch.zeros(tensor.shape, dtype=dtype, device=device)
-    return nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+    return like(tensor, torch.zeros(tensor.shape, dtype=dtype, device=device))
 
 
 @contextmanager
 def _seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type="cuda" if device.type == "cpu" else device.type):
-        number = int.from_bytes(digest[:8], "little") >> 1
         torch.default_generator.manual_seed(number)
         if accelerators:
             backend = torch.get_device_module(device)

@@ -1,7 +1,5 @@
 """Storage and values for a model on the meta device, in the layout that a strategy gave it."""
 
-from __future__ import annotations
-
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,14 +9,11 @@ from torch.distributed import ProcessGroup
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.skeleton import skeleton_of
+from veomni.models.transformers_api.conversions import copy_conversions
 from veomni.models.weights.initialize import Initializer
-from veomni.models.weights.part_streams import PartStreams
 from veomni.models.weights.safetensors_files import SafetensorsFiles
-from veomni.models.weights.shards import allocate_like, copy_into, local_box
-from veomni.models.weights.slots import Slot, slots
-from veomni.models.weights.source import WeightSource
-from veomni.models.weights.stream import WeightStream, broadcast_from_zero
+from veomni.models.weights.slots import Slot, copy_into, like, local_box, skeleton_of, slots, tied_names
+from veomni.models.weights.stream import WeightStream
 from veomni.parallel.wrappers import plain_name
 
 logger = create_logger(__name__)
@@ -43,15 +38,14 @@ class Materializer:
     """
 
     def __init__(self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None) -> None:
-        self.device = device
+        self.device, self._group = device, group
         skeleton = skeleton_of(model)
-        source = ModelAdapter.of(model).weight_source
         self._initializer = Initializer(skeleton, device, seed) if _meta_slots(model, "") else None
-        self._stream = _stream(skeleton, source)
-        if self._stream is not None:
-            self._stream.copy_conversions(model)
-        self._send = None if group is None else broadcast_from_zero(group)
-        self._shared = _shared_names(skeleton)
+        self._streams: dict[str, WeightStream] = {}
+        for part, directory in ModelAdapter.of(model).weights.items():
+            self._streams[part] = WeightStream(skeleton.get_submodule(part), SafetensorsFiles(directory))
+            copy_conversions(skeleton.get_submodule(part), model.get_submodule(part))
+        self._tied = {name: names[0] for name, names in tied_names(skeleton).items()}
         self._made: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def __call__(self, module: nn.Module, prefix: str = "") -> None:
@@ -67,20 +61,22 @@ class Materializer:
         fresh: dict[str, Tensor] = {}
         for slot in _meta_slots(module, prefix):
             slot.put(self._storage(slot, fresh))
-        streamed = {name: tensor for name, tensor in fresh.items() if self._stream and self._stream.provides(name)}
-        if self._stream is not None:
-            self._stream.fill(streamed, self._send)
-        self._initialize({name: tensor for name, tensor in fresh.items() if name not in streamed})
+        for part, stream in self._streams.items():
+            within = f"{part}." if part else ""
+            named = {name: name.removeprefix(within) for name in fresh if name.startswith(within)}
+            stream.fill({own: fresh.pop(name) for name, own in named.items() if stream.provides(own)}, self._group)
+        self._initialize(fresh)
         _check_none_left(module, prefix)
 
     def _storage(self, slot: Slot, fresh: dict[str, Tensor]) -> Tensor:
         """Return the storage of a slot, the same for tied slots; new ones are entered into ``fresh``."""
         own = plain_name(slot.name)
-        name = self._shared.get(own, own)
+        name = self._tied.get(own, own)
         tensor = self._made.get(name)
         if tensor is None:
-            tensor = fresh[name] = allocate_like(slot.tensor, self.device)
-            if own in self._shared:
+            with torch.no_grad():  # of a DTensor: storage for this rank's shard
+                tensor = fresh[name] = like(slot.tensor, torch.empty_like(slot.tensor, device=self.device))
+            if own in self._tied:
                 self._made[name] = tensor
         return tensor
 
@@ -88,29 +84,15 @@ class Materializer:
         if not tensors:
             return
         assert self._initializer is not None
-        if self._stream is not None and (lacking := [n for n, t in tensors.items() if isinstance(t, nn.Parameter)]):
+        if self._streams and (lacking := [name for name, t in tensors.items() if isinstance(t, nn.Parameter)]):
             logger.info_rank0("not in the checkpoint, and initialised: %s", ", ".join(lacking))
         for values in self._initializer.values(tensors):
             for name, value in values.items():
                 copy_into(tensors[name], value[local_box(tensors[name])])
 
 
-def _stream(skeleton: nn.Module, source: WeightSource) -> WeightStream | PartStreams | None:
-    if source.parts:
-        return PartStreams(skeleton, source.parts)
-    return None if source.directory is None else WeightStream(skeleton, SafetensorsFiles(source.directory))
-
-
 def _meta_slots(module: nn.Module, prefix: str) -> list[Slot]:
     return [slot for slot in slots(module, prefix) if slot.tensor.is_meta]
-
-
-def _shared_names(model: nn.Module) -> dict[str, str]:
-    """Map every name of a tied parameter to the first of its names."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(name)
-    return {name: group[0] for group in names.values() if len(group) > 1 for name in group}
 
 
 def _check_none_left(module: nn.Module, prefix: str) -> None:

@@ -18,7 +18,7 @@ from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
-from veomni.models.traits.documents import PassesDocuments, carried_state
+from veomni.models.traits.rows import PassesDocuments, carried_state
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.masks import (
     disable_packing_detection,
