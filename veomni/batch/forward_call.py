@@ -74,7 +74,6 @@ class ForwardCall:
         shift_labels: Labels that are shifted already, int64 ``[batch, seq]``; None where the loss shifts them.
         position_fractions: What positions have beyond whole numbers, int32 ``[batch, seq, 3]``; None without any.
         fused: Whether the head passes hidden states on to the loss.
-        entered: The passes that are in this call, in order.
     """
 
     owner: Any = None
@@ -86,7 +85,6 @@ class ForwardCall:
     shift_labels: Tensor | None = None
     position_fractions: Tensor | None = None
     fused: bool = False
-    entered: list[Any] = field(default_factory=list)
 
 
 _current: ContextVar[ForwardCall | None] = ContextVar("veomni_forward_call", default=None)

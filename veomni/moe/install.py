@@ -10,7 +10,7 @@ from torch import nn
 from veomni.errors import ModelError
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.adapter.passes.balance_loss import DropBalanceLoss
+from veomni.models.adapter.passes.token_loss import DropBalanceLoss
 from veomni.models.transformers_api.experts import own_balance_loss
 from veomni.moe.bias import check_bias
 from veomni.moe.controller import RouterController

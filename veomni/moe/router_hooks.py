@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from veomni.models.adapter.adapter import ModelAdapter, Patch
+from veomni.models.adapter.adapter import ModelAdapter, replace_attribute
 from veomni.moe.routers import Router, Routers, RoutingDecision, find_routers
 from veomni.moe.scoring import wide
 
@@ -36,8 +36,8 @@ def hook_routers(routers: Routers) -> list[Callable[[], None]]:
         key, copied = max(_hooked.keys(), default=0) + 1, hasattr(router.module, _KEY)
         _hooked[key] = router
         # All routers share one hook, and are distinguished by a tensor: a compiled block serves every layer.
-        undo.append(Patch(router.module, _KEY, torch.tensor(key, device="cpu")).undo)
-        undo.append(Patch(router.module, _POSITIONS, router.positions).undo)
+        undo.append(replace_attribute(router.module, _KEY, torch.tensor(key, device="cpu")))
+        undo.append(replace_attribute(router.module, _POSITIONS, router.positions))
         if not copied:  # a copy of a hooked model came with the hook
             undo.append(router.module.register_forward_hook(_hook).remove)
     return undo

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, auto
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, forward_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.models.transformers_api.attention import Implementations
+from veomni.parallel.wrappers import unwrap
 
 if TYPE_CHECKING:
     from veomni.models.adapter.passes.token_loss import TokenMeanLoss
@@ -50,28 +52,6 @@ class InputPass:
         """Undo what :meth:`before` changed outside of the call; always called."""
 
 
-class Patch:
-    """An attribute of a module, or of an object in a model, that is replaced.
-
-    Args:
-        owner: The object.
-        attribute: The attribute's name.
-        replacement: Its value.
-    """
-
-    def __init__(self, owner: Any, attribute: str, replacement: Any) -> None:
-        self.owner, self.attribute, self.replacement = owner, attribute, replacement
-        self._had, self._before = attribute in vars(owner), vars(owner).get(attribute)
-        setattr(owner, attribute, replacement)
-
-    def undo(self) -> None:
-        """Bring back what was there."""
-        if self._had:
-            setattr(self.owner, self.attribute, self._before)
-        else:
-            delattr(self.owner, self.attribute)
-
-
 @dataclass
 class _Site:
     """One module with passes: the pair of hooks on it."""
@@ -79,34 +59,31 @@ class _Site:
     adapter: ModelAdapter
     module: nn.Module
     passes: list[InputPass] = field(default_factory=list)
-    entered: list[AbstractContextManager[None]] = field(default_factory=list)
+    entered: list[ExitStack] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         outer = current_call()
         if outer is not None and outer.owner is self.adapter and module is not self.adapter.model:
-            call = replace(outer, args=args, kwargs=dict(kwargs), entered=[])
+            call = replace(outer, args=args, kwargs=dict(kwargs))
         else:
             call = ForwardCall(self.adapter, args, dict(kwargs), MicroBatch.of_call(kwargs), self.adapter.sequence)
-        self.entered.append(forward_call(call))
-        self.entered[-1].__enter__()
+        stack = ExitStack()
+        self.entered.append(stack)
+        stack.enter_context(forward_call(call))
         for each in self.passes:
-            call.entered.append(each)
+            stack.callback(each.close, call)
             each.before(call)
         return call.args, call.kwargs
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.entered:  # a hook before this one's failed
             return output
-        call = current_call()
-        assert call is not None
-        try:
-            for each in reversed(call.entered) if output is not None else ():
+        with self.entered.pop():
+            call = current_call()
+            assert call is not None
+            for each in reversed(self.passes) if output is not None else ():
                 output = each.after(call, output)
-        finally:
-            while call.entered:
-                call.entered.pop().close(call)
-            call.args, call.kwargs = (), {}  # a recomputation binds the call, and must not keep its inputs alive
-            self.entered.pop().__exit__(None, None, None)
+        call.args, call.kwargs = (), {}  # a recomputation binds the call, and must not keep its inputs alive
         return output
 
 
@@ -120,7 +97,6 @@ class ModelAdapter:
         model: The module inside of wrappers.
 
     Attributes:
-        patches: Replaced attributes, in order.
         sequence: The ranks that share the model's rows; None where rows are whole.
         attention_open: Whether the choice of attention was left to the library.
         experts: The backend that experts were requested to run with.
@@ -133,7 +109,6 @@ class ModelAdapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.patches: list[Patch] = []
         self.sequence: SequenceGroups | None = None
         self.attention_open = False
         self.experts = "auto"
@@ -149,8 +124,6 @@ class ModelAdapter:
     @classmethod
     def of(cls, model: nn.Module) -> ModelAdapter:
         """Return the adapter of a model, wrapped or not; a model without one is given one that changes nothing."""
-        from veomni.parallel.wrappers import unwrap
-
         root = unwrap(model)
         found: ModelAdapter | None = vars(root).get(_ATTRIBUTE)
         if found is None:
@@ -182,14 +155,13 @@ class ModelAdapter:
         if site is None:
             site = _Site(self, module)
             self._sites.append(site)
-            self._undo.append(module.register_forward_pre_hook(site.enter, with_kwargs=True).remove)
-            self._undo.append(module.register_forward_hook(site.leave, always_call=True).remove)
+            self.hook(module, site.enter, before=True, with_kwargs=True)
+            self.hook(module, site.leave, always_call=True)
         return site
 
     def patch(self, owner: Any, attribute: str, replacement: Any) -> None:
         """Replace an attribute until :meth:`remove`; ``owner`` is a module, its configuration or an object in it."""
-        self.patches.append(Patch(owner, attribute, replacement))
-        self._undo.append(self.patches[-1].undo)
+        self._undo.append(replace_attribute(owner, attribute, replacement))
 
     def hook(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, **options: Any) -> None:
         """Register a hook on a module inside the model, after its forward or before it; ``options`` are torch's."""
@@ -208,4 +180,10 @@ class ModelAdapter:
         return self.model
 
 
-__all__ = ["InputPass", "ModelAdapter", "Patch", "Stage"]
+def replace_attribute(owner: Any, attribute: str, replacement: Any) -> Callable[[], None]:
+    """Replace an attribute of a module, or of an object in a model; the function that is returned brings it back."""
+    own, undo = vars(owner), partial(delattr, owner, attribute)
+    if attribute in own:
+        undo = partial(setattr, owner, attribute, own[attribute])
+    setattr(owner, attribute, replacement)
+    return undo

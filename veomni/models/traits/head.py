@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veomni.models.adapter.adapter import Patch
+from veomni.models.adapter.adapter import replace_attribute
 from veomni.models.traits.trial import Trial
 from veomni.models.traits.verdict import Verdict
 from veomni.models.weights.slots import skeleton_of
@@ -21,8 +21,7 @@ class FusesHead:
 
     def examine(self, trial: Trial) -> Verdict:
         """Run the forward on the meta device around a stand-in for the body, and see what the loss receives."""
-        component = getattr(trial.subject, "loss_component", None)  # of a composed model
-        model: Any = trial.subject if component is None else trial.subject.get_submodule(component)
+        model: Any = trial.subject.get_submodule(getattr(trial.subject, "loss_component", ""))  # of a composed model
         head = model.get_output_embeddings() if hasattr(model, "loss_function") else None
         if type(head) is not nn.Linear:
             return Verdict(False, f"the head is a {type(head).__name__}, not a Linear")
@@ -59,7 +58,7 @@ def _logits_reach_loss(copy: Any) -> bool:
     hidden = torch.zeros(1, 4, head.in_features, dtype=head.weight.dtype, device="meta")
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     head.register_forward_hook(lambda module, args, output: returned.append(output))
-    Patch(copy.base_model, "forward", lambda *args, **kwargs: _BodyOutput(hidden))
+    replace_attribute(copy.base_model, "forward", lambda *args, **kwargs: _BodyOutput(hidden))
     copy.loss_function = receive
     with torch.no_grad():
         copy(input_ids=tokens, labels=tokens)

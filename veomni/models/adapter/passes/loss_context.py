@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.shift import shift_left
-from veomni.models.adapter.passes.source_losses import SourceLosses
 
 
 @dataclass
@@ -22,6 +23,35 @@ class Predictions:
 
     tokens: Tensor
     targets: Tensor
+
+
+class SourceLosses:
+    """Sums the losses of a micro-batch's tokens by their source.
+
+    Args:
+        ids: Source of every token, int64 ``[batch, seq]``, negative in padding; on the device of the loss.
+        sources: Number of sources.
+
+    Attributes:
+        sums: Summed losses, each times its token's weight, and summed weights; ``[2, sources]``, in the losses' dtype.
+    """
+
+    def __init__(self, ids: Tensor, sources: int) -> None:
+        self._ids = ids.flatten().clamp(min=0)  # padding has no source, nor a target
+        self.sums = torch.zeros(2, sources, device=ids.device)
+
+    def add(self, losses: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> None:
+        """Add the losses of a micro-batch.
+
+        Args:
+            losses: ``[tokens]``; zero where there is no target.
+            targets: ``[tokens]``, int64, ``IGNORE_INDEX`` where no loss is taken.
+            token_weights: ``[tokens]``, in the losses' dtype; None weighs every token 1.
+        """
+        kept = (targets != IGNORE_INDEX).to(losses.dtype)
+        if token_weights is not None:
+            kept, losses = kept * token_weights, losses * token_weights
+        self.sums = self.sums.to(losses.dtype).index_add(1, self._ids, torch.stack([losses, kept]))
 
 
 @dataclass
@@ -44,10 +74,10 @@ class LossContext:
     @classmethod
     def of(cls, micro: MicroBatch) -> LossContext:
         """Return the context of a micro-batch that is on the device of the loss."""
-        context = cls()
-        weights = micro.targets.loss_weights
-        if weights is not None:
-            context.token_weights = weights if "shift_labels" in micro.inputs else shift_left(weights, 1.0)
-        if micro.targets.source_ids is not None:
-            context.by_source = SourceLosses(micro.targets.source_ids, len(micro.origin.source_names))
+        context, targets = cls(), micro.targets
+        if targets.loss_weights is not None:
+            shifted = "shift_labels" in micro.inputs
+            context.token_weights = targets.loss_weights if shifted else shift_left(targets.loss_weights, 1.0)
+        if targets.source_ids is not None:
+            context.by_source = SourceLosses(targets.source_ids, len(micro.origin.source_names))
         return context

@@ -1,7 +1,5 @@
 """Positions between whole numbers, which Qwen3-Omni gives to frames at a fraction of its seconds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
@@ -26,7 +24,6 @@ class AddFractions(InputPass):
 
 
 def _add(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Add fractions to the position ids that a rotary embedding is given; its pre-hook."""
     call = current_call()
     if call is None or call.position_fractions is None:
         return None

@@ -1,8 +1,4 @@
-"""The training loss of language models: the mean over supervised tokens, fused with the head where that is exact.
-
-The fused path lets the head pass hidden states through and does the projection inside the loss. It is right only when
-nothing happens between head and loss: :class:`~veomni.models.traits.FusesHead`.
-"""
+"""The training loss of language models: the mean over supervised tokens, fused with the head where that is exact."""
 
 from __future__ import annotations
 
@@ -24,6 +20,7 @@ from veomni.models.adapter.passes.loss_context import LossContext, Predictions
 from veomni.models.traits import FusesHead, examine_model
 from veomni.models.transformers_api.loss import LOSS_FUNCTION
 from veomni.ops.loss.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
+from veomni.parallel.tensors import wide_dtype
 
 logger = create_logger(__name__)
 
@@ -32,7 +29,8 @@ class TokenMeanLoss:
     """What ``model.loss_function`` is replaced by: cross-entropy averaged over this micro-batch's supervised tokens.
 
     Where these have weights, it is the weighted mean, ``sum(weight * loss) / sum(weight)``. A micro-batch without any
-    gives zero with zero gradients, not NaN.
+    gives zero with zero gradients, not NaN. On the fused path the head returns its hidden states, and the projection
+    is done in here, which is right only where nothing happens in between: :class:`~veomni.models.traits.FusesHead`.
 
     Args:
         head: The projection to the vocabulary when it is fused with the loss, or None.
@@ -64,7 +62,7 @@ class TokenMeanLoss:
         targets = shift_left(labels, IGNORE_INDEX) if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(logits.device)
         rows, context = logits.flatten(0, -2), self.context
-        wide = torch.float64 if rows.dtype is torch.float64 else torch.float32
+        wide = wide_dtype(rows.dtype)
         weights = None if context.token_weights is None else context.token_weights.reshape(-1).to(wide)
         each = None if context.by_source is None else torch.empty(len(targets), dtype=wide, device=rows.device)
         best = torch.empty_like(targets) if context.predicts else None
@@ -84,41 +82,33 @@ class TokenMeanLoss:
         return total / weight.where(weight > 0, 1.0)
 
 
-def install_token_loss(model: nn.Module, *, fused: bool) -> TokenMeanLoss | None:
+def install_token_loss(model: nn.Module, *, fused: bool) -> None:
     """Replace the loss of a transformers causal language model on this instance; other models are left alone.
 
     Args:
         model: The model, before it is sharded.
         fused: Fuse head and loss where that is exact; log where it is not.
-
-    Returns:
-        The loss, or None for a model that is left alone.
     """
     adapter = ModelAdapter.of(model)
-    component = getattr(model, "loss_component", None)  # a composed model: its language foundation takes the loss
-    owner = model if component is None else model.get_submodule(component)
-    if not hasattr(owner, "loss_function"):
-        return None
+    owner: Any = model.get_submodule(getattr(model, "loss_component", ""))  # of a composed model its foundation
     # GPT2LMHeadModel and others have no loss type: transformers gives them the causal loss.
-    if getattr(owner, "loss_type", None) not in (None, "ForCausalLM", "ForConditionalGeneration"):
-        return None
-    if _predicts_labels_in_place(owner):
-        return None
+    causal = getattr(owner, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
+    if not (causal and hasattr(owner, "loss_function")) or _predicts_labels_in_place(owner):
+        return
     if family_record(getattr(owner, "config", None)).loss_in_forward:
         logger.info_rank0("the loss of %s is taken on its logits, not in its forward", type(owner).__name__)
         adapter.loss = TokenMeanLoss(None)
         adapter.add(TakeLossOver(adapter.loss), on=owner)
-        return adapter.loss
+        return
     verdict = (adapter.traits or examine_model(model, [FusesHead]))[FusesHead]
     if fused and not verdict.ok:
         logger.warning_rank0("the loss is not fused with the head: %s", verdict.reason)
-    head = owner.get_output_embeddings() if fused and verdict.ok else None  # type: ignore[operator]
+    head = owner.get_output_embeddings() if fused and verdict.ok else None
     adapter.loss = TokenMeanLoss(head)
     adapter.patch(owner, LOSS_FUNCTION, adapter.loss)
     adapter.add(PassToLoss(type(owner).__name__, fused=head is not None), on=owner)
     if head is not None:
         adapter.patch(head, "forward", _PassOrProject(head.forward))
-    return adapter.loss
 
 
 def _predicts_labels_in_place(model: nn.Module) -> bool:
@@ -183,6 +173,16 @@ class PassToLoss(InputPass):
         if call.fused and getattr(output, "logits", None) is not None:
             output.logits = None
         return output
+
+
+class DropBalanceLoss(InputPass):
+    """Keeps a transformers model from adding a load-balancing loss of its own; its configuration is not changed."""
+
+    stage = Stage.LOSS
+
+    def before(self, call: ForwardCall) -> None:
+        """Let the model return no logits of routers, which is what it takes that loss on."""
+        call.kwargs["output_router_logits"] = False
 
 
 class _PassOrProject:
