@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from typing_extensions import override
 
 from veomni.batch.forward_call import SequenceGroups
