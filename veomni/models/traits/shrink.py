@@ -125,9 +125,12 @@ def _is_dropout(name: str) -> bool:
 
 
 def _own_sizes(changed: dict[str, Any]) -> dict[str, Any]:
-    sizes = {name: {**_SIZES, "num_key_value_heads": 4}.get(name, value) for name, value in changed.items()}
+    """Return what a layer has of its own, twice as large as in other layers."""
+    sizes = {name: 2 * _SIZES[name] if name in _SIZES else value for name, value in changed.items()}
+    if "num_key_value_heads" in changed:
+        sizes["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
     if "qk_nope_head_dim" in changed:  # such layers have heads of both parts
-        sizes["head_dim"] = _SIZES["qk_nope_head_dim"] + _SIZES["qk_rope_head_dim"]
+        sizes["head_dim"] = sizes["qk_nope_head_dim"] + _SIZES["qk_rope_head_dim"]
     return sizes
 
 
