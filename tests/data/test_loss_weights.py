@@ -203,7 +203,7 @@ def test_weights_are_shifted_with_the_labels(ulysses, cp, tokenizer, tmp_path):
 
 
 def test_weights_that_float32_cannot_tell_from_0_and_1_are_those():
-    from veomni.data.text.token_weights import token_weights
+    from veomni.data.text.tokens import Tokens
 
-    assert token_weights([1 + 1e-12, 0, 1e-60]).tolist() == [True, False, False]
-    assert token_weights([0.1, 0]).tolist() == [np.float32(0.1), 0]
+    assert Tokens.of([1, 2, 3], [1 + 1e-12, 0, 1e-60]).weights.tolist() == [True, False, False]
+    assert Tokens.of([1, 2], [0.1, 0]).weights.tolist() == [np.float32(0.1), 0]

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from veomni.batch.fields import IGNORE_INDEX
@@ -19,8 +18,8 @@ from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocumen
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
-from veomni.data.text.samples import Made, Piece, Row, Sample, TextSamples, documents_of, name_documents
-from veomni.data.text.token_weights import TokenWeights
+from veomni.data.text.samples import Made, Piece, Row, Sample, TextSamples, name_documents
+from veomni.data.text.tokens import Tokens
 from veomni.errors import ConfigError
 
 S = TypeVar("S")
@@ -122,16 +121,16 @@ class MediaSamples:
                 {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content}
             ]
         else:
-            found = [self._text(*document) for document in documents_of(sample.piece)]
+            found = [self._text(document) for document in sample.piece.content]
         if len(self._schemas) > 1:
             for document in found:
                 document["source_ids"] = torch.full_like(document["input_ids"], sample.ref.source)
         return found
 
-    def _text(self, tokens: NDArray[Any], weights: TokenWeights | None) -> dict[str, Tensor]:
-        ids = torch.from_numpy(tokens.astype(np.int64))
+    def _text(self, tokens: Tokens) -> dict[str, Tensor]:
+        ids, weights = torch.from_numpy(tokens.ids.astype(np.int64)), tokens.weights
         supervised = torch.ones(len(ids), dtype=torch.bool) if weights is None else torch.from_numpy(weights != 0)
         document = {"input_ids": ids, "labels": torch.where(supervised, ids, IGNORE_INDEX)}
-        if weights is not None and weights.dtype != np.bool_:
+        if tokens.fractional:
             document["loss_weights"] = torch.from_numpy(weights)
         return document | self._transform.family.per_token(ids)

@@ -16,13 +16,11 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.data.text.on_overflow import Samples
 from veomni.data.text.token_cache import TokenizedDocuments
-from veomni.data.text.token_weights import TokenWeights
+from veomni.data.text.tokens import Tokens
 
 _SEGMENT_BUCKET = 64
 
 Rows = Sequence[NDArray[np.int64]]
-DocumentTokens = tuple[NDArray[Any], TokenWeights | None]
-"""Token ids ``[tokens]``, and what the loss of each weighs; None weighs all 1."""
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -48,12 +46,12 @@ class MicroBatches(Dataset[MicroBatch]):
         documents = [[self._document(int(sample)) for sample in samples] for samples in rows]
         return pack_rows(documents, self.capacity, self.pad_token_id).split(self.shard)
 
-    def _document(self, sample: int) -> DocumentTokens:
+    def _document(self, sample: int) -> Tokens:
         taken = (column[sample] for column in (self.samples.document, self.samples.start, self.samples.length))
         return self.documents.part(*map(int, taken))
 
 
-def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token_id: int) -> MicroBatch:
+def pack_rows(rows: Sequence[Sequence[Tokens]], capacity: int, pad_token_id: int) -> MicroBatch:
     """Return ``[batch, seq]`` tensors for rows of documents; a row may be empty.
 
     Args:
@@ -71,15 +69,14 @@ def pack_rows(rows: Sequence[Sequence[DocumentTokens]], capacity: int, pad_token
     filled: list[int] = []
     for row, documents in enumerate(rows):
         at = 0
-        for tokens, weights in documents:
+        for tokens in documents:
             stop = at + len(tokens)
-            ids[row, at:stop] = tokens
-            labels[row, at:stop] = ids[row, at:stop]
-            if weights is not None:
-                labels[row, at:stop][weights == 0] = IGNORE_INDEX
-                if weights.dtype == np.float32:
-                    weighed = np.ones(shape, np.float32) if weighed is None else weighed
-                    weighed[row, at:stop] = weights
+            ids[row, at:stop] = labels[row, at:stop] = tokens.ids
+            if tokens.weights is not None:
+                labels[row, at:stop][tokens.weights == 0] = IGNORE_INDEX
+            if tokens.fractional:
+                weighed = np.ones(shape, np.float32) if weighed is None else weighed
+                weighed[row, at:stop] = tokens.weights
             labels[row, at] = IGNORE_INDEX  # it would be predicted from the document before
             positions[row, at:stop] = np.arange(stop - at)
             lengths.append(stop - at)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from veomni.logging import create_logger
 
 if TYPE_CHECKING:
@@ -107,6 +109,17 @@ def file_digest(path: Path, cache_dir: Path) -> str:
 
     build_once(kept, build, lacks("digest"))
     return (kept / "digest").read_text()
+
+
+def sampled_digest(path: Path, count: int, size: int) -> str:
+    """Return a digest of a file's size and of up to ``count`` blocks of ``size`` bytes, spread over it."""
+    total = path.stat().st_size
+    hashed = hashlib.blake2b(str(total).encode(), digest_size=16)
+    with path.open("rb") as file:
+        for start in np.linspace(0, max(0, total - size), min(count, -(-total // size))).astype(np.int64).tolist():
+            file.seek(start)
+            hashed.update(file.read(size))
+    return hashed.hexdigest()
 
 
 def _hash(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,9 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from veomni.data.sources.cache import build_once, digest, lacks
+from veomni.data.sources.cache import build_once, digest, lacks, sampled_digest
 from veomni.errors import DataError
 from veomni.logging import create_logger
 
@@ -22,7 +19,7 @@ logger = create_logger(__name__)
 T = TypeVar("T")
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_SAMPLED, _SAMPLE_BYTES = 32, 1 << 12
+_SAMPLES, _SAMPLE_BYTES = 32, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -79,18 +76,12 @@ class DataFile:
 
     def digest(self) -> str:
         """Return a digest of size and of samples of the content; of a URL, of the metadata of its file system."""
-        hashed = hashlib.blake2b(str(self.size).encode(), digest_size=16)
-        if self.path is None:
-            system, path = _file_system(self.place)
-            facts = _reading(lambda: system.info(path), self.place)
-            facts = {key: str(facts[key]) for key in ("ETag", "etag", "md5Hash", "checksum", "sha256") if key in facts}
-            hashed.update(repr(sorted(facts.items())).encode())
-            return hashed.hexdigest()
-        with self.open() as file:
-            for at in np.linspace(0, max(0, self.size - _SAMPLE_BYTES), _SAMPLED).astype(int).tolist():
-                file.seek(at)
-                hashed.update(file.read(_SAMPLE_BYTES))
-        return hashed.hexdigest()
+        if self.path is not None:
+            return sampled_digest(self.path, _SAMPLES, _SAMPLE_BYTES)
+        system, path = _file_system(self.place)
+        facts = _reading(lambda: system.info(path), self.place)
+        names = ("ETag", "etag", "md5Hash", "checksum", "sha256")
+        return digest([self.size, {name: str(facts[name]) for name in names if name in facts}])
 
     def kept_copy(self, cache_dir: Path) -> DataFile:
         """Return a copy on this machine that stays in ``cache_dir``, made once; the file itself if it needs none."""

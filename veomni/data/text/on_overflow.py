@@ -49,28 +49,35 @@ def cut_to_rows(lengths: NDArray[np.int64], capacity: int, policy: str, where: C
 
     Raises:
         DataError: a document is too long under ``error``, or ``drop`` leaves none.
-        ConfigError: the policy is unknown.
     """
-    check_policy(policy)
     longer = np.flatnonzero(lengths > capacity)
-    documents = np.arange(len(lengths))
-    if not len(longer):
-        return Samples(documents, np.zeros_like(documents), lengths)
+    pieces = np.ones_like(lengths)
+    if policy == "split":
+        pieces = -(-lengths // capacity)
+    elif policy == "drop":
+        pieces[longer] = 0
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * capacity
+    if len(longer):
+        _report(longer, lengths, capacity, policy, where)
+    return Samples(document, start, np.minimum(lengths[document] - start, capacity))
+
+
+def _report(
+    longer: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int, policy: str, where: Callable[[int], str]
+) -> None:
     if policy == "error":
         raise_overflow(where(int(longer[0])), int(lengths[longer[0]]), capacity, len(longer))
-    lost = int((lengths[longer] - capacity).sum())
-    if policy == "split":
+    elif policy == "split":
         logger.info_rank0("split %s documents longer than %s tokens into rows", len(longer), capacity)
-        return _split(lengths, capacity)
-    if policy == "truncate":
+    elif policy == "truncate":
+        lost = int((lengths[longer] - capacity).sum())
         logger.warning_rank0("truncated %s documents to %s tokens: %s tokens lost", len(longer), capacity, lost)
-        return Samples(documents, np.zeros_like(documents), np.minimum(lengths, capacity))
-    kept = np.delete(documents, longer)
-    if not len(kept):
+    elif len(longer) == len(lengths):
         problem = f"every document is longer than max_seq_len {capacity}"
         raise DataError(problem, "raise it, or set on_overflow to split", _FIELDS)
-    logger.warning_rank0("dropped %s documents longer than %s tokens", len(longer), capacity)
-    return Samples(kept, np.zeros_like(kept), lengths[kept])
+    else:
+        logger.warning_rank0("dropped %s documents longer than %s tokens", len(longer), capacity)
 
 
 def check_policy(policy: str) -> None:
@@ -83,23 +90,10 @@ def check_policy(policy: str) -> None:
 def raise_overflow(
     where: str, tokens: int, capacity: int, documents: int | None = None, *, policies: str = "split, truncate or drop"
 ) -> NoReturn:
-    """Raise DataError for the document called ``where``.
+    """Raise DataError for the document called ``where``, one of so many ``documents`` if that is known.
 
-    Args:
-        where: File and record.
-        tokens: Of the document.
-        capacity: Tokens of a row.
-        documents: Number of such documents, if it is known.
-        policies: Policies under which it would be no error.
+    The message names the ``policies`` under which it would be no error.
     """
     such = f" ({documents} such documents)" if documents is not None else ""
     problem = f"{where}: {tokens} tokens, more than max_seq_len {capacity}{such}"
     raise DataError(problem, f"raise max_seq_len, or set on_overflow to {policies}", _FIELDS)
-
-
-def _split(lengths: NDArray[np.int64], capacity: int) -> Samples:
-    pieces = -(-lengths // capacity)
-    document = np.repeat(np.arange(len(lengths)), pieces)
-    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    start = (np.arange(len(document)) - first) * capacity
-    return Samples(document, start, np.minimum(lengths[document] - start, capacity))

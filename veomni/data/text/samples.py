@@ -13,11 +13,11 @@ from torch import Tensor
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
 from veomni.data.data_type import Encoded
-from veomni.data.packing.rows import DocumentTokens, pack_rows
+from veomni.data.packing.rows import pack_rows
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
-from veomni.data.text.token_weights import token_weights
+from veomni.data.text.tokens import Tokens
 from veomni.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Piece(NamedTuple):
     """What fits a row: a document, a part of one, or a pair of documents.
 
     Attributes:
-        content: Arrays by name, which travel between processes as they are; before the sample is complete, what its
-            maker completes it from.
+        content: Arrays, which travel between processes; before the sample is complete, what its maker completes it
+            from.
         lengths: Tokens of its documents.
         media: Tokens that stand for images, videos and audio clips.
         cost: Work that grows with the square: of the documents' tokens and of each image's patches.
@@ -165,25 +165,21 @@ class TextSamples:
         return [self._cut(one, document.where) for one, document in zip(encoded, documents, strict=True)]
 
     def _cut(self, encoded: Encoded, where: str) -> Made:
-        ids = np.array(encoded.ids, np.int32)
-        weights = token_weights(encoded.weights)
-        sides = [slice(0, encoded.first), slice(encoded.first, None)] if encoded.first is not None else [slice(None)]
-        documents = [(ids[side], None if weights is None else weights[side]) for side in sides]
-        if min(len(tokens) for tokens, _ in documents) < 2:  # nothing follows the first token
+        whole = Tokens.of(encoded.ids, encoded.weights)
+        documents = [whole] if encoded.first is None else [whole[: encoded.first], whole[encoded.first :]]
+        if min(map(len, documents)) < 2:  # nothing follows the first token
             return Made([])
-        if len(ids) <= self._capacity:
+        if len(whole) <= self._capacity:
             return Made([_piece(documents)])
         if self._on_overflow == "error":
-            raise_overflow(where, len(ids), self._capacity)
+            raise_overflow(where, len(whole), self._capacity)
         if self._on_overflow == "drop":
             return Made([])
-        room = self._capacity // len(documents)
         if self._on_overflow == "truncate":
-            kept = [(tokens[:room], None if part is None else part[:room]) for tokens, part in documents]
-            return Made([_piece(kept)], len(ids) - sum(len(tokens) for tokens, _ in kept))
-        cuts = range(0, len(ids), self._capacity)
-        parts = [slice(start, start + self._capacity) for start in cuts]
-        return Made([_piece([(ids[cut], None if weights is None else weights[cut])]) for cut in parts])
+            kept = [document[: self._capacity // len(documents)] for document in documents]
+            return Made([_piece(kept)], len(whole) - sum(map(len, kept)))
+        starts = range(0, len(whole), self._capacity)
+        return Made([_piece([whole[start : start + self._capacity]]) for start in starts])
 
     def complete(self, sample: Sample) -> Sample:
         """Return a sample, which is complete."""
@@ -191,7 +187,7 @@ class TextSamples:
 
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows."""
-        documents = [[part for sample in row for part in documents_of(sample.piece)] for row in rows]
+        documents = [[document for sample in row for document in sample.piece.content] for row in rows]
         batch = name_documents(pack_rows(documents, self._capacity, self._pad), rows)
         if len(self._schemas) > 1:
             batch = replace(batch, targets=replace(batch.targets, source_ids=self._sources_of(rows)))
@@ -205,25 +201,9 @@ class TextSamples:
         return torch.from_numpy(ids)
 
 
-def _piece(documents: Sequence[DocumentTokens]) -> Piece:
-    lengths = tuple(len(tokens) for tokens, _ in documents)
-    content = {"input_ids": np.concatenate([tokens for tokens, _ in documents])}
-    weights = [part for _, part in documents if part is not None]
-    if weights:
-        content["weights"] = np.concatenate(weights)
-    return Piece(content, lengths, 0, sum(length * length for length in lengths))
-
-
-def documents_of(piece: Piece) -> list[DocumentTokens]:
-    """Return the documents of a text piece."""
-    found: list[DocumentTokens] = []
-    at = 0
-    for length in piece.lengths:
-        taken = slice(at, at + length)
-        weights = piece.content.get("weights")
-        found.append((piece.content["input_ids"][taken], None if weights is None else weights[taken]))
-        at += length
-    return found
+def _piece(documents: Sequence[Tokens]) -> Piece:
+    lengths = tuple(map(len, documents))
+    return Piece(documents, lengths, 0, sum(length * length for length in lengths))
 
 
 def name_documents(batch: MicroBatch, rows: Sequence[Row]) -> MicroBatch:

@@ -1,0 +1,43 @@
+"""Token ids and what their losses weigh, as small as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A document, or a part of one.
+
+    Attributes:
+        ids: Integers ``[tokens]``.
+        weights: ``[tokens]``, what the loss of each weighs: bool where that is 0 or 1, else float32; None weighs all 1.
+    """
+
+    ids: NDArray[Any]
+    weights: NDArray[Any] | None = None
+
+    @classmethod
+    def of(cls, ids: Sequence[int], weights: Sequence[float] | None) -> Tokens:
+        """Return ids of 32 bits, and weights as bool where float32 cannot tell them from 0 and 1."""
+        if weights is None:
+            return cls(np.array(ids, np.int32))
+        given = np.array(weights, np.float32)
+        supervised = given != 0
+        return cls(np.array(ids, np.int32), supervised if bool((given == supervised).all()) else given)
+
+    @property
+    def fractional(self) -> bool:
+        """Whether some token weighs neither 0 nor 1."""
+        return self.weights is not None and self.weights.dtype == np.float32
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Tokens:
+        return Tokens(self.ids[part], None if self.weights is None else self.weights[part])
