@@ -96,11 +96,8 @@ class PackedLoader(ResumableLoader):
             "fingerprint": dict(self._fingerprint),
         }  # fmt: skip
 
-    def _parse(self, state: Mapping[str, Any]) -> tuple[int, int]:
-        return int(state["epoch"]), int(state["step_in_epoch"])
-
-    def _restore(self, progress: tuple[int, int]) -> None:
-        epoch, step = progress
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        epoch, step = int(state["epoch"]), int(state["step_in_epoch"])
         if not (epoch >= 0 and 0 <= step < self.steps_per_epoch):
             problem = f"the loader's state is out of range: step {step} of epoch {epoch}"
             raise CheckpointError(problem, "use another checkpoint")

@@ -13,8 +13,6 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.errors import CheckpointError
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
-
 
 class ResumableLoader(ABC):
     """Yields, per optimizer step, this rank's list of micro-batches; its state is counters.
@@ -77,21 +75,16 @@ class ResumableLoader(ABC):
             CheckpointError: the state belongs to other data, or to another order of it; names what changed.
         """
         try:
-            saved, progress = dict(state["fingerprint"]), self._parse(state)
-        except _MALFORMED as error:
+            if changed := _changes(state["fingerprint"], self._fingerprint):
+                problem = f"the data differs from the checkpoint's: {'; '.join(changed)}"
+                raise CheckpointError(problem, "restore the data, or start a new run")
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the loader's state is incomplete: {error!r}", "use another checkpoint") from error
-        if changed := _changes(saved, self._fingerprint):
-            problem = f"the data differs from the checkpoint's: {'; '.join(changed)}"
-            raise CheckpointError(problem, "restore the data, or start a new run")
-        self._restore(progress)
 
     @abstractmethod
-    def _parse(self, state: Mapping[str, Any]) -> Any:
-        """Return the counters of a state; raises KeyError, TypeError or ValueError for a malformed one."""
-
-    @abstractmethod
-    def _restore(self, progress: Any) -> None:
-        """Continue from parsed counters; raises CheckpointError where they are out of range."""
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; CheckpointError where it is out of range, KeyError and the like if it is malformed."""
 
     def _pinned(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch, in page-locked memory where the loader uses that."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import NamedTuple
 
 from veomni.data.loading.stream_plan import StreamPlan
 from veomni.data.packing.order import Permutation
 from veomni.data.sources.blocks import Records
 from veomni.data.sources.records import Document
-from veomni.data.text.samples import Made, Ref, Sample
+from veomni.data.text.samples import Ref, Sample
 from veomni.errors import DataError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
+Place = tuple[int, int, int]  # epoch, unit, record: as in Ref
 _EMPTY_EPOCHS = 64  # epochs without a sample, after which a shard counts as empty
 
 
@@ -42,59 +45,60 @@ class SourceProgress:
     lost: int = 0
 
 
-@dataclass(frozen=True)
-class _Read:
-    epoch: int
-    unit: int
-    record: int
-    where: str
-    made: Made
+class _Read(NamedTuple):
+    """What a record became, at an epoch, unit and number of record."""
+
+    place: Place
+    samples: list[Sample]
+    lost: int
 
 
-@dataclass
 class SourceCursor:
-    """Reads a shard's part of a source, some records ahead of what was taken."""
+    """Reads a shard's part of a source, some records ahead of what was taken.
 
-    plan: StreamPlan
-    shard: int
-    index: int
-    limit: int | None  # epochs after which nothing comes
-    progress: SourceProgress = field(default_factory=SourceProgress)
+    Args:
+        plan: What the stream is made of.
+        shard: Which shard.
+        index: Which source.
+        limit: Epochs after which nothing comes; None for no end.
+        progress: Where it starts; kept up to date.
+    """
 
-    def __post_init__(self) -> None:
-        self.source = self.plan.sources[self.index]
+    def __init__(self, plan: StreamPlan, shard: int, index: int, limit: int | None, progress: SourceProgress) -> None:
+        self.plan, self.shard, self.index, self.limit, self.progress = plan, shard, index, limit, progress
+        self.source, self._units = plan.sources[index], plan.units[index]
         self._order: tuple[int, Permutation] = -1, Permutation(0, "")
-        self._ahead: deque[_Read] = deque()
-        self._records = self._walk()
-        self._last_used = self.progress.epoch
+        self._reads = self._read_on()
+        self._next: deque[_Read] = deque()  # at most one
+        self._last_used = progress.epoch
 
     # ---------------------------------------------------------------- reading on
 
     def upcoming_epoch(self) -> int | None:
         """Return the epoch of the next record, or None where there is none."""
-        if not self._ahead:
-            self._read_ahead()
-        return self._ahead[0].epoch if self._ahead else None
+        if not self._next:
+            self._next.extend(islice(self._reads, 1))
+        return self._next[0].place[0] if self._next else None
 
     def take(self) -> list[Sample]:
         """Return the samples of the next record, which is there; none if it is left out."""
         assert self.upcoming_epoch() is not None
-        read, progress = self._ahead.popleft(), self.progress
-        progress.epoch, progress.unit, progress.record = read.epoch, read.unit, read.record + 1
-        samples = self._samples(read)
-        if samples:
-            progress.samples += 1
-            progress.tokens += sum(sample.length for sample in samples)
-            progress.lost += read.made.lost
-            if read.made.lost:
-                logger.warning_once("source %s: documents are truncated; source_counts() says by how much",
-                                    self.source.name)  # fmt: skip
-            self._last_used = read.epoch
-        else:
+        read, progress = self._next.popleft(), self.progress
+        progress.epoch, progress.unit, record = read.place
+        progress.record = record + 1
+        if not read.samples:
             self._count_dropped()
-            if read.epoch > self._last_used + _EMPTY_EPOCHS:
+            if progress.epoch > self._last_used + _EMPTY_EPOCHS:
                 raise self._useless("can be used")
-        return samples
+            return []
+        progress.samples += 1
+        progress.tokens += sum(sample.length for sample in read.samples)
+        progress.lost += read.lost
+        if read.lost:
+            name = self.source.name
+            logger.warning_once("source %s: documents are truncated; source_counts() says by how much", name)
+        self._last_used = progress.epoch
+        return read.samples
 
     def leave_out(self, sample: Sample) -> None:
         """Count a record that became a sample and cannot be used after all."""
@@ -109,31 +113,18 @@ class SourceCursor:
             "the loader's source_counts() and its state in checkpoints say how many", self.source.name,
         )  # fmt: skip
 
-    def _samples(self, read: _Read) -> list[Sample]:
-        place = (self.index, read.epoch, read.unit, read.record)
-        return [Sample(piece, Ref(*place, number), read.where) for number, piece in enumerate(read.made.pieces)]
+    def _read_on(self) -> Iterator[_Read]:
+        """Yield what records become from where progress stands; some are encoded together."""
+        records = self._walk()
+        while found := list(islice(records, self.plan.samples.together)):
+            yield from self._made(found)
 
-    def _read_ahead(self) -> None:
-        places, documents = [], []
-        for place, document in self._records:
-            places.append(place)
-            documents.append(document)
-            if len(documents) == self.plan.samples.together:
-                break
-        for place, document, made in zip(places, documents, self._made(documents), strict=True):
-            self._ahead.append(_Read(*place, document.where, made))
-
-    def _made(self, documents: Sequence[Document]) -> list[Made]:
-        converted = [self.source.schema.converted(document) for document in documents]
-        return self.plan.samples.make(converted, self.index) if converted else []
-
-    def _walk(self) -> Iterator[tuple[tuple[int, int, int], Document]]:
-        """Yield records with their places from where progress stands, epoch after epoch."""
-        epoch, unit, record = self.progress.epoch, self.progress.unit, self.progress.record
-        units, empty = self.plan.units[self.index].of_shard(self.shard), 0
+    def _walk(self) -> Iterator[tuple[Place, Document]]:
+        """Yield records with their places, epoch after epoch."""
+        epoch, unit, record, empty = self.progress.epoch, self.progress.unit, self.progress.record, 0
         while self.limit is None or epoch < self.limit:
             empty += 1
-            for at in range(unit, units):
+            for at in range(unit, self._units.of_shard(self.shard)):
                 order, records = self._open(epoch, at)
                 for number in range(record, len(records)):
                     empty = 0
@@ -144,16 +135,25 @@ class SourceCursor:
                 raise self._useless("is there")
 
     def _open(self, epoch: int, unit: int) -> tuple[Sequence[int] | Permutation, Records]:
-        source, units, plan = self.source, self.plan.units[self.index], self.plan.order
+        """Return the records of a unit and the order in which they are read."""
+        name, plan = self.source.name, self.plan.order
         chosen = self.shard + unit * plan.stream_shards
         if plan.shuffle:
             if self._order[0] != epoch:
-                self._order = epoch, Permutation(len(units), f"units of {source.name}", plan.seed, epoch)
+                self._order = epoch, Permutation(len(self._units), f"units of {name}", plan.seed, epoch)
             chosen = self._order[1][chosen]
-        records = units.open(chosen)
+        records = self._units.open(chosen)
         if not plan.shuffle or len(records) == 1:
             return range(len(records)), records
-        return Permutation(len(records), f"records of {source.name}", plan.seed, epoch, chosen), records
+        return Permutation(len(records), f"records of {name}", plan.seed, epoch, chosen), records
+
+    def _made(self, found: Sequence[tuple[Place, Document]]) -> Iterator[_Read]:
+        documents = [self.source.schema.converted(document) for _, document in found]
+        made = self.plan.samples.make(documents, self.index)
+        for (place, document), one in zip(found, made, strict=True):
+            refs = (Ref(self.index, *place, piece) for piece in range(len(one.pieces)))
+            samples = [Sample(piece, ref, document.where) for piece, ref in zip(one.pieces, refs, strict=True)]
+            yield _Read(place, samples, one.lost)
 
     def _useless(self, verb: str) -> DataError:
         shards = self.plan.order.stream_shards
@@ -168,14 +168,11 @@ class SourceCursor:
         Raises:
             DataError: the source has changed.
         """
-        found: dict[Ref, Sample] = {}
-        for epoch, unit in sorted({(ref.epoch, ref.unit) for ref in refs}):
+        found: list[tuple[Place, Document]] = []
+        for (epoch, unit), numbers in groupby(sorted({ref[1:4] for ref in refs}), key=lambda place: place[:2]):
             order, records = self._open(epoch, unit)
-            numbers = sorted({ref.record for ref in refs if (ref.epoch, ref.unit) == (epoch, unit)})
-            if numbers[-1] >= len(records):
-                raise DataError(f"source {self.source.name!r} has fewer records than before", "restore it")
-            documents = [records[order[number]] for number in numbers]
-            for number, document, made in zip(numbers, documents, self._made(documents), strict=True):
-                samples = self._samples(_Read(epoch, unit, number, document.where, made))
-                found |= {sample.ref: sample for sample in samples}
-        return found
+            for place in numbers:
+                if place[2] >= len(records):
+                    raise DataError(f"source {self.source.name!r} has fewer records than before", "restore it")
+                found.append((place, records[order[place[2]]]))
+        return {sample.ref: sample for read in self._made(found) for sample in read.samples}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -65,29 +65,25 @@ class StreamLoader(ResumableLoader):
             )  # fmt: skip
         self._step = 0
         self._states: dict[int, State] = {}
-        self._readers: dict[int, StreamShard] = {}
-        self._ended: set[int] = set()
 
     @property
     def exhausted(self) -> bool:
         """Whether the shards that this rank reads have ended, and further steps hold empty rows."""
-        return len(self._ended) == len(self._shards)
+        return all(shard in self._states and self._states[shard]["ended"] for shard in self._shards)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        shape, shards = self.shape, self.order.stream_shards
-        self._collect_states()
+        shape, shards, rank = self.shape, self.order.stream_shards, self.shape.rank
         if self.order.held_out:
-            self._step, self._states, self._ended = 0, {}, set()
-        take, mine = self._start(), set(self._shards)
-        while not (self.exhausted and len(mine) == shards):
+            self._step, self._states = 0, {}
+        rows_of, every = self._start(), len(self._shards) == shards
+        while not (every and self.exhausted):
             rows = []
-            for number in range(shape.global_batch_size):
-                shard = (self._step * shape.global_batch_size + number) % shards
-                if shard not in mine:
-                    continue
-                row = take(shard)
-                if number % shape.size == shape.rank:
-                    rows.append(row or [])
+            first = self._step * shape.global_batch_size
+            for number in range(first, first + shape.global_batch_size):
+                shard = number % shards
+                if shard in rows_of:
+                    row, self._states[shard] = next(rows_of[shard])
+                    rows += [row or []] if (number - first) % shape.size == rank else []
             self._step += 1  # before the yield: a state taken in the loop's body counts this step as received
             yield self._micro_batches(rows)
 
@@ -101,46 +97,20 @@ class StreamLoader(ResumableLoader):
             found.append(self._pinned(replace(batch, origin=replace(batch.origin, source_names=names))))
         return found
 
-    # ---------------------------------------------------------------- reading
-
-    def _start(self) -> Callable[[int], Row | None]:
-        """Return what gives the next row of a shard."""
-        self._readers = {}
-        processes = min(self.workers.count, len(self._shards))
-        if not processes:
-            self._readers = {shard: StreamShard(self.plan, shard, self._states.get(shard)) for shard in self._shards}
-            return self._take
-        parts = [self._shards[number::processes] for number in range(processes)]
+    def _start(self) -> dict[int, Iterator[Given]]:
+        """Return, by shard, what yields its rows; several shards share an iterator, in the order of the run."""
         first, one = self._step * self.shape.global_batch_size, replace(self.workers, count=1)
-        streams = [
-            WorkerPool(_ShardRows(self.plan, {shard: self._states.get(shard) for shard in part}, first), None, one)
-            for part in parts
-        ]
-        stream_of = {shard: stream for part, stream in zip(parts, streams, strict=True) for shard in part}
-
-        def take(shard: int) -> Row | None:
-            row, self._states[shard] = next(stream_of[shard])
-            if self._states[shard]["ended"]:
-                self._ended.add(shard)
-            return row
-
-        return take
-
-    def _take(self, shard: int) -> Row | None:
-        reader = self._readers[shard]
-        row = reader.next_row()
-        if reader.exhausted:
-            self._ended.add(shard)
-        return row
-
-    def _collect_states(self) -> None:
-        self._states |= {shard: reader.state_dict() for shard, reader in self._readers.items()}
+        processes = max(1, min(self.workers.count, len(self._shards)))
+        found: dict[int, Iterator[Given]] = {}
+        for part in (self._shards[number::processes] for number in range(processes)):
+            rows = _ShardRows(self.plan, {shard: self._states.get(shard) for shard in part}, first)
+            found |= dict.fromkeys(part, WorkerPool(rows, None, one) if self.workers.count else iter(rows))
+        return found
 
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and indices, never samples: those of the shards that this rank reads."""
-        self._collect_states()
         shards = {str(shard): state for shard, state in sorted(self._states.items())}
         return {"step": self._step, "shards": shards, "fingerprint": dict(self._fingerprint)}
 
@@ -150,23 +120,17 @@ class StreamLoader(ResumableLoader):
         shards = {shard: state for rank in states for shard, state in rank["shards"].items()}
         return {**states[0], "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
-    def _parse(self, state: Mapping[str, Any]) -> tuple[int, dict[int, State]]:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         states = {int(shard): dict(kept) for shard, kept in state["shards"].items()}
         for kept in states.values():
             [SourceProgress(**progress) for progress in kept["sources"].values()]
             [int(number) for ref in kept["waiting"] for number in (*ref, kept["rows"], kept["ended"])]
-        return int(state["step"]), states
-
-    def _restore(self, progress: tuple[int, dict[int, State]]) -> None:
-        step, states = progress
-        read, shards = step * self.shape.global_batch_size, self.order.stream_shards
+        step, shards = int(state["step"]), self.order.stream_shards
         for shard in self._shards:
-            if read > shard and shard not in states:
+            if step * self.shape.global_batch_size > shard and shard not in states:
                 problem = f"the loader's state lacks virtual shard {shard} of {shards}"
                 raise CheckpointError(problem, "save it through the launcher, which gathers those of all ranks")
-        self._step = step
-        self._states = {shard: states[shard] for shard in self._shards if shard in states}
-        self._readers, self._ended = {}, {shard for shard, kept in self._states.items() if kept["ended"]}
+        self._step, self._states = step, {shard: states[shard] for shard in self._shards if shard in states}
 
     def source_counts(self) -> dict[str, dict[str, int]]:
         """Return, by source, what this rank's shards have read: samples, their tokens, records dropped, tokens lost."""

@@ -114,7 +114,7 @@ class StreamShard:
 
     def _refill(self, refs: Sequence[Ref]) -> None:
         found: dict[Ref, Sample] = {}
-        for index in self._mixed:
+        for index in {ref.source for ref in refs} & self._cursors.keys():
             found |= self._cursors[index].read_again([ref for ref in refs if ref.source == index])
         for ref in refs:
             if ref not in found:
