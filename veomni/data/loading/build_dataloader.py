@@ -14,6 +14,7 @@ from veomni.data.sources.cache import cache_directory
 from veomni.data.sources.opened import DocumentStream, Mixing
 from veomni.data.text.on_overflow import cut_to_rows
 from veomni.data.text.token_cache import tokenize
+from veomni.data.text.tokens import padding_token
 from veomni.errors import ConfigError, DataError
 
 
@@ -50,17 +51,18 @@ def build_dataloader(
     shape, workers, indexed = shape or BatchShape(), workers or Workers(), dataset.indexed
     if indexed is not None and indexed.schema.type.cached:
         documents, digests = tokenize(indexed, encoder.tokenizer, cache, encoder.chat_template)
-        samples = cut_to_rows(
+        pieces = cut_to_rows(
             documents.lengths, packing.max_seq_len, packing.on_overflow,
             lambda document: indexed[int(documents.source[document])].where,
         )  # fmt: skip
-        batches = MicroBatches(documents, samples, packing.max_seq_len, encoder.pad_token_id, shape.shard)
+        batches = MicroBatches(documents, pieces, packing.max_seq_len, padding_token(encoder.tokenizer), shape.shard)
         return PackedLoader(batches, packing, order, shape, workers, digests)
-    maker = encoder.samples([source.schema for source in dataset.sources], packing, shape.shard)
-    plan = StreamPlan(dataset.sources, maker, packing, order, *_ending(dataset, order))
+    schemas = [source.schema for source in dataset.sources]
+    samples = encoder.samples(schemas, packing, shape.shard)
+    plan = StreamPlan(dataset.sources, samples, packing, order, *_ending(dataset, order))
     _check_shards(plan)
     facts = {} if order.held_out else {"sources": dataset.fingerprint(cache)}
-    return StreamLoader(plan, shape, workers, facts | dict(maker.digests))
+    return StreamLoader(plan, shape, workers, facts | encoder.digests(schemas))
 
 
 def _check_shards(plan: StreamPlan) -> None:

@@ -12,6 +12,7 @@ from veomni.data.sources.cache import digest, tokenizer_digest
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.chat_templates import find_chat_template
 from veomni.data.text.samples import SampleMaker, TextSamples
+from veomni.data.text.tokens import padding_token
 from veomni.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,12 +37,6 @@ class Encoder:
     media: MultimodalTransform | None = None
     skip_bad_media: SkipBadMedia | None = None
 
-    @property
-    def pad_token_id(self) -> int:
-        """The token that fills rows."""
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int((pad if pad is not None else end) or 0)
-
     def samples(self, schemas: Sequence[RecordSchema], packing: Packing, shard: SequenceShard) -> SampleMaker:
         """Return what makes samples of records.
 
@@ -54,39 +49,35 @@ class Encoder:
             ConfigError: there are media and no processor for them, or documents cannot be cut as ``packing`` says.
             DataError: there is no chat template.
         """
-        if not any(schema.type.has_media for schema in schemas):
-            return self._text_samples(schemas, packing, shard)
-        from veomni.data.multimodal import MediaSamples, settings_of
+        texts = None
+        if not all(schema.type.has_media for schema in schemas):
+            texts = TextSamples(self.tokenizer, schemas, self._text_template(schemas), packing, shard)
+            if not any(schema.type.has_media for schema in schemas):
+                return texts
+        from veomni.data.multimodal import MediaSamples
         from veomni.data.multimodal.collate import MultimodalCollator
 
         if self.media is None:
             problem = "conversations with media need a model's processor"
             raise ConfigError(problem, "give Encoder(media=...)", "Encoder.media")
-        has_texts = any(not schema.type.has_media for schema in schemas)
-        family = self.media.family
-        return MediaSamples(
-            self.media,
-            MultimodalCollator(
-                family.parts.config, max_seq_len=packing.max_seq_len, pad_token_id=self.pad_token_id, shard=shard
-            ),
-            skipping=self.skip_bad_media,
-            schemas=schemas,
-            texts=self._text_samples(schemas, packing, shard) if has_texts else None,
-            on_overflow=packing.on_overflow,
-            digests=self._digests(self.media.chat_template, schemas) | {"media": digest(settings_of(family))},
-        )
-
-    def _text_samples(self, schemas: Sequence[RecordSchema], packing: Packing, shard: SequenceShard) -> TextSamples:
-        renders = any(schema.type.renders and not schema.type.has_media for schema in schemas)
-        template = find_chat_template(self.chat_template, self.tokenizer) if renders else ""
-        return TextSamples(
-            self.tokenizer, schemas, template, packing.max_seq_len, packing.on_overflow, shard,
-            self._digests(template, schemas),
+        collator = MultimodalCollator(
+            self.media.family.parts.config, max_seq_len=packing.max_seq_len,
+            pad_token_id=padding_token(self.tokenizer), shard=shard,
         )  # fmt: skip
+        return MediaSamples(self.media, collator, schemas, packing.on_overflow, texts, self.skip_bad_media)
 
-    def _digests(self, template: str, schemas: Sequence[RecordSchema]) -> dict[str, str]:
-        return {
-            "tokenizer": tokenizer_digest(self.tokenizer),
-            "chat template": digest(template),
-            "schemas": digest([schema.facts() for schema in schemas]),
-        }
+    def digests(self, schemas: Sequence[RecordSchema]) -> dict[str, str]:
+        """Return what samples depend on beside the data, by name."""
+        found = {"tokenizer": tokenizer_digest(self.tokenizer)}
+        found["schemas"] = digest([schema.facts() for schema in schemas])
+        if not any(schema.type.has_media for schema in schemas) or self.media is None:
+            return found | {"chat template": digest(self._text_template(schemas))}
+        from veomni.data.multimodal import settings_of
+
+        return found | {
+            "chat template": digest(self.media.chat_template), "media": digest(settings_of(self.media.family)),
+        }  # fmt: skip
+
+    def _text_template(self, schemas: Sequence[RecordSchema]) -> str:
+        renders = any(schema.type.renders and not schema.type.has_media for schema in schemas)
+        return find_chat_template(self.chat_template, self.tokenizer) if renders else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -32,12 +32,11 @@ class MediaSamples:
     Args:
         transform: From a record to a model's inputs.
         collator: Packs them.
-        skipping: Leaves records out whose media cannot be used; None makes them errors.
         schemas: What the records of each source hold.
-        texts: Makes samples of the sources without media.
         on_overflow: What happens to conversations longer than a row: ``error`` or ``drop``; under the other policies,
             which are for texts, they are errors.
-        digests: What samples depend on beside the data, by name.
+        texts: Makes samples of the sources without media.
+        skipping: Leaves records out whose media cannot be used; None makes them errors.
 
     Raises:
         ConfigError: conversations with media cannot be cut.
@@ -46,22 +45,14 @@ class MediaSamples:
     together = 1
 
     def __init__(
-        self,
-        transform: MultimodalTransform,
-        collator: MultimodalCollator,
-        *,
-        skipping: SkipBadMedia | None = None,
-        schemas: Sequence[RecordSchema],
-        texts: TextSamples | None = None,
-        on_overflow: str = "error",
-        digests: Mapping[str, str],
-    ) -> None:
+        self, transform: MultimodalTransform, collator: MultimodalCollator, schemas: Sequence[RecordSchema],
+        on_overflow: str = "error", texts: TextSamples | None = None, skipping: SkipBadMedia | None = None,
+    ) -> None:  # fmt: skip
         if on_overflow not in ("error", "drop") and texts is None:
             problem = f"on_overflow {on_overflow} would cut media apart"
             raise ConfigError(problem, "set on_overflow to error or drop", "Packing.on_overflow")
         self._transform, self._collator, self._skipping = transform, collator, skipping
-        self._schemas, self._texts, self.digests = schemas, texts, digests
-        self._drops = on_overflow == "drop"
+        self._schemas, self._texts, self._drops = schemas, texts, on_overflow == "drop"
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Tokenize records, and see how large their media are.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,11 +17,13 @@ from veomni.data.packing.rows import pack_rows
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
-from veomni.data.text.tokens import Tokens
+from veomni.data.text.tokens import Tokens, padding_token
 from veomni.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from veomni.data.loading.options import Packing
 
 
 class Ref(NamedTuple):
@@ -104,11 +106,9 @@ class SampleMaker(Protocol):
 
     Attributes:
         together: How many records are best encoded at once.
-        digests: What the pieces depend on, by name: a state is rejected where they differ.
     """
 
     together: int
-    digests: Mapping[str, str]
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Return what each record of a source becomes."""
@@ -127,30 +127,20 @@ class TextSamples:
         tokenizer: What texts are tokenized with.
         schemas: What the records of each source hold.
         chat_template: Jinja source; empty where no source holds conversations.
-        capacity: Tokens of a row.
-        on_overflow: What happens to documents longer than a row.
+        packing: Tokens of a row, and what happens to documents that are longer.
         shard: Which positions of the rows are given out.
-        digests: What tokens depend on beside the data.
     """
 
     together = 32
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        schemas: Sequence[RecordSchema],
-        chat_template: str,
-        capacity: int,
-        on_overflow: str,
+        self, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[RecordSchema], chat_template: str, packing: Packing,
         shard: SequenceShard,
-        digests: Mapping[str, str],
-    ) -> None:
-        self._tokenizer, self._capacity, self._on_overflow, self._shard = tokenizer, capacity, on_overflow, shard
-        self._schemas, self._chat_template, self.digests = schemas, chat_template, digests
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._pad = int(pad or 0)
+    ) -> None:  # fmt: skip
+        self._tokenizer, self._schemas, self._chat_template, self._shard = tokenizer, schemas, chat_template, shard
+        self._packing, self._pad = packing, padding_token(tokenizer)
         unsplittable = [schema.data_type for schema in schemas if not (schema.type.splittable or schema.type.has_media)]
-        if on_overflow == "split" and unsplittable:
+        if packing.on_overflow == "split" and unsplittable:
             problem = f"on_overflow split would cut {unsplittable[0]} records apart"
             raise ConfigError(problem, "use error, truncate or drop", "Packing.on_overflow")
 
@@ -169,17 +159,17 @@ class TextSamples:
         documents = [whole] if encoded.first is None else [whole[: encoded.first], whole[encoded.first :]]
         if min(map(len, documents)) < 2:  # nothing follows the first token
             return Made([])
-        if len(whole) <= self._capacity:
+        capacity, policy = self._packing.max_seq_len, self._packing.on_overflow
+        if len(whole) <= capacity:
             return Made([_piece(documents)])
-        if self._on_overflow == "error":
-            raise_overflow(where, len(whole), self._capacity)
-        if self._on_overflow == "drop":
+        if policy == "error":
+            raise_overflow(where, len(whole), capacity)
+        if policy == "drop":
             return Made([])
-        if self._on_overflow == "truncate":
-            kept = [document[: self._capacity // len(documents)] for document in documents]
+        if policy == "truncate":
+            kept = [document[: capacity // len(documents)] for document in documents]
             return Made([_piece(kept)], len(whole) - sum(map(len, kept)))
-        starts = range(0, len(whole), self._capacity)
-        return Made([_piece([whole[start : start + self._capacity]]) for start in starts])
+        return Made([_piece([whole[start : start + capacity]]) for start in range(0, len(whole), capacity)])
 
     def complete(self, sample: Sample) -> Sample:
         """Return a sample, which is complete."""
@@ -188,13 +178,13 @@ class TextSamples:
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows."""
         documents = [[document for sample in row for document in sample.piece.content] for row in rows]
-        batch = name_documents(pack_rows(documents, self._capacity, self._pad), rows)
+        batch = name_documents(pack_rows(documents, self._packing.max_seq_len, self._pad), rows)
         if len(self._schemas) > 1:
             batch = replace(batch, targets=replace(batch.targets, source_ids=self._sources_of(rows)))
         return batch.split(self._shard)
 
     def _sources_of(self, rows: Sequence[Row]) -> Tensor:
-        ids = np.full((len(rows), self._capacity), -1, np.int64)
+        ids = np.full((len(rows), self._packing.max_seq_len), -1, np.int64)
         for number, row in enumerate(rows):
             sources = [sample.ref.source for sample in row for _ in range(sample.length)]
             ids[number, : len(sources)] = sources

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,9 @@ class Tokens:
 
     def __getitem__(self, part: slice) -> Tokens:
         return Tokens(self.ids[part], None if self.weights is None else self.weights[part])
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills rows: the tokenizer's own, or the one that ends a document."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return int((pad if pad is not None else end) or 0)
