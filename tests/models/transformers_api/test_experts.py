@@ -7,7 +7,7 @@ import transformers
 
 from tests.models.tiny import tiny_config
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.models.adapter.passes.balance_loss import DropBalanceLoss
+from veomni.models.adapter.passes.token_loss import DropBalanceLoss
 from veomni.models.transformers_api.experts import (
     balances_on_softmax,
     own_balance_loss,
