@@ -1,27 +1,48 @@
-"""Names on disk: one directory per step, temporary until it is sealed."""
+"""Names on disk: one directory per step, temporary until it is sealed, in one that a single job uses."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import socket
+import uuid
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from veomni.errors import CheckpointError
 
 _PUBLISHED = re.compile(r"global_step_(\d+)")
 _TEMPORARY = re.compile(r"global_step_\d+\.(tmp|old)-[0-9a-f]+")
 
 
-def step_directory(root: Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` is published."""
-    return root / f"global_step_{step}"
+def lock_directory(root: Path) -> FileLock:
+    """Make ``root`` and take its lock, which the kernel releases when this process dies; to be released on success.
+
+    Raises:
+        CheckpointError: another job holds it, named by host and process id; or the directory cannot be used.
+    """
+    holder, lock = root / ".holder", FileLock(root / ".lock")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(f"{socket.gethostname()} pid {os.getpid()}")
+    except Timeout:
+        found = holder.read_text() if holder.exists() else "unknown"
+        problem = f"{root} is used by another job: {found}"
+    except OSError as error:
+        problem = f"{root} cannot be used: {error}"
+    else:
+        return lock
+    fix = "wait for that job, or give another directory"
+    raise CheckpointError(problem, fix, "CheckpointSchedule.directory")
 
 
 def published_steps(root: Path) -> list[int]:
     """Return the steps that have a published directory, newest first; foreign names are ignored."""
-    if not root.is_dir():
-        return []
-    found = (_PUBLISHED.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+    found = (_PUBLISHED.fullmatch(entry.name) for entry in root.glob("global_step_*") if entry.is_dir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def remove_leftovers(root: Path) -> list[str]:
@@ -32,16 +53,23 @@ def remove_leftovers(root: Path) -> list[str]:
     return [entry.name for entry in left]
 
 
-def retire(directory: Path, token: str) -> None:
+def retire(directory: Path) -> None:
     """Delete a published directory; it loses its name first, so that no half-deleted one is ever read."""
-    doomed = directory.with_name(f"{directory.name}.old-{token}")
-    directory.rename(doomed)
+    doomed = directory.rename(f"{directory}.old-{uuid.uuid4().hex}")
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_aside(directory: Path, token: str) -> Path:
-    """Take its name from a damaged checkpoint, for people to look at, and return the new one; nothing deletes it."""
-    return directory.rename(directory.with_name(f"{directory.name}.damaged-{token}"))
+def set_aside(directory: Path) -> Path:
+    """Rename a damaged checkpoint, for people to look at, and return the new path; nothing deletes it."""
+    return directory.rename(f"{directory}.damaged-{uuid.uuid4().hex}")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file that survives a crash of the machine."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:

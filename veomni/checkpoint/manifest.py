@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = "manifest.json"
+from veomni.checkpoint.directories import write_durably
+
+_NAME = "manifest.json"
 _VERSION = 1
 
 
@@ -22,45 +23,46 @@ def describe_file(path: Path) -> dict[str, Any]:
 def write_manifest(directory: Path, files: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """Seal ``directory``: write the manifest durably."""
     content = {"version": _VERSION, **facts, "files": dict(sorted(files.items()))}
-    path = directory / NAME
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(directory / _NAME, json.dumps(content, indent=1).encode())
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest, or None when there is none that can be read."""
     try:
-        content = json.loads((directory / NAME).read_text(encoding="utf-8"))
-        valid = (
-            content["version"] == _VERSION and isinstance(content["files"], dict) and isinstance(content["step"], int)
-        )
+        content = json.loads((directory / _NAME).read_text(encoding="utf-8"))
+        known = content["version"] == _VERSION
+        valid = known and isinstance(content["files"], dict) and isinstance(content["step"], int)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if valid else None
 
 
-def structure_problem(directory: Path, manifest: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the names and sizes of the files, or None."""
-    here = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
-    here.pop(NAME, None)
+def structure_problem(directory: Path) -> str | None:
+    """Return what is wrong with the manifest, or with the names and sizes of the files, or None."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return "it has no valid manifest" if directory.is_dir() else "there is no such directory"
+    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    del sizes[_NAME]
     for name, facts in manifest["files"].items():
-        if name not in here:
+        if name not in sizes:
             return f"{name} is missing"
-        if here[name].stat().st_size != facts["size"]:
-            return f"{name} has {here[name].stat().st_size} bytes instead of {facts['size']}"
-    extra = sorted(here.keys() - manifest["files"].keys())
+        if sizes[name] != facts["size"]:
+            return f"{name} has {sizes[name]} bytes instead of {facts['size']}"
+    extra = sorted(sizes.keys() - manifest["files"].keys())
     return f"{extra[0]} does not belong to it" if extra else None
 
 
-def content_problem(directory: Path, manifest: Mapping[str, Any], part: int, parts: int) -> str | None:
-    """Return the first file of every ``parts``-th one whose contents differ from the manifest's hash, or None."""
-    for name in sorted(manifest["files"])[part::parts]:
+def content_problem(directory: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is wrong with the structure, or the contents of every ``parts``-th file from ``part``, or None."""
+    problem, manifest = structure_problem(directory), read_manifest(directory)
+    if problem is not None or manifest is None:
+        return problem
+    for name, facts in sorted(manifest["files"].items())[part::parts]:
         try:
             found = describe_file(directory / name)
         except OSError as error:
             return f"{name} cannot be read: {error}"
-        if found["sha256"] != manifest["files"][name]["sha256"]:
+        if found["sha256"] != facts["sha256"]:
             return f"the contents of {name} have changed"
     return None

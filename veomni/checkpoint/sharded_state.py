@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -16,10 +19,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from veomni.checkpoint.manifest import content_problem
+from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
 from veomni.errors import CheckpointError
 
+WEIGHTS = "weights"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _IMPLEMENTATION = ("fused", "foreach")
 """Options of an optimizer that choose a kernel: what fits this run's devices and layout, not those of the saved one."""
@@ -48,22 +57,36 @@ def restore(model: nn.Module | None, optimizer: Optimizer | None, table: dict[st
         set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=_OPTIONS)
 
 
+def in_host_memory(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a table in host memory, which is pinned where it comes from a CUDA device."""
+    copies = dict(table)
+    for name, value in table.items():
+        if isinstance(value, Tensor):
+            # Not value.to("cpu"): its sharding rule takes time exponential in the axes of the mesh.
+            copies[name] = copied = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            _local(copied).copy_(_local(value), non_blocking=True)
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return copies
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def save_table(table: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
     """Write a table; every rank writes what it holds, one thread each: more of them swallow errors (pytorch#191391)."""
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
     writer = FileSystemWriter(directory, thread_count=1, sync_files=True)
     save(table, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
 def own_cause(error: BaseException, rank: int) -> str | None:
-    """Return what failed on ``rank``; None where only others failed, which say so: PyTorch raises it on all of them."""
+    """Return what failed on ``rank``; None where only others failed, as PyTorch raises their errors on all ranks."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
     if failures and rank not in failures:
         return None
     cause = failures[rank][0] if failures else error
-    return f"{type(cause).__name__}: {cause}"
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def load_table(table: dict[str, Any], directory: Path) -> None:
@@ -72,10 +95,6 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
     Raises:
         CheckpointError: names or shapes differ; names them.
     """
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
-
     wanted = {name: value for name, value in table.items() if not _chooses_kernel(name)}
     _check_match(wanted, SafeReader(directory).read_metadata().state_dict_metadata, directory)
     try:
@@ -85,27 +104,44 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
     table.update(wanted)
 
 
+def read_model_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and whole tensors of the model, one at a time and without the model: for export, in one process.
+
+    Args:
+        checkpoint: A published ``global_step_N`` directory.
+
+    Raises:
+        CheckpointError: it is damaged, or no checkpoint.
+    """
+    problem = content_problem(checkpoint)
+    if problem:
+        raise CheckpointError(f"{checkpoint}: {problem}", "give another global_step_N directory of a run")
+    directory = checkpoint / WEIGHTS
+    for name, entry in SafeReader(directory).read_metadata().state_dict_metadata.items():
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata):
+            table = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+            load(table, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=True)
+            yield name.removeprefix("model."), table[name]
+
+
 def _chooses_kernel(name: str) -> bool:
     return name.startswith("optimizer.param_groups.") and name.rpartition(".")[2] in _IMPLEMENTATION
 
 
 def _check_match(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:
-    wanted = {name for name in table if name.startswith("model.")}
-    stored = {name for name in saved if name.startswith("model.")}
-    shapes = [
-        f"{name} {tuple(saved[name].size)} there, {tuple(value.shape)} here"
-        for name, value in table.items()
-        if isinstance(value, Tensor) and isinstance(saved.get(name), TensorStorageMetadata)
-        if saved[name].size != value.shape
-    ]
+    wanted, stored = ({name for name in names if name.startswith("model.")} for names in (table, saved))
     problems = [
         *(f"missing {name}" for name in sorted(wanted - stored)),
         *(f"unexpected {name}" for name in sorted(stored - wanted)),
-        *shapes,
+        *(
+            f"{name} {tuple(saved[name].size)} there, {tuple(value.shape)} here"
+            for name, value in table.items()
+            if isinstance(value, Tensor) and isinstance(saved.get(name), TensorStorageMetadata)
+            if saved[name].size != value.shape
+        ),
         *(f"missing {name}" for name in sorted(table.keys() - saved.keys() - wanted)),
     ]
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise CheckpointError(
-            f"{directory} does not fit this run: {shown}", "use the model and optimizer of the run that saved it"
-        )
+        fix = "use the model and optimizer of the run that saved it"
+        raise CheckpointError(f"{directory} does not fit this run: {shown}", fix)

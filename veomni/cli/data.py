@@ -5,13 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from veomni.run_config import Config
-
-HELP = "print documents as tokens, supervised ones in colour, and draw how long they are"
-TAKES_CONFIG = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,21 +30,15 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     from veomni.cli.data_documents import show_documents
     from veomni.cli.data_rows import show_rows
-    from veomni.cli.length_histogram import plot_lengths
+    from veomni.cli.drawing import plot_lengths
     from veomni.run_config import load_config
 
     config = load_config(rest[1:] if rest[:1] == ["preview"] else rest)
     console = Console(highlight=False, soft_wrap=True)
-    if config.data.has_media:
-        groups = show_documents(config, console, arguments.rows, arguments.documents)
-    else:
-        groups = {"documents": show_rows(config, console, arguments.rows, arguments.documents)}
+    show = show_documents if config.data.has_media else show_rows
+    groups = show(config, console, arguments.rows, arguments.documents)
     out = Path(arguments.plot or Path(config.train.output_dir) / "data_lengths.png")
+    names = ", ".join(source.name for source in config.data.sources) or config.data.train_path
     count = sum(map(len, groups.values()))
-    plot_lengths(groups, config.data.max_seq_len, out, f"{count} documents of {_named(config)}")
+    plot_lengths(groups, config.data.max_seq_len, out, f"{count} documents of {names}")
     console.print(f"lengths: {out}", style="bold")
-
-
-def _named(config: Config) -> str:
-    names = [source.name for source in config.data.sources]
-    return ", ".join(names) if names else str(config.data.train_path)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.cli.token_colours import LEGEND, coloured
+from veomni.cli.drawing import LEGEND, coloured
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,18 +21,13 @@ if TYPE_CHECKING:
     from veomni.run_config import Config
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """What is remembered of a document, whose pixels would soon fill the memory."""
+class _Counted(NamedTuple):
+    """What is kept of a document, whose pixels would soon fill the memory."""
 
     tokens: int
     supervised: int
     media_tokens: int
     kinds: tuple[str, ...]
-
-    @property
-    def holds(self) -> str:
-        return " and ".join(dict.fromkeys(self.kinds)) or "text alone"
 
 
 def show_documents(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
@@ -58,15 +52,22 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
             encoded = skipping(transform.encode, document) if skips else transform.encode(document)
         if encoded is None:
             continue
+        ids, labels = encoded.sample["input_ids"].tolist(), encoded.sample["labels"].tolist()
+        supervised = [label != IGNORE_INDEX for label in labels]
         if len(found) < shown:
-            _show(encoded, console, tokenizer, transform.family, source.name if dataset.indexed is None else "")
-        found.append(_counted(encoded, transform.family))
+            console.rule(f"{source.name}: {encoded.where}" if dataset.indexed is None else encoded.where)
+            console.print(f"{len(ids)} tokens, {sum(supervised)} supervised", style="bold")
+            _show_media(encoded, console, transform.family)
+            console.print(coloured(ids, supervised, tokenizer, transform.family.unsupervised))
+        media_tokens = sum(index in transform.family.unsupervised for index in ids)
+        kinds = tuple(item.kind for item, _ in encoded.media)
+        found.append(_Counted(len(ids), sum(supervised), media_tokens, kinds))
     available = f"{len(found)} of {len(dataset.indexed)}" if dataset.indexed else f"{len(found)}"
-    _summary(config, console, found, skipping.skipped, available)
+    _summarize(console, found, config.data.max_seq_len, skipping.skipped, available)
     groups: dict[str, list[int]] = {}
-    for one in sorted(found, key=lambda one: one.holds):
-        groups.setdefault(one.holds, []).append(one.tokens)
-    return groups
+    for one in found:
+        groups.setdefault(" and ".join(dict.fromkeys(one.kinds)) or "text alone", []).append(one.tokens)
+    return dict(sorted(groups.items()))
 
 
 def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> EncodedDocument:
@@ -79,41 +80,26 @@ def _text(document: Document, schema: RecordSchema, transform: MultimodalTransfo
     return EncodedDocument(sample, document.where, [])
 
 
-def _counted(document: EncodedDocument, family: Family) -> _Counted:
-    ids, supervised = _tokens(document)
-    media = sum(index in family.unsupervised for index in ids)
-    return _Counted(len(ids), sum(supervised), media, tuple(item.kind for item, _ in document.media))
-
-
-def _show(document: EncodedDocument, console: Console, tokenizer: Any, family: Family, source: str) -> None:
-    ids, supervised = _tokens(document)
-    console.rule(f"{source}: {document.where}" if source else document.where)
-    console.print(f"{len(ids)} tokens, {sum(supervised)} supervised", style="bold")
+def _show_media(document: EncodedDocument, console: Console, family: Family) -> None:
     seen: Counter[str] = Counter()
     for item, features in document.media:
         seen[item.kind] += 1
-        became = _became(features, family)
+        became = ", ".join(_became(features, family))
         console.print(f"{item.kind} {seen[item.kind]}: {features.source} -> {became}", style="cyan")
-    console.print(coloured(ids, supervised, tokenizer, family.unsupervised))
 
 
-def _tokens(document: EncodedDocument) -> tuple[list[int], list[bool]]:
-    labels = document.sample["labels"].tolist()
-    return document.sample["input_ids"].tolist(), [label != IGNORE_INDEX for label in labels]
-
-
-def _became(features: MediaFeatures, family: Family) -> str:
+def _became(features: MediaFeatures, family: Family) -> list[str]:
+    tensors: Mapping[str, Any] = features.tensors
     parts = [f"{family.media_tokens(features.text)} tokens"]
-    for name, tensor in sorted(features.tensors.items(), key=lambda named: not named[0].endswith("grid_thw")):
-        if isinstance(tensor, Tensor) and name.endswith("grid_thw"):
-            frames, rows, columns = tensor[0].tolist()
+    for name in tensors:
+        if name.endswith("grid_thw") and isinstance(tensors[name], torch.Tensor):
+            frames, rows, columns = tensors[name][0].tolist()
             parts.append(f"patches {columns} wide x {rows} high" + (f" x {frames} in time" if frames > 1 else ""))
-        elif name in ("pixel_values", "pixel_values_videos", "input_features"):
-            parts.append(f"{name} {list(tensor.shape)}")
-    return ", ".join(parts)
+    shaped = ("pixel_values", "pixel_values_videos", "input_features")
+    return parts + [f"{name} {list(tensors[name].shape)}" for name in shaped if name in tensors]
 
 
-def _summary(config: Config, console: Console, found: list[_Counted], skipped: int, available: str) -> None:
+def _summarize(console: Console, found: list[_Counted], capacity: int, skipped: int, available: str) -> None:
     import numpy as np
 
     from veomni.data.packing.best_fit import best_fit_decreasing
@@ -121,21 +107,16 @@ def _summary(config: Config, console: Console, found: list[_Counted], skipped: i
 
     if not found:
         raise DataError(f"none of {skipped} documents can be used", "fix their media")
-    capacity = config.data.max_seq_len
     lengths = np.array([one.tokens for one in found])
-    total, supervised, media = (
-        lengths.sum(),
-        sum(one.supervised for one in found),
-        sum(one.media_tokens for one in found),
-    )
+    total, supervised, media = (sum(counts) for counts in list(zip(*found, strict=True))[:3])
     kinds = Counter(kind for one in found for kind in one.kinds)
-    fitting = lengths[lengths <= capacity]
-    rows = int(best_fit_decreasing(fitting, capacity).max()) + 1 if len(fitting) else 0
+    recorded = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
     console.rule(f"{available} documents")
     console.print(f"{total} tokens, {100 * supervised / total:.1f} % supervised; {LEGEND}", style="bold")
-    recorded = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
     console.print(f"media: {recorded or 'none'}; {100 * media / total:.1f} % of tokens stand for them", style="bold")
-    if rows:
+    fitting = lengths[lengths <= capacity]
+    if len(fitting):
+        rows = int(best_fit_decreasing(fitting, capacity).max()) + 1
         filled = 100 * fitting.sum() / (rows * capacity)
         console.print(f"packed: {rows} rows of {capacity} tokens, {filled:.2f} % filled", style="bold")
     for number, what in ((len(lengths) - len(fitting), f"longer than {capacity}"), (skipped, "left out: bad media")):

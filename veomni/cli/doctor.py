@@ -10,11 +10,10 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from itertools import chain
 from typing import Any
 
 from veomni.version import __version__
-
-HELP = "print versions, devices, extras, backends and disk space, for bug reports"
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "pyarrow", "torchmetrics", "numpy")
 _EXTRAS = {
@@ -34,15 +33,11 @@ _VARIABLES = (
 _GIB = 1024**3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments: there are none."""
-
-
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print one line per fact."""
-    for part in (_software, _accelerators, _backends, _machine, _environment):
-        for name, fact in part():
-            print(f"{name:<28}{fact}")
+    variables = ((f"${name}", os.environ[name]) for name in _VARIABLES if name in os.environ)
+    for name, fact in chain(_software(), _accelerators(), _machine(), variables):
+        print(f"{name:<28}{fact}")
 
 
 def _software() -> Iterator[tuple[str, str]]:
@@ -63,6 +58,8 @@ def _version(package: str) -> str:
 
 
 def _accelerators() -> Iterator[tuple[str, str]]:
+    import torch.distributed as dist
+
     from veomni.accelerators.base import ACCELERATORS
 
     for name in sorted(set(ACCELERATORS) - {"auto"}):
@@ -72,11 +69,6 @@ def _accelerators() -> Iterator[tuple[str, str]]:
         except Exception as error:  # a broken driver or plug-in is a finding, and the other lines still matter
             fact = f"broken: {type(error).__name__}: {error}"
         yield f"accelerator {name}", fact
-
-
-def _backends() -> Iterator[tuple[str, str]]:
-    import torch.distributed as dist
-
     known = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available, "mpi": dist.is_mpi_available}
     found = [name for name, available in known.items() if dist.is_available() and available()]
     yield "collective backends", ", ".join(found) or "none"
@@ -91,9 +83,3 @@ def _machine() -> Iterator[tuple[str, str]]:
         if os.path.isdir(path):
             usage = shutil.disk_usage(path)
             yield f"disk {path}", f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free"
-
-
-def _environment() -> Iterator[tuple[str, str]]:
-    for name in _VARIABLES:
-        if name in os.environ:
-            yield f"${name}", os.environ[name]

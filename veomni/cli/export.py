@@ -11,8 +11,6 @@ from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
-HELP = "write a checkpoint's model in Hugging Face layout, or the safetensors of any module"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""

@@ -17,12 +17,9 @@ ROWS = 12
 
 @dataclass
 class Document:
-    """One document.
+    """Tokens and unshifted labels, int64 ``[length]`` (``IGNORE`` where no loss is taken), and the weights of labels.
 
-    Attributes:
-        tokens: int64 ``[length]``.
-        labels: int64 ``[length]``, unshifted; ``IGNORE`` where no loss is taken.
-        weights: float32 ``[length]``, of the loss of each label; None weighs all of them 1.
+    Weights are float32 ``[length]``; None weighs all labels 1.
     """
 
     tokens: Tensor

@@ -1,16 +1,10 @@
 """The truth of a training step: one process, float64, every document alone, unsharded, PyTorch's own cross-entropy.
 
-Loss curves hide gradients of a wrong scale, so every parameter's gradient is compared. To prove a strategy::
-
-    from veomni.testing.step import prove
-
-    def test_my_strategy_is_exact():
-        prove(LlamaConfig(...), lambda: MyStrategy(), world_size=2, accumulation=3)
+Loss curves hide gradients of a wrong scale, so every parameter's gradient is compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +23,7 @@ BOUNDS = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
 
 @dataclass
 class Truth:
-    """A step.
-
-    Attributes:
-        loss: The (weighted) mean over all supervised tokens of the global batch.
-        grad_norm: The 2-norm of all gradients.
-        gradients: By name of the parameter, whole and on the CPU; those that have one.
-    """
+    """A step: the (weighted) mean loss over the global batch, and gradients by parameter, whole and on the CPU."""
 
     loss: float
     grad_norm: float
@@ -45,7 +33,7 @@ class Truth:
 def truth_of(
     config: Any, rows: list[list[Document]] | None = None, *, device: str = "cpu", weights: str = "random"
 ) -> Truth:
-    """Return the true step of a transformers causal model.
+    """Return the true step of the transformers causal model of ``config``.
 
     Args:
         config: The model's configuration.
@@ -80,37 +68,23 @@ def backward_of(model: nn.Module, rows: list[list[Document]], device: str = "cpu
             part = (each * weights).sum()
             (part / total).backward()
             loss += part.detach() / total
-    return Truth(loss.item(), *norm_and_gradients(model))
-
-
-def norm_and_gradients(model: nn.Module) -> tuple[float, dict[str, Tensor]]:
-    """Return the 2-norm of all gradients of an unsharded model, and the gradients by name, on the CPU."""
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(), gradients
+    return Truth(loss.item(), float(nn.utils.get_total_norm(gradients.values())), gradients)
 
 
 def check(found: Truth, truth: Truth, bound: float) -> None:
-    """Compare loss, norm and every parameter's gradient with the truth, relative and tensor by tensor.
-
-    Args:
-        found: A step on some layout.
-        truth: The true step.
-        bound: One of :data:`BOUNDS`.
+    """Compare loss, norm and every parameter's gradient of a step with the truth, relative and tensor by tensor.
 
     Raises:
         AssertionError: a gradient is missing, or something is off by more than ``bound``.
     """
     missing = found.gradients.keys() ^ truth.gradients.keys()
     assert not missing, f"gradients on one side only: {sorted(missing)}"
-    wrong = {name: error for name, error in errors(found.gradients, truth.gradients).items() if not error <= bound}
+    errors = {name: relative_error(found.gradients[name], tensor) for name, tensor in truth.gradients.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= bound}
     assert not wrong, f"gradients off by more than {bound}: {wrong}"
     assert abs(found.loss - truth.loss) <= bound * abs(truth.loss), f"loss {found.loss}, not {truth.loss}"
     assert abs(found.grad_norm - truth.grad_norm) <= bound * truth.grad_norm, (found.grad_norm, truth.grad_norm)
-
-
-def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return of every expected tensor how far off what was found is, relative to its norm."""
-    return {name: relative_error(found[name], tensor) for name, tensor in expected.items()}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -50,18 +50,7 @@ def free_port() -> int:
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, init: bool = True, timeout: float = 90.0, **kwargs: Any
 ) -> list[Any]:
-    """Return ``[function(*args, **kwargs) on rank 0, ... on rank world_size - 1]``.
-
-    Results travel by pickle through a private directory. Inside, ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and
-    ``MASTER_*`` are set, as torchrun sets them, so that a ``Launcher`` joins.
-
-    Args:
-        function: What every rank runs; anything that a fork inherits, closures too.
-        world_size: Number of ranks.
-        args: Arguments of the function.
-        init: Make the gloo group first; False leaves it to the function, as for one that launches a ``Launcher``.
-        timeout: Seconds after which a rank that has not finished is killed.
-        kwargs: Keyword arguments of the function.
+    """Return ``[function(*args, **kwargs) on rank 0, ... on rank world_size - 1]``; see :func:`run_cases`.
 
     Raises:
         RankFailed: a rank raised, died or was killed.
@@ -75,28 +64,26 @@ def run_ranks(
 def run_cases(
     cases: Sequence[Callable[[], Any]], world_size: int, *, init: bool = True, timeout: float = 90.0
 ) -> list[list[Any] | RankFailed]:
-    """Run many cases one after the other on the same forked ranks, which share the default process group.
+    """Run cases one after the other on the same forked ranks; return what every rank returned, or how a case failed.
 
-    A case that fails ends its ranks, and those behind it run on new ones.
+    A case that fails ends its ranks, and those behind it run on new ones. Inside, ``RANK``, ``WORLD_SIZE``,
+    ``LOCAL_RANK`` and ``MASTER_*`` are set, as torchrun sets them, so that a ``Launcher`` joins.
 
     Args:
-        cases: What every rank runs.
+        cases: What every rank runs; anything that a fork inherits, closures too. Results travel by pickle.
         world_size: Number of ranks.
-        init: As in :func:`run_ranks`.
-        timeout: Seconds a case may take.
-
-    Returns:
-        Of every case what each rank returned, or how it failed.
+        init: Make the gloo group first; False leaves it to the cases, as for those that launch a ``Launcher``.
+        timeout: Seconds after which a rank that has not finished a case is killed.
     """
     found: list[list[Any] | RankFailed] = []
     while len(found) < len(cases):
+        together = cases[len(found) : len(found) + _TOGETHER]
         with tempfile.TemporaryDirectory() as scratch:
-            together = cases[len(found) : len(found) + _TOGETHER]
-            found += _Ranks(together, world_size, Path(scratch), init, timeout).run()
+            found += _Fork(together, world_size, Path(scratch), init, timeout).run()
     return found
 
 
-class _Ranks:
+class _Fork:
     """One fork of all ranks: it runs cases until one fails."""
 
     def __init__(
@@ -108,7 +95,7 @@ class _Ranks:
     def run(self) -> list[list[Any] | RankFailed]:
         sys.stdout.flush()
         sys.stderr.flush()
-        statuses = self._wait([self._fork(rank) for rank in range(self.world_size)])
+        statuses = self._wait([self._start(rank) for rank in range(self.world_size)])
         found: list[list[Any] | RankFailed] = []
         for number in range(len(self.cases)):
             results = [self._file(number, rank) for rank in range(self.world_size)]
@@ -122,7 +109,7 @@ class _Ranks:
 
     # ---------------------------------------------------------------- in a rank
 
-    def _fork(self, rank: int) -> int:
+    def _start(self, rank: int) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -130,8 +117,7 @@ class _Ranks:
         gc.freeze()  # what a rank inherits is not searched for garbage, so its pages stay shared
         code = 1
         try:
-            if self._run_cases(rank):
-                code = 0
+            code = 0 if self._run_cases(rank) else 1
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -139,7 +125,6 @@ class _Ranks:
 
     def _run_cases(self, rank: int) -> bool:
         import torch
-        import torch.distributed as dist
 
         torch.set_num_threads(1)
         os.environ.update(
@@ -149,47 +134,48 @@ class _Ranks:
         )  # fmt: skip
         for number, case in enumerate(self.cases):
             try:
-                if self.init and not dist.is_initialized():
-                    dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout))
-                result = case()
-                if dist.is_initialized():
-                    dist.barrier()
-                    if case is self.cases[-1]:
-                        dist.destroy_process_group()
-                _write(self._file(number, rank), pickle.dumps(result))
+                _write(self._file(number, rank), pickle.dumps(self._result(case)))
             except BaseException as error:
                 _write(self._file(number, rank, "error"), _pickled(error))
                 return False
             gc.collect()
         return True
 
+    def _result(self, case: Callable[[], Any]) -> Any:
+        import torch.distributed as dist
+
+        if self.init and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout))
+        result = case()
+        if dist.is_initialized():
+            dist.barrier()
+            if case is self.cases[-1]:
+                dist.destroy_process_group()
+        return result
+
     # ---------------------------------------------------------------- in the test process
 
-    def _wait(self, pids: list[int]) -> list[int | None]:
-        statuses: list[int | None] = [None] * len(pids)
-        deadline, finished = time.monotonic() + self.timeout, 0
-        failed = False
-        while None in statuses:
-            for rank, pid in enumerate(pids):
-                if statuses[rank] is None and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                    statuses[rank] = ended[1]
-            if not failed and any(status not in (None, 0) for status in statuses):
+    def _wait(self, pids: Sequence[int]) -> dict[int, int]:
+        """Return how every rank ended; those that outlive a case's timeout, or a dead peer, are killed."""
+        statuses: dict[int, int] = {}
+        deadline, finished, failed = time.monotonic() + self.timeout, 0, False
+        while len(statuses) < len(pids):
+            running = {rank: pid for rank, pid in enumerate(pids) if rank not in statuses}
+            statuses |= {rank: ended[1] for rank, pid in running.items() if (ended := os.waitpid(pid, os.WNOHANG))[0]}
+            if not failed and any(statuses.values()):
                 failed, deadline = True, min(deadline, time.monotonic() + _GRACE)
             if time.monotonic() > deadline:
                 if not failed and (now := len(os.listdir(self.scratch))) > finished:
                     deadline, finished = time.monotonic() + self.timeout, now
                     continue
-                for rank, pid in enumerate(pids):
-                    if statuses[rank] is None:
-                        os.kill(pid, signal.SIGKILL)
-                        os.waitpid(pid, 0)
-                        statuses[rank] = -signal.SIGKILL
+                for rank in running.keys() - statuses.keys():
+                    os.kill(running[rank], signal.SIGKILL)
             time.sleep(0.005)
         return statuses
 
-    def _failure(self, number: int, statuses: list[int | None]) -> RankFailed:
+    def _failure(self, number: int, statuses: Mapping[int, int]) -> RankFailed:
         texts, exceptions = [], {}
-        for rank, status in enumerate(statuses):
+        for rank, status in sorted(statuses.items()):
             error = self._file(number, rank, "error")
             if error.exists():
                 text, exceptions[rank] = pickle.loads(error.read_bytes())

@@ -1,13 +1,6 @@
 """Declared places where a test replaces what the library does: for seeded bugs, faults and fakes.
 
-A seam is a public function, method or property that every step passes. The library calls it as any other; replacing it
-costs nothing where no test does, and a test names the seam instead of a module, so code can move under it::
-
-    def counted_on_one_rank_only(sync, counts):
-        return sync({**counts, "token_weight": counts["token_weight"] if dist.get_rank() == 0 else 0})
-
-    with replaced(seams.STEP_SYNC, counted_on_one_rank_only):
-        ...
+A seam is a public function, method or property that every step passes; a test names it instead of a module.
 """
 
 from __future__ import annotations
@@ -17,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from veomni.batch.counts import token_weight
 from veomni.batch.documents import token_mask
@@ -40,15 +33,14 @@ from veomni.strategies.grad_norm import sharded_grad_norm, sharding_of
 
 @dataclass(frozen=True)
 class Seam:
-    """One place; ``target`` is the function, the method (``Class.method``) or the property itself."""
+    """One place; ``target`` is the function, the method or the property itself."""
 
     target: Any
 
     @property
     def function(self) -> Callable[..., Any]:
         """What runs there."""
-        found: Any = self.target.fget if isinstance(self.target, property) else self.target
-        return cast("Callable[..., Any]", found)
+        return getattr(self.target, "fget", self.target)
 
     def holders(self, value: Any) -> list[tuple[Any, str]]:
         """Return every module of the library, or class, that holds ``value`` where this seam is, and its name there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,11 +24,7 @@ _OF_SETUP = ("fused_loss", "router", "broadcast_weights")
 
 @dataclass
 class Outcome(Truth):
-    """What a step on a layout came to, equal on all ranks.
-
-    Attributes:
-        clipped: The gradients after clipping.
-    """
+    """A step on a layout, equal on all ranks; ``clipped`` are the gradients after clipping."""
 
     clipped: dict[str, Tensor] = field(default_factory=dict)
 
@@ -76,18 +73,13 @@ def train_step(
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter's whole gradient by its name in the user's module, on the CPU; collective."""
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            return _gradients(model)
-    return _gradients(model)
-
-
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    flat = isinstance(model, FullyShardedDataParallel)
     found = {}
-    for name, parameter in unwrap(model).named_parameters():
-        if parameter.grad is not None:
-            grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-            found[plain_name(name)] = grad.detach().cpu().clone()
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True) if flat else nullcontext():
+        for name, parameter in unwrap(model).named_parameters():
+            if (grad := parameter.grad) is not None:
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                found[plain_name(name)] = whole.detach().cpu().clone()
     return found
 
 
