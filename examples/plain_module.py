@@ -54,7 +54,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 def main() -> None:
     output_dir = Path(sys.argv[1] if len(sys.argv) > 1 else "output/plain_module")
     epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 12
-    reporter = Reporter(output_dir, progress_bar=True, plot=True)
+    reporter = Reporter(output_dir)
     checkpoints = CheckpointSchedule(output_dir / "checkpoints", save_steps=50)
     launcher = Launcher(
         FSDP2(), precision="bf16", devices=2, backend="gloo", reporter=reporter, checkpoints=checkpoints

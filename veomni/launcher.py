@@ -90,9 +90,9 @@ class Launcher(World):
         self.parameter_strategy: ParameterStrategy = parameter_strategy(self.strategies)
         self.precision = precision if isinstance(precision, Precision) else select_precision(precision)
         self.seed, self.deterministic = seed, deterministic
-        self.reporter, self.checkpoints = reporter or Reporter(), checkpoints or CheckpointSchedule()
+        self.reporter = reporter or Reporter(progress_bar=False)
+        self.checkpoints = checkpoints or CheckpointSchedule()
         self.step = 0
-        self._current: Step | None = None
 
     @override
     def launch(self) -> None:
@@ -155,22 +155,23 @@ class Launcher(World):
             LoopError: a micro-batch of the last step was not backpropagated; or the loader yields no lists (DataError).
         """
         check_loader(loader)
-        reader = StepReader(loader, self, self.strategies, self.signal, self.reporter)
+        reader = StepReader(loader, self, self.reporter.measure)
         total = max_steps if max_steps is not None else last_step(loader, self.step)
         self.reporter.start(self.step, total)
         while total is None or self.step < total:
-            self.reporter.begin_step()
+            self.reporter.clock.start_step()
             step = reader.read(self.step + 1)
             if step is None:
                 self.checkpoints.last = True  # the data has ended: what is saved now is final
                 break
-            self.step, self._current = step.index, step
-            self.checkpoints.stopping, self.checkpoints.last = reader.stopping, self.step == total
-            self.reporter.mark("data")
+            self.step, self.reporter.step = step.index, step
+            self.checkpoints.stopping, self.checkpoints.last = step.stopping, self.step == total
+            self.reporter.clock.mark("data")
             yield step
-            step.check_complete()
-            if self.checkpoints.stopping:
+            reader.finish(step)
+            if step.stopping:
                 self._exit_preempted()
+        reader.close()
         self.reporter.end_loop()
 
     def accumulate(self, model: nn.Module, step: Step, *, weight: Weight | None = None) -> Iterator[MicroBatch]:
@@ -186,7 +187,7 @@ class Launcher(World):
         if not isinstance(step, Step):
             raise LoopError(f"accumulate() was given a {type(step).__name__}", "give it what launcher.track yields")
         yield from step.accumulate(model, partial(sync_gradients, self.strategies), weight)
-        self.reporter.mark("compute")
+        self.reporter.clock.mark("compute")
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add this micro-batch's gradients, and those of its routers' losses; every loop must use this call.
@@ -231,20 +232,15 @@ class Launcher(World):
         """
         from veomni.strategies.grad_norm import clip_gradients
 
-        if self._current is not None:
-            self._current.check_complete()
+        if self.reporter.step is not None:
+            self.reporter.step.of(model).check_complete()
         norm = self.parameter_strategy.grad_norm(model)
         clip_gradients(model.parameters(), norm, max_norm)
         return norm
 
     def log(self, metrics: Mapping[str, float | int | Tensor | None]) -> None:
         """Report numbers of the current step: the progress bar, ``metrics.jsonl`` and the other loggers."""
-        if self._current is None:
-            raise LoopError("log() was called before the first step", "call it inside the loop over launcher.track")
-        self._current.check_complete()
-        self.reporter.report({**metrics, **self._current.routing()}, self._current)
-        for load in self._current.expert_loads():
-            self.reporter.report_expert_load(load, self._current)
+        self.reporter.report(metrics)
 
     def evaluate(
         self, model: nn.Module, loader: Iterable[Any], *, answers: bool = False, loss: Measure | None = None
@@ -261,9 +257,9 @@ class Launcher(World):
             loss: ``loss(model, micro)`` returns the mean loss of a micro-batch, or means by name, returned as
                 ``eval_NAME``; None takes the ``loss`` of the model's output.
         """
-        self.reporter.mark("optimizer")
-        found = evaluate(model, loader, self, self.strategies, answers=answers, measure=loss)
-        self.reporter.mark("evaluation")
+        self.reporter.clock.mark("optimizer")
+        found = evaluate(model, loader, self, answers=answers, measure=loss)
+        self.reporter.clock.mark("evaluation")
         return found
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -30,13 +31,17 @@ class Recorder(Logger):
         self.calls.append(status)
 
 
+def log(logger: Logger, step: int) -> None:
+    logger.log({"loss": 1.0}, step)
+
+
 def test_all_get_everything(tmp_path) -> None:
     first, second = Recorder(), Recorder()
     group = LoggerGroup([first, second, JsonlLogger(tmp_path)])
-    group.log_config({"a": 1})
-    group.truncate_after(0)
-    group.log({"loss": 1.0}, 1)
-    group.finalize("finished")
+    group.each(lambda each: each.log_config({"a": 1}))
+    group.each(lambda each: each.truncate_after(0))
+    group.each(lambda each: each.log({"loss": 1.0}, 1))
+    group.each(lambda each: each.finalize("finished"))
     assert first.calls == second.calls == [{"a": 1}, (1, {"loss": 1.0}), "finished"]
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
@@ -45,8 +50,8 @@ def test_a_failing_logger_is_named_once_and_switched_off(tmp_path, caplog) -> No
     failing, healthy = Recorder(fail_at=2), Recorder()
     group = LoggerGroup([failing, healthy, JsonlLogger(tmp_path)])
     for step in range(1, 5):
-        group.log({"loss": 1.0}, step)
-    group.finalize("finished")
+        group.each(partial(log, step=step))
+    group.each(lambda each: each.finalize("finished"))
     assert failing.calls == [(1, {"loss": 1.0})]
     assert len(healthy.calls) == 5
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
@@ -59,8 +64,8 @@ def test_a_failing_logger_is_named_once_and_switched_off(tmp_path, caplog) -> No
 def test_a_real_backend_on_a_path_it_cannot_write_to(tmp_path, caplog) -> None:
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     group = LoggerGroup([TensorBoardLogger(tmp_path), JsonlLogger(tmp_path)])
-    group.log({"loss": 1.0}, 1)
-    group.log({"loss": 1.0}, 2)
+    group.each(lambda each: each.log({"loss": 1.0}, 1))
+    group.each(lambda each: each.log({"loss": 1.0}, 2))
     assert "the tensorboard logger failed" in caplog.text
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -68,14 +73,14 @@ def test_a_real_backend_on_a_path_it_cannot_write_to(tmp_path, caplog) -> None:
 def test_metrics_jsonl_failing_stops_the_run(tmp_path) -> None:
     group = LoggerGroup([JsonlLogger(tmp_path)])
     with files_at_most(10), pytest.raises(OSError, match="File too large"):
-        group.log({"loss": 1.0}, 1)
+        group.each(lambda each: each.log({"loss": 1.0}, 1))
 
 
 def log_on_every_rank(folder) -> int:
     group = LoggerGroup([JsonlLogger(folder), recorder := Recorder()])
-    group.truncate_after(0)
-    group.log({"loss": 1.0}, 1)
-    group.finalize("finished")
+    group.each(lambda each: each.truncate_after(0))
+    group.each(lambda each: each.log({"loss": 1.0}, 1))
+    group.each(lambda each: each.finalize("finished"))
     return len(recorder.calls)
 
 

@@ -17,13 +17,13 @@ from veomni.loggers import WandbLogger
 
 PROGRAM = """
 import sys
-from veomni.loggers import LoggerGroup, WandbLogger
-group = LoggerGroup([WandbLogger(sys.argv[1], project="a project", mode="offline")])
-group.log_config({"model": {"hf_token": "CONFIGSECRET", "layers": 3}, "data": {"path": "https://me:URLSECRET@host/x"}})
+from veomni.loggers import WandbLogger
+logger = WandbLogger(sys.argv[1], project="a project", mode="offline")
+logger.log_config({"model": {"hf_token": "CONFIGSECRET", "layers": 3}, "data": {"path": "https://me:URLSECRET@host/x"}})
 for step in (1, 2, 3):
-    group.log({"loss": 1 / step, "mfu_full": None, "tokens": 100 * step}, step)
+    logger.log({"loss": 1 / step, "mfu_full": None, "tokens": 100 * step}, step)
 print("PRINTEDTEXT")
-group.finalize("finished")
+logger.finalize("finished")
 """
 KEY = "0123456789abcdef" * 2 + "01234567"
 

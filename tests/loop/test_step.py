@@ -13,16 +13,17 @@ from torch import nn
 
 from tests.models.tiny import tiny_config
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import CheckpointError, DataError, InputError, LoopError, ModelError
+from veomni.errors import CheckpointError, DataError, LoopError, ModelError, NonFiniteError, VeOmniError
 from veomni.launcher import Launcher
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.reporter import Reporter
 from veomni.loop.step_reader import listed
+from veomni.metrics import StepFlops
 from veomni.models import build_model
 from veomni.moe import MoEOptions
 from veomni.strategies import FSDP2
 from veomni.testing.documents import global_rows, share
-from veomni.testing.ranks import run_cases, run_ranks
+from veomni.testing.ranks import RankFailed, run_cases, run_ranks
 from veomni.testing.step import full_gradients
 
 ROUTER = MoEOptions(aux_loss_coef=0.3, z_loss_coef=0.02)
@@ -79,7 +80,7 @@ class Doubled(Reporter):
 
     def measure(self, micro_batches):
         causal, full = super().measure(micro_batches)
-        return 2 * causal + 1, 2 * full + 1
+        return StepFlops(2 * causal + 1, 2 * full + 1)
 
 
 def reported(reporter):
@@ -203,11 +204,49 @@ def unreduced_measure(launcher, model, step):
     launcher.evaluate(model, [step.micro_batches], loss=lambda model, micro: model(*micro.args, **micro.inputs))
 
 
+def twice_accumulated(launcher, model, step):
+    for _ in range(2):
+        for micro in launcher.accumulate(model, step):
+            launcher.backward(loss_of(model, micro), micro)
+
+
+def second_backward(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        for _ in range(2):
+            launcher.backward(loss_of(model, micro), micro)
+
+
+def nothing_accumulated(launcher, model, step):
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def clipped_without_accumulate(launcher, model, step):
+    launcher.clip_grad_norm(model, 1.0)
+
+
+def nonfinite(launcher, model, step):
+    for micro in launcher.accumulate(model, step):
+        launcher.backward(loss_of(model, micro) / torch.zeros(()), micro)
+
+
+def nonfinite_parameters(launcher, model, step):
+    launcher.checkpoints = CheckpointSchedule(Path(tempfile.mkdtemp()), save_steps=1)
+    with torch.no_grad():
+        model.linear.weight[0, 0] = torch.nan
+    launcher.checkpoint({"model": model})
+
+
 def empty_evaluation(launcher, model, step):
     launcher.evaluate(model, [], loss=lambda model, micro: loss_of(model, micro))
 
 
 BAD_LOOPS = {
+    twice_accumulated: (LoopError, "step 1 was accumulated on Plain twice"),
+    second_backward: (LoopError, "micro-batch 0 had a second launcher.backward"),
+    nothing_accumulated: (LoopError, "step 1 was accumulated on no model"),
+    clipped_without_accumulate: (LoopError, "step 1 was accumulated on no model"),
+    nonfinite: (NonFiniteError, "the loss of a step was not finite on 1 of 1 ranks"),
+    nonfinite_parameters: (NonFiniteError, r"model: linear.weight .* not finite"),
     empty_evaluation: (LoopError, "empty loader"),
     module_without_set_up: (LoopError, "Plain was not set up"),
     module_inside_its_wrapper: (LoopError, "Plain was not set up"),
@@ -232,7 +271,7 @@ BAD_LOOPS = {
 def outcome(body):
     try:
         loop(body)
-    except InputError as error:
+    except VeOmniError as error:
         return type(error), f"{error}"
     return None
 
@@ -272,6 +311,26 @@ def steps_of_a_list():
         taken.append((step.index, launcher.checkpoints.last))
     launcher.close()
     return taken
+
+
+def nonfinite_on_one_rank(last):
+    launcher = Launcher("ddp", accelerator="cpu", backend="gloo")
+    launcher.launch()
+    model = launcher.setup_model(Plain())
+    for step in launcher.track([[{"x": torch.ones(1, 2)}]] * (1 if last else 3)):
+        scale = torch.inf if launcher.rank == 1 else 1.0
+        for micro in launcher.accumulate(model, step):
+            launcher.backward(loss_of(model, micro) * scale, micro)
+    launcher.close()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_loss_that_is_not_finite_on_one_rank_ends_the_loop_on_all(last):
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(nonfinite_on_one_rank, 2, last, init=False, timeout=30)
+    found = caught.value.exceptions
+    assert [type(error) for error in found.values()] == [NonFiniteError] * 2
+    assert "not finite on 1 of 2 ranks" in str(found[0])
 
 
 def test_loaders_of_different_lengths_end_together():

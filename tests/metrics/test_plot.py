@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_no_backend_of_pyplot_is_chosen(tmp_path) -> None:
     program = f"""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from veomni.metrics import plot_loss
 assert "matplotlib" not in sys.modules
 plot_loss(Path({str(path)!r}), Path({str(tmp_path / "x.png")!r}))
@@ -104,6 +106,12 @@ def test_a_loop_that_never_logs_has_no_picture(tmp_path: Path) -> None:
     assert not (tmp_path / "loss.png").exists()
 
 
+def accumulated(index: int) -> Step:
+    step, model = Step(index, [], StepTotals(), None), torch.nn.Identity()
+    step.models[model] = SimpleNamespace(routers=None, check_complete=lambda: None)
+    return step
+
+
 def test_the_summary_says_what_was_reached_and_where_it_is(tmp_path: Path, capsys, monkeypatch) -> None:
     import logging
 
@@ -113,8 +121,9 @@ def test_the_summary_says_what_was_reached_and_where_it_is(tmp_path: Path, capsy
     reporter.describe_model(torch.nn.Linear(3, 4), select_accelerator("cpu"), select_precision("fp32"), 1)
     reporter.start(0, 3)
     for step, metrics in enumerate(({"loss": 3.0}, {"loss": 2.0}, {"loss": 1.5, "eval_loss": 1.75}), start=1):
-        reporter.begin_step()
-        reporter.report(metrics, Step(step, [], StepTotals(), None))
+        reporter.clock.start_step()
+        reporter.step = accumulated(step)
+        reporter.report(metrics)
     reporter.close("finished")
     text = stream.getvalue()
     assert f"Linear, 16 parameters; steps 1 to 3; output in {tmp_path}" in text

@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from typing_extensions import override
-
 from veomni.logging import create_logger, current_rank
 from veomni.registry import Registry
 
@@ -27,7 +25,7 @@ class Logger(ABC):
 
     Attributes:
         name: What messages call it.
-        essential: Whether a run without it is not worth going on with.
+        essential: Whether its error ends the run.
     """
 
     name: ClassVar[str]
@@ -35,68 +33,44 @@ class Logger(ABC):
 
     @abstractmethod
     def log(self, metrics: Metrics, step: int) -> None:
-        """Record numbers of one step.
+        """Record numbers of a step, counted from 1 over the whole run; None is "not measured"."""
 
-        Args:
-            metrics: By name; None is "not measured".
-            step: Counted from 1 over the whole run.
-        """
-
-    def truncate_after(self, step: int) -> None:
-        """Forget what was recorded for later steps: the run goes on from ``step``; to be called before :meth:`log`."""
+    def log_expert_load(self, tokens: Mapping[str, Sequence[int]], step: int) -> None:
+        """Record the tokens of a step that were dispatched to each expert, by router."""
         return
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Record the run's configuration, as nested plain values."""
         return
 
-    def finalize(self, status: str) -> None:
-        """Write what is buffered and close.
+    def truncate_after(self, step: int) -> None:
+        """Drop what was recorded for later steps: the run resumes from ``step``; called before :meth:`log`."""
+        return
 
-        Args:
-            status: How the run ended: "finished", "preempted" or "failed".
-        """
+    def finalize(self, status: str) -> None:
+        """Write what is buffered and close; the run is "finished", "preempted" or "failed"."""
         return
 
 
-class LoggerGroup(Logger):
-    """Send everything to several loggers, on rank 0 only.
+class LoggerGroup:
+    """Calls several loggers, on rank 0 only.
 
     A logger that raises is named in one warning and not used again; an essential one's error is passed on.
     """
 
-    name = "group"
-
     def __init__(self, loggers: Sequence[Logger]) -> None:
-        self._loggers = list(loggers) if current_rank() == 0 else []
+        self._loggers = list(loggers)
 
-    @override
-    def log(self, metrics: Metrics, step: int) -> None:
-        self._each(lambda backend: backend.log(metrics, step))
-
-    @override
-    def truncate_after(self, step: int) -> None:
-        self._each(lambda backend: backend.truncate_after(step))
-
-    @override
-    def log_config(self, config: Mapping[str, Any]) -> None:
-        self._each(lambda backend: backend.log_config(config))
-
-    @override
-    def finalize(self, status: str) -> None:
-        self._each(lambda backend: backend.finalize(status))
-
-    def _each(self, call: Callable[[Logger], None]) -> None:
-        for backend in list(self._loggers):
+    def each(self, call: Callable[[Logger], None]) -> None:
+        """Call every logger that is in use."""
+        for backend in list(self._loggers) if current_rank() == 0 else []:
             try:
                 call(backend)
             except Exception as error:
                 if backend.essential:
                     raise
                 self._loggers.remove(backend)
+                found = f"{type(error).__name__}: {error}"
                 logger.warning_rank0(
-                    "the %s logger failed and is switched off, training goes on: %s: %s",
-                    backend.name,
-                    type(error).__name__,
-                    error,
+                    "the %s logger failed and is switched off, training goes on: %s", backend.name, found
                 )

@@ -10,15 +10,8 @@ REDACTED = "***"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET_ANYWHERE = {
-    "password",
-    "passwd",
-    "passphrase",
-    "secret",
-    "secrets",
-    "credential",
-    "credentials",
-    "authorization",
-}
+    "password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "authorization",
+}  # fmt: skip
 _SECRET_AT_THE_END = re.compile(r".*(key|token)s?|auth|bearer|cookies?|pat")
 _HARMLESS_BEFORE = {
     "bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video", "audio", "vision", "text", "prompt", "label",
@@ -38,7 +31,8 @@ def redact(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: Nested mappings, lists and plain values; it is not changed.
     """
-    return {key: _redact(value, secret=_names_a_secret(str(key))) for key, value in config.items()}
+    found: dict[str, Any] = _redact(config, secret=False)
+    return found
 
 
 def _redact(value: Any, *, secret: bool) -> Any:
@@ -47,12 +41,8 @@ def _redact(value: Any, *, secret: bool) -> Any:
     if isinstance(value, list | tuple):
         return [_redact(item, secret=secret) for item in value]
     if isinstance(value, str):
-        return REDACTED if secret and value else _redact_url(value)
+        return REDACTED if secret and value else _SIGNATURE.sub(rf"\1{REDACTED}", _USER_INFO.sub(f"{REDACTED}@", value))
     return value
-
-
-def _redact_url(text: str) -> str:
-    return _SIGNATURE.sub(rf"\1{REDACTED}", _USER_INFO.sub(f"{REDACTED}@", text))
 
 
 def _names_a_secret(key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,33 +35,29 @@ class TensorBoardLogger(Logger):
         MissingExtraError.check("tensorboard", "dev")
         self._folder = Path(output_dir) / "tensorboard"
         self._purge_step: int | None = None
-        self._writer: SummaryWriter | None = None
+
+    @cached_property
+    def _writer(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(log_dir=str(self._folder), purge_step=self._purge_step)
 
     @override
     def truncate_after(self, step: int) -> None:
-        """Have TensorBoard hide what earlier event files hold for later steps."""
-        self._purge_step = step + 1
+        self._purge_step = step + 1  # TensorBoard hides what earlier event files hold for later steps
 
     @override
     def log(self, metrics: Metrics, step: int) -> None:
         for key, value in metrics.items():
             if value is not None:
-                self._started().add_scalar(key, value, global_step=step)
+                self._writer.add_scalar(key, value, global_step=step)
 
     @override
     def log_config(self, config: Mapping[str, Any]) -> None:
         text = json.dumps(redact(config), indent=2, default=str)
-        self._started().add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), global_step=0)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), global_step=0)
 
     @override
     def finalize(self, status: str) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _started(self) -> SummaryWriter:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(log_dir=str(self._folder), purge_step=self._purge_step)
-        return self._writer
+        if writer := vars(self).pop("_writer", None):
+            writer.close()

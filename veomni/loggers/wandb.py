@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,33 +60,30 @@ class WandbLogger(Logger):
                 field="WandbLogger.mode",
             )
         self._output_dir = Path(output_dir)
-        self._options: dict[str, Any] = {"project": project, "mode": mode, "name": run_name, "entity": entity}
-        self._options |= {"group": group, "tags": list(tags) or None, "id": run_id}
-        if run_id is not None:
-            self._options["resume"] = "allow"
-        self._run: Any = None
+        self._options: dict[str, Any] = {
+            "project": project, "mode": mode, "name": run_name, "entity": entity, "group": group,
+            "tags": list(tags) or None, "id": run_id, "resume": None if run_id is None else "allow",
+        }  # fmt: skip
+
+    @cached_property
+    def _run(self) -> Any:
+        import wandb
+
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        settings = wandb.Settings(
+            console="off", save_code=False, disable_git=True, x_disable_meta=True, x_save_requirements=False
+        )
+        return wandb.init(dir=str(self._output_dir), settings=settings, **self._options)
 
     @override
     def log(self, metrics: Metrics, step: int) -> None:
-        self._started().log({key: value for key, value in metrics.items() if value is not None}, step=step)
+        self._run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
 
     @override
     def log_config(self, config: Mapping[str, Any]) -> None:
-        self._started().config.update(redact(config))
+        self._run.config.update(redact(config))
 
     @override
     def finalize(self, status: str) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=1 if status == "failed" else 0)
-            self._run = None
-
-    def _started(self) -> Any:
-        if self._run is None:
-            import wandb
-
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            settings = wandb.Settings(
-                console="off", save_code=False, disable_git=True, x_disable_meta=True, x_save_requirements=False
-            )
-            self._run = wandb.init(dir=str(self._output_dir), settings=settings, **self._options)
-        return self._run
+        if run := vars(self).pop("_run", None):
+            run.finish(exit_code=1 if status == "failed" else 0)

@@ -1,15 +1,19 @@
-"""When a run saves and what it continues from; how a checkpoint is written is the checkpointer's business."""
+"""When a run saves and what it continues from; the checkpointer writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
+from torch import nn
 
-from veomni.errors import CheckpointError
+from veomni.errors import CheckpointError, NonFiniteError
 from veomni.logging import create_logger
+from veomni.loop.sync import extremes
+from veomni.parallel.tensors import local_shard
 
 if TYPE_CHECKING:
     from veomni.checkpoint import Checkpointer
@@ -48,35 +52,35 @@ class CheckpointSchedule:
         signature: Mapping[str, Any] | None = None,
     ) -> None:
         if directory is None and resume not in ("auto", "none"):
-            raise CheckpointError(
-                f"resume is {resume}, but there is no directory", "give CheckpointSchedule a directory"
-            )
+            problem = f"resume is {resume}, but there is no directory"
+            raise CheckpointError(problem, "give CheckpointSchedule a directory")
         self.directory = None if directory is None else Path(directory)
         self.save_steps, self.save_final, self.resume_from = save_steps, save_final, resume
         self._options: dict[str, Any] = {"keep_last": keep_last, "async_save": async_save, "verify_hash": verify_hash}
-        self._signature = dict(signature or {})
-        self._checkpointer: Checkpointer | None = None
-        self.stopping = False
-        self.last = False
+        self._options["signature"] = dict(signature or {})
+        self.stopping = self.last = False
         self._saved = 0
 
-    def _open(self) -> Checkpointer | None:
-        if self._checkpointer is None and self.directory is not None:
-            from veomni.checkpoint import Checkpointer
+    @cached_property
+    def _checkpointer(self) -> Checkpointer | None:
+        from veomni.checkpoint import Checkpointer
 
-            self._checkpointer = Checkpointer(self.directory, signature=self._signature, **self._options)
-        return self._checkpointer
+        return None if self.directory is None else Checkpointer(self.directory, **self._options)
 
     def save_if_due(self, state: Mapping[str, Any], step: int) -> None:
-        """Save ``state`` after ``step`` when the schedule says so; collective."""
+        """Save ``state`` after ``step`` when the schedule says so; collective.
+
+        Raises:
+            NonFiniteError: a parameter is not finite on some rank; raised on all ranks, and nothing is saved.
+        """
         regular = self.save_steps is not None and step % self.save_steps == 0
         if step == self._saved or not (regular or self.stopping or (self.last and self.save_final)):
             return
-        checkpointer = self._open()
-        if checkpointer is None:
+        if self._checkpointer is None:
             logger.warning_once("nothing is saved: the launcher was given no checkpoint directory")
             return
-        checkpointer.save(state, step)
+        _check_finite(state, step)
+        self._checkpointer.save(state, step)
         self._saved = step
 
     def resume(self, state: Mapping[str, Any]) -> int:
@@ -85,19 +89,31 @@ class CheckpointSchedule:
         Raises:
             CheckpointError: the checkpoint asked for cannot be loaded, or the directory holds those of later steps.
         """
-        checkpointer = self._open()
-        if checkpointer is None:
+        if self._checkpointer is None:
             return 0
         if self.resume_from == "auto":
-            self._saved = checkpointer.load_latest(state) or 0
+            self._saved = self._checkpointer.load_latest(state) or 0
             return self._saved
-        step = 0 if self.resume_from == "none" else checkpointer.load(state, Path(self.resume_from))
-        checkpointer.check_none_newer(step)
+        step = 0 if self.resume_from == "none" else self._checkpointer.load(state, Path(self.resume_from))
+        self._checkpointer.check_none_newer(step)
         return step
 
     def close(self) -> None:
         """Wait for a save in the background; its error is raised here."""
-        if self._checkpointer is not None:
-            self._checkpointer.wait()
-            self._checkpointer.close()
-            self._checkpointer = None
+        if checkpointer := vars(self).pop("_checkpointer", None):
+            checkpointer.wait()
+            checkpointer.close()
+
+
+def _check_finite(state: Mapping[str, Any], step: int) -> None:
+    modules = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+    found = [
+        f"{key}: {name}" for key, module in modules.items() for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not local_shard(parameter).isfinite().all()
+    ]  # fmt: skip
+    if extremes(len(found))[1]:
+        shown = found[0] if found else "parameters of another rank"
+        raise NonFiniteError(
+            f"{shown} is not finite after step {step}, and no checkpoint was saved; "
+            "call launcher.clip_grad_norm, which stops before the step that would write it"
+        )

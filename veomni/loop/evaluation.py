@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,6 @@ from veomni.loop.step import forward
 from veomni.loop.step_reader import listed, shard
 from veomni.loop.sync import extremes
 from veomni.models.adapter.adapter import ModelAdapter
-from veomni.strategies import Strategy
 
 if TYPE_CHECKING:
     from veomni.metrics.mean import WeightedMean
@@ -32,20 +31,14 @@ Measure = Callable[[nn.Module, MicroBatch], Tensor | Mapping[str, Tensor]]
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loader: Iterable[Any],
-    world: World,
-    strategies: Sequence[Strategy],
-    *,
-    answers: bool,
-    measure: Measure | None,
+    model: nn.Module, loader: Iterable[Any], world: World, *, answers: bool, measure: Measure | None
 ) -> dict[str, float]:
     """Return means over a held-out loader; see ``Launcher.evaluate``."""
     evaluation, training = Evaluation(model, world, answers=answers, measure=measure), model.training
     model.eval()
     try:
         for micro in _micro_batches(loader):
-            evaluation.add(shard(micro, strategies, world.state))
+            evaluation.add(shard(micro, world))
     finally:
         model.train(training)
     return evaluation.compute()

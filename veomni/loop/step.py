@@ -37,13 +37,23 @@ class Step:
         micro_batches: This rank's shards, on the CPU.
         totals: What the ranks agreed on.
         world: The process it is taken in.
+        stopping: Whether a process was signalled to stop before it.
 
     Attributes:
         models: What each model that was accumulated on made of it.
     """
 
-    def __init__(self, index: int, micro_batches: Sequence[MicroBatch], totals: StepTotals, world: World) -> None:
+    def __init__(
+        self,
+        index: int,
+        micro_batches: Sequence[MicroBatch],
+        totals: StepTotals,
+        world: World,
+        *,
+        stopping: bool = False,
+    ) -> None:
         self.index, self.micro_batches, self.totals, self.world = index, tuple(micro_batches), totals, world
+        self.stopping = stopping
         self.models: dict[nn.Module, ModelStep] = {}
 
     def __iter__(self) -> Iterator[Any]:
@@ -54,7 +64,8 @@ class Step:
     def accumulate(self, model: nn.Module, grad_sync: GradSync, weight: Weight | None) -> ModelStep:
         """Return the step of a model, to be iterated; see ``Launcher.accumulate``."""
         if model in self.models:
-            self.models[model].check_complete()
+            name = type(model).__name__
+            raise LoopError(f"step {self.index} was accumulated on {name} twice", "accumulate once per step and model")
         self.models[model] = ModelStep(self, model, grad_sync, weight)
         return self.models[model]
 
@@ -88,8 +99,11 @@ class Step:
         """Check that every micro-batch of every model was backpropagated.
 
         Raises:
-            LoopError: one was not.
+            LoopError: one was not, or no model was accumulated on.
         """
+        if not self.models:
+            problem = f"step {self.index} was accumulated on no model"
+            raise LoopError(problem, "iterate over launcher.accumulate(model, step)")
         for each in self.models.values():
             each.check_complete()
 
@@ -173,12 +187,15 @@ class ModelStep:
             if not isinstance(each, Tensor) or each.numel() != 1:
                 found = f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
                 raise LoopError(f"backward() was given {found} for a loss", "give it the mean, one value")
+        if micro.index in self._backpropagated:
+            problem = f"step {self._index}: micro-batch {micro.index} had a second launcher.backward"
+            raise LoopError(problem, "add its losses, and call launcher.backward once for their sum")
         if self.routers is not None:
             self.routers.before_backward()
         share = shared_loss(loss, micro, self)
         self.loss = self.loss + share.detach()
         (share * self._world.state.size("loss")).backward()
-        if micro.index not in self._backpropagated and self._context.by_source is not None:
+        if self._context.by_source is not None:
             sums = self._context.by_source.sums
             self.source_sums = sums if self.source_sums is None else self.source_sums + sums
         self._backpropagated.add(micro.index)

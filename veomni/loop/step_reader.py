@@ -6,76 +6,95 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veomni.batch.counts import label_count, row_count, token_weight
 from veomni.batch.fields import component_tokens
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import DataError
-from veomni.launch import StopSignal
+from veomni.errors import DataError, NonFiniteError
 from veomni.launch.world import World
 from veomni.logging import create_logger
-from veomni.loop.reporter import Reporter
 from veomni.loop.step import Step
 from veomni.loop.sync import StepTotals, extremes, sync_step
-from veomni.parallel.mesh import ParallelState
-from veomni.strategies import Strategy
+from veomni.metrics import StepFlops
 
 logger = create_logger(__name__)
 
 
 class StepReader:
-    """Reads one step after another, until the data of a rank ends; collective.
+    """Reads one step after another, until the data of a rank ends.
 
     Args:
         loader: Yields the list of this data rank's micro-batches of a step.
-        world: The process among all ranks.
-        strategies: Split rows that the loader did not split.
-        signal: Whether this process was signalled to stop.
-        reporter: Counts FLOPs.
-
-    Attributes:
-        stopping: Whether any process was signalled to stop, before the step that was read last.
+        world: The ranks; its strategies split rows that the loader did not split.
+        measure: Counts the FLOPs of micro-batches.
     """
 
     def __init__(
-        self,
-        loader: Iterable[Any],
-        world: World,
-        strategies: Sequence[Strategy],
-        signal: StopSignal,
-        reporter: Reporter,
+        self, loader: Iterable[Any], world: World, measure: Callable[[Sequence[MicroBatch]], StepFlops]
     ) -> None:
-        self._loader, self._iterator, self._world, self._strategies = loader, iter(loader), world, strategies
-        self._signal, self._reporter = signal, reporter
-        self.stopping = False
+        self._loader, self._iterator, self._world, self._measure = loader, iter(loader), world, measure
+        self._nonfinite = torch.zeros((), device=world.device)
+        # The host reads this copy without waiting for the device: it may be late by steps, and never wrong.
+        self._nonfinite_host = torch.zeros((), pin_memory=world.accelerator.supports_pinned_memory)
 
     def read(self, index: int) -> Step | None:
-        """Return the next step of all ranks, to be called ``index``; None where a rank has no more."""
+        """Return the next step of all ranks, to be called ``index``; None where a rank has no more; collective.
+
+        Raises:
+            NonFiniteError: the loss of an earlier step was not finite on some rank; raised on all ranks.
+        """
         batch = next(self._iterator, None)
         ready = batch is not None
-        micro_batches = [shard(micro, self._strategies, self._world.state) for micro in listed(batch)] if ready else []
+        micro_batches = [shard(micro, self._world) for micro in listed(batch)] if ready else []
         exhausted = ready and getattr(self._loader, "exhausted", False)
         decisions = {
-            "ready": ready, "stop": self._signal.requested,
+            "ready": ready, "stop": self._world.signal.requested, "nonfinite": bool(self._nonfinite_host),
             "exhausted": exhausted and all(micro.is_empty for micro in micro_batches),
         }  # fmt: skip
         copies = self._world.state.size("sequence")
-        sums = sync_step({**decisions, **counts_of(micro_batches, self._reporter.measure(micro_batches), copies)})
-        with_batch, stop, exhausted_ranks = (sums.pop(name) for name in decisions)
+        sums = sync_step({**decisions, **counts_of(micro_batches, self._measure(micro_batches), copies)})
+        with_batch, stopping, nonfinite, exhausted_ranks = (sums.pop(name) for name in decisions)
+        self._check_finite(nonfinite)
         ranks = self._world.world_size
         if 0 < with_batch < ranks:
             logger.warning_rank0("uneven data: dropped a last batch held by only %d of %s ranks", with_batch, ranks)
         if with_batch < ranks or exhausted_ranks == ranks:
             return None
-        self.stopping = stop > 0
-        return Step(index, micro_batches, totals_of(sums), self._world)
+        return Step(index, micro_batches, totals_of(sums), self._world, stopping=stopping > 0)
+
+    def finish(self, step: Step) -> None:
+        """Check that every micro-batch of a step was backpropagated, and take note of losses that are not finite.
+
+        Raises:
+            LoopError: one was not.
+        """
+        step.check_complete()
+        for each in step.models.values():
+            self._nonfinite += (~each.loss.isfinite()).to(self._nonfinite.dtype)
+        self._nonfinite_host.copy_(self._nonfinite, non_blocking=True)
+
+    def close(self) -> None:
+        """Check the losses of the steps that were read last; collective.
+
+        Raises:
+            NonFiniteError: one was not finite on some rank; raised on all ranks.
+        """
+        self._check_finite(sync_step({"nonfinite": bool(self._nonfinite)})["nonfinite"])
+
+    def _check_finite(self, ranks: float) -> None:
+        if ranks:
+            raise NonFiniteError(
+                f"the loss of a step was not finite on {ranks:g} of {self._world.world_size} ranks; look at its batch, "
+                "the learning rate and the precision, and call launcher.clip_grad_norm, which stops before the step"
+            )
 
 
-def shard(micro: MicroBatch, strategies: Sequence[Strategy], state: ParallelState) -> MicroBatch:
-    """Return this rank's shard of a micro-batch; one that its loader has split is returned as it is."""
-    for strategy in strategies:
-        micro = strategy.shard(micro, state)
+def shard(micro: MicroBatch, world: World) -> MicroBatch:
+    """Return this rank's shard of a micro-batch; one that its loader has split is returned unchanged."""
+    for strategy in world.strategies:
+        micro = strategy.shard(micro, world.state)
     return micro
 
 
@@ -96,25 +115,23 @@ def listed(batch: Any) -> list[MicroBatch]:
     return [MicroBatch.of(each) for each in batch]
 
 
-def counts_of(micro_batches: Sequence[MicroBatch], flops: tuple[float, float], copies: int) -> dict[str, float]:
+def counts_of(micro_batches: Sequence[MicroBatch], flops: StepFlops, copies: int) -> dict[str, float]:
     """Return this rank's counts of a step, by the names of :class:`StepTotals`; those of components are prefixed.
 
     Args:
         micro_batches: The step's.
-        flops: With causal attention, and with full.
+        flops: Their FLOPs.
         copies: Ranks that share each row, and count its work.
     """
     tokens = sum(sum(micro.rows.document_lengths) for micro in micro_batches)
-    counts = {
+    components = [component_tokens(micro.inputs) for micro in micro_batches]
+    return {
         "token_weight": _counted(token_weight, micro_batches),
         "labels": _counted(label_count, micro_batches),
         "tokens": tokens / copies, "samples": _counted(row_count, micro_batches) / copies,
-        "flops_causal": flops[0] / copies, "flops_full": flops[1] / copies,
+        "flops_causal": flops.causal / copies, "flops_full": flops.full / copies,
+        **{f"components.{name}": sum(each[name] for each in components) for name in component_tokens({})},
     }  # fmt: skip
-    components = [component_tokens(micro.inputs) for micro in micro_batches]
-    for name in component_tokens({}):
-        counts[f"components.{name}"] = sum(each[name] for each in components)
-    return counts
 
 
 def _counted(count: Callable[[MicroBatch], float], micro_batches: Sequence[MicroBatch]) -> float:
