@@ -26,12 +26,16 @@ def main() -> None:
     eval_loader = config.build_loader(held_out, tokenizer, launcher, train=False) if held_out else None
     answers = config.data.has_media  # also evaluate which answers are right, word for word
 
-    model = launcher.setup_model(
-        config.build_model(tokenizer), **config.setup_options()
-    )  # meta -> sharded -> weights, block by block
-    optimizer = config.train.optimizer.build(model)  # one for each mesh, behind a single step()
+    train = config.train
+    model = launcher.setup_model(  # meta -> sharded -> weights, block by block
+        config.build_model(tokenizer),
+        fused_loss=train.fused_loss,
+        router=train.router.build(),
+        broadcast_weights=train.broadcast_weights,
+    )
+    optimizer = train.optimizer.build(model)  # one for each mesh, behind a single step()
     steps = config.total_steps(loader)
-    scheduler = config.train.scheduler.build(optimizer, steps)
+    scheduler = train.scheduler.build(optimizer, steps)
 
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     launcher.resume(state)  # on any layout and number of ranks
@@ -43,7 +47,7 @@ def main() -> None:
             output = model(**micro.inputs)
             # A composed model has a loss for each of its components, each the mean over its own tokens.
             launcher.backward(getattr(output, "losses", output.loss), micro)
-        grad_norm = launcher.clip_grad_norm(model, config.train.max_grad_norm)
+        grad_norm = launcher.clip_grad_norm(model, train.max_grad_norm)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -52,16 +56,16 @@ def main() -> None:
         metrics = {"loss": launcher.global_loss(step), "grad_norm": grad_norm, "lr": lr}
         metrics |= launcher.global_losses(step)  # by component
         metrics |= launcher.source_metrics(step)  # by source of a mixture
-        every = config.train.eval.every_steps
+        every = train.eval.every_steps
         if eval_loader and every and (step.index % every == 0 or step.index == steps):
-            held_out_batches = islice(eval_loader, config.train.eval.max_batches)
+            held_out_batches = islice(eval_loader, train.eval.max_batches)
             metrics |= launcher.evaluate(model, held_out_batches, answers=answers)
         launcher.log(metrics)
         launcher.checkpoint(state)
     launcher.checkpoint(state)  # the data may end before the last step
 
-    if config.train.export.hf:
-        exported = launcher.export(model, Path(config.train.output_dir) / "hf", tokenizer=tokenizer)
+    if train.export.hf:
+        exported = launcher.export(model, Path(train.output_dir) / "hf", tokenizer=tokenizer)
         if launcher.is_rank_zero and held_out:
             show_sample(exported, held_out.indexed, chat_template=config.data.chat_template)
     launcher.close()

@@ -38,7 +38,7 @@ from veomni.loop.evaluation import Measure, evaluate
 from veomni.loop.losses import component_losses, source_metrics
 from veomni.loop.randomness import RandomState, seed_process, use_deterministic_algorithms
 from veomni.loop.reporter import Reporter
-from veomni.loop.step import Step, Weight
+from veomni.loop.step import Step, Weight, check_gradients
 from veomni.loop.step_reader import StepReader, last_step
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import sync_gradients
@@ -129,7 +129,9 @@ class Launcher(World):
 
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError("the optimizer was built before the model was sharded", "call setup_model first")
-        return build_optimizer(model, factory, **{"weight_decay": 0.0, "no_decay": (), **options})
+        optimizer = build_optimizer(model, factory, **{"weight_decay": 0.0, "no_decay": (), **options})
+        optimizer.register_step_pre_hook(check_gradients)
+        return optimizer
 
     def setup_dataloader(self, loader: DataLoader[Any], *, accumulate: int = 1, epochs: int = 1) -> StepLoader:
         """Return the steps of any torch loader for :meth:`track`, sharded over data ranks and resumable.

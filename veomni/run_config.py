@@ -91,7 +91,6 @@ class Config(Section):
         """Return a launcher for the ``train`` section, its layout checked; nothing is started yet."""
         from veomni.launch import detect_environment
         from veomni.launcher import Launcher
-        from veomni.loop.reporter import Reporter
         from veomni.strategies.transforms.precision import select_precision
 
         train, joined = self.train, detect_environment()
@@ -101,13 +100,9 @@ class Config(Section):
         check_layout(self, devices if joined is None else joined.world_size)
         self._check_shares()
         output_dir = Path(train.output_dir)
-        reporter = Reporter(
-            output_dir,
-            loggers=[section.build(output_dir=output_dir) for section in train.loggers],
-            progress_bar=train.logging.progress_bar,
-            log_every=train.log_every,
-            plot=train.logging.plot,
-            config=self.model_dump(mode="json"),
+        loggers = [section.build(output_dir=output_dir) for section in train.loggers]
+        reporter = train.logging.build(
+            output_dir=output_dir, loggers=loggers, log_every=train.log_every, config=self.model_dump(mode="json")
         )
         return Launcher(
             train.build_strategies(),
@@ -121,14 +116,6 @@ class Config(Section):
             reporter=reporter,
             checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
         )
-
-    def setup_options(self) -> dict[str, Any]:
-        """Return what ``Launcher.setup_model`` takes beside the model."""
-        train = self.train
-        return {
-            "fused_loss": train.fused_loss, "router": train.router.build(),
-            "broadcast_weights": train.broadcast_weights,
-        }  # fmt: skip
 
     def open_data(self) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None."""

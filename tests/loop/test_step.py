@@ -217,7 +217,7 @@ def second_backward(launcher, model, step):
 
 
 def nothing_accumulated(launcher, model, step):
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    launcher.setup_optimizer(model, torch.optim.SGD, lr=0.1).step()
 
 
 def clipped_without_accumulate(launcher, model, step):
@@ -243,7 +243,7 @@ def empty_evaluation(launcher, model, step):
 BAD_LOOPS = {
     twice_accumulated: (LoopError, "step 1 was accumulated on Plain twice"),
     second_backward: (LoopError, "micro-batch 0 had a second launcher.backward"),
-    nothing_accumulated: (LoopError, "step 1 was accumulated on no model"),
+    nothing_accumulated: (LoopError, "no parameter has a gradient"),
     clipped_without_accumulate: (LoopError, "step 1 was accumulated on no model"),
     nonfinite: (NonFiniteError, "the loss of a step was not finite on 1 of 1 ranks"),
     nonfinite_parameters: (NonFiniteError, r"model: linear.weight .* not finite"),

@@ -1,16 +1,6 @@
 """One forward and backward: what a loader yields a list of for every optimizer step.
 
-``inputs`` are keyword arguments of the model, in transformers' names. Those of packed text are
-
-- ``input_ids``, ``labels``, ``position_ids``: int64 ``[batch, seq]``; positions restart at 0 with every document;
-  labels are unshifted, ``IGNORE_INDEX`` at unsupervised tokens and at the first token of every document;
-- ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[documents + 1]``, offsets into the ``batch * seq`` flattened tokens of
-  whole rows, the padded tail of a row being one more document;
-- ``max_length_q``, ``max_length_k``: int, an upper bound of the longest document.
-
-A micro-batch whose rows are exactly one document each leaves the last four out: dense kernels are faster then. Where
-several ranks share a row (``veomni/batch/split.py``), the first three hold this rank's shard of it, and
-``shift_labels``, shifted on the whole row, is what the loss is taken on.
+``inputs`` are keyword arguments of the model, in transformers' names; :class:`MicroBatch` describes those of text.
 """
 
 from __future__ import annotations
@@ -23,12 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from veomni.batch.documents import RowLayout, located_row_lengths
 from veomni.batch.fields import holder_of
 from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
 from veomni.errors import DataError
+
+_LAYOUT = "veomni_micro_batch"
 
 
 @runtime_checkable
@@ -73,16 +64,17 @@ class Origin:
     source_names: tuple[str, ...] = ()
 
 
-class Owner(Protocol):
-    """The step that a micro-batch belongs to."""
-
-    def backward(self, loss: Any, micro: MicroBatch) -> None:
-        """Add the gradients of a micro-batch's loss."""
-
-
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """One forward and backward: ``model(*micro.args, **micro.inputs)``.
+
+    Of packed text, ``input_ids``, ``labels`` and ``position_ids`` are int64 ``[batch, seq]``; positions restart at 0
+    with every document; labels are unshifted, ``IGNORE_INDEX`` at unsupervised tokens and at the first token of every
+    document. ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32 ``[documents + 1]``, are offsets into the ``batch * seq``
+    flattened tokens of whole rows, the padded tail of a row being one more document; ``max_length_q`` and
+    ``max_length_k``, int, an upper bound of the longest. They are left out where every row is one document: dense
+    kernels are faster then. Where ranks share a row (``veomni/batch/split.py``), the first three hold this rank's
+    shard, and ``shift_labels``, shifted on the whole row, is what the loss is taken on.
 
     Attributes:
         inputs: The model's keyword arguments, and nothing else.
@@ -95,7 +87,7 @@ class MicroBatch:
         weight: What its loss is a mean over on this rank (weighted supervised tokens, labels or rows); set by
             ``Launcher.accumulate``.
         last: Whether gradients are synchronised in its backward.
-        owner: The step it belongs to.
+        owner: The part of a step that it belongs to (:class:`~veomni.loop.step.ModelStep`).
     """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -107,21 +99,18 @@ class MicroBatch:
     weight: float = 0.0
     index: int = 0
     last: bool = True
-    owner: Owner | None = field(default=None, repr=False)
+    owner: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._index()
+        """Describe rows and targets on the tensors themselves, where :meth:`of_call` finds them."""
+        tensors = [value for value in self.inputs.values() if isinstance(value, Tensor)]
+        description = replace(self, inputs={}, owner=None) if tensors else None
+        for tensor in tensors:
+            setattr(tensor, _LAYOUT, description)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._index()
-
-    def _index(self) -> None:
-        tensors = [value for value in self.inputs.values() if isinstance(value, Tensor)]
-        if tensors:
-            description = replace(self, inputs={}, owner=None)
-            for tensor in tensors:
-                _described[tensor] = description
+        self.__post_init__()  # tensors lose their attributes between processes
 
     # ---------------------------------------------------------------- made from
 
@@ -130,10 +119,10 @@ class MicroBatch:
         """Return what a loader yields for one forward as a micro-batch.
 
         Args:
-            samples: How many samples were collated into it, if that is known; 0 marks a filler.
             batch: A micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do
                 not take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or
                 one such argument: a tensor, nested or not, or an object with a method ``to(device)``.
+            samples: How many samples were collated into it, if that is known; 0 marks a filler.
 
         Raises:
             DataError: it is none of these.
@@ -145,7 +134,7 @@ class MicroBatch:
             return cls.of_fields(named, samples=samples)
         if isinstance(batch, (tuple, list)):
             return cls(args=tuple(batch), samples=samples)
-        if isinstance(batch, Tensor) or hasattr(batch, "to"):
+        if isinstance(batch, _Movable):
             return cls(args=(batch,), samples=samples)
         raise DataError(
             f"a loader yielded a {type(batch).__name__}: {str(batch)[:80]!r}",
@@ -172,24 +161,17 @@ class MicroBatch:
     def of_call(kwargs: Mapping[str, Any]) -> MicroBatch | None:
         """Return rows, targets and origin of the micro-batch that a model is called with; None for other arguments.
 
-        They are found by the identity of the tensors. So the layout of rows reaches every model that is called with
-        them, a teacher as well as the trained model, without being an argument; several may be in use at a time.
-
-        Args:
-            kwargs: The arguments of the call; the micro-batch that is returned holds no ``inputs`` of its own.
+        The tensors hold them. So the layout of rows reaches every model that is called with them, a teacher as well as
+        the trained model, without being an argument; several may be in use at a time. It has no ``inputs`` of its own.
         """
         tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
-        return next((_described[tensor] for tensor in tensors if tensor in _described), None)
+        return next((getattr(tensor, _LAYOUT) for tensor in tensors if hasattr(tensor, _LAYOUT)), None)
 
     # ---------------------------------------------------------------- read by name
 
     def fields(self) -> dict[str, Any]:
         """Return all fields by name, wherever they are held."""
-        beside = {
-            "loss_weights": self.targets.loss_weights,
-            "source_ids": self.targets.source_ids,
-            "position_fractions": self.rows.position_fractions,
-        }
+        beside = {**vars(self.targets), "position_fractions": self.rows.position_fractions}
         return {**self.inputs, **{name: value for name, value in beside.items() if value is not None}}
 
     def __getitem__(self, name: str) -> Any:
@@ -205,10 +187,6 @@ class MicroBatch:
     def is_empty(self) -> bool:
         """Whether nothing is in it: a filler, or rows of padding alone."""
         return self.samples == 0 or (self.rows.row_lengths is not None and not self.rows.document_lengths)
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """Return a copy of the model's keyword arguments, to be changed."""
-        return dict(self.inputs)
 
     # ---------------------------------------------------------------- changed
 
@@ -254,10 +232,6 @@ class MicroBatch:
         return replace(self, inputs=cut.inputs, rows=cut.rows, targets=cut.targets)
 
 
-_described: Any = WeakTensorKeyDictionary()
-"""For each tensor in use as an input, the micro-batch it is of, without inputs, so that the entry keeps none alive."""
-
-
 def _named(batch: Any) -> dict[str, Any] | None:
     """Return keyword arguments by name; None for what has no names."""
     if isinstance(batch, Mapping):
@@ -266,9 +240,4 @@ def _named(batch: Any) -> dict[str, Any] | None:
         return None
     if is_dataclass(batch) and not isinstance(batch, type):
         return {one.name: getattr(batch, one.name) for one in fields(batch)}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return {name: getattr(batch, name) for name in batch._fields}
-    return None
-
-
-__all__ = ["MicroBatch", "Origin", "Owner", "Targets"]
+    return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None

@@ -21,10 +21,7 @@ StepLoader = SampledSteps | StreamedSteps
 def step_loader(
     loader: DataLoader[Any], parallel: tuple[int, int], *, seed: int, accumulate: int = 1, epochs: int = 1
 ) -> StepLoader:
-    """Return a loader that yields, per optimizer step, this data rank's list of micro-batches.
-
-    A micro-batch is what ``loader`` collates. Iterating continues from the current position, which ``state_dict``
-    holds, as counters.
+    """Return the steps of ``loader``, see ``Launcher.setup_dataloader``.
 
     Args:
         loader: Over a map-style or iterable dataset, with any sampler, ``collate_fn`` and workers.
@@ -40,24 +37,19 @@ def step_loader(
     if not hasattr(loader, "dataset"):
         problem = f"setup_dataloader() was given a {type(loader).__name__}"
         raise InputError(problem, "give it torch.utils.data.DataLoader(dataset, batch_size=...)")
-    stream = isinstance(loader.dataset, IterableDataset)
     if accumulate < 1 or epochs < 1:
         raise InputError(f"accumulate is {accumulate}, epochs {epochs}", "give numbers from 1 on")
+    stream = isinstance(loader.dataset, IterableDataset)
     if stream and epochs > 1:
-        raise InputError(
-            f"epochs is {epochs}, and the length of an iterable dataset is unknown", "iterate once for each epoch"
-        )
+        problem = f"epochs is {epochs}, and the length of an iterable dataset is unknown"
+        raise InputError(problem, "iterate once for each epoch")
     units = 1 if is_ready(loader) or loader.batch_size is None else loader.batch_size
     deal = Deal(*parallel, units, accumulate, loader.drop_last)
     return StreamedSteps(loader, deal) if stream else SampledSteps(loader, deal, seed=seed, epochs=epochs)
 
 
 def check_loader(loader: Any) -> None:
-    """Reject a plain torch ``DataLoader``: it yields batches, not steps, and the same ones on every rank.
-
-    Raises:
-        InputError: it is one.
-    """
+    """Reject a plain torch ``DataLoader``: it yields batches, not steps, and the same ones on every rank."""
     if isinstance(loader, DataLoader):
         raise InputError(
             "track() iterates over optimizer steps, and got a torch DataLoader, which yields single batches",

@@ -52,24 +52,20 @@ def drawn(sampler: Iterable[Any], dataset: Any, seed: int, epoch: int) -> Sequen
         sampler = RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)
     if isinstance(sampler, SequentialSampler):
         return range(len(dataset))
-    key = (seed * 1_000_003 + epoch) % (1 << 63)
-    state = random.getstate()
+    key, state = (seed * 1_000_003 + epoch) % (1 << 63), random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key)
             random.seed(key)
-            for part in (sampler, getattr(sampler, "sampler", None)):
-                _begin(part, key, epoch)
+            parts: list[Any] = [sampler, getattr(sampler, "sampler", None)]
+            for part in parts:
+                if isinstance(getattr(part, "generator", None), torch.Generator):
+                    part.generator.manual_seed(key)
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
             return list(sampler)
     finally:
         random.setstate(state)
-
-
-def _begin(sampler: Any, key: int, epoch: int) -> None:
-    if isinstance(getattr(sampler, "generator", None), torch.Generator):
-        sampler.generator.manual_seed(key)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
 
 
 _OPTIONS = (
@@ -97,6 +93,5 @@ def check_same_data(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     saved = dict(state.get("data", {}))
     changed = [f"{name} ({saved.get(name)!r} then, {now[name]!r} now)" for name in now if saved.get(name) != now[name]]
     if changed:
-        raise CheckpointError(
-            f"the data differ from the checkpoint's: {', '.join(changed)}", "restore them, or start a new run"
-        )
+        problem = f"the data differ from the checkpoint's: {', '.join(changed)}"
+        raise CheckpointError(problem, "restore them, or start a new run")

@@ -39,13 +39,21 @@ class SampledSteps:
         chosen: dict[str, Any] = {"sampler": plan, "batch_size": None} if self._single else {"batch_sampler": plan}
         self._loader: DataLoader[Any] = DataLoader(loader.dataset, **options_of(loader), **chosen)
         if not self.steps_per_epoch:
-            problem = f"the loader has {len(self._units())} samples or batches, and a step takes {deal.units}"
+            problem = f"the loader has {len(self._units)} samples or batches, and a step takes {deal.units}"
             raise DataError(problem, "give more data, a smaller batch_size or accumulate, or drop_last=False")
+
+    @property
+    def _units(self) -> Sequence[Any]:
+        """The current epoch's samples by index, or its ready batches, of all ranks in order."""
+        if self._order is None or self._order[0] != self.epoch:
+            sampler: Any = self._given.batch_sampler if self._ready else self._given.sampler
+            self._order = self.epoch, drawn(sampler, self._given.dataset, self._seed, self.epoch)
+        return self._order[1]
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
-        return self._deal.steps(len(self._units()))
+        return self._deal.steps(len(self._units))
 
     @property
     def remaining_steps(self) -> int:
@@ -56,19 +64,18 @@ class SampledSteps:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         last = self.epoch - self.epoch % self._epochs + self._epochs
         while self.epoch < last:
-            yield from self._epoch()
+            end = self.steps_per_epoch * self._deal.units
+            if self._done >= end:  # saved by a run whose steps were larger: nothing is left of the epoch
+                self.set_epoch(self.epoch + 1)
+            else:
+                yield from self._rest_of_epoch(end)
 
-    def _epoch(self) -> Iterator[list[MicroBatch]]:
-        units, deal = self._units(), self._deal
-        end = deal.steps(len(units)) * deal.units
-        if self._done >= end:  # saved by a run whose steps were larger: nothing is left of the epoch
-            self.set_epoch(self.epoch + 1)
-            return
-        batches = iter(self._loader)
-        for start in range(self._done, end, deal.units):
-            counts = [self._samples(micro) for micro in deal.micro_batches(units, start)]
+    def _rest_of_epoch(self, end: int) -> Iterator[list[MicroBatch]]:
+        batches, units = iter(self._loader), self._units
+        for start in range(self._done, end, self._deal.units):
+            counts = [self._samples(micro) for micro in self._deal.micro_batches(units, start)]
             step = [MicroBatch.of(next(batches), samples=count) for count in counts]
-            self._done = start + deal.units  # before the yield: a state taken in the loop's body contains this step
+            self._done = start + self._deal.units  # before the yield: a state taken in the loop contains this step
             if self._done >= end:
                 self.set_epoch(self.epoch + 1)
             yield step
@@ -79,29 +86,22 @@ class SampledSteps:
             return None if micro else 0
         return sum(len(batch) for batch in micro) if self._ready else len(micro)
 
+    def _indices(self) -> Iterator[Any]:
+        """Yield the indices of each of this rank's micro-batches from the current position to the end of the epoch."""
+        units = self._units
+        for start in range(self._done, self.steps_per_epoch * self._deal.units, self._deal.units):
+            for micro in self._deal.micro_batches(units, start):
+                chosen = list(micro or units[start : start + 1])  # a filler is a copy of the step's first sample
+                yield chosen[0] if self._ready or self._single else chosen
+
     def set_epoch(self, epoch: int) -> None:
         """Continue with ``epoch``, from its beginning unless it is the current one."""
         if epoch != self.epoch:
             self.epoch, self._done = epoch, 0
 
-    def _units(self) -> Sequence[Any]:
-        """Return the current epoch's samples by index, or its ready batches, of all ranks in order."""
-        if self._order is None or self._order[0] != self.epoch:
-            sampler: Any = self._given.batch_sampler if self._ready else self._given.sampler
-            self._order = self.epoch, drawn(sampler, self._given.dataset, self._seed, self.epoch)
-        return self._order[1]
-
-    def _indices(self) -> Iterator[Any]:
-        """Yield the indices of each of this rank's micro-batches from the current position to the end of the epoch."""
-        units, deal = self._units(), self._deal
-        for start in range(self._done, deal.steps(len(units)) * deal.units, deal.units):
-            for micro in deal.micro_batches(units, start):
-                chosen = list(micro or units[start : start + 1])  # a filler is a copy of the step's first sample
-                yield chosen[0] if self._ready or self._single else chosen
-
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epochs completed, and units of the current one."""
-        return {"epoch": self.epoch, "done": self._done, "data": self._fingerprint()}
+        return {"epoch": self.epoch, "done": self._done, "data": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the last step received when ``state`` was taken, also on another number of ranks.
@@ -109,11 +109,12 @@ class SampledSteps:
         Raises:
             CheckpointError: the state belongs to other data, or to another order of them.
         """
-        check_same_data(state, self._fingerprint())
+        check_same_data(state, self._fingerprint)
         self.epoch, self._done = int(state["epoch"]), int(state["done"])
 
+    @property
     def _fingerprint(self) -> dict[str, Any]:
-        return {"kind": "batches" if self._ready else "samples", "length": len(self._units()), "seed": self._seed}
+        return {"kind": "batches" if self._ready else "samples", "length": len(self._units), "seed": self._seed}
 
 
 class _Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
@@ -17,6 +17,7 @@ from veomni.config.problems import Problem
 from veomni.config.section import ComponentSection
 from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.loop.reporter import Reporter
 from veomni.loop.section_problems import contradictions, layout_problems
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
@@ -33,16 +34,20 @@ _PARAMETERS = Choice(
     replicate="train.data_parallel_replicate_size",
 )
 _EXPERT_OPTIONS = Options(ExpertParallel, size="train.expert_parallel_size")
+_ULYSSES = Options(Ulysses, size="train.ulysses_parallel_size", validate_batches="train.validate_batches")
 _OPTIMIZERS = Choice(OPTIMIZERS, base=OptimizerSection, default="adamw", params="")
+_SCHEDULERS = Choice(SCHEDULERS, base=SchedulerSection, default="cosine")
+_CHECKPOINTS = Options(CheckpointSchedule, directory="train.output_dir", signature="")
+_REPORTS = Options(
+    Reporter, output_dir="train.output_dir", loggers="train.loggers", log_every="train.log_every", config=""
+)
 
 
 class EvalSection(Section):
     """Evaluation on ``data.eval_path``, or on ``data.eval_fraction`` of the training documents."""
 
     every_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; null does none.")
-    max_batches: int | None = Field(
-        default=None, ge=1, description="Batches per evaluation; null reads all held-out data."
-    )
+    max_batches: int | None = Field(default=None, ge=1, description="Batches of each; null reads all held-out data.")
 
 
 class ExportSection(Section):
@@ -51,136 +56,84 @@ class ExportSection(Section):
     hf: bool = Field(default=False, description="Write <output_dir>/hf, which transformers' from_pretrained loads.")
 
 
-class LoggingSection(Section):
-    """What is shown and drawn besides ``<output_dir>/metrics.jsonl``, which is always written."""
-
-    progress_bar: bool = Field(default=True, description="Show loss, speed and time left on a terminal.")
-    plot: bool = Field(default=True, description="Draw <output_dir>/loss.png at the end.")
-
-
 class TrainSection(Section):
     """Layout, arithmetic, length and outputs of a run."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
     configures = ("Launcher", "BatchShape")
     renames: ClassVar[Mapping[str, str]] = {"ContextParallel.size": "context_parallel_size"}
 
-    data_parallel_mode: str = Field(
-        default="fsdp2",
-        description="The registered strategy that holds the parameters: single process, replicated (ddp), sharded "
-        "(fsdp1 flattens them, fsdp2 shards each one), or another package's.",
-    )
-    strategy: Annotated[ComponentSection, _PARAMETERS] = configured(
-        {}, "Options of the strategy that data_parallel_mode names."
-    )
-    data_parallel_replicate_size: AxisSize = Field(
-        default=1,
-        description="Replicas of the sharded model (HSDP), with fsdp1 and fsdp2; the rest of the ranks share one.",
-    )
-    tensor_parallel_size: AxisSize = Field(default=1, description="Ranks that share each matrix product.")
-    expert_parallel_size: AxisSize = Field(
-        default=1, description="Ranks that share the experts of a mixture-of-experts model."
-    )
-    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured(
-        {}, "How tokens reach experts on other ranks."
-    )
-    ulysses_parallel_size: AxisSize = Field(
-        default=1, description="Ranks that share each row, exchanging attention heads."
-    )
-    ulysses: Annotated[
-        ComponentSection,
-        Options(Ulysses, size="train.ulysses_parallel_size", validate_batches="train.validate_batches"),
-    ] = configured({}, "How Ulysses exchanges heads.")
-    context_parallel_size: AxisSize = Field(
-        default=1, description="Ranks that share each row, exchanging keys and values."
-    )
-    strategies: list[Annotated[ComponentSection, Choice(STRATEGIES)]] = Field(
-        default=[],
-        description="Other registered strategies and transforms beside those above, each a name, or a mapping of its "
-        "name and options.",
-    )
-    validate_batches: bool = Field(
-        default=False, description="Check in every micro-batch that ranks which share a row were given the same one."
-    )
-    precision: Literal["fp64", "fp32", "bf16"] = Field(
-        default="fp32",
-        description="Number format of compute. bf16 keeps weights, gradients and optimizer state in fp32.",
-    )
-    reduce_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Format that bf16 runs sum gradients in.")
-    activation_checkpointing: Literal["none", "full", "selective"] = Field(
-        default="none",
-        description="Recompute activations in the backward: per block (full), or all but the most expensive ops "
-        "(selective).",
-    )
-    compile: bool = Field(default=False, description="Compile each block with torch.compile.")
-    balance_encoders: bool = Field(
-        default=False,
-        description="Encode whole images, videos and audio on the ranks whose encoders have least to do.",
-    )
-    fused_loss: bool = Field(
-        default=True, description="Compute the loss in chunks, without holding the logits of a whole row in memory."
-    )
-    router: Annotated[ComponentSection, Options(MoEOptions)] = configured(
-        {}, "Balancing and reports of the routers of a mixture of experts."
-    )
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="Decides initial weights, order of the data and every random draw."
-    )
-    max_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="Optimizer steps to train for, however often the data is read; null goes by epochs.",
-    )
-    num_train_epochs: int = Field(default=1, ge=1, description="Passes over the data, when max_steps is null.")
-    micro_batch_size: int = Field(default=1, ge=1, description="Rows per forward on each data rank.")
-    global_batch_size: int = Field(
-        ge=1, description="Rows of data.max_seq_len tokens per optimizer step, over all ranks."
-    )
-    optimizer: Annotated[OptimizerSection, _OPTIMIZERS] = configured(
-        "adamw", "The optimizer: a name, or a mapping of its name and options."
-    )
-    scheduler: Annotated[SchedulerSection, Choice(SCHEDULERS, base=SchedulerSection, default="cosine")] = configured(
-        "cosine", "The learning rate over time: a name, or a mapping of its name and options."
-    )
-    max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = Field(
-        default=1.0, description="Gradients are scaled down to this 2-norm; .inf only measures it."
-    )
-    devices: AxisSize | Literal["auto"] = Field(
-        default="auto",
-        description="Processes to start on this node; auto is one per accelerator, or cpu_devices without any.",
-    )
-    cpu_devices: AxisSize = Field(
-        default=1, description="Processes that devices: auto starts on a machine without accelerator."
-    )
-    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured(
-        "auto", "Device family: a name, or a mapping of its name and options; auto takes the one that is there."
-    )
-    backend: str = Field(
-        default="auto",
-        description="Collective library (gloo, nccl, hccl); auto is the accelerator's own. gloo lets ranks share one "
-        "device.",
-    )
-    broadcast_weights: bool = Field(
-        default=False, description="Rank 0 reads the weights and sends them; false lets every rank read its own shard."
-    )
-    timeout_seconds: float = Field(
-        default=1800.0, gt=0, description="Seconds after which a collective operation fails and the run ends."
-    )
-    deterministic: bool = Field(
-        default=False, description="Use only kernels that repeat bit for bit, at some cost in speed."
-    )
-    output_dir: PathText = Field(description="Directory that everything a run writes goes to.")
-    checkpoint: Annotated[ComponentSection, Options(CheckpointSchedule, directory="train.output_dir", signature="")] = (
-        configured({}, "Saving and resuming.")
-    )
-    export: ExportSection = Field(default=ExportSection(), description="What is written at the end.")
-    eval: EvalSection = Field(default=EvalSection(), description="Evaluation on held-out data.")
-    log_every: int = Field(default=1, ge=1, description="Steps between lines of metrics.")
-    logging: LoggingSection = Field(default=LoggingSection(), description="What is shown and drawn.")
-    loggers: list[Annotated[ComponentSection, Choice(LOGGERS, output_dir="train.output_dir")]] = Field(
-        default=[],
-        description="Where metrics go besides metrics.jsonl: wandb, tensorboard or another package's, each a name, or "
-        "a mapping of its name and options.",
-    )
+    data_parallel_mode: str = "fsdp2"
+    """The registered strategy that holds the parameters: single, ddp, fsdp1, fsdp2, or another package's."""
+    strategy: Annotated[ComponentSection, _PARAMETERS] = configured({}, "Options of data_parallel_mode's strategy.")
+    data_parallel_replicate_size: AxisSize = 1
+    """Replicas of the sharded model (HSDP), with fsdp1 and fsdp2; the rest of the ranks share one."""
+    tensor_parallel_size: AxisSize = 1
+    """Ranks that share each matrix product."""
+    expert_parallel_size: AxisSize = 1
+    """Ranks that share the experts of a mixture-of-experts model."""
+    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured({}, "How tokens reach other ranks.")
+    ulysses_parallel_size: AxisSize = 1
+    """Ranks that share each row, exchanging attention heads."""
+    ulysses: Annotated[ComponentSection, _ULYSSES] = configured({}, "How Ulysses exchanges heads.")
+    context_parallel_size: AxisSize = 1
+    """Ranks that share each row, exchanging keys and values."""
+    strategies: list[Annotated[ComponentSection, Choice(STRATEGIES)]] = Field(default=[])
+    """Further registered strategies and transforms, each a name, or a mapping of its name and options."""
+    validate_batches: bool = False
+    """Check in every micro-batch that ranks which share a row were given the same one."""
+    precision: Literal["fp64", "fp32", "bf16"] = "fp32"
+    """Number format of compute. bf16 keeps weights, gradients and optimizer state in fp32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Format that bf16 runs sum gradients in."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute activations in the backward: per block (full), or all but the most expensive ops (selective)."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    balance_encoders: bool = False
+    """Encode whole images, videos and audio on the ranks whose encoders have least to do."""
+    fused_loss: bool = True
+    """Compute the loss in chunks, without holding the logits of a whole row in memory."""
+    router: Annotated[ComponentSection, Options(MoEOptions)] = configured({}, "Balancing and reports of MoE routers.")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides initial weights, order of the data and every random draw."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to train for, however often the data is read; null goes by epochs."""
+    num_train_epochs: int = Field(default=1, ge=1)
+    """Passes over the data, when max_steps is null."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Rows per forward on each data rank."""
+    global_batch_size: int = Field(ge=1)
+    """Rows of data.max_seq_len tokens per optimizer step, over all ranks."""
+    optimizer: Annotated[OptimizerSection, _OPTIMIZERS] = configured("adamw", "A name, or its mapping with options.")
+    scheduler: Annotated[SchedulerSection, _SCHEDULERS] = configured("cosine", "The learning rate over time, likewise.")
+    max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = 1.0
+    """Gradients are scaled down to this 2-norm; .inf only measures it."""
+    devices: AxisSize | Literal["auto"] = "auto"
+    """Processes to start on this node; auto is one per accelerator, or cpu_devices without any."""
+    cpu_devices: AxisSize = 1
+    """Processes that devices: auto starts on a machine without accelerator."""
+    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured("auto", "Device family; auto finds it.")
+    backend: str = "auto"
+    """Collective library (gloo, nccl, hccl); auto is the accelerator's own. gloo lets ranks share one device."""
+    broadcast_weights: bool = False
+    """Rank 0 reads the weights and sends them; false lets every rank read its own shard."""
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Seconds after which a collective operation fails and the run ends."""
+    deterministic: bool = False
+    """Use only kernels that repeat bit for bit, at some cost in speed."""
+    output_dir: PathText
+    """Directory that everything a run writes goes to."""
+    checkpoint: Annotated[ComponentSection, _CHECKPOINTS] = configured({}, "Saving and resuming.")
+    export: ExportSection = ExportSection()
+    """What is written at the end."""
+    eval: EvalSection = EvalSection()
+    """Evaluation on held-out data."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between lines of metrics."""
+    logging: Annotated[ComponentSection, _REPORTS] = configured({}, "What is shown and drawn besides metrics.jsonl.")
+    loggers: list[Annotated[ComponentSection, Choice(LOGGERS, output_dir="train.output_dir")]] = Field(default=[])
+    """Where metrics go besides metrics.jsonl: wandb, tensorboard or another package's, a name or its mapping."""
 
     @field_validator("precision", mode="before")
     @classmethod

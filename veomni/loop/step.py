@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from veomni.batch.counts import label_count, token_weight
 from veomni.batch.micro_batch import MicroBatch
@@ -99,11 +100,8 @@ class Step:
         """Check that every micro-batch of every model was backpropagated.
 
         Raises:
-            LoopError: one was not, or no model was accumulated on.
+            LoopError: one was not.
         """
-        if not self.models:
-            problem = f"step {self.index} was accumulated on no model"
-            raise LoopError(problem, "iterate over launcher.accumulate(model, step)")
         for each in self.models.values():
             each.check_complete()
 
@@ -217,9 +215,17 @@ class ModelStep:
             )
 
 
+def check_gradients(optimizer: Optimizer, *_: Any) -> None:
+    """Check, before an optimizer's step, that there is something to step with.
+
+    Raises:
+        LoopError: no parameter has a gradient.
+    """
+    if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
+        problem = "optimizer.step() was called, and no parameter has a gradient"
+        raise LoopError(problem, "accumulate before it: for micro in launcher.accumulate(model, step)")
+
+
 def forward(model: nn.Module, micro: MicroBatch) -> Any:
     """Return what a model makes of a micro-batch."""
     return model(*micro.args, **micro.inputs)
-
-
-__all__ = ["ModelStep", "Step", "forward"]

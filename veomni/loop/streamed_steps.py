@@ -27,28 +27,29 @@ class StreamedSteps:
 
     def __init__(self, loader: DataLoader[Any], deal: Deal) -> None:
         self._given, self._deal = loader, deal
-        self._workers = max(1, loader.num_workers)
-        self.epoch = 0
-        self.exhausted = False
+        self._batch = deal.batch_size * deal.size
+        self.epoch, self.exhausted = 0, False
         self._restart()
 
     def _restart(self) -> None:
-        self._received = [0] * self._workers  # items of each worker's stream, over all ranks
+        self._received = [0] * max(1, self._given.num_workers)  # items of each worker's stream, over all ranks
         self._next_worker = 0
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        batches = self._open()
+        batches, size = self._open(), self._deal.accumulate
         spare = self._given.num_workers + 1  # ranks differ by a batch of each worker at most
         latest: Any = None
         try:
             while spare:
-                found = list(islice(batches, self._deal.accumulate))
+                found = list(islice(batches, size))
                 latest = found[-1] if found else latest
                 if latest is None:
                     break
                 self.exhausted, spare = not found, spare - (not found)
-                self._count()
-                fillers = [MicroBatch.of(latest, samples=0) for _ in range(self._deal.accumulate - len(found))]
+                for _ in range(size):
+                    self._received[self._next_worker] += self._batch
+                    self._next_worker = (self._next_worker + 1) % len(self._received)
+                fillers = [MicroBatch.of(latest, samples=0)] * (size - len(found))
                 yield [*(MicroBatch.of(batch) for batch in found), *fillers]
         finally:  # also where a loop that ended on all ranks leaves this generator
             if self.exhausted or latest is None:
@@ -56,19 +57,14 @@ class StreamedSteps:
 
     def _open(self) -> Iterator[Any]:
         """Start the workers where they were; those before the next one in turn repeat a batch, which is dropped."""
-        batch = self._deal.batch_size * self._deal.size
-        repeats = self._next_worker if min(self._received[: self._next_worker], default=0) >= batch else 0
-        skipped = [count - batch * (worker < repeats) for worker, count in enumerate(self._received)]
+        before = self._received[: self._next_worker]
+        repeats = self._next_worker if min(before, default=0) >= self._batch else 0
+        skipped = [count - self._batch * (worker < repeats) for worker, count in enumerate(self._received)]
         self._next_worker = repeats
         dataset = DealtStream(self._given.dataset, self._deal.rank, self._deal.size, skipped, self.epoch)
         options = options_of(self._given) | {"persistent_workers": False}
         loader = DataLoader(dataset, batch_size=self._given.batch_size, drop_last=self._given.drop_last, **options)
         return islice(iter(loader), repeats, None)
-
-    def _count(self) -> None:
-        for _ in range(self._deal.accumulate):
-            self._received[self._next_worker] += self._deal.batch_size * self._deal.size
-            self._next_worker = (self._next_worker + 1) % self._workers
 
     def set_epoch(self, epoch: int) -> None:
         """Continue with ``epoch``, from its beginning unless it is the current one."""
@@ -80,7 +76,7 @@ class StreamedSteps:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epochs completed, and how much of each worker's stream all ranks received."""
         received = list(self._received)
-        return {"epoch": self.epoch, "received": received, "next": self._next_worker, "data": self._fingerprint()}
+        return {"epoch": self.epoch, "received": received, "next": self._next_worker, "data": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the last step received when ``state`` was taken, also on another number of ranks.
@@ -88,9 +84,10 @@ class StreamedSteps:
         Raises:
             CheckpointError: the state is that of another kind of loader, or of another number of workers.
         """
-        check_same_data(state, self._fingerprint())
+        check_same_data(state, self._fingerprint)
         self.epoch, self._received, self._next_worker = int(state["epoch"]), list(state["received"]), int(state["next"])
 
+    @property
     def _fingerprint(self) -> dict[str, Any]:
         return {"kind": "stream", "workers": self._given.num_workers}
 
@@ -105,12 +102,11 @@ class DealtStream(IterableDataset[Any]):
         self.__dict__.update(_dataset=dataset, _rank=rank, _size=size, _skipped=skipped, _epoch=epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        own = self.__dict__
+        own, worker = self.__dict__, get_worker_info()
         if hasattr(own["_dataset"], "set_epoch"):
             own["_dataset"].set_epoch(own["_epoch"])
-        worker = get_worker_info()
-        skipped = own["_skipped"][0 if worker is None else worker.id]
-        return islice(iter(own["_dataset"]), skipped + own["_rank"], None, own["_size"])
+        start = own["_skipped"][0 if worker is None else worker.id] + own["_rank"]
+        return islice(iter(own["_dataset"]), start, None, own["_size"])
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_dataset" not in self.__dict__:

@@ -49,6 +49,8 @@ def sync_step(counts: Mapping[str, float]) -> dict[str, float]:
 
 def extremes(value: float) -> tuple[float, float]:
     """Return the least and the greatest of a number over all ranks; collective."""
+    if not dist.is_initialized():
+        return value, value
     ends = torch.tensor([value, -value], dtype=torch.float64)
     dist.all_reduce(ends, op=dist.ReduceOp.MIN)
     return ends[0].item(), -ends[1].item()
