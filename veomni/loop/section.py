@@ -72,7 +72,9 @@ class TrainSection(Section):
     """Ranks that share each matrix product."""
     expert_parallel_size: AxisSize = 1
     """Ranks that share the experts of a mixture-of-experts model."""
-    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured({}, "How tokens reach other ranks.")
+    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured(
+        {}, "How experts on other ranks are reached."
+    )
     ulysses_parallel_size: AxisSize = 1
     """Ranks that share each row, exchanging attention heads."""
     ulysses: Annotated[ComponentSection, _ULYSSES] = configured({}, "How Ulysses exchanges heads.")
@@ -94,7 +96,7 @@ class TrainSection(Section):
     """Encode whole images, videos and audio on the ranks whose encoders have least to do."""
     fused_loss: bool = True
     """Compute the loss in chunks, without holding the logits of a whole row in memory."""
-    router: Annotated[ComponentSection, Options(MoEOptions)] = configured({}, "Balancing and reports of MoE routers.")
+    router: Annotated[ComponentSection, Options(MoEOptions)] = configured({}, "Balancing and reports of MoE layers.")
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides initial weights, order of the data and every random draw."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -105,15 +107,17 @@ class TrainSection(Section):
     """Rows per forward on each data rank."""
     global_batch_size: int = Field(ge=1)
     """Rows of data.max_seq_len tokens per optimizer step, over all ranks."""
-    optimizer: Annotated[OptimizerSection, _OPTIMIZERS] = configured("adamw", "A name, or its mapping with options.")
-    scheduler: Annotated[SchedulerSection, _SCHEDULERS] = configured("cosine", "The learning rate over time, likewise.")
+    optimizer: Annotated[OptimizerSection, _OPTIMIZERS] = configured("adamw", "The optimizer, and its options.")
+    scheduler: Annotated[SchedulerSection, _SCHEDULERS] = configured("cosine", "The learning rate over time.")
     max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = 1.0
     """Gradients are scaled down to this 2-norm; .inf only measures it."""
     devices: AxisSize | Literal["auto"] = "auto"
     """Processes to start on this node; auto is one per accelerator, or cpu_devices without any."""
     cpu_devices: AxisSize = 1
     """Processes that devices: auto starts on a machine without accelerator."""
-    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured("auto", "Device family; auto finds it.")
+    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured(
+        "auto", "Device family; auto takes what is there."
+    )
     backend: str = "auto"
     """Collective library (gloo, nccl, hccl); auto is the accelerator's own. gloo lets ranks share one device."""
     broadcast_weights: bool = False
