@@ -25,7 +25,7 @@ from veomni.models.transformers_api.masks import is_plain_causal
 from veomni.ops.attention.block import Block, attend, attend_backward, merge_into
 from veomni.ops.attention.varlen import in_autocast_dtype
 from veomni.ops.attention.whole_rows import group_of, register_whole_rows
-from veomni.ops.comm.ring import RingStep
+from veomni.ops.comm.all_to_all import RingStep
 from veomni.parallel.tensors import wide_dtype
 
 RING = "ring"

@@ -1,7 +1,7 @@
-"""All-to-all of rows, differentiable: blocking, or started now and awaited later.
+"""All-to-all of rows, differentiable: blocking, or started now and awaited later; and one step round a ring.
 
-The gradient of an exchange is the exchange back. That of an asynchronous one mirrors its timing: it starts where the
-forward waited and is awaited where the forward started, so that what overlaps in the forward overlaps in the backward.
+The gradient of an exchange is the exchange back, and mirrors its timing: it starts where the forward waited and is
+awaited where the forward started, so that what overlaps in the forward overlaps in the backward.
 
 Only the caller's handle refers to a buffer in flight. What the autograd graph keeps refers neither to the handle nor to
 an output: a circle through the graph would keep every step's buffers until a full run of Python's collector.
@@ -9,6 +9,7 @@ an output: a circle through the graph would keep every step's buffers until a fu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,6 @@ class Splits(NamedTuple):
         return Splits(self.received, self.sent)
 
 
-# A graph that holds a process group, or sizes that depend on the data, cannot be compiled.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def all_to_all(tensor: Tensor, splits: Splits | None, group: ProcessGroup) -> Tensor:
     """Send rows to the ranks of a group and return the rows received, in the order of the ranks.
 
@@ -38,8 +37,7 @@ def all_to_all(tensor: Tensor, splits: Splits | None, group: ProcessGroup) -> Te
         splits: Rows for each rank and from each; None divides the rows evenly.
         group: The ranks.
     """
-    result: Tensor = _AllToAll.apply(tensor, _Route(splits, group))
-    return result
+    return AsyncAllToAll.start(tensor, splits, group, async_op=False).wait()
 
 
 class AsyncAllToAll:
@@ -50,11 +48,14 @@ class AsyncAllToAll:
         self._transfer: _Transfer | None = None
         self._received: Tensor | None = None
 
+    # A graph that holds a process group, or sizes that depend on the data, cannot be compiled.
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def start(tensor: Tensor, splits: Splits | None, group: ProcessGroup | None) -> AsyncAllToAll:
+    def start(
+        tensor: Tensor, splits: Splits | None, group: ProcessGroup | None, *, async_op: bool = True
+    ) -> AsyncAllToAll:
         """Start to send rows; arguments are those of :func:`all_to_all`, a group of None keeps them on this rank."""
-        exchange = AsyncAllToAll(None if group is None else _Route(splits, group))
+        exchange = AsyncAllToAll(None if group is None else _Route(splits, group, async_op))
         exchange._received = tensor if group is None else _Start.apply(tensor, exchange)
         return exchange
 
@@ -70,21 +71,22 @@ class AsyncAllToAll:
 class _Route(NamedTuple):
     splits: Splits | None
     group: ProcessGroup
+    async_op: bool
 
     def back(self) -> _Route:
-        return _Route(None if self.splits is None else self.splits.back(), self.group)
+        return self._replace(splits=self.splits and self.splits.back())
 
 
 class _Transfer:
-    """One collective in flight, and the tensors that must live as long as it."""
+    """A collective that may be in flight, and the tensors that must live as long as it."""
 
-    def __init__(self, tensor: Tensor, route: _Route, *, async_op: bool = True) -> None:
-        splits, group = route
-        sent, received = (None, None) if splits is None else splits
-        rows = len(tensor) if received is None else sum(received)
+    def __init__(self, tensor: Tensor, route: _Route) -> None:
+        sent, received = route.splits or (None, None)
         self.sent = tensor.contiguous()
-        self.received = tensor.new_empty(rows, *tensor.shape[1:])
-        self._work = dist.all_to_all_single(self.received, self.sent, received, sent, group=group, async_op=async_op)
+        self.received = tensor.new_empty(len(tensor) if received is None else sum(received), *tensor.shape[1:])
+        self._work = dist.all_to_all_single(
+            self.received, self.sent, received, sent, group=route.group, async_op=route.async_op
+        )
 
     def wait(self) -> Tensor:
         if self._work is not None:
@@ -99,40 +101,18 @@ class _Back:
         self.route = route
         self.transfer: _Transfer | None = None
 
-    def start(self, grad: Tensor) -> Tensor:
-        """Start to send gradients and return them: autograd needs a tensor of their shape, not of what is received."""
-        assert self.route is not None
-        self.transfer = _Transfer(grad, self.route.back())
-        return self.transfer.sent
-
-    def wait(self) -> Tensor:
-        transfer, self.transfer = self.transfer, None
-        assert transfer is not None
-        return transfer.wait()
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, route: _Route) -> Tensor:
-        ctx.route = route
-        return _Transfer(tensor, route, async_op=False).received
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Transfer(grads[0], ctx.route.back(), async_op=False).received, None
-
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, exchange: AsyncAllToAll) -> Tensor:
         ctx.back = exchange._back
-        assert ctx.back.route is not None
         exchange._transfer = _Transfer(tensor, ctx.back.route)
         return exchange._transfer.received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.back.wait(), None
+        transfer, ctx.back.transfer = ctx.back.transfer, None
+        return transfer.wait(), None
 
 
 class _Wait(torch.autograd.Function):
@@ -146,7 +126,30 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.back.start(grads[0]), None
+        ctx.back.transfer = _Transfer(grads[0], ctx.back.route.back())
+        return ctx.back.transfer.sent, None  # autograd needs a tensor of their shape, not of what is received
 
 
-__all__ = ["AsyncAllToAll", "Splits", "all_to_all"]
+class RingStep:
+    """Tensors in flight to the next rank of a ring, while those of the rank before come in; without a gradient.
+
+    An all-to-all in which only neighbours have something for each other: unlike sends and receives it works on every
+    backend and device that Ulysses works on, and needs no order to keep two ranks from waiting for each other.
+
+    Args:
+        tensors: Of the same shapes and dtype on all ranks.
+        group: The ring.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+        self._shapes = [tensor.shape for tensor in tensors]
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        size, rank = group.size(), group.rank()
+        splits = Splits([0] * size, [0] * size)
+        splits.sent[(rank + 1) % size] = splits.received[(rank - 1) % size] = len(flat)
+        self._exchange = AsyncAllToAll.start(flat, splits, group)
+
+    def wait(self) -> list[Tensor]:
+        """Return the tensors of the rank before; to be called once."""
+        parts = self._exchange.wait().split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""Move a sequence that is split over ranks: exchange it for heads and back, cut it, put it together.
+"""Move a sequence that is split over ranks: exchange it for heads and back, put it together.
 
 Shapes are ``[batch, seq, heads, head_dim]``; ``P`` is the size of the group, and rank ``r`` holds positions
 ``r * seq / P`` to ``(r + 1) * seq / P``. Every function is differentiable, and its gradient is the exact one of the
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -32,7 +31,7 @@ def gather_seq_scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> 
     Returns:
         Each ``[batch, seq, heads / P, head_dim]``; views of one buffer where ``batch`` is 1.
     """
-    return list(_SeqToHeads.apply(group, *tensors))
+    return list(_SeqForHeads.apply(group, True, *tensors))
 
 
 def gather_heads_scatter_seq(tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -45,22 +44,7 @@ def gather_heads_scatter_seq(tensor: Tensor, group: ProcessGroup) -> Tensor:
     Returns:
         ``[batch, seq / P, heads, head_dim]``.
     """
-    result: Tensor = _HeadsToSeq.apply(group, tensor)
-    return result
-
-
-def pad_to_multiple(tensor: Tensor, multiple: int, *, dim: int, value: float) -> Tensor:
-    """Append ``value`` along ``dim`` until its size is a multiple of ``multiple``."""
-    missing = -tensor.shape[dim] % multiple
-    if not missing:
-        return tensor
-    after = tensor.dim() - 1 - dim % tensor.dim()
-    return F.pad(tensor, [0, 0] * after + [0, missing], value=value)
-
-
-def slice_sequence(tensor: Tensor, group: ProcessGroup, *, dim: int) -> Tensor:
-    """Return this rank's part of what all ranks of the group hold whole; the gradient is whole on every rank again."""
-    result: Tensor = _Slice.apply(group, tensor, dim)
+    result: Tensor = _SeqForHeads.apply(group, False, tensor)[0]
     return result
 
 
@@ -70,89 +54,49 @@ def gather_sequence(tensor: Tensor, group: ProcessGroup, *, dim: int) -> Tensor:
     return result
 
 
+class _SeqForHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, to_heads: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.to_heads = group, to_heads
+        return tuple((_send_heads if to_heads else _send_rows)(tensors, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(_send_rows if ctx.to_heads else _send_heads)(grads, ctx.group)
+
+
 def _send_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """``[batch, seq / P, heads, head_dim]`` to ``[batch, seq, heads / P, head_dim]``."""
-    size = group.size()
-    batch, local = tensors[0].shape[:2]
-    parts = [tensor.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4) for tensor in tensors]
-    widths = [part.shape[3] * part.shape[4] for part in parts]
-    buffer = tensors[0].new_empty(size, batch, local, sum(widths))
-    for part, room in zip(parts, buffer.split(widths, dim=-1), strict=True):
-        room.unflatten(-1, part.shape[3:]).copy_(part)
-    rows = all_to_all(buffer, None, group).transpose(0, 1).reshape(batch, size * local, -1)
-    return [room.unflatten(-1, part.shape[3:]) for part, room in zip(parts, rows.split(widths, dim=-1), strict=True)]
+    parts = [tensor.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4) for tensor in tensors]
+    return [part.transpose(0, 1).flatten(1, 2) for part in _exchange(parts, group)]
 
 
 def _send_rows(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """``[batch, seq, heads / P, head_dim]`` to ``[batch, seq / P, heads, head_dim]``."""
-    size = group.size()
-    batch, total = tensors[0].shape[:2]
-    widths = [tensor.shape[2] * tensor.shape[3] for tensor in tensors]
-    if len(tensors) == 1:
-        rows = tensors[0].flatten(2)
-    else:
-        rows = tensors[0].new_empty(batch, total, sum(widths))
-        for tensor, room in zip(tensors, rows.split(widths, dim=-1), strict=True):
-            room.unflatten(-1, tensor.shape[2:]).copy_(tensor)
-    buffer = rows.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
-    received = all_to_all(buffer, None, group).permute(1, 2, 0, 3)
-    return [
-        room.unflatten(-1, tensor.shape[2:]).flatten(2, 3)
-        for tensor, room in zip(tensors, received.split(widths, dim=-1), strict=True)
-    ]
+    parts = [tensor.unflatten(1, (group.size(), -1)).transpose(0, 1) for tensor in tensors]
+    return [part.permute(1, 2, 0, 3, 4).flatten(2, 3) for part in _exchange(parts, group)]
 
 
-class _SeqToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(_send_heads(tensors, group))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_send_rows(grads, ctx.group)
-
-
-class _HeadsToSeq(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, tensor: Tensor) -> Tensor:
-        ctx.group = group
-        return _send_rows([tensor], group)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_send_heads(grads, ctx.group)
-
-
-def _gathered(tensor: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    parts = tensor.new_empty(group.size(), *tensor.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), tensor.contiguous(), group=group)
-    return torch.cat(parts.unbind(), dim=dim)
-
-
-def _own(tensor: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return tensor.chunk(group.size(), dim=dim)[group.rank()]
-
-
-class _Slice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, tensor: Tensor, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _own(tensor, group, dim).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _gathered(grads[0], ctx.group, ctx.dim), None
+def _exchange(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Send each rank its entry of ``[P, batch, seq / P, heads / P, head_dim]``, of all tensors in one buffer."""
+    widths = [part.shape[3] * part.shape[4] for part in parts]
+    buffer = parts[0].new_empty(*parts[0].shape[:3], sum(widths))
+    for part, room in zip(parts, buffer.split(widths, dim=-1), strict=True):
+        room.unflatten(-1, part.shape[3:]).copy_(part)
+    received = all_to_all(buffer, None, group).split(widths, dim=-1)
+    return [room.unflatten(-1, part.shape[3:]) for part, room in zip(parts, received, strict=True)]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, tensor: Tensor, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return _gathered(tensor, group, dim)
+        parts = tensor.new_empty(group.size(), *tensor.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), tensor.contiguous(), group=group)
+        return torch.cat(parts.unbind(), dim=dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         whole = grads[0].contiguous()
         dist.all_reduce(whole, group=ctx.group)
-        return None, _own(whole, ctx.group, ctx.dim).contiguous(), None
+        return None, whole.chunk(ctx.group.size(), dim=ctx.dim)[ctx.group.rank()].contiguous(), None
