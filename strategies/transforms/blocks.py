@@ -30,7 +30,6 @@ logger = create_logger(__name__)
 Recompute = Literal["full", "selective"]
 
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
-_GROUPED = frozenset({"aten::_grouped_mm", "veomni::tiled_matmul", "veomni::loop_matmul"})
 
 
 class ActivationCheckpointing(Strategy):
@@ -77,22 +76,18 @@ class _SaveEverySecondMatmul:
     """A policy with counters: the forward and its recomputation count apart and so decide alike."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, bool]] = Counter()
+        self._matmuls: Counter[bool] = Counter()
         self._attention = attention_operations()
 
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in self._attention:
+        # Of experts' two products the first: the backward needs no second one.
+        if operation in self._attention or operation.name() == "veomni::expert_up":
             return CheckpointPolicy.MUST_SAVE
         if operation in _MATMULS:
-            return self._every_second("matmul", context)
-        if operation.name() in _GROUPED:  # of experts' two products the first: the backward needs no second one
-            return self._every_second("grouped", context)
+            self._matmuls[context.is_recompute] += 1
+            if self._matmuls[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
-
-    def _every_second(self, kind: str, context: Any) -> CheckpointPolicy:
-        self._counts[kind, context.is_recompute] += 1
-        odd = self._counts[kind, context.is_recompute] % 2
-        return CheckpointPolicy.MUST_SAVE if odd else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Compile(Strategy):

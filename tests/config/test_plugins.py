@@ -12,9 +12,11 @@ import yaml
 
 from tests.config.samples import REPOSITORY, config, values
 from tests.examples.script import SHORT, train
+from tests.ops.experts.modules import experts
 from tests.strategies.test_plugins import PLUGIN
 from veomni.config.keys import all_keys
-from veomni.errors import ConfigError
+from veomni.errors import ConfigError, ModelError
+from veomni.ops.experts.backends import choose_backend
 from veomni.run_config import Config
 
 CHOSEN = {
@@ -30,6 +32,7 @@ CHOSEN = {
     },
     "train.loggers": [{"name": "csv", "columns": ["loss", "lr"]}, "tensorboard"],
     "model.attention": {"name": "scaled", "temperature": 2.0},
+    "model.experts": "looped",
     "data.data_type": {"name": "reversed", "skip": 1},
 }
 
@@ -65,6 +68,16 @@ def test_each_is_built_with_its_options():
     assert chosen().data.data_type.build().skip == 1
     form = {"name": "question_answer", "system": "Be brief."}
     assert chosen(**{"data.format": form, "data.data_type": "conversation"}).data.format.build().system == "Be brief."
+
+
+def test_a_backend_of_experts_is_chosen_where_it_can_run():
+    from veomni_thirdparty import LoopedExperts
+
+    assert choose_backend([experts("qwen3_moe")], "looped", ("loop",), torch.float32) == "looped"
+    with pytest.raises(ModelError, match="experts looped cannot run this model: it computes in fp32, not in bf16"):
+        choose_backend([experts("qwen3_moe")], "looped", ("loop",), torch.bfloat16)
+    (problem,) = LoopedExperts.config_problems("looped", chosen(**{"train.precision": "fp64"}).train)
+    assert problem.problem == "model.experts looped does not compute in fp64"
 
 
 def test_they_are_saved_and_read_again(tmp_path):

@@ -16,6 +16,7 @@ from veomni.data.builtin_types import Plaintext
 from veomni.data.sources.formats import RecordFormat
 from veomni.loggers import Logger
 from veomni.ops.attention.backends import AttentionBackend
+from veomni.ops.experts.backends import Loop
 from veomni.optim import Shape
 
 
@@ -155,3 +156,9 @@ class SlowCPU(CPU):
 
     def total_memory(self):
         return super().total_memory() - self.reserve
+
+
+class LoopedExperts(Loop):
+    """Experts one after another, in one precision."""
+
+    precisions = ("fp32",)

@@ -23,8 +23,8 @@ from veomni.models.adapter.passes.documents import documents_of
 from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
 from veomni.moe.load import LoadCounter
+from veomni.ops.experts.forward import expert_rows
 from veomni.ops.experts.permute import combine_rows, permute_tokens
-from veomni.ops.experts.rows import expert_rows
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies import DDP, FSDP1
 from veomni.strategies.expert_parallel import average_over

@@ -40,7 +40,7 @@ def test_the_wanted_one(name):
     ("wanted", "available", "compute", "size", "said", "fix"),
     [
         ("triton", ("loop", "grouped_mm"), torch.bfloat16, 24, "triton does not run on this device", "grouped_mm"),
-        ("grouped_mm", HOPPER, torch.float32, 24, "bfloat16, not in float32", "auto or loop"),
+        ("grouped_mm", HOPPER, torch.float32, 24, "it computes in bf16, not in fp32", "auto or loop"),
         ("triton", HOPPER, torch.bfloat16, 20, "experts have 20 channels", "auto or loop"),
     ],
 )

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
 
 from veomni.config.base import PathText, Section
-from veomni.config.choice import Choice, configured
+from veomni.config.choice import Choice, Name, configured
 from veomni.config.paths import exists, is_cached, is_directory
 from veomni.config.problems import Problem
 from veomni.config.section import ComponentSection
 from veomni.errors import ConfigError
 from veomni.ops.attention.backends import ATTENTION
-from veomni.ops.experts.backends import HALF_ONLY
+from veomni.ops.experts.backends import EXPERTS
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
-
-Experts = Literal["auto", "loop", "grouped_mm", "triton", "npu"]
 
 
 class ModelSection(Section):
@@ -60,7 +58,7 @@ class ModelSection(Section):
         "installed and keeps packed documents apart; varlen is PyTorch's own and needs CUDA and bf16, as the "
         "flash_attention kernels do.",
     )
-    experts: Experts = Field(
+    experts: Annotated[str, Name(EXPERTS, "auto")] = Field(
         default="auto",
         description="Expert matmul backend of mixture-of-experts layers. auto takes the device's fastest; loop runs "
         "everywhere and in every precision, the others in bf16: grouped_mm is PyTorch's, triton needs CUDA.",
@@ -154,16 +152,5 @@ class ModelSection(Section):
             yield Problem(
                 "train.broadcast_weights is true without model.model_path", "set it to false: nothing is read"
             )
-        yield from self._experts_problems(config.train)
-
-    def _experts_problems(self, train: Any) -> Iterator[Problem]:
-        if self.experts in ("auto", "loop"):
-            return
-        if train.precision != "bf16":
-            yield Problem(
-                f"model.experts {self.experts} does not compute in {train.precision}",
-                "use auto or loop, or train.precision bf16",
-            )
-        elif train.accelerator.chosen not in ("auto", *HALF_ONLY[self.experts]):
-            problem = f"model.experts {self.experts} does not run on accelerator {train.accelerator.chosen}"
-            yield Problem(problem, "use auto or loop")
+        if self.experts != "auto":
+            yield from EXPERTS.get(self.experts).config_problems(self.experts, config.train)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from veomni.ops.experts.permute import Routing, expert_of_row, has_kernels, past_end
+from veomni.parallel.tensors import wide_dtype
 
-@dataclass(frozen=True)
-class SwiGLU:
+
+class SwiGLU(NamedTuple):
     """``(clamp(up) + shift) * gate * sigmoid(alpha * gate)``, where ``gate`` is at most ``limit``.
 
     The defaults are SwiGLU (Shazeer, 2020, arXiv:2002.05202); gpt_oss clamps and shifts.
@@ -28,8 +30,53 @@ class SwiGLU:
     interleaved: bool = False
 
 
-def split(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Return views of the gates and the ups, ``[rows, intermediate]`` each."""
+def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor | None, rows: Routing, form: SwiGLU) -> Tensor:
+    """Return the activation, ``[rows, intermediate]``. Has no gradient.
+
+    Args:
+        gate_up: ``[rows, 2 * intermediate]``.
+        bias: Added to each row by its expert, ``[experts, 2 * intermediate]``, or None.
+        weights: Factors of the rows, by the pairs that they belong to, ``[tokens, k]``, or None.
+        rows: Which rows.
+        form: Which activation.
+    """
+    if has_kernels(gate_up):
+        from veomni.ops.experts import activation_triton
+
+        experts = None if bias is None else expert_of_row(gate_up, rows.offsets)
+        return activation_triton.swiglu(gate_up, bias, experts, weights, rows.order, form)
+    return swiglu(_biased(gate_up, bias, rows), form, _scale(weights, rows))
+
+
+def activate_backward(
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, weights: Tensor | None, rows: Routing, form: SwiGLU
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``weights`` (empty without).
+
+    ``grad`` is that of the activation; the other arguments are those of :func:`activate`.
+    """
+    if has_kernels(gate_up):
+        from veomni.ops.experts import activation_triton
+
+        experts = None if bias is None else expert_of_row(gate_up, rows.offsets)
+        return activation_triton.swiglu_backward(grad, gate_up, bias, experts, weights, rows, form)
+    scale = _scale(weights, rows)
+    to_gate_up, result, to_scale = _swiglu_backward(grad, _biased(gate_up, bias, rows), form, scale)
+    if weights is None or rows.inverse is None:
+        return to_gate_up, result, to_scale
+    to_scale = to_scale.masked_fill(past_end(to_scale, rows.offsets)[:, 0], 0).to(weights.dtype)
+    return to_gate_up, result, to_scale.index_select(0, rows.inverse).view_as(weights)
+
+
+def _biased(gate_up: Tensor, bias: Tensor | None, rows: Routing) -> Tensor:
+    return gate_up if bias is None else gate_up + bias.index_select(0, expert_of_row(gate_up, rows.offsets))
+
+
+def _scale(weights: Tensor | None, rows: Routing) -> Tensor | None:
+    return None if weights is None or rows.order is None else weights.flatten().index_select(0, rows.order)
+
+
+def _split(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if interleaved:
         return gate_up[..., ::2], gate_up[..., 1::2]
     gate, up = gate_up.chunk(2, dim=-1)
@@ -37,45 +84,29 @@ def split(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def swiglu(gate_up: Tensor, form: SwiGLU, scale: Tensor | None = None) -> Tensor:
-    """Return the activation, ``[rows, intermediate]``.
-
-    Args:
-        gate_up: ``[rows, 2 * intermediate]``.
-        form: Which activation.
-        scale: A factor for each row, ``[rows]``, or None.
-    """
-    wide = torch.promote_types(gate_up.dtype, torch.float32)
-    gate, up = split(gate_up.to(wide), form.interleaved)
+    """Return the activation of ``[rows, 2 * intermediate]``, each row multiplied by ``scale``, ``[rows]``."""
+    wide = wide_dtype(gate_up.dtype)
+    gate, up = _split(gate_up.to(wide), form.interleaved)
     gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
     result = (up + form.shift) * gate * torch.sigmoid(form.alpha * gate)
     return (result if scale is None else result * scale.to(wide)[:, None]).to(gate_up.dtype)
 
 
-def swiglu_backward(
-    gate_up: Tensor, grad: Tensor, form: SwiGLU, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``scale``.
-
-    Args:
-        gate_up: ``[rows, 2 * intermediate]``.
-        grad: Gradient of the activation, ``[rows, intermediate]``.
-        form: Which activation.
-        scale: As in :func:`swiglu`.
-    """
-    wide = torch.promote_types(gate_up.dtype, torch.float32)
-    gate, up = split(gate_up.to(wide), form.interleaved)
-    grad = grad.to(wide)
+def _swiglu_backward(
+    grad: Tensor, gate_up: Tensor, form: SwiGLU, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``scale`` in wide format."""
+    wide = wide_dtype(gate_up.dtype)
+    gate, up = _split(gate_up.to(wide), form.interleaved)
+    grad, factor = grad.to(wide), 1.0 if scale is None else scale.to(wide)[:, None]
     bounded, shifted = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit) + form.shift
     slope = torch.sigmoid(form.alpha * bounded)
     glu = bounded * slope
-    grad_scale = None
     result = shifted * glu
-    if scale is not None:
-        grad_scale = (grad * result).sum(1).to(scale.dtype)
-        grad, result = grad * scale.to(wide)[:, None], result * scale.to(wide)[:, None]
-    to_gate = grad * shifted * (slope + form.alpha * glu * (1 - slope)) * (gate <= form.limit)
-    to_up = grad * glu * (up.abs() <= form.limit)
+    to_scale = (grad * result).sum(1)
+    grad, result = grad * factor, result * factor
     grad_gate_up = torch.empty_like(gate_up)
-    for target, value in zip(split(grad_gate_up, form.interleaved), (to_gate, to_up), strict=True):
-        target.copy_(value)
-    return grad_gate_up, result.to(gate_up.dtype), grad_scale
+    to_gate, to_up = _split(grad_gate_up, form.interleaved)
+    to_gate.copy_(grad * shifted * (slope + form.alpha * glu * (1 - slope)) * (gate <= form.limit))
+    to_up.copy_(grad * glu * (up.abs() <= form.limit))
+    return grad_gate_up, result.to(gate_up.dtype), to_scale

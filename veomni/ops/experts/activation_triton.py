@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from veomni.ops.experts.activation import SwiGLU
+from veomni.ops.experts.permute import Routing
+
 
 @triton.jit
 def _load(gate_up, bias, row, expert, place, mask, width, BIASED: tl.constexpr, INTERLEAVED: tl.constexpr):
@@ -96,83 +99,46 @@ def _backward_kernel(
         tl.store(to_weights + pair, sums.to(to_weights.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("veomni::swiglu", mutates_args=())
 def swiglu(
     gate_up: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor | None, order: Tensor | None,
-    alpha: float, limit: float, shift: float, interleaved: bool,
+    form: SwiGLU,
 ) -> Tensor:  # fmt: skip
-    """Return the activation, ``[rows, intermediate]``; see :func:`veomni.ops.experts.activation.swiglu`.
-
-    Args:
-        gate_up: ``[rows, 2 * intermediate]``, contiguous.
-        bias: Added to each row by its expert, ``[experts, 2 * intermediate]``, or None.
-        expert_of_row: int64 ``[rows]``; needed with ``bias``.
-        weights: ``[tokens, k]``, a factor for each row, or None.
-        order: Place of each row's pair in ``weights``, int64 ``[rows]``.
-        alpha: Slope of the sigmoid.
-        limit: Largest gate, and largest magnitude of the other half.
-        shift: Added to the other half.
-        interleaved: Whether the halves take turns.
-    """
+    """See :func:`veomni.ops.experts.activation.activate`; ``bias`` needs ``expert_of_row``, ``weights`` ``order``."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     target = gate_up.new_empty(rows, width)
     if target.numel():
         block = _block(width)
         _forward_kernel[(triton.cdiv(rows, 4), triton.cdiv(width, block))](
-            gate_up, bias, expert_of_row, weights, order, target, rows, width, alpha, _finite(limit), shift,
-            BIASED=bias is not None, WEIGHTED=weights is not None, CLAMPED=math.isfinite(limit),
-            INTERLEAVED=interleaved, ROWS=4, BLOCK=block,
+            gate_up, bias, expert_of_row, weights, order, target, rows, width, *_numbers(form),
+            BIASED=bias is not None, WEIGHTED=weights is not None, **_flags(form), ROWS=4, BLOCK=block,
         )  # fmt: skip
     return target
 
 
-@torch.library.custom_op("veomni::swiglu_backward", mutates_args=())
 def swiglu_backward(
-    gate_up: Tensor, grad: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor | None,
-    order: Tensor | None, offsets: Tensor, alpha: float, limit: float, shift: float, interleaved: bool,
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor | None,
+    routing: Routing, form: SwiGLU,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``weights`` (empty without).
-
-    Args:
-        gate_up: ``[rows, 2 * intermediate]``, contiguous.
-        grad: Gradient of the activation, ``[rows, intermediate]``, contiguous.
-        bias: As in :func:`swiglu`.
-        expert_of_row: As in :func:`swiglu`.
-        weights: As in :func:`swiglu`.
-        order: As in :func:`swiglu`.
-        offsets: Where each expert's rows end, int32 ``[experts]``.
-        alpha: As in :func:`swiglu`.
-        limit: As in :func:`swiglu`.
-        shift: As in :func:`swiglu`.
-        interleaved: As in :func:`swiglu`.
-    """
+    """See :func:`veomni.ops.experts.activation.activate_backward`."""
     rows, width = grad.shape
     to_gate_up, target = torch.empty_like(gate_up), torch.empty_like(grad)
     to_weights = gate_up.new_empty(0) if weights is None else torch.empty_like(weights)
     if target.numel():
         _backward_kernel[(triton.cdiv(rows, 4),)](
-            gate_up, bias, expert_of_row, weights, order, offsets, grad, to_gate_up, target, to_weights,
-            rows, width, alpha, _finite(limit), shift,
-            BIASED=bias is not None, WEIGHTED=weights is not None, CLAMPED=math.isfinite(limit),
-            INTERLEAVED=interleaved, EXPERTS=offsets.shape[0], ROWS=4, BLOCK=_block(width),
+            gate_up, bias, expert_of_row, weights, routing.order, routing.offsets, grad, to_gate_up, target,
+            to_weights, rows, width, *_numbers(form), BIASED=bias is not None, WEIGHTED=weights is not None,
+            **_flags(form), EXPERTS=routing.offsets.shape[0], ROWS=4, BLOCK=_block(width),
         )  # fmt: skip
     return to_gate_up, target, to_weights
 
 
-@swiglu.register_fake
-def _(gate_up, bias, expert_of_row, weights, order, alpha, limit, shift, interleaved):
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+def _numbers(form: SwiGLU) -> tuple[float, float, float]:
+    return form.alpha, form.limit if math.isfinite(form.limit) else 0.0, form.shift
 
 
-@swiglu_backward.register_fake
-def _(gate_up, grad, bias, expert_of_row, weights, order, offsets, alpha, limit, shift, interleaved):
-    to_weights = gate_up.new_empty(0) if weights is None else torch.empty_like(weights)
-    return torch.empty_like(gate_up), torch.empty_like(grad), to_weights
+def _flags(form: SwiGLU) -> dict[str, bool]:
+    return {"CLAMPED": math.isfinite(form.limit), "INTERLEAVED": form.interleaved}
 
 
 def _block(width: int) -> int:
     return min(256, triton.next_power_of_2(width))
-
-
-def _finite(limit: float) -> float:
-    return limit if math.isfinite(limit) else 0.0

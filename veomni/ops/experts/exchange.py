@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits, all_to_all
-from veomni.ops.experts.permute import combine_rows, gather_rows, permute_tokens
-from veomni.ops.experts.routing import Routing, route
+from veomni.ops.experts.permute import Routing, combine_rows, gather_rows, inverse_of, permute_tokens, route
 from veomni.ops.experts.shared import SharedExperts
 
 RunExperts = Callable[[Tensor, Tensor], Tensor]
@@ -168,8 +167,8 @@ def _exact_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGro
         experts = local_ids.repeat_interleave(arriving.flatten(), output_size=total)
         by_expert = experts.argsort(stable=True)
         splits = Splits(sent_sizes[index], received_sizes[index])
-        rows = len(chunk.routing.order)
-        layouts.append(_Layout(group, _ends(arriving), by_expert, _inverse(by_expert), rows, splits))
+        rows = chunk.index.numel()
+        layouts.append(_Layout(group, _ends(arriving), by_expert, inverse_of(by_expert), rows, splits))
     return layouts
 
 
@@ -178,8 +177,8 @@ def _fixed_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGro
     ranks, _, local = received.shape
     layouts = []
     for index, chunk in enumerate(chunks):
-        rows = len(chunk.routing.order)
-        room = rows // chunk.top_k * min(chunk.top_k, local)
+        rows = chunk.index.numel()
+        room = len(chunk.index) * min(chunk.index.shape[1], local)
         places = torch.arange(room, device=received.device)
         arriving = received[:, index].contiguous()
         experts = torch.searchsorted(arriving.cumsum(1), places.expand(ranks, room).contiguous(), right=True)
@@ -190,19 +189,13 @@ def _fixed_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGro
         starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
         slots = (rank_of_row * room + row - starts[rank_of_row]).clamp(max=ranks * room)
         layouts.append(
-            _Layout(group, _ends(arriving), by_expert, _inverse(by_expert), rows, slots=slots, room=ranks * room)
+            _Layout(group, _ends(arriving), by_expert, inverse_of(by_expert), rows, slots=slots, room=ranks * room)
         )
     return layouts
 
 
 def _ends(arriving: Tensor) -> Tensor:
     return arriving.sum(0).cumsum(0).to(torch.int32)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
 
 
 class _Chunk:
@@ -218,12 +211,12 @@ class _Chunk:
     exchange: AsyncAllToAll
 
     def __init__(self, tokens: Tensor, index: Tensor, num_experts: int) -> None:
-        self.tokens, self.top_k = tokens, index.shape[1]
+        self.tokens, self.index = tokens, index
         self.routing: Routing = route(index, num_experts)
 
     def dispatch(self) -> None:
         """Send the rows to the ranks of their experts."""
-        rows, layout = permute_tokens(self.tokens, self.routing, self.top_k), self.layout
+        rows, layout = permute_tokens(self.tokens, self.routing), self.layout
         self.exchange = AsyncAllToAll.start(layout.pack(rows), layout.splits, layout.group)
 
     def run_experts(self, run: RunExperts) -> None:

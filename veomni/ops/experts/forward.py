@@ -1,18 +1,18 @@
-"""The experts of a layer, from tokens to tokens."""
+"""The experts of a layer: from tokens to tokens, on this rank or on several, and from sorted rows to rows."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veomni.models.transformers_api.experts import apply_gate
 from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
-from veomni.ops.experts.fused import Rows, expert_down, expert_up
-from veomni.ops.experts.layout import expert_layout
-from veomni.ops.experts.permute import combine_rows, permute_tokens
-from veomni.ops.experts.routing import route
-from veomni.ops.experts.rows import bias, called_rows, compute_dtype, expert_rows, weight
+from veomni.ops.experts.fused import add_bias, expert_down, expert_linear, expert_up
+from veomni.ops.experts.layout import ExpertLayout, expert_layout, local_parameter
+from veomni.ops.experts.permute import Routing, combine_rows, route
 
 
 def experts_forward(
@@ -25,33 +25,73 @@ def experts_forward(
         hidden_states: ``[tokens, hidden]``.
         top_k_index: int64 ``[tokens, k]``.
         top_k_weights: ``[tokens, k]``.
-        backend: "loop", "grouped_mm", "triton" or "npu".
+        backend: A registered backend.
     """
     exchange = getattr(module, EXCHANGE, None)
     if exchange is not None:
         run, num_experts = partial(expert_rows, module, backend=backend), int(module.num_experts)  # type: ignore[arg-type]
         return exchange_experts(hidden_states, top_k_index, top_k_weights, num_experts, run, exchange)
-    layout, dtype = expert_layout(module), compute_dtype(module, hidden_states)
-    routing, top_k = route(top_k_index, layout.local_experts), top_k_index.shape[1]
-    tokens = hidden_states.to(dtype)
-    if layout.activation is None or layout.has_post_expert_norm:
-        rows = permute_tokens(tokens, routing, top_k)
-        rows = called_rows(module, layout, rows, routing.offsets, backend)
-        return combine_rows(rows, routing, top_k_weights).to(hidden_states.dtype)
-    rows_of = Rows(routing.offsets, routing, top_k)
-    gate_up = expert_up(tokens, weight(module, layout, layout.first, dtype), rows_of, backend)
-    result = expert_down(
-        gate_up, bias(module, layout, layout.first, dtype), top_k_weights, weight(module, layout, "down_proj", dtype),
-        layout.activation, rows_of, backend,
-    )  # fmt: skip
-    down_bias = bias(module, layout, "down_proj", dtype)
-    if down_bias is not None:
-        result = result + _weighted_bias(down_bias, top_k_index, top_k_weights)
-    return result.to(hidden_states.dtype)
+    routing = route(top_k_index, expert_layout(module).local_experts)
+    return _run(module, hidden_states, routing, backend, top_k_index, top_k_weights)
 
 
-def _weighted_bias(down_bias: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def expert_rows(module: nn.Module, rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """Run every row through its expert.
+
+    Args:
+        module: A transformers experts module.
+        rows: ``[rows, hidden]``, sorted by local expert.
+        offsets: Where each local expert's rows end, int32 ``[local_experts]``.
+        backend: A registered backend.
+
+    Returns:
+        ``[rows, hidden]``; rows past ``offsets[-1]`` are zeros and have zero gradients. An expert without a row gets
+        zero gradients, also where there is no row at all.
+    """
+    return _run(module, rows, Routing(offsets), backend)
+
+
+def _run(
+    module: nn.Module, hidden: Tensor, rows: Routing, backend: str, top_k_index: Tensor | None = None,
+    top_k_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return a result for every row, or, with a choice and its weights, for every token."""
+    layout, dtype, offsets = expert_layout(module), _compute_dtype(module, hidden), rows.offsets
+    up, up_bias = _weights(module, layout, layout.first, dtype)
+    down, down_bias = _weights(module, layout, "down_proj", dtype)
+    result = expert_up(hidden.to(dtype), up, rows, backend)
+    if layout.activation is not None and not layout.has_post_expert_norm:
+        result = expert_down(result, up_bias, top_k_weights, down, layout.activation, rows, backend)
+        if top_k_index is None or top_k_weights is None:
+            result = add_bias(result, down_bias, offsets, backend)
+        elif down_bias is not None:
+            result = result + _weighted_bias(down_bias, top_k_index, top_k_weights)
+        return result.to(hidden.dtype)
+    experts: Any = module
+    result = add_bias(result, up_bias, offsets, backend)
+    result = apply_gate(module, result) if layout.has_gate else experts.act_fn(result)
+    result = add_bias(expert_linear(result.to(dtype), down, offsets, backend), down_bias, offsets, backend)
+    if layout.has_post_expert_norm:
+        result = experts.post_expert_norm(result)
+    return (result if top_k_weights is None else combine_rows(result, rows, top_k_weights)).to(hidden.dtype)
+
+
+def _weights(module: nn.Module, layout: ExpertLayout, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's matrices as ``[local_experts, in, out]``, and biases as ``[local_experts, out]`` or None."""
+    matrices = local_parameter(module, name).to(dtype)
+    bias = local_parameter(module, f"{name}_bias").to(dtype) if layout.has_bias else None
+    return matrices if layout.is_transposed else matrices.transpose(1, 2), bias
+
+
+def _weighted_bias(bias: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Return of every token the weighted sum of its experts' biases, as one dense product."""
-    shares = down_bias.new_zeros(top_k_index.shape[0], down_bias.shape[0] + 1)
-    shares = shares.scatter(1, top_k_index, top_k_weights.to(down_bias.dtype))
-    return torch.mm(shares[:, :-1], down_bias)
+    shares = bias.new_zeros(top_k_index.shape[0], bias.shape[0] + 1)
+    shares = shares.scatter(1, top_k_index, top_k_weights.to(bias.dtype))
+    return torch.mm(shares[:, :-1], bias)
+
+
+def _compute_dtype(module: nn.Module, rows: Tensor) -> torch.dtype:
+    """Return what the products are taken in: the format of the autocast around, or that of the weights."""
+    if torch.is_autocast_enabled(rows.device.type):
+        return torch.get_autocast_dtype(rows.device.type)
+    return local_parameter(module, "down_proj").dtype

@@ -1,4 +1,4 @@
-"""The two halves of gated experts, with as few saved tensors as their gradients allow.
+"""The two halves of an expert, each one operation, with as few saved tensors as their gradients allow.
 
 ``expert_up`` keeps its input and not the sorted copy of it; ``expert_down`` keeps what the first product gave and not
 the activation, which is computed again in the backward. Two halves and not one, so that a recomputed block computes the
@@ -7,177 +7,217 @@ first only. Routing weights act between the products: the same sum as behind the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.ops.experts.activation import SwiGLU, swiglu, swiglu_backward
-from veomni.ops.experts.matmul import expert_of_row, grouped_matmul, sum_by_expert, weights_gradient
-from veomni.ops.experts.permute import past_end, rows_of_tokens, sum_of_rows, zero_tail_
-from veomni.ops.experts.routing import Routing
+from veomni.ops.experts.activation import SwiGLU, activate, activate_backward
+from veomni.ops.experts.backends import grouped_matmul, grouped_outer
+from veomni.ops.experts.permute import Routing, rows_of_tokens, sum_of_rows, zero_tail_
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Which rows the experts run on.
-
-    Attributes:
-        offsets: Where each expert's rows end, int32 ``[experts]``.
-        routing: The pairs that the rows belong to; None where the rows are given as they are.
-        top_k: Pairs per token.
-    """
-
-    offsets: Tensor
-    routing: Routing | None = None
-    top_k: int = 1
-
-    @property
-    def order(self) -> Tensor | None:
-        """Places of the sorted pairs, or None."""
-        return None if self.routing is None else self.routing.order
-
-    @property
-    def inverse(self) -> Tensor | None:
-        """Where each pair is once sorted, or None."""
-        return None if self.routing is None else self.routing.inverse
-
-
-def expert_up(hidden: Tensor, weights: Tensor, rows: Rows, backend: str) -> Tensor:
-    """Return the first product, ``[rows, 2 * intermediate]``.
+def expert_up(hidden: Tensor, weights: Tensor, rows: Routing, backend: str) -> Tensor:
+    """Return every row's product with its expert's matrix, ``[rows, out]``; zeros for rows past the last expert's.
 
     Args:
-        hidden: Tokens ``[tokens, hidden]`` where ``rows`` has a routing, else the rows themselves.
-        weights: ``[experts, hidden, 2 * intermediate]``.
+        hidden: Tokens ``[tokens, in]`` where ``rows`` has an order, else the rows themselves.
+        weights: ``[experts, in, out]``; every matrix or its transpose contiguous.
         rows: Which rows.
         backend: The matmul backend.
     """
-    product: Tensor = _Up.apply(hidden, weights, rows.offsets, rows.order, rows.inverse, rows.top_k, backend)
+    product: Tensor = _up(hidden, weights, _tensors(rows), rows.top_k, backend)
     return product
 
 
+def expert_linear(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """Return :func:`expert_up` of given rows, for other products than the first: selective checkpointing keeps that."""
+    product: Tensor = _linear(rows, weights, [offsets], 1, backend)
+    return product
+
+
+def add_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -> Tensor:
+    """Add its expert's bias of ``[experts, out]`` to every row; rows past the last expert's stay as they are."""
+    if bias is None:
+        return rows
+    # A product with ones: its gradient is summed in float32, and in one pass. Eight columns: kernels need 16 bytes.
+    ones = rows.new_ones(rows.shape[0], 8)
+    return rows + expert_linear(ones, F.pad(bias[:, None], (0, 0, 0, 7)), offsets, backend)
+
+
 def expert_down(
-    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, form: SwiGLU, rows: Rows,
+    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, form: SwiGLU, rows: Routing,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    """Return the second product of the activated first one; summed by token where ``rows`` has a routing.
+    """Return the second product of the activated first one; summed by token where ``rows`` has an order.
 
     Args:
-        gate_up: What :func:`expert_up` returned.
+        gate_up: What :func:`expert_up` returned, ``[rows, 2 * intermediate]``.
         bias: The first product's bias, ``[experts, 2 * intermediate]``, or None.
-        top_k_weights: ``[tokens, k]``, or None for ones.
+        top_k_weights: ``[tokens, k]``; None where the rows are given.
         weights: ``[experts, intermediate, hidden]``.
         form: Which activation.
         rows: Which rows.
         backend: The matmul backend.
     """
-    result: Tensor = _Down.apply(
-        gate_up, bias, top_k_weights, weights, rows.offsets, rows.order, rows.inverse, rows.top_k,
-        form.alpha, form.limit, form.shift, form.interleaved, backend,
-    )  # fmt: skip
+    result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, list(form), backend)
     return result
 
 
-class _Up(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weights: Tensor, offsets: Tensor, order: Tensor | None, inverse: Tensor | None,
-        top_k: int, backend: str,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(hidden, weights, offsets, order, inverse)
-        ctx.top_k, ctx.backend = top_k, backend
-        return grouped_matmul(_rows(hidden, order, inverse, top_k), weights, offsets, backend)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights, offsets, order, inverse = ctx.saved_tensors
-        needs_hidden, needs_weights, *_ = ctx.needs_input_grad
-        to_hidden = to_weights = None
-        if needs_weights:
-            rows = _rows(hidden, order, inverse, ctx.top_k, again=True)
-            to_weights = weights_gradient(rows, grads[0], weights, offsets, ctx.backend)
-            del rows
-        if needs_hidden:
-            to_hidden = grouped_matmul(grads[0], weights.transpose(1, 2), offsets, ctx.backend)
-            to_hidden = _tokens(to_hidden, offsets, inverse, ctx.top_k)
-        return to_hidden, to_weights, None, None, None, None, None
+def _tensors(rows: Routing) -> list[Tensor]:
+    return [tensor for tensor in rows[:3] if tensor is not None]
 
 
-class _Down(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, offsets: Tensor,
-        order: Tensor | None, inverse: Tensor | None, top_k: int, alpha: float, limit: float, shift: float,
-        interleaved: bool, backend: str,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(gate_up, bias, top_k_weights, weights, offsets, order, inverse)
-        ctx.form, ctx.top_k, ctx.backend = (alpha, limit, shift, interleaved), top_k, backend
-        hidden = _activate(gate_up, bias, top_k_weights, offsets, order, ctx.form, backend)
-        return _tokens(grouped_matmul(hidden, weights, offsets, backend), offsets, inverse, top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, bias, top_k_weights, weights, offsets, order, inverse = ctx.saved_tensors
-        _, needs_bias, _, needs_weights, *_ = ctx.needs_input_grad
-        grad = _rows(grads[0].contiguous(), order, inverse, ctx.top_k)
-        to_hidden = grouped_matmul(grad, weights.transpose(1, 2), offsets, ctx.backend)
-        to_gate_up, hidden, to_top_k_weights = _activate_backward(
-            gate_up, to_hidden, bias, top_k_weights, offsets, order, inverse, ctx.form, ctx.backend
-        )
-        del to_hidden
-        to_weights = weights_gradient(hidden, grad, weights, offsets, ctx.backend) if needs_weights else None
-        to_bias = sum_by_expert(to_gate_up, offsets, ctx.backend) if needs_bias else None
-        return to_gate_up, to_bias, to_top_k_weights, to_weights, *[None] * 9
+# What is not needed of a gradient is an empty tensor: operations return tensors only. Rows are [offsets], or
+# [offsets, order, inverse].
 
 
-def _rows(hidden: Tensor, order: Tensor | None, inverse: Tensor | None, top_k: int, *, again: bool = False) -> Tensor:
-    if order is None or inverse is None:
-        return hidden
-    return rows_of_tokens(hidden, order, inverse, top_k, again=again)
+def _product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:
+    routing = _routing(rows, top_k)
+    return zero_tail_(grouped_matmul(_rows(hidden, routing), weights, routing.offsets, backend), routing.offsets)
 
 
-def _tokens(rows: Tensor, offsets: Tensor, inverse: Tensor | None, top_k: int) -> Tensor:
-    return zero_tail_(rows, offsets) if inverse is None else sum_of_rows(rows, inverse, top_k, offsets=offsets)
+@torch.library.custom_op("veomni::expert_product_backward", mutates_args=())
+def _product_backward(
+    grad: Tensor, hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    routing, (needs_hidden, needs_weights) = _routing(rows, top_k), needs
+    to_hidden, to_weights = hidden.new_empty(0), hidden.new_empty(0)
+    if needs_weights:
+        to_weights = _to_weights(_rows(hidden, routing), grad, weights, routing.offsets, backend)
+    if needs_hidden:
+        to_rows = grouped_matmul(grad, weights.transpose(1, 2), routing.offsets, backend)
+        to_hidden = _tokens(to_rows, routing)
+    return to_hidden, to_weights
 
 
-def _activate(
-    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, offsets: Tensor, order: Tensor | None,
-    form: tuple[float, float, float, bool], backend: str,
+@torch.library.custom_op("veomni::expert_down", mutates_args=())
+def _down(
+    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, rows: list[Tensor], top_k: int,
+    form: list[float], backend: str,
 ) -> Tensor:  # fmt: skip
-    if backend == "triton":
-        from veomni.ops.experts import activation_triton
-
-        experts = None if bias is None else expert_of_row(gate_up, offsets)
-        return activation_triton.swiglu(gate_up, bias, experts, top_k_weights, order, *form)
-    return swiglu(_biased(gate_up, bias, offsets), SwiGLU(*form), _scale(top_k_weights, order))
+    routing = _routing(rows, top_k)
+    hidden = activate(gate_up, bias, top_k_weights, routing, _form(form))
+    return _tokens(grouped_matmul(hidden, weights, routing.offsets, backend), routing)
 
 
-def _activate_backward(
-    gate_up: Tensor, grad: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, offsets: Tensor,
-    order: Tensor | None, inverse: Tensor | None, form: tuple[float, float, float, bool], backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``top_k_weights``."""
-    if backend == "triton":
-        from veomni.ops.experts import activation_triton
-
-        experts = None if bias is None else expert_of_row(gate_up, offsets)
-        to_gate_up, hidden, to_weights = activation_triton.swiglu_backward(
-            gate_up, grad, bias, experts, top_k_weights, order, offsets, *form
-        )
-        return to_gate_up, hidden, None if top_k_weights is None else to_weights
-    to_gate_up, hidden, to_scale = swiglu_backward(
-        _biased(gate_up, bias, offsets), grad, SwiGLU(*form), _scale(top_k_weights, order)
+@torch.library.custom_op("veomni::expert_down_backward", mutates_args=())
+def _down_backward(
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor,
+    rows: list[Tensor], top_k: int, form: list[float], backend: str, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    routing, (_, needs_bias, _, needs_weights) = _routing(rows, top_k), needs
+    by_row = _rows(grad, routing)
+    to_hidden = grouped_matmul(by_row, weights.transpose(1, 2), routing.offsets, backend)
+    to_gate_up, hidden, to_top_k_weights = activate_backward(
+        to_hidden, gate_up, bias, top_k_weights, routing, _form(form)
     )
-    if to_scale is None or top_k_weights is None or inverse is None:
-        return to_gate_up, hidden, None
-    to_scale = to_scale.masked_fill(past_end(to_scale, offsets)[:, 0], 0)
-    return to_gate_up, hidden, to_scale.index_select(0, inverse).view_as(top_k_weights)
+    del to_hidden
+    to_bias, to_weights = gate_up.new_empty(0), gate_up.new_empty(0)
+    if needs_weights:
+        to_weights = _to_weights(hidden, by_row, weights, routing.offsets, backend)
+    if needs_bias:
+        ones = to_gate_up.new_ones(to_gate_up.shape[0], 8)
+        to_bias = grouped_outer(ones, to_gate_up, routing.offsets, backend)[:, 0].contiguous()
+    return to_gate_up, to_bias, to_top_k_weights, to_weights
 
 
-def _biased(gate_up: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    return gate_up if bias is None else gate_up + bias.index_select(0, expert_of_row(gate_up, offsets))
+def _routing(rows: list[Tensor], top_k: int) -> Routing:
+    offsets, order, inverse = rows if len(rows) == 3 else (rows[0], None, None)
+    return Routing(offsets, order, inverse, top_k)
 
 
-def _scale(top_k_weights: Tensor | None, order: Tensor | None) -> Tensor | None:
-    return None if top_k_weights is None or order is None else top_k_weights.flatten().index_select(0, order)
+def _form(numbers: list[float]) -> SwiGLU:
+    alpha, limit, shift, interleaved = numbers
+    return SwiGLU(alpha, limit, shift, bool(interleaved))
+
+
+def _rows(hidden: Tensor, routing: Routing) -> Tensor:
+    return rows_of_tokens(hidden, routing.order, routing.inverse, routing.top_k)
+
+
+def _tokens(rows: Tensor, routing: Routing) -> Tensor:
+    if routing.inverse is None:
+        return zero_tail_(rows, routing.offsets)
+    return sum_of_rows(rows, routing.inverse, routing.top_k, offsets=routing.offsets)
+
+
+def _to_weights(rows: Tensor, grad: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    """Return the gradient of ``weights``, in their memory order."""
+    if weights.stride(1) == 1 and weights.shape[1] > 1:  # the parameter is [experts, out, in]
+        return grouped_outer(grad, rows, offsets, backend).transpose(1, 2)
+    return grouped_outer(rows, grad, offsets, backend)
+
+
+# ---------------------------------------------------------------- shapes and gradients
+
+
+def _shape_of_product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:
+    return hidden.new_empty(hidden.shape[0] * top_k, weights.shape[2])
+
+
+@_product_backward.register_fake
+def _(grad: Tensor, hidden: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_like([hidden, weights], others[-1])
+
+
+@_down.register_fake
+def _(gate_up: Tensor, bias: Any, top_k_weights: Any, weights: Tensor, rows: Any, top_k: int, *others: Any) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0] // top_k, weights.shape[2])
+
+
+@_down_backward.register_fake
+def _(
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    _, needs_bias, _, needs_weights = others[-1]
+    needs = [True, needs_bias, top_k_weights is not None, needs_weights]
+    return _empty_like([gate_up, bias, top_k_weights, weights], needs)
+
+
+def _empty_like(tensors: list[Tensor | None], needs: list[bool]) -> tuple[Tensor, ...]:
+    first = next(tensor for tensor in tensors if tensor is not None)
+    return tuple(
+        torch.empty_like(tensor) if need and tensor is not None else first.new_empty(0)
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weights, rows, ctx.top_k, ctx.backend = inputs
+    ctx.save_for_backward(hidden, weights, *rows)
+
+
+def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    hidden, weights, *rows = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = _product_backward(grad.contiguous(), hidden, weights, rows, ctx.top_k, ctx.backend, needs)
+    return *_needed(gradients, needs), [None] * len(rows), None, None
+
+
+def _save_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, bias, top_k_weights, weights, rows, ctx.top_k, ctx.form, ctx.backend = inputs
+    ctx.save_for_backward(gate_up, bias, top_k_weights, weights, *rows)
+
+
+def _differentiate_down(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    gate_up, bias, top_k_weights, weights, *rows = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = _down_backward(
+        grad.contiguous(), gate_up, bias, top_k_weights, weights, rows, ctx.top_k, ctx.form, ctx.backend, needs
+    )
+    return *_needed(gradients, needs), [None] * len(rows), None, None, None
+
+
+def _needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+_up, _linear = (
+    torch.library.custom_op(f"veomni::{name}", _product, mutates_args=()) for name in ("expert_up", "expert_linear")
+)
+for _operation in (_up, _linear):
+    _operation.register_fake(_shape_of_product)
+    _operation.register_autograd(_differentiate_product, setup_context=_save_product)
+_down.register_autograd(_differentiate_down, setup_context=_save_down)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,9 +63,8 @@ def _matmul_kernel(
         tl.store(target, total.to(result.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("veomni::tiled_matmul", mutates_args=())
 def tiled_matmul(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """See :func:`veomni.ops.experts.matmul.grouped_matmul`."""
+    """See :func:`veomni.ops.experts.backends.ExpertBackend.matmul`."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (count, depth), (num_experts, _, width) = rows.shape, weights.shape
@@ -87,11 +85,6 @@ def tiled_matmul(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, BAND=_BAND, num_warps=8, num_stages=3,
     )  # fmt: skip
     return result
-
-
-@tiled_matmul.register_fake
-def _(rows, weights, offsets):
-    return rows.new_empty(rows.shape[0], weights.shape[2])
 
 
 def tiles_fit(weights: Tensor) -> bool:

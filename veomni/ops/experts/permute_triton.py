@@ -70,8 +70,7 @@ def _zero_tail_kernel(rows, offsets, count, channels, EXPERTS: tl.constexpr, ROW
             tl.store(target, tl.zeros((ROWS, BLOCK), dtype=rows.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("veomni::rows_of_tokens", mutates_args=())
-def rows_of_tokens(hidden: Tensor, inverse: Tensor, top_k: int, again: bool) -> Tensor:
+def rows_of_tokens(hidden: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """See :func:`veomni.ops.experts.permute.rows_of_tokens`."""
     tokens, channels = hidden.shape
     target = hidden.new_empty(inverse.shape[0], channels)
@@ -83,10 +82,7 @@ def rows_of_tokens(hidden: Tensor, inverse: Tensor, top_k: int, again: bool) -> 
     return target
 
 
-@torch.library.custom_op("veomni::sum_rows", mutates_args=())
-def sum_of_rows(
-    rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None, offsets: Tensor | None
-) -> Tensor:  # fmt: skip
+def sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None, offsets: Tensor | None) -> Tensor:
     """See :func:`veomni.ops.experts.permute.sum_of_rows`."""
     tokens, channels = inverse.shape[0] // top_k, rows.shape[1]
     target = rows.new_empty(tokens, channels)
@@ -100,9 +96,8 @@ def sum_of_rows(
     return target
 
 
-@torch.library.custom_op("veomni::sum_rows_backward", mutates_args=())
 def sum_of_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`veomni.ops.experts.permute.sum_of_rows_backward`."""
+    """Return the gradients of rows and weights of :func:`sum_of_rows`."""
     to_rows, to_weights = torch.empty_like(rows), torch.empty_like(weights)
     if rows.numel():
         block = _block(rows.shape[1], 2048)
@@ -113,34 +108,14 @@ def sum_of_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: Ten
     return to_rows, to_weights
 
 
-@torch.library.custom_op("veomni::zero_tail", mutates_args={"rows"})
-def zero_tail_(rows: Tensor, offsets: Tensor) -> None:
+def zero_tail_(rows: Tensor, offsets: Tensor) -> Tensor:
     """Write zeros into rows past ``offsets[-1]``: none, as a rule, and then nothing is touched."""
     if rows.numel():
         count, channels = rows.shape
         _zero_tail_kernel[(triton.cdiv(count, 16),)](
             rows, offsets, count, channels, EXPERTS=offsets.shape[0], ROWS=16, BLOCK=_block(channels, 256)
         )
-
-
-@rows_of_tokens.register_fake
-def _(hidden, inverse, top_k, again):
-    return hidden.new_empty(inverse.shape[0], hidden.shape[1])
-
-
-@sum_of_rows.register_fake
-def _(rows, inverse, top_k, weights, offsets):
-    return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
-
-
-@sum_of_rows_backward.register_fake
-def _(grad, rows, weights, order):
-    return torch.empty_like(rows), torch.empty_like(weights)
-
-
-@zero_tail_.register_fake
-def _(rows, offsets):
-    return None
+    return rows
 
 
 def _block(channels: int, most: int) -> int:
