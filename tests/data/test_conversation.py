@@ -10,7 +10,7 @@ from tests.data.loaders import dataset_of, make_loader
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.data import CHAT_TEMPLATES
 from veomni.data.sources.records import Conversation, Document, conversation_of
-from veomni.data.text.tokenize_chat import tokenize_conversations as tokenize
+from veomni.data.text.chat import tokenize_conversations as tokenize
 from veomni.errors import DataError
 
 TURNS = [

@@ -17,7 +17,7 @@ from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.split import SequenceShard
 from veomni.data import CHAT_TEMPLATES
 from veomni.data.sources.records import Document, conversation_of
-from veomni.data.text.tokenize_chat import tokenize_conversations
+from veomni.data.text.chat import tokenize_conversations
 
 TURNS = [
     {"role": "user", "content": "Where do rows end?"},

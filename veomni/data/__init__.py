@@ -3,10 +3,10 @@
 from veomni.data.data_type import DATA_TYPES, DataType, Encoded
 from veomni.data.loading.build_dataloader import build_dataloader
 from veomni.data.loading.encoder import Encoder
-from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.data.loading.packed_loader import PackedLoader
 from veomni.data.loading.stream_loader import StreamLoader
 from veomni.data.loading.worker_pool import WorkerError
+from veomni.data.options import BatchShape, Order, Packing, Workers
 from veomni.data.protocols import Loader
 from veomni.data.sources.cache import build_once
 from veomni.data.sources.corpora import CORPORA, PYTHON_STDLIB

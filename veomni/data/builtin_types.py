@@ -20,9 +20,9 @@ from veomni.data.sources.records import (
     text_of,
 )
 from veomni.data.sources.schema import RecordSchema
+from veomni.data.text.chat import tokenize_conversations
 from veomni.data.text.preference import PREFERENCE_KEYS, pair_of, supervised_answer
 from veomni.data.text.pretokenized import TOKEN_KEYS, given_tokens
-from veomni.data.text.tokenize_chat import tokenize_conversations
 from veomni.errors import DataError
 
 if TYPE_CHECKING:

@@ -17,13 +17,12 @@ from veomni.config.section import ComponentSection, options_of
 from veomni.data.data_type import DATA_TYPES, DataType
 from veomni.data.loading.build_dataloader import build_dataloader
 from veomni.data.loading.encoder import Encoder
-from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.data.multimodal.section import MediaSection
+from veomni.data.options import BatchShape, Mixing, Order, Packing, Workers
 from veomni.data.sources.corpora import CORPORA
 from veomni.data.sources.dataset import build_dataset
 from veomni.data.sources.formats import FORMATS
 from veomni.data.sources.mixture import DataSource, build_mixture
-from veomni.data.sources.opened import Mixing
 from veomni.data.sources.schema import RecordSchema
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from veomni.data.multimodal.placeholders import expand_placeholders
-from veomni.data.text.rendering import Rendered, Span
+from veomni.data.text.chat import Rendered, Span
 from veomni.errors import DataError
 
 TOKENS = {"image": "<i>", "video": "<v>"}

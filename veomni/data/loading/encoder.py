@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from veomni.batch.split import SequenceShard
-from veomni.data.loading.options import Packing
+from veomni.data.options import Packing
 from veomni.data.sources.cache import digest, tokenizer_digest
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.chat_templates import find_chat_template

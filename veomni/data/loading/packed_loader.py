@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veomni.batch.micro_batch import MicroBatch
-from veomni.data.loading.options import BatchShape, Order, Packing, Workers
 from veomni.data.loading.resumable import ResumableLoader
 from veomni.data.loading.worker_pool import WorkerPool
+from veomni.data.options import BatchShape, Order, Packing, Workers
 from veomni.data.packing.balance import balanced_share
 from veomni.data.packing.best_fit import Bins, epoch_bins
 from veomni.data.packing.rows import MicroBatches, Rows

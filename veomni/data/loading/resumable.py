@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veomni.batch.micro_batch import MicroBatch
-from veomni.data.loading.options import BatchShape, Order, Packing, Workers
+from veomni.data.options import BatchShape, Order, Packing, Workers
 from veomni.errors import CheckpointError
 
 

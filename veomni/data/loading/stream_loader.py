@@ -16,12 +16,12 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from veomni.batch.micro_batch import MicroBatch
-from veomni.data.loading.options import BatchShape, Workers
 from veomni.data.loading.resumable import ResumableLoader
 from veomni.data.loading.source_cursor import SourceProgress
 from veomni.data.loading.stream_plan import StreamPlan
 from veomni.data.loading.stream_shard import StreamShard
 from veomni.data.loading.worker_pool import WorkerPool
+from veomni.data.options import BatchShape, Workers
 from veomni.data.packing.balance import by_cost
 from veomni.data.text.samples import Row
 from veomni.errors import CheckpointError

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
-from veomni.data.loading.options import Order, Packing
+from veomni.data.options import Mixing, Order, Packing
 from veomni.data.sources.blocks import Blocks, Records
-from veomni.data.sources.opened import Mixing, OpenedSource
+from veomni.data.sources.opened import OpenedSource
 from veomni.data.text.samples import SampleMaker
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from veomni.batch.micro_batch import MicroBatch
-from veomni.data.loading.options import Workers
+from veomni.data.options import Workers
 from veomni.errors import VeOmniError
 
 T = TypeVar("T")

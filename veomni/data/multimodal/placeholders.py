@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from veomni.data.text.rendering import Rendered, Span
+from veomni.data.text.chat import Rendered, Span
 from veomni.errors import DataError
 
 

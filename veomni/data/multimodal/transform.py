@@ -28,8 +28,7 @@ from veomni.data.multimodal.reader import MediaReader
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.sources.media_records import MediaItem, media_conversation
 from veomni.data.sources.records import Conversation, Document
-from veomni.data.text.rendering import render_conversation
-from veomni.data.text.tokenize_chat import tokenize_rendered
+from veomni.data.text.chat import render_conversation, tokenize_rendered
 from veomni.errors import DataError, MediaError
 from veomni.models.omni import DECODERS
 from veomni.models.transformers_api.chat import render_chat

@@ -13,11 +13,12 @@ from annotated_types import Ge, Lt
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from veomni.data.options import Mixing
 from veomni.data.packing.order import hashed_uniform
 from veomni.data.sources.blocks import Records
 from veomni.data.sources.cache import cache_directory, digest, file_digest
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import DocumentStream, Mixing, OpenedSource
+from veomni.data.sources.opened import DocumentStream, OpenedSource
 from veomni.data.sources.opening import find_data
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from veomni.data.options import Mixing, Sampling, StoppingStrategy
 from veomni.data.sources.cache import cache_directory, digest
 from veomni.data.sources.dataset import build_dataset
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import DocumentStream, Mixing, OpenedSource, Sampling, StoppingStrategy
+from veomni.data.sources.opened import DocumentStream, OpenedSource
 from veomni.data.sources.opening import find_data
 from veomni.data.sources.schema import RecordSchema
 from veomni.errors import ConfigError, DataError

@@ -6,42 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from veomni.data.options import Mixing
 from veomni.data.sources.blocks import Blocks, all_records
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
-from veomni.errors import ConfigError
-from veomni.registry import did_you_mean
 
 if TYPE_CHECKING:
     from veomni.data.sources.dataset import IndexedDataset
-
-Sampling = Literal["sample", "token"]
-StoppingStrategy = Literal["repeat", "first_exhausted", "all_exhausted", "once"]
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How several sources become one stream.
-
-    Attributes:
-        sampling: Whether weights of sources are shares of the samples or of their tokens.
-        stopping_strategy: When the stream ends: ``repeat``, never; ``first_exhausted``, when a source has been read
-            ``epochs`` times and is due again; ``all_exhausted``, when each has been read that often, shorter ones more
-            often; ``once`` likewise, but no source is read more often.
-
-    Raises:
-        ConfigError: an option is unknown.
-    """
-
-    sampling: Sampling = "sample"
-    stopping_strategy: StoppingStrategy = "repeat"
-
-    def __post_init__(self) -> None:
-        for key, known in (("sampling", get_args(Sampling)), ("stopping_strategy", get_args(StoppingStrategy))):
-            if (value := getattr(self, key)) not in known:
-                raise ConfigError(f"{key}: {value!r} is unknown", did_you_mean(value, list(known)))
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from veomni.errors import ConfigError, DataError
+from veomni.errors import DataError
 from veomni.logging import create_logger
-from veomni.registry import did_you_mean
 
 logger = create_logger(__name__)
 
 _FIELDS = "Packing.max_seq_len Packing.on_overflow"
-OVERFLOW_POLICIES = ("error", "truncate", "split", "drop")
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,6 @@ def _report(
         raise DataError(problem, "raise it, or set on_overflow to split", _FIELDS)
     else:
         logger.warning_rank0("dropped %s documents longer than %s tokens", len(longer), capacity)
-
-
-def check_policy(policy: str) -> None:
-    """Raise ConfigError unless ``policy`` is one of ``OVERFLOW_POLICIES``."""
-    if policy not in OVERFLOW_POLICIES:
-        fix = did_you_mean(policy, list(OVERFLOW_POLICIES))
-        raise ConfigError(f"on_overflow: no policy is called {policy!r}", fix, "Packing.on_overflow")
 
 
 def raise_overflow(

@@ -13,6 +13,7 @@ from torch import Tensor
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
 from veomni.data.data_type import Encoded
+from veomni.data.options import Packing
 from veomni.data.packing.rows import pack_rows
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
@@ -22,8 +23,6 @@ from veomni.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from veomni.data.loading.options import Packing
 
 
 class Ref(NamedTuple):

@@ -27,7 +27,7 @@ class Tokens:
 
     @classmethod
     def of(cls, ids: Sequence[int], weights: Sequence[float] | None) -> Tokens:
-        """Return ids of 32 bits, and weights as bool where float32 cannot tell them from 0 and 1."""
+        """Return ids of 32 bits, and weights as bool where in float32 each is 0 or 1."""
         if weights is None:
             return cls(np.array(ids, np.int32))
         given = np.array(weights, np.float32)

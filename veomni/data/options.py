@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from veomni.batch.split import WHOLE_ROWS, SequenceShard
-from veomni.data.text.on_overflow import check_policy
-from veomni.errors import ConfigError, LayoutError
+from veomni.config.section import checked, section_of
+from veomni.errors import LayoutError
 from veomni.logging import create_logger
-from veomni.registry import did_you_mean
 
 logger = create_logger(__name__)
 
-PACKINGS = ("best_fit", "none")
+Sampling = Literal["sample", "token"]
+StoppingStrategy = Literal["repeat", "first_exhausted", "all_exhausted", "once"]
 
 
 @dataclass(frozen=True)
-class Packing:
+class Validated:
+    """Options whose values must be what their annotations allow, in Python as in a configuration.
+
+    Raises:
+        ConfigError: a value has another type or range.
+    """
+
+    def __post_init__(self) -> None:
+        component: Any = type(self)
+        section = section_of(component)
+        checked(section, {name: getattr(self, name) for name in section.model_fields})
+
+
+@dataclass(frozen=True)
+class Mixing(Validated):
+    """How several sources become one stream.
+
+    Attributes:
+        sampling: Whether weights of sources are shares of the samples or of their tokens.
+        stopping_strategy: When the stream ends: ``repeat``, never; ``first_exhausted``, when a source has been read
+            ``epochs`` times and is due again; ``all_exhausted``, when each has been read that often, shorter ones more
+            often; ``once`` likewise, but no source is read more often.
+    """
+
+    sampling: Sampling = "sample"
+    stopping_strategy: StoppingStrategy = "repeat"
+
+
+@dataclass(frozen=True)
+class Packing(Validated):
     """How documents are put into rows.
 
     Attributes:
@@ -29,9 +58,6 @@ class Packing:
             but ``error`` are counted and logged.
         lookahead: Samples that each virtual shard of a stream reads ahead to fill its rows from.
         max_media_tokens: Most tokens of a stream's row that stand for images, videos and audio; None sets no bound.
-
-    Raises:
-        ConfigError: a strategy or policy is unknown.
     """
 
     max_seq_len: Annotated[int, Ge(2)] = 2048
@@ -40,12 +66,6 @@ class Packing:
     lookahead: Annotated[int, Ge(1)] = 256
     max_media_tokens: Annotated[int, Ge(1)] | None = None
 
-    def __post_init__(self) -> None:
-        if self.strategy not in PACKINGS:
-            problem = f"no packing strategy is called {self.strategy!r}"
-            raise ConfigError(problem, did_you_mean(self.strategy, list(PACKINGS)), "Packing.strategy")
-        check_policy(self.on_overflow)
-
     @property
     def packs(self) -> bool:
         """Whether several samples may share a row."""
@@ -53,7 +73,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(Validated):
     """In which order documents are read, and how often.
 
     Attributes:
@@ -77,7 +97,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class BatchShape(Validated):
     """Rows of a step, and which of them this rank computes.
 
     Attributes:
@@ -101,6 +121,7 @@ class BatchShape:
     balance: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.global_batch_size % (self.size * self.micro_batch_size):
             raise LayoutError(
                 f"global_batch_size {self.global_batch_size} is no multiple of "
@@ -111,7 +132,7 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
-class Workers:
+class Workers(Validated):
     """Processes that prepare micro-batches ahead of the loop; the batches do not depend on them.
 
     Attributes:
