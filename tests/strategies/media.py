@@ -22,7 +22,7 @@ from tests.parity.layouts import beside
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.launcher import Launcher
 from veomni.models import build_model, export_hf, freeze
-from veomni.models.transformers_api.experts import has_experts, use_experts
+from veomni.models.transformers_api.experts import has_experts
 from veomni.parallel.wrappers import plain_name
 from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, ExpertParallel, Ulysses
 from veomni.strategies.transforms.float64 import Float64Throughout
@@ -168,7 +168,7 @@ def true_step(family: str, documents, frozen: tuple[str, ...] = ()):
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
     if has_experts(model):
-        use_experts(model, "eager")
+        model.set_experts_implementation("eager")
     samples = [sample for rank in documents for row in rank for sample in row]
     total = sum(float(weights_of_targets(sample).sum()) for sample in samples)
     loss = 0.0

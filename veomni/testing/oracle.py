@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veomni.models import Materializer, build_model
-from veomni.models.transformers_api.experts import has_experts, use_experts
+from veomni.models.transformers_api.experts import has_experts
 from veomni.strategies.transforms.float64 import Float64Throughout
 from veomni.testing.documents import IGNORE, Document, global_rows, supervised, weights_of
 
@@ -52,7 +52,7 @@ def initial_model(config: Any, device: str = "cpu", seed: int = 0, weights: str 
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
     if has_experts(model):
-        use_experts(model, "eager")
+        model.set_experts_implementation("eager")  # type: ignore[operator]
     return model.train()
 
 

@@ -10,8 +10,8 @@ import transformers
 from tests.models.tiny import tiny_config
 from veomni.families.record import family_record
 from veomni.models.transformers_api.attention import set_attention
+from veomni.models.transformers_api.construction import LOSS_FUNCTION
 from veomni.models.transformers_api.encoders import rope_rule
-from veomni.models.transformers_api.loss import LOSS_FUNCTION
 from veomni.models.transformers_api.masks import bidirectional_mask, is_plain_causal
 
 

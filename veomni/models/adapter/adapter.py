@@ -14,7 +14,7 @@ from torch import nn
 
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, current_call, forward_call
 from veomni.batch.micro_batch import MicroBatch
-from veomni.models.transformers_api.attention import Implementations
+from veomni.models.transformers_api.attention import restoring_implementations
 from veomni.parallel.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class ModelAdapter:
         self.traits: Any = None
         self.loss: TokenMeanLoss | None = None
         self.routers: Any = None
-        self._undo: list[Callable[[], None]] = [Implementations(model).restore]
+        self._undo: list[Callable[[], None]] = [restoring_implementations(model)]
         self._sites: list[_Site] = []
         self._site(model)
 

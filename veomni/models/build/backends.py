@@ -13,7 +13,7 @@ from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.attention import attention_of, set_attention
 from veomni.models.transformers_api.capabilities import caps_scores, supports_flash_attention
-from veomni.models.transformers_api.experts import has_experts, register_experts, use_experts
+from veomni.models.transformers_api.experts import has_experts, register_experts
 from veomni.ops.attention.varlen import VARLEN, register_attention
 from veomni.ops.experts.backends import choose_backend
 from veomni.ops.experts.forward import experts_forward
@@ -81,5 +81,5 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
     backend = choose_backend(modules, adapter.experts, available, precision.compute)
     name = f"veomni_{backend}"
     register_experts(name, partial(experts_forward, backend=backend))
-    use_experts(model, name)
+    model.set_experts_implementation(name)  # type: ignore[operator]
     logger.info_rank0("experts: %s", backend)

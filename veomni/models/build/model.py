@@ -16,7 +16,6 @@ from veomni.models.adapter.passes.documents import isolate_documents
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.constructor import registered_on_meta
 from veomni.models.loader import model_class
-from veomni.models.transformers_api.attention import attention_names
 from veomni.models.transformers_api.capabilities import caps_scores, is_pretrained, set_config_flag, supports_sdpa
 from veomni.models.transformers_api.construction import construct
 from veomni.models.weights.safetensors_files import has_safetensors, require_safetensors
@@ -117,13 +116,16 @@ def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool
 
 
 def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> nn.Module:
+    from transformers import AttentionInterface
+
     if attention == "auto":
         attention = "sdpa" if supports_sdpa(cls) and not caps_scores(config) else "eager"
         if attention == "eager":
             logger.info_rank0("%s does not support sdpa attention: eager is used", cls.__name__)
     register_attention()
-    if attention not in attention_names():
-        fix = did_you_mean(attention, attention_names())
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if attention not in known:
+        fix = did_you_mean(attention, known)
         raise ModelError(f"no attention is called {attention!r}", fix, "build_model.attention")
     if attention == "sdpa" and caps_scores(config):
         problem = f"{cls.__name__} caps its attention scores, which sdpa cannot"

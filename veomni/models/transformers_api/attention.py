@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from veomni.compat.private_name import PrivateName
-
-_CONFIG, _LLAMA = "transformers.configuration_utils:PreTrainedConfig", "transformers.models.llama.modeling_llama"
-PRIVATE = (
-    PrivateName(f"{_CONFIG}._attn_implementation", "names the attention", "AttributeError"),
-    PrivateName(f"{_CONFIG}._experts_implementation", "names the experts", "AttributeError"),
-    PrivateName("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys", "the registered ones", "ImportError"),
-    PrivateName(f"{_LLAMA}:eager_attention_forward", "each modeling file has its own", "an error: choose sdpa"),
-)
-
-
 _NAMES = ("_attn_implementation_internal", "_experts_implementation_internal")
 """Where a configuration keeps them."""
-
-
-def attention_names() -> list[str]:
-    """Return the names of attention implementations, registered ones included."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
 
 
 def attention_of(module: Any) -> str:
@@ -61,21 +44,14 @@ def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
-class Implementations:
-    """The attention and experts that every configuration of a model names, to be restored.
+def restoring_implementations(model: nn.Module) -> Callable[[], None]:
+    """Return a function that makes every configuration of a model name the attention and experts that it names now."""
+    found = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    configs = [config for config in found.values() if hasattr(config, "sub_configs")]
+    return partial(_restore, [(config, {name: vars(config).get(name) for name in _NAMES}) for config in configs])
 
-    Args:
-        model: Any module; only transformers models have such configurations.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        found = (vars(module).get("config") for module in model.modules())
-        configs = {id(config): config for config in found if hasattr(config, "sub_configs")}
-        self._values = [(config, {name: vars(config).get(name) for name in _NAMES}) for config in configs.values()]
-
-    def restore(self) -> None:
-        """Make the configurations name what they named."""
-        for config, values in self._values:
-            for name, value in values.items():
-                if name in vars(config):
-                    setattr(config, name, value)
+def _restore(named: list[tuple[Any, dict[str, Any]]]) -> None:
+    for config, values in named:
+        for name in values.keys() & vars(config).keys():
+            setattr(config, name, values[name])

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from veomni.compat.private_name import PrivateName
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_MODEL = "transformers.modeling_utils:PreTrainedModel"
-PRIVATE = (
-    PrivateName(f"{_MODEL}._supports_sdpa", "whether sdpa attention is exact", "eager attention"),
-    PrivateName(f"{_MODEL}._supports_flash_attn", "whether attention works without a mask", "no varlen attention"),
-    PrivateName(f"{_MODEL}._keep_in_fp32_modules_strict", "parameters that stay float32", "they become bfloat16"),
-    PrivateName(f"{_MODEL}._no_split_modules", "layers that are sharded as one", "repeated layers of a ModuleList"),
-)
 
 
 def is_pretrained(module: nn.Module) -> bool:

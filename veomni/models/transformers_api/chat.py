@@ -5,16 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veomni.compat.private_name import PrivateName
-
-PRIVATE = (
-    PrivateName(
-        "transformers.utils.chat_template_utils:render_jinja_template",
-        "apply_chat_template does not return where generation blocks are", "ImportError",
-        ("conversations", "tools", "chat_template", "return_assistant_tokens_mask", "add_generation_prompt"),
-    ),
-)  # fmt: skip
-
 
 def render_chat(
     tokenizer: Any, messages: Sequence[dict[str, Any]], template: str, tools: Sequence[Any] | None = None,

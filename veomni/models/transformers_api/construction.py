@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from veomni.compat.private_name import PrivateName
 from veomni.models.transformers_api.attention import attention_of
 from veomni.models.transformers_api.capabilities import is_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_MODEL = "transformers.modeling_utils:PreTrainedModel"
-PRIVATE = (
-    PrivateName(f"{_MODEL}._from_config", "builds with dtype and attention", "AttributeError", ("config", "kwargs")),
-    PrivateName(f"{_MODEL}._init_weights", "a class's own initial values", "AttributeError", ("module",)),
-)
+
+LOSS_FUNCTION = "_loss_function"
+"""The attribute of an instance in which ``model.loss_function = ...`` is kept; without it, its class's is used."""
 
 
 def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> PreTrainedModel:

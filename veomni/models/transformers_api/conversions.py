@@ -10,29 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veomni.compat.private_name import PrivateName
 from veomni.models.transformers_api.capabilities import is_pretrained
-
-_MODEL = "transformers.modeling_utils:PreTrainedModel"
-_LOADING, _MAPPING = "transformers.core_model_loading", "transformers.conversion_mapping"
-PRIVATE = (
-    PrivateName(f"{_MAPPING}:get_model_conversion_mapping", "transforms", "ImportError", ("model", "add_legacy")),
-    PrivateName(f"{_LOADING}:rename_source_key", "the parameter that a checkpoint name becomes", "ImportError",
-                ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict")),
-    PrivateName(f"{_LOADING}:WeightConverter.add_tensor", "collects tensors", "AttributeError", ("source_pattern",)),
-    PrivateName(f"{_LOADING}:WeightConverter.convert", "converts", "AttributeError", ("layer_name", "model", "config")),
-    PrivateName(f"{_LOADING}:WeightConverter.rename_source_key", "matches a name", "AttributeError", ("source_key",)),
-    PrivateName(f"{_LOADING}:WeightConverter.reverse_transform", "the transform for saving", "AttributeError"),
-    PrivateName(f"{_LOADING}:WeightConverter.was_used", "whether a checkpoint needed it", "AttributeError"),
-    PrivateName(f"{_LOADING}:MergeModulelist", "stacks experts", "ImportError", ("dim",)),
-    PrivateName(f"{_LOADING}:Concatenate", "joins gate and up projections", "ImportError", ("dim",)),
-    PrivateName(f"{_LOADING}:Transpose", "transposes matrices of experts", "ImportError", ("dim0", "dim1")),
-    PrivateName(f"{_LOADING}:PrefixChange", "renamings of old checkpoints", "ImportError"),
-    PrivateName(f"{_MODEL}.base_model_prefix", "the prefix of checkpoint names", "AttributeError"),
-    PrivateName(f"{_MODEL}._keys_to_ignore_on_load_unexpected", "tensors to ignore", "they are reported"),
-    PrivateName(f"{_MODEL}._keys_to_ignore_on_load_missing", "parameters that may be missing", "they are reported"),
-)  # fmt: skip
-# A model keeps the transforms of its checkpoint in ``_weight_conversions``, which save_pretrained reverts.
 
 
 @dataclass

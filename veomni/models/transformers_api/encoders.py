@@ -9,21 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from veomni.compat.private_name import PrivateName
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_VISION = "transformers.vision_utils"
-_AUDIO = "transformers.models.qwen2_audio.modeling_qwen2_audio:Qwen2AudioEncoder"
-PRIVATE = (
-    PrivateName(f"{_VISION}:get_vision_cu_seqlens", "boundaries of frames", "AttributeError", ("grid_thw",)),
-    PrivateName(
-        f"{_VISION}:get_vision_position_ids", "positions", "AttributeError", ("grid_thw", "spatial_merge_size")
-    ),
-    PrivateName(f"{_VISION}:get_vision_window_index", "windows", "AttributeError", ("grid_thw", "window_size")),
-    PrivateName(f"{_AUDIO}._get_feat_extract_output_lengths", "features of a clip", "no dummy", ("input_lengths",)),
-)
 
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 

@@ -8,18 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veomni.compat.private_name import PrivateName
 from veomni.models.transformers_api.capabilities import is_pretrained
-
-_MODEL = "transformers.modeling_utils:PreTrainedModel"
-_MOE = "transformers.integrations.moe"
-PRIVATE = (
-    PrivateName(f"{_MOE}:ALL_EXPERTS_FUNCTIONS.register", "registers a backend", "ImportError", ("key", "value")),
-    PrivateName(f"{_MODEL}._can_set_experts_implementation", "whether experts use the interface", "AttributeError"),
-    PrivateName(f"{_MODEL}.set_experts_implementation", "chooses", "AttributeError", ("experts_implementation",)),
-    PrivateName(f"{_MODEL}._can_record_outputs", "which modules are routers", "those beside modules called experts"),
-    PrivateName(f"{_MOE}:_default_apply_gate", "gating, as _apply_gate of classes", "AttributeError", ("gate_up_out",)),
-)
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -32,11 +21,6 @@ def register_experts(name: str, function: Callable[..., Tensor]) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, function)
-
-
-def use_experts(model: nn.Module, name: str) -> None:
-    """Make a model's experts run with the implementation called ``name``."""
-    model.set_experts_implementation(name)  # type: ignore[operator]
 
 
 def apply_gate(module: nn.Module, rows: Tensor) -> Tensor:

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from veomni.compat.private_name import PrivateName
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_MASKS = "transformers.masking_utils"
-PRIVATE = (
-    PrivateName(f"{_MASKS}:ALL_MASK_ATTENTION_FUNCTIONS", "the registered makers", "ImportError"),
-    PrivateName(f"{_MASKS}:and_masks", "joins two rules", "ImportError", ("mask_functions",)),
-    PrivateName(f"{_MASKS}:packed_sequence_mask_function", "packed rows", "ImportError", ("packed_sequence_mask",)),
-    PrivateName(f"{_MASKS}:causal_mask_function", "the plain causal rule", "ring attention evaluates every rule"),
-    PrivateName(f"{_MASKS}:find_packed_sequence_indices", "is replaced", "AttributeError", ("position_ids",)),
-    PrivateName(f"{_MASKS}:create_bidirectional_mask", "padded items", "ImportError", ("config", "attention_mask")),
-)
-
-
-def mask_makers(names: Sequence[str]) -> dict[str, Any]:
-    """Return the functions that make attention masks for the attentions called ``names``."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    return {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in names}
 
 
 def restrict_to_documents(mask_function: Any, documents: Tensor) -> Any:

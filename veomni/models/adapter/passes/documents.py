@@ -1,8 +1,7 @@
 """Keep packed documents apart in every mask that a transformers model builds.
 
 transformers finds packed documents only where a model hands its position ids to the mask maker; GPT-OSS and others do
-not, and would mix documents without a warning. Here the makers read the boundaries of the rows from the current call,
-whatever the model passes on, and add them to its own rule (causal, sliding, chunked).
+not, and would mix documents without a warning. Here the makers read the boundaries of the rows from the current call.
 """
 
 from __future__ import annotations
@@ -20,15 +19,12 @@ from veomni.errors import ModelError
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.traits.rows import PassesDocuments, carried_state
 from veomni.models.transformers_api.capabilities import is_pretrained
-from veomni.models.transformers_api.masks import (
-    disable_packing_detection,
-    mask_makers,
-    reindex_mask,
-    restrict_to_documents,
-)
+from veomni.models.transformers_api.masks import disable_packing_detection, reindex_mask, restrict_to_documents
 from veomni.ops.attention.ring import MASK_RULE, register_mask_rule
 
-_MAKERS = ("sdpa", "eager", "flex_attention")
+_MAKERS = ("sdpa", "eager", "flex_attention", MASK_RULE)
+_wrapped: set[Callable[..., Any]] = set()
+"""The registered mask makers that read the current call."""
 
 
 def isolate_documents(model: nn.Module) -> None:
@@ -97,9 +93,7 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
         length = rows.shape[1] * micro.rows.shard.size
         return Documents(None if boundaries is None else _between(boundaries, rows.shape[0], length))
     numbers = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-    if boundaries is None and not bool(numbers[:, -1].any()):
-        return None
-    return Documents(numbers)
+    return None if boundaries is None and not bool(numbers[:, -1].any()) else Documents(numbers)
 
 
 def _between(boundaries: Tensor, batch: int, length: int) -> Tensor:
@@ -107,23 +101,22 @@ def _between(boundaries: Tensor, batch: int, length: int) -> Tensor:
     return torch.searchsorted(boundaries[1:], tokens, right=True).view(batch, length)
 
 
-_wrapped: set[Callable[..., Any]] = set()
-"""The registered mask makers that read the current call."""
-
-
 def _wrap_mask_makers() -> None:
     from transformers import AttentionMaskInterface
 
     register_mask_rule()
     disable_packing_detection(lambda: (call := current_call()) is not None and call.documents is not None)
-    for name, make in mask_makers((*_MAKERS, MASK_RULE)).items():
-        if make not in _wrapped:
-            wrapped = _within_documents(make)
+    registered = AttentionMaskInterface()
+    for name in _MAKERS:
+        if registered[name] not in _wrapped:
+            wrapped = _within_documents(registered[name])
             _wrapped.add(wrapped)
             AttentionMaskInterface.register(name, wrapped)
 
 
 def _within_documents(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of masks that adds the boundaries of documents to a model's own rule: causal, sliding, chunked."""
+
     def make_packed(*args: Any, **options: Any) -> Any:
         call = current_call()
         documents = None if call is None else call.documents

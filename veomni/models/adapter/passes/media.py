@@ -1,15 +1,13 @@
 """Encoders of images, videos and audio: found on the instance, and run in every micro-batch on every rank.
 
-Sharded and replicated training alike need each rank to run the same layers: a rank whose rows hold no image would
-leave the others waiting in the image encoder's collectives. So a model that is given no image, video or audio runs the
-encoder of each on the smallest legal dummy, in the model's own order, and places none of its features: value and
-gradient are exactly those without, zeros for the encoder.
+A rank whose rows hold no image would leave the others waiting in the collectives of the encoder. It runs the encoder on
+the smallest legal dummy and places no feature of it: value and gradient are exactly those without.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,11 +29,11 @@ from veomni.ops.encoders.towers import Items, TowerCall, TowerKind
 logger = create_logger(__name__)
 
 _KINDS = (
-    ("audio", "get_audio_features", "input_features", "feature_attention_mask"),
-    ("image", "get_image_features", "pixel_values", "image_grid_thw"),
-    ("video", "get_video_features", "pixel_values_videos", "video_grid_thw"),
+    ("audio", "get_audio_features", "input_features", "feature_attention_mask", None),
+    ("image", "get_image_features", "pixel_values", "image_grid_thw", 1),
+    ("video", "get_video_features", "pixel_values_videos", "video_grid_thw", 2),
 )
-_TOKEN_TYPES = {"image": 1, "video": 2}
+"""Modality, method, its arguments of values and sizes, and the modality's number in ``mm_token_type_ids``."""
 
 
 def prepare_towers(model: nn.Module) -> None:
@@ -106,24 +104,18 @@ def _owner(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _kinds(owner: Any) -> list[TowerKind]:
+def _kinds(owner: Any) -> Iterator[TowerKind]:
     config = owner.config
     grids = hasattr(getattr(config, "vision_config", None), "spatial_merge_size")
     shared = family_record(config).shared_placeholder
-    found = []
-    for modality, method, values, sizes in _KINDS:
-        if hasattr(owner, method) and _has_encoder(config, modality):
-            patches = grids and modality != "audio"
-            token_type = _TOKEN_TYPES.get(modality) if shared else None
+    for modality, method, values, sizes, number in _KINDS:
+        audio = modality == "audio"
+        encoder = getattr(config, "audio_config" if audio else "vision_config", None)
+        if hasattr(owner, method) and encoder is not None:
             token = "image_token_id" if shared else f"{modality}_token_id"
-            found.append(TowerKind(
-                modality, method, values, sizes if patches or modality == "audio" else None, patches, token, token_type
-            ))  # fmt: skip
-    return found
-
-
-def _has_encoder(config: Any, modality: str) -> bool:
-    return getattr(config, "audio_config" if modality == "audio" else "vision_config", None) is not None
+            sizes_of_items = sizes if audio or grids else None
+            number_of_token = number if shared else None
+            yield TowerKind(modality, method, values, sizes_of_items, grids and not audio, token, number_of_token)
 
 
 def _tower_call(owner: Any, kind: TowerKind) -> TowerCall | None:
@@ -151,33 +143,24 @@ def _smallest(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items] | 
     if not {kind.values, kind.sizes or kind.values} <= taken.keys():
         return None
     if kind.modality == "audio":
-        return _smallest_clip(owner, kind)
+        audio = owner.config.audio_config
+        frames = 2 * audio.max_source_positions if family_record(audio).padded_audio else 8
+        mask = (torch.arange(frames, device="cpu") < 8).long()[None]
+        return partial(_item, kind, (1, audio.num_mel_bins, frames), mask)
     vision = owner.config.vision_config
-    if kind.patches:
-        if not hasattr(vision, "temporal_patch_size"):
-            return None
+    if kind.patches and hasattr(vision, "temporal_patch_size"):
         side = vision.spatial_merge_size
         channels = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
-        return lambda device: Items(
-            kind, torch.zeros(side * side, channels, device=device), torch.tensor([[1, side, side]], device=device)
-        )
+        return partial(_item, kind, (side * side, channels), torch.tensor([[1, side, side]], device="cpu"))
     size = getattr(vision, "image_size", None)
-    if size is None or family_record(vision).any_size:
+    if kind.patches or size is None or family_record(vision).any_size:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return lambda device: Items(kind, torch.zeros(1, vision.num_channels, height, width, device=device), None)
+    return partial(_item, kind, (1, vision.num_channels, height, width), None)
 
 
-def _smallest_clip(owner: Any, kind: TowerKind) -> Callable[[torch.device], Items]:
-    audio = owner.config.audio_config
-    frames = 2 * audio.max_source_positions if family_record(audio).padded_audio else 8
-
-    def make(device: torch.device) -> Items:
-        mask = torch.zeros(1, frames, dtype=torch.int64, device=device)
-        mask[:, :8] = 1
-        return Items(kind, torch.zeros(1, audio.num_mel_bins, frames, device=device), mask)
-
-    return make
+def _item(kind: TowerKind, shape: tuple[int, ...], sizes: Tensor | None, device: torch.device) -> Items:
+    return Items(kind, torch.zeros(shape, device=device), None if sizes is None else sizes.to(device))
 
 
 def _freeze_unread(adapter: ModelAdapter, owner: nn.Module) -> None:
