@@ -93,10 +93,8 @@ PassType = TypeVar("PassType", bound=InputPass)
 class ModelAdapter:
     """Everything that was changed about one model.
 
-    Args:
-        model: The module inside of wrappers.
-
     Attributes:
+        model: The module inside of wrappers.
         sequence: The ranks that share the model's rows; None where rows are whole.
         attention_open: Whether the choice of attention was left to the library.
         experts: The backend that experts were requested to run with.
@@ -141,12 +139,7 @@ class ModelAdapter:
         return next((each for each in self.passes if isinstance(each, kind)), None)
 
     def add(self, each: InputPass, on: nn.Module | None = None) -> None:
-        """Add a pass.
-
-        Args:
-            each: The pass; of the same stage, the one that was added first comes first.
-            on: The module whose forward it is around; None is the model.
-        """
+        """Add a pass around the forward of a module, None being the model; of one stage, what came first goes first."""
         site = self._site(self.model if on is None else on)
         site.passes = sorted([*site.passes, each], key=lambda one: one.stage)
 

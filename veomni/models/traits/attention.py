@@ -1,7 +1,5 @@
 """Attention functions of trials: one that treats every position separately, and a reference for kernels of GPUs."""
 
-from __future__ import annotations
-
 from contextvars import ContextVar
 from typing import Any
 

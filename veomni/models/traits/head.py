@@ -1,7 +1,5 @@
 """Whether the loss can do the projection of the head."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -4,8 +4,6 @@ Another token in one place must change no place that it is to be kept from, and 
 rotate the output. State spaces, convolutions, trained mixing and positions that a model counts fail one of the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -126,9 +124,7 @@ def layer_outside_attention(model: nn.Module) -> str | None:
     """Return the name of a layer that carries something along the sequence: state space, convolution.
 
     Such a layer mixes the documents of a packed row, and its state does not reach a part of a row on another rank.
-
-    Args:
-        model: A transformers model; of one with towers, only the text part is looked at.
+    Of a model with towers, only the text part is looked at.
     """
     text = {id(module) for module in text_part(model).modules()}
     for name, module in model.named_modules():
@@ -153,15 +149,10 @@ def _judged(
     mixes: str,
     counts: str,
 ) -> Verdict:
-    """Compare three runs of one row.
+    """Compare three runs of one row, from tokens ``[seq]`` and position ids ``[seq]`` to outputs ``[seq, channels]``.
 
-    Args:
-        trial: The model.
-        run: From tokens ``[seq]`` and position ids ``[seq]`` to outputs ``[seq, channels]``.
-        positions: The position ids.
-        elsewhere: The places that another token at place ``FIRST - 1`` must not change.
-        mixes: The reason where it does.
-        counts: The reason where rotating tokens and position ids together does more than rotate the outputs.
+    Another token at place ``FIRST - 1`` must change nothing ``elsewhere``: ``mixes`` is the reason where it does. That
+    rotating tokens and position ids does more than rotate the outputs is the reason ``counts``.
     """
     tokens, other = trial.tokens()
     reference = run(tokens, positions)

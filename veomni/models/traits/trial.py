@@ -41,9 +41,6 @@ class Trial:
         subject: The real model's body, to be read only.
         itself: What users call, where the model itself is run instead of a copy.
         device: Where it runs.
-
-    Attributes:
-        name: The class of the model.
     """
 
     def __init__(self, subject: nn.Module, itself: nn.Module | None = None, device: torch.device = _CPU) -> None:
@@ -52,11 +49,7 @@ class Trial:
 
     @cached_property
     def body(self) -> Any:
-        """The module to examine: a copy with values, or the model itself.
-
-        Raises:
-            NoCopyError: there is no copy.
-        """
+        """The module to examine: a copy with values (NoCopyError where there is none), or the model itself."""
         return copy_with_values(self.subject) if self.itself is None else self.subject
 
     def takes(self, *names: str) -> bool:
@@ -64,10 +57,7 @@ class Trial:
         return set(names) <= inspect.signature(type(self.subject).forward).parameters.keys()
 
     def tokens(self) -> tuple[Tensor, int]:
-        """Return ``LENGTH`` different tokens, int64, where the vocabulary has as many, and a token not among them.
-
-        None of them is special to the model: a placeholder would need an image.
-        """
+        """Return ``LENGTH`` tokens, int64, and another; different, and none special: a placeholder needs an image."""
         config = self.body.config
         facts = {**config.get_text_config().to_dict(), **config.to_dict()}
         special = {value for name, value in facts.items() if name.endswith(_SPECIAL) and isinstance(value, int)}
@@ -77,13 +67,10 @@ class Trial:
         return torch.tensor(tokens, device=self.device), other
 
     def outputs(self, tokens: Tensor, positions: Tensor, shards: int = 1, **inputs: Any) -> Tensor:
-        """Run one row and return ``[seq, channels]``: logits, or hidden states of a model without a head.
+        """Run one row of int64 ``[seq]``, or what one of ``shards`` ranks has of it.
 
-        Args:
-            tokens: int64 ``[seq]``.
-            positions: int64 ``[seq]``.
-            shards: Ranks that share the row, of which these tokens are one's.
-            inputs: What else the model is given.
+        Returns:
+            ``[seq, channels]``: logits, or hidden states of a model without a head.
         """
         given = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False, **inputs}
         micro = MicroBatch(given, RowLayout(shard=SequenceShard(shards)))
@@ -122,11 +109,7 @@ class Trial:
             use_attention(self.body, installed)
 
     def attempt(self, examine: Callable[[Trial], Verdict], problem: str) -> Verdict:
-        """Return the verdict of ``examine``, which runs the model.
-
-        Args:
-            examine: May raise whatever the model's forward raises.
-            problem: The reason of the verdict where the model does not run.
+        """Return the verdict of ``examine``, which runs the model; the reason is ``problem`` where that does not run.
 
         Raises:
             NoCopyError: the copy does not run.

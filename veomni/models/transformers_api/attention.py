@@ -1,7 +1,5 @@
 """The attention that a transformers model runs with."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import partial

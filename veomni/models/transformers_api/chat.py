@@ -1,7 +1,5 @@
 """Chat templates, rendered as transformers' tokenizers render them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How tensors of a checkpoint become parameters, and back."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -52,12 +50,7 @@ class Conversion:
         )
 
     def convert(self, model: nn.Module, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Return the results by name.
-
-        Args:
-            model: The transformers model; some operations read its configuration.
-            tensors: The tensors of every source pattern, in the order of ``sources``.
-        """
+        """Return the results by name, of the tensors of every source pattern in the order of ``sources``."""
         if self.converter is None:
             return {self.key: next(iter(tensors.values()))[0]}
         converter = deepcopy(self.converter)

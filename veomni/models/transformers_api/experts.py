@@ -1,7 +1,5 @@
 """Mixture-of-experts layers: their implementations, routers and load-balancing loss."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -85,15 +85,9 @@ def export_tensors(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * GIB,
 ) -> Path:
-    """Write full tensors, as a checkpoint holds them, as :func:`export_hf` does; no process group is needed.
+    """Write full tensors, in any order, as :func:`export_hf` does; without a ``config``, by their names.
 
-    Args:
-        config: The model's configuration; None writes the tensors by their names.
-        tensors: (Name in the model, full tensor), in any order; not needed again once taken.
-        output_dir: See :func:`export_hf`, as the rest.
-        tokenizer: A tokenizer or processor to save beside the weights.
-        dtype: Dtype of the weights in the files; None keeps that of the tensors.
-        max_shard_size: Bytes per file at most, unless a single tensor is larger.
+    No process group is needed.
 
     Raises:
         ModelError: a tensor is missing, unknown or of another shape; or the directory holds something else.
@@ -146,7 +140,7 @@ class _Export:
 def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer of a part (all without one), unsharded, by its name in the user's module.
 
-    Collective: every rank has to take every item. Under FSDP1 only rank 0's values are full. Tied parameters come once.
+    Collective: every rank must take every item. Under FSDP1 only rank 0's values are full. Tied parameters come once.
     """
     inner = unwrap(model)
     sharded = isinstance(model, FullyShardedDataParallel)
@@ -187,13 +181,7 @@ def _on_rank_zero(write: Callable[[], object], streams: Iterable[Iterator[Any]])
 
 
 def _skeleton(config: PreTrainedConfig, like: Any = None, parts: Iterable[str] = ()) -> Any:
-    """Build the model on the meta device: the source of names, ties and conversions, unwrapped.
-
-    Args:
-        config: Its configuration.
-        like: The model whose generation defaults, and conversions of these parts, it takes over.
-        parts: Names of modules.
-    """
+    """Build the model unwrapped on the meta device, with the generation defaults and conversions of ``like``."""
     from transformers import PreTrainedModel
 
     config = deepcopy(config)
@@ -256,11 +244,7 @@ def _save_configs(skeleton: Any, directory: Path, dtype: torch.dtype | None) -> 
 
 @contextmanager
 def _published(output_dir: Path) -> Iterator[Path]:
-    """Yield an empty directory that takes the name ``output_dir`` when the body ends, and is removed if it fails.
-
-    Raises:
-        ModelError: ``output_dir`` is a file, or holds something other than an export.
-    """
+    """Yield an empty directory that takes the name ``output_dir`` when the body ends, and is removed if it fails."""
     _check_replaceable(output_dir)
     partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
     previous = output_dir.with_name(f".{output_dir.name}.previous-{os.getpid()}")

@@ -23,11 +23,7 @@ def has_safetensors(directory: Path) -> bool:
 
 
 def require_safetensors(directory: Path) -> None:
-    """Check that a model directory holds weights in safetensors.
-
-    Raises:
-        ModelError: it holds none, or weights as pickle only.
-    """
+    """Raise a ModelError for a model directory without weights in safetensors, or with weights as pickle only."""
     if has_safetensors(directory):
         return
     pickles = sorted(path.name for path in directory.glob("*.bin"))

@@ -4,8 +4,6 @@ transformers finds packed documents only where a model hands its position ids to
 not, and would mix documents without a warning. Here the makers read the boundaries of the rows from the current call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

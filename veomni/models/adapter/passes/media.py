@@ -4,8 +4,6 @@ A rank whose rows hold no image would leave the others waiting in the collective
 the smallest legal dummy and places no feature of it: value and gradient are exactly those without.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -37,12 +35,9 @@ _KINDS = (
 
 
 def prepare_towers(model: nn.Module) -> None:
-    """Make the encoders of ``model`` run in every forward, whatever its batch holds; other models are left alone.
+    """Make the encoders of a transformers model run in every forward, whatever its batch holds; before it is sharded.
 
-    Calling it again changes nothing.
-
-    Args:
-        model: A transformers model, before it is sharded.
+    Other models are left alone; calling it again changes nothing.
     """
     owner = _owner(model) if is_pretrained(model) else None
     adapter = ModelAdapter.of(model)
@@ -68,12 +63,7 @@ def prepare_towers(model: nn.Module) -> None:
 
 
 class FillIn(InputPass):
-    """Gives encoders the items that a batch lacks, and keeps what they alone take from the language model.
-
-    Args:
-        owner: The module whose forward calls the encoders.
-        calls: Their calls by modality.
-    """
+    """Gives encoders the items that a batch lacks, and keeps what they alone take from the language model."""
 
     stage = Stage.MEDIA
 

@@ -1,7 +1,5 @@
 """Images and videos of a model that has one placeholder token for both."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ features are gathered, and those whose placeholder tokens this rank holds go on 
 go back the same way, so that each encoder parameter's gradient is that of all items, once.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The training loss of language models: the mean over supervised tokens, fused with the head where that is exact."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -46,15 +44,9 @@ class TokenMeanLoss:
     def __call__(
         self, logits: Tensor, labels: Tensor, *args: Any, shift_labels: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Return the mean loss.
+        """Return the mean loss of ``[batch, seq, vocab]``, on the fused path of hidden states ``[batch, seq, hidden]``.
 
-        Args:
-            logits: ``[batch, seq, vocab]``, or hidden states ``[batch, seq, hidden]`` on the fused path.
-            labels: ``[batch, seq]``, unshifted.
-            args: What else the model passes (the vocabulary's size).
-            shift_labels: ``[batch, seq]``, already shifted; used instead of ``labels`` when given. Those given to the
-                model arrive here whatever the model passes on.
-            kwargs: What else the model passes.
+        ``shift_labels`` are used instead of ``labels`` when given, to this function or to the model.
         """
         call = current_call() or ForwardCall()
         if shift_labels is None:
@@ -85,9 +77,7 @@ class TokenMeanLoss:
 def install_token_loss(model: nn.Module, *, fused: bool) -> None:
     """Replace the loss of a transformers causal language model on this instance; other models are left alone.
 
-    Args:
-        model: The model, before it is sharded.
-        fused: Fuse head and loss where that is exact; log where it is not.
+    ``fused`` fuses head and loss where that is exact, and logs where it is not.
     """
     adapter = ModelAdapter.of(model)
     owner: Any = model.get_submodule(getattr(model, "loss_component", ""))  # of a composed model its foundation
@@ -127,7 +117,7 @@ class TakeLossOver(InputPass):
         self.labels: Tensor | None = None
 
     def before(self, call: ForwardCall) -> None:
-        """Take the labels."""
+        """Keep the labels from the model."""
         self.labels, call.shift_labels = call.kwargs.pop("labels", None), call.kwargs.pop("shift_labels", None)
 
     def after(self, call: ForwardCall, output: Any) -> Any:
@@ -142,12 +132,7 @@ class TakeLossOver(InputPass):
 
 
 class PassToLoss(InputPass):
-    """Brings past a model's forward what its loss takes: ``shift_labels``, and hidden states instead of logits.
-
-    Args:
-        name: Of the model's class.
-        fused: Whether the head passes hidden states on wherever there are labels.
-    """
+    """Brings past a model's forward what its loss takes: ``shift_labels``, and hidden states if ``fused``."""
 
     stage = Stage.LABELS
 
@@ -160,11 +145,7 @@ class PassToLoss(InputPass):
         call.fused = self.fused and call.kwargs.get("labels") is not None
 
     def after(self, call: ForwardCall, output: Any) -> Any:
-        """Return no logits where the head made none.
-
-        Raises:
-            ModelError: the model has computed another loss, without the shifted labels.
-        """
+        """Return no logits where the head made none, and reject another loss, computed without the shifted labels."""
         if call.shift_labels is not None and getattr(output, "loss", None) is not None:
             raise ModelError(
                 f"{self.name} computes its own loss, and would shift labels that are shifted already",
@@ -186,8 +167,6 @@ class DropBalanceLoss(InputPass):
 
 
 class _PassOrProject:
-    """The forward of a fused head."""
-
     def __init__(self, project: Callable[[Tensor], Tensor]) -> None:
         self.project = project
 
