@@ -18,6 +18,9 @@ from veomni.run_config import Config, load_config
 ABOVE = ("veomni/config/", "veomni/cli/", "veomni/run_config.py")
 KEYS = re.compile(rf"(?<![\w.])({'|'.join(re.escape(key) for key in sorted(all_keys(Config)) if '.' in key)})(?![\w.])")
 
+ARGUMENT = r"(?:[A-Z]\w*[a-z]\w*|build_\w+)\.[a-z_]+"
+ARGUMENTS = re.compile(rf"{ARGUMENT}(?: {ARGUMENT})*")
+
 
 def texts(node: ast.AST) -> Iterator[ast.Constant]:
     """Strings of a file without docstrings, and without those of sections and their checks."""
@@ -31,15 +34,28 @@ def texts(node: ast.AST) -> Iterator[ast.Constant]:
             yield from texts(child)
 
 
+def files() -> Iterator[tuple[str, ast.Module]]:
+    for name in ("veomni", "strategies", "accelerators"):
+        for path in sorted((REPOSITORY / name).rglob("*.py")):
+            yield path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text())
+
+
 def test_no_file_below_the_configuration_names_a_key() -> None:
     found = []
-    for path in sorted(
-        path for name in ("veomni", "strategies", "accelerators") for path in (REPOSITORY / name).rglob("*.py")
-    ):
-        place = path.relative_to(REPOSITORY).as_posix()
-        if not place.startswith(ABOVE) and "section" not in path.name:
-            tree = ast.parse(path.read_text())
+    for place, tree in files():
+        if not place.startswith(ABOVE) and "section" not in place.rpartition("/")[2]:
             found += [f"{place}:{text.lineno}: {text.value}" for text in texts(tree) if KEYS.search(text.value)]
+    assert found == []
+
+
+def test_every_argument_that_an_error_names_has_a_key(tmp_path: Path) -> None:
+    load_config([str(write(tmp_path / "a.yaml", {"train.output_dir": str(tmp_path)}))])
+    found = []
+    for place, tree in files():
+        for text in (text for text in texts(tree) if ARGUMENTS.fullmatch(text.value)):
+            names = text.value.split()
+            keyless = [name for name in names if "in the configuration" not in describe(LayoutError("", "", name))]
+            found += [f"{place}:{text.lineno}: {name}" for name in keyless]
     assert found == []
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
@@ -29,8 +30,7 @@ class Options:
     """
 
     def __init__(self, component: Any, **supplied: str) -> None:
-        self.component = component
-        self.supplied = supplied
+        self.component, self.supplied = component, supplied
 
     def sections(self) -> dict[str, type[Section]]:
         """Return the section by the component's name."""
@@ -60,13 +60,11 @@ class Choice:
         base: type[ComponentSection] = ComponentSection,
         default: str | None = None,
         sibling: str | None = None,
-        kind: type = object,
+        kind: type | None = None,
         **supplied: str,
     ) -> None:
-        self.registry, self.base, self.default, self.sibling = registry, base, default, sibling
-        self.kind = kind
-        self.supplied = supplied
-        self.by_name = sibling is None
+        self.registry, self.base, self.default, self.sibling, self.kind = registry, base, default, sibling, kind
+        self.supplied, self.by_name = supplied, sibling is None
 
     def section(self, name: str) -> type[ComponentSection]:
         """Return the section of the component called ``name``.
@@ -79,18 +77,14 @@ class Choice:
 
     def sections(self) -> dict[str, type[Section]]:
         """Return the sections of all components that can be chosen; packages that cannot be imported are left out."""
-        return dict(self._loadable())
-
-    def _loadable(self) -> Iterator[tuple[str, type[Section]]]:
+        found: dict[str, type[Section]] = {}
         for name in self.registry:
-            try:
+            with suppress(ConfigError):
                 section = self.section(name)
-            except ConfigError:
-                continue
-            if self.kind is object or (
-                isinstance(section.component, type) and issubclass(section.component, self.kind)
-            ):
-                yield name, section
+                component: Any = section.component
+                if self.kind is None or (isinstance(component, type) and issubclass(component, self.kind)):
+                    found[name] = section
+        return found
 
     def _validate(self, value: Any, info: ValidationInfo) -> Section:
         if isinstance(value, Section):
@@ -114,15 +108,12 @@ class Choice:
         return plain["name"] if list(plain) == ["name"] else plain
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_plain_validator_function(
-            self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(self._dump),
-        )
+        dumped = core_schema.plain_serializer_function_ser_schema(self._dump)
+        return core_schema.with_info_plain_validator_function(self._validate, serialization=dumped)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        sections = [section.model_json_schema() for section in self.sections().values()]
         names = [] if self.sibling else [{"enum": list(self.registry)}]
-        return {"anyOf": [*names, *sections]}
+        return {"anyOf": [*names, *(section.model_json_schema() for section in self.sections().values())]}
 
 
 def check_name(registry: Registry[Any], name: str) -> str:
@@ -135,20 +126,3 @@ def check_name(registry: Registry[Any], name: str) -> str:
         known = ", ".join(repr(entry) for entry in registry)
         raise PydanticCustomError("unknown_name", "{known}", {"known": f"one of {known}"})
     return name
-
-
-class Name:
-    """Marks a text that must be a name in a registry, or one of ``others``."""
-
-    def __init__(self, registry: Registry[Any], *others: str) -> None:
-        self.registry, self.others = registry, others
-
-    def names(self) -> list[str]:
-        """Return the names that are allowed."""
-        return [*self.registry, *self.others]
-
-    def _validate(self, value: str) -> str:
-        return value if value in self.others else check_name(self.registry, value)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._validate, handler(source))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, get_args
 
 from veomni.errors import InputError
@@ -34,20 +34,22 @@ def _arguments(schema: type[BaseModel]) -> Iterator[tuple[str, str]]:
     for key, field in walk(schema):
         entries = [mark for part in get_args(field.annotation) for mark in getattr(part, "__metadata__", ())]
         for section in (field.annotation, *_sections(field.metadata)):
-            yield from ((name, f"{key}.{inner}") for name, inner in getattr(section, "renames", {}).items())
-            for name in getattr(section, "configures", ()):
-                yield from ((f"{name}.{inner}", f"{key}.{inner}") for inner in section.model_fields)  # type: ignore[union-attr]
+            yield from ((argument, f"{key}.{inner}") for argument, inner in getattr(section, "renames", {}).items())
+            yield from ((argument, f"{key}.{inner}") for argument, inner in _options(section))
         for section in _sections(entries):
-            for name in getattr(section, "configures", ()):
-                yield from ((f"{name}.{inner}", key) for inner in section.model_fields)
+            yield from ((argument, key) for argument, _ in _options(section))
         for mark in (*field.metadata, *entries):
-            supplied: Mapping[str, str] = getattr(mark, "supplied", {})
-            for section in _sections([mark]):
-                for name in section.configures:
-                    yield from ((f"{name}.{argument}", target) for argument, target in supplied.items() if target)
+            targets = {argument: target for argument, target in getattr(mark, "supplied", {}).items() if target}
+            names = [name for section in _sections([mark]) for name in section.configures]
+            yield from ((f"{name}.{argument}", target) for name in names for argument, target in targets.items())
 
 
 def _sections(marks: Iterable[object]) -> Iterator[type[Section]]:
     for mark in marks:
         if hasattr(mark, "sections"):
             yield from mark.sections().values()
+
+
+def _options(section: object) -> Iterator[tuple[str, str]]:
+    for name in getattr(section, "configures", ()):
+        yield from ((f"{name}.{inner}", inner) for inner in getattr(section, "model_fields", ()))

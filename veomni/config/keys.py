@@ -20,10 +20,9 @@ def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
         found = groups(field)
         if len(found) == 1:
             yield from walk(next(iter(found.values())), f"{key}.")
-        else:
-            for inner, item in _merged(found).items():
-                chosen = inner == "name"
-                yield f"{key}.{inner}", _name_field(list(found), field.default) if chosen else item
+            continue
+        for inner, item in _merged(found).items():
+            yield f"{key}.{inner}", _name_field(list(found), field.default) if inner == "name" else item
 
 
 def groups(field: FieldInfo) -> Mapping[str, type[BaseModel]]:
@@ -40,25 +39,24 @@ def _merged(found: Mapping[str, type[BaseModel]]) -> dict[str, FieldInfo]:
     for name, section in found.items():
         for key, field in section.model_fields.items():
             having.setdefault(key, {})[name] = field
-    return {key: _common(key, fields, len(found)) for key, fields in having.items()}
+    return {key: _common(fields, len(found)) for key, fields in having.items()}
 
 
 def _name_field(names: list[str], default: Any) -> FieldInfo:
     return FieldInfo(annotation=cast("Any", Literal[tuple(names)]), default=default, description="Which one it is.")
 
 
-def _common(key: str, fields: Mapping[str, FieldInfo], everyone: int) -> FieldInfo:
+def _common(fields: Mapping[str, FieldInfo], sections: int) -> FieldInfo:
+    """Return one field for a key that ``fields`` of ``sections`` sections have, by the name that chooses each."""
     first = next(iter(fields.values()))
-    if len(fields) == everyone:
+    if len(fields) == sections:
         return first
-    of = {name: f"{name}: {field.description}{_unlike(first, field)}" for name, field in fields.items()}
     if len({field.description for field in fields.values()}) == 1:
-        of = {"": f"{', '.join(fields)}: {first.description}"}
-    return FieldInfo(annotation=first.annotation, default=first.default, description=" ".join(of.values()))
-
-
-def _unlike(first: FieldInfo, field: FieldInfo) -> str:
-    return "" if field.default == first.default else f" Default {field.default}."
+        text = f"{', '.join(fields)}: {first.description}"
+    else:
+        defaults = {n: "" if f.default == first.default else f" Default {f.default}." for n, f in fields.items()}
+        text = " ".join(f"{name}: {field.description}{defaults[name]}" for name, field in fields.items())
+    return FieldInfo(annotation=first.annotation, default=first.default, description=text)
 
 
 def choices(schema: type[BaseModel]) -> set[str]:
@@ -69,10 +67,3 @@ def choices(schema: type[BaseModel]) -> set[str]:
 def all_keys(schema: type[BaseModel]) -> list[str]:
     """Return every key, groups included."""
     return [key for key, _ in walk(schema)]
-
-
-def children(schema: type[BaseModel], parent: str) -> list[str]:
-    """Return the names directly under the group ``parent``; "" is the top."""
-    start = f"{parent}." if parent else ""
-    names = (key.removeprefix(start) for key in all_keys(schema) if key.startswith(start))
-    return [name for name in names if "." not in name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from veomni.config.yaml_file import parse_value
+from veomni.config.yaml_file import merged, parse_value
 from veomni.errors import ConfigError
 
 USAGE = "SCRIPT FILE.yaml [--section.key VALUE | --section.key=VALUE ...]"
@@ -69,25 +69,15 @@ def apply_overrides(
         inside = next((other for other in overrides if other.startswith(f"{key}.")), None)
         if inside is not None:
             raise ConfigError(f"--{key} and --{inside} both set {inside}", f"put all of it into --{key}")
-        for name in reversed(key.split(".")):
+        groups = key.split(".")
+        present: Any = result
+        for depth, name in enumerate(groups[:-1], 1):
+            present, here = present.get(name), ".".join(groups[:depth])
+            if present is None or (isinstance(present, str) and here in choices):
+                break
+            if not isinstance(present, Mapping):
+                raise ConfigError(f"--{key}: {here} is {present!r}, not a group of keys", f"set --{here} itself")
+        for name in reversed(groups):
             value = {name: value}
-        result = _override(result, value, key, choices)
-    return result
-
-
-def _override(
-    target: Mapping[str, Any], values: Mapping[str, Any], key: str, choices: Collection[str], group: str = ""
-) -> dict[str, Any]:
-    result = dict(target)
-    for name, value in values.items():
-        here, present = f"{group}{name}", result.get(name)
-        if not isinstance(value, Mapping):
-            result[name] = value
-            continue
-        if isinstance(present, str) and here in choices:
-            present = {"name": present}
-        if present is not None and not isinstance(present, Mapping) and key.startswith(f"{here}."):
-            raise ConfigError(f"--{key}: {here} is {present!r}, not a group of keys", f"set --{here} itself")
-        known = present if isinstance(present, Mapping) else {}
-        result[name] = _override(known, value, key, choices, f"{here}.")
+        result = merged(result, value, choices)
     return result

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from veomni.config.keys import all_keys, children
+from veomni.config.keys import all_keys
 from veomni.errors import ConfigError, InputError
 from veomni.registry import did_you_mean
 
@@ -37,7 +37,8 @@ def raise_problems(problems: Iterable[Problem], source: str, kind: type[InputErr
     if len(found) == 1:
         raise kind(*found[0])
     lines = "".join(f"\n  {number}. {item.problem}: {item.fix}" for number, item in enumerate(found, 1))
-    raise kind(f"{source} has {len(found)} problems:{lines}", "correct them all; `veomni schema` describes every key")
+    problem, fields = f"{source} has {len(found)} problems:{lines}", " ".join(item.field for item in found)
+    raise kind(problem, "correct them all; `veomni schema` describes every key", fields)
 
 
 def explain(error: ValidationError, schema: type[BaseModel], places: Mapping[str, str]) -> list[Problem]:
@@ -76,7 +77,8 @@ def _key(location: tuple[int | str, ...], kind: str, known: list[str]) -> str:
 def _problem(key: str, items: list[Mapping[str, Any]], schema: type[BaseModel], places: Mapping[str, str]) -> Problem:
     place = f" ({places[key]})" if key in places else ""
     if items[0]["type"] == "extra_forbidden":
-        return Problem(f"{key}{place} is not a key{_here(key, schema)}", _fix_unknown(key, schema))
+        here = " of the component that is chosen" if key in all_keys(schema) else ""
+        return Problem(f"{key}{place} is not a key{here}", _fix_unknown(key, schema))
     if items[0]["type"] == "missing":
         in_entry = any(part.isdigit() for part in key.split("."))
         fix = "add it to that entry" if in_entry else f"set it in the file or by --{key} VALUE"
@@ -88,16 +90,13 @@ def _problem(key: str, items: list[Mapping[str, Any]], schema: type[BaseModel], 
 def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
     if key in (renamed := getattr(schema, "RENAMED", {})):
         return f"it is now {renamed[key]}"
-    parent, _, name = key.rpartition(".")
-    if key in all_keys(schema):
+    keys = [known.rpartition(".") for known in all_keys(schema)]
+    parent, _, name = given = key.rpartition(".")
+    if given in keys:
         return f"leave it out (--{key} null), or choose a component of {parent} that has it"
-    elsewhere = [known for known in all_keys(schema) if known.rpartition(".")[2] == name]
-    return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, children(schema, parent))
-
-
-def _here(key: str, schema: type[BaseModel]) -> str:
-    """Return that the key belongs to another component than the chosen one, if it does."""
-    return " of the component that is chosen" if key in all_keys(schema) else ""
+    elsewhere = ["".join(known) for known in keys if known[2] == name]
+    siblings = [known[2] for known in keys if known[0] == parent]
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, siblings)
 
 
 def _wanted(item: Mapping[str, Any]) -> str:

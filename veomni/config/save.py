@@ -13,8 +13,6 @@ from veomni.config.yaml_file import CoreDumper
 from veomni.errors import ConfigError
 from veomni.version import __version__
 
-_NAME = "veomni_cli.yaml"
-
 
 def save_args(config: Section, output_dir: str | Path) -> Path:
     """Write ``<output_dir>/veomni_cli.yaml``, which reads back as an equal configuration, and return its path.
@@ -24,29 +22,21 @@ def save_args(config: Section, output_dir: str | Path) -> Path:
     Raises:
         ConfigError: the directory cannot be written to.
     """
-    path = Path(output_dir) / _NAME
+    path = Path(output_dir) / "veomni_cli.yaml"
+    body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)
+    text = f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, _text(config))
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
-        problem = f"{path} cannot be written: {error.strerror}"
-        raise ConfigError(problem, "give another --train.output_dir") from None
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", "give another --train.output_dir") from None
     return path
-
-
-def _text(config: Section) -> str:
-    body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)
-    return f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,7 +1,4 @@
-"""Sections made from components: the arguments of a constructor are the keys, its docstring describes them.
-
-So a component states its options once, and Python and YAML have the same names and defaults.
-"""
+"""Sections made from components: the arguments of a constructor are the keys, its docstring describes them."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ from veomni.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 _SCALARS = (int, float, str, bool, type(None))
-_ARGUMENT = re.compile(r"^    (\w+)(?: \([^)]*\))?: ?(.*)$")
+_BLOCK = re.compile(r"^(?:Args|Attributes):\n((?:(?: .*)?\n)*)", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+)(?: \([^)]*\))?:", re.MULTILINE)
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 
 
@@ -42,9 +40,8 @@ class ComponentSection(Section):
     def build(self, *args: Any, **given: Any) -> Any:
         """Return the component of ``args``, of those arguments of ``given`` that it takes, and of these options."""
         component = type(self).component
-        taken = parameters_of(component)
-        supplied = {key: value for key, value in given.items() if key in taken}
-        return component(*args, **supplied, **self.arguments())
+        taken = parameters_of(component).keys() & given.keys()
+        return component(*args, **{key: given[key] for key in taken}, **self.arguments())
 
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
         """Yield what the component cannot do in this configuration; see :meth:`Section.problems`."""
@@ -75,7 +72,7 @@ def section_of(
     if name is not None:
         given = {"name": (Literal[name], Field(default=name, description="Which one it is.")), **given}
     made = create_model(f"{component.__name__}Section", __base__=base, __doc__=_summary(component), **given)
-    made.component, made.chosen, made.configures = component, name or "", (component.__name__,)
+    made.component, made.chosen, made.configures = component, name or "", (component.__name__, *base.configures)
     return made
 
 
@@ -132,11 +129,10 @@ def _fields(component: Callable[..., Any], supplied: Iterable[str]) -> Iterator[
 
 
 def _default(parameter: inspect.Parameter) -> Any:
-    if parameter.default is parameter.empty:
-        return ...
-    if isinstance(parameter.default, Path):
-        return str(parameter.default)
-    return list(parameter.default) if isinstance(parameter.default, (tuple, frozenset)) else parameter.default
+    default = parameter.default
+    if isinstance(default, Path):
+        return str(default)
+    return ... if default is parameter.empty else list(default) if isinstance(default, (tuple, frozenset)) else default
 
 
 def _evaluated(annotation: Any, scope: Mapping[str, Any]) -> Any:
@@ -150,54 +146,37 @@ def _evaluated(annotation: Any, scope: Mapping[str, Any]) -> Any:
 
 def _plain(annotation: Any) -> Any:
     """Return the type of YAML value that an annotation allows, or None."""
-    if annotation in _SCALARS:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in _SCALARS or origin is Literal:
         return annotation
     if annotation is Path:
         return PathText
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return annotation
     if origin in (typing.Union, types.UnionType):
         kinds = [kind for kind in map(_plain, parts) if kind is not None]
         return typing.Union[tuple(kinds)] if any(kind is not type(None) for kind in kinds) else None  # noqa: UP007
-    if origin in (dict, Mapping):
-        parts = parts[1:]
-    inner = [_plain(part) for part in parts[:1]]
-    if origin not in (Annotated, list, Sequence, dict, Mapping, tuple) or None in inner:
+    mapping = origin in (dict, Mapping)
+    inner = _plain(parts[mapping]) if mapping or origin in (Annotated, list, Sequence, tuple) else None
+    if inner is None:
         return None
     if origin is Annotated:
-        return Annotated[(inner[0], *parts[1:])]
-    if origin in (dict, Mapping):
-        return types.GenericAlias(dict, (str, inner[0]))
+        return Annotated[(inner, *parts[1:])]
+    if mapping:
+        return types.GenericAlias(dict, (str, inner))
+    items = types.GenericAlias(list, inner)
     if origin is tuple and Ellipsis not in parts:
-        length = Field(min_length=len(parts), max_length=len(parts))
-        return Annotated[types.GenericAlias(list, inner[0]), length]
-    return types.GenericAlias(list, inner[0])
+        return Annotated[items, Field(min_length=len(parts), max_length=len(parts))]
+    return items
 
 
 def describe_arguments(component: Callable[..., Any]) -> dict[str, str]:
-    """Return what a Google-style docstring says of each argument, as plain text."""
-    found: dict[str, list[str]] = {}
-    for text in (inspect.getdoc(component), inspect.getdoc(getattr(component, "__init__", None))):
-        name = None
-        for line in _block(text or ""):
-            if match := _ARGUMENT.match(line):
-                name = match[1]
-                found.setdefault(name, []).append(match[2])
-            elif name is not None and line.startswith("     "):
-                found[name].append(line.strip())
-    return {name: _ROLE.sub(r"\1", " ".join(lines)).replace("``", "").strip() for name, lines in found.items()}
-
-
-def _block(text: str) -> Iterator[str]:
-    inside = False
-    for line in text.splitlines():
-        if line.strip() in ("Args:", "Attributes:"):
-            inside = True
-        elif line and not line.startswith(" "):
-            inside = False
-        elif inside and line:
-            yield line
+    """Return what Google-style docstrings say of each argument, as plain text."""
+    found: dict[str, str] = {}
+    for documented in (component, getattr(component, "__init__", None)):
+        for block in _BLOCK.findall(f"{inspect.getdoc(documented) or ''}\n"):
+            _, *parts = _ENTRY.split(block)
+            for name, text in zip(parts[::2], parts[1::2], strict=True):
+                found.setdefault(name, _ROLE.sub(r"\1", " ".join(text.split())).replace("``", ""))
+    return found
 
 
 def _summary(component: Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema) are given a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,22 @@ from veomni.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 _PREFIX = "tag:yaml.org,2002:"
-# Tag, pattern, characters that such a scalar may begin with.
-_SCALARS = (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]{1,999}|0o[0-7]{1,999}|0x[0-9a-fA-F]{1,999}", list("-+0123456789")),
+# Tag, pattern, characters that such a scalar may begin with, and its value.
+_SCALARS: tuple[tuple[str, str, list[str], Callable[[str], Any]], ...] = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: text.lower() == "true"),
+    (
+        "int", r"[-+]?[0-9]{1,999}|0o[0-7]{1,999}|0x[0-9a-fA-F]{1,999}", list("-+0123456789"),
+        lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    ),
     (
         "float",
         r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
         list("-+.0123456789"),
+        lambda text: float(text.replace(".", "") if text[-1].isalpha() else text),
     ),
-)
+)  # fmt: skip
+_VALUES = {_PREFIX + tag: value for tag, _, _, value in _SCALARS}
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -51,14 +56,17 @@ class _CoreLoader(yaml.SafeLoader):
             return {key: self.plain(value, (*path, key)) for key, value in self._items(node, path)}
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(item, (*path, str(index))) for index, item in enumerate(node.value)]
-        return _scalar(node.tag.removeprefix(_PREFIX), node.value)
+        return _VALUES.get(node.tag, str)(node.value)
 
     def _items(self, node: yaml.MappingNode, path: tuple[str, ...]) -> list[tuple[str, yaml.Node]]:
         items: list[tuple[str, yaml.Node]] = []
         for key_node, value in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_PREFIX}str":
-                raise _error(self.name, line, f"the key {_shown(key_node)} is not a string", "put the key in quotes")
+                shown = (
+                    repr(key_node.value) if isinstance(key_node, yaml.ScalarNode) else f"({type(key_node).__name__})"
+                )
+                raise _error(self.name, line, f"the key {shown} is not a string", "put the key in quotes")
             here = (*path, key_node.value)
             if here in self.lines:
                 problem = f"the key {'.'.join(here)} was already given on line {self.lines[here]}"
@@ -78,7 +86,7 @@ class CoreDumper(yaml.SafeDumper):
 
 for _class in (_CoreLoader, CoreDumper):
     _class.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-    for _tag, _pattern, _first in _SCALARS:
+    for _tag, _pattern, _first, _ in _SCALARS:
         _class.add_implicit_resolver(f"{_PREFIX}{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
@@ -120,13 +128,22 @@ def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], Mapp
     return merged(inherited, value), {**places_there, **places}
 
 
-def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``values`` over it: mappings are merged, everything else is replaced."""
+def merged(
+    base: Mapping[str, Any], values: Mapping[str, Any], choices: Collection[str] = (), group: str = ""
+) -> dict[str, Any]:
+    """Return ``base`` with ``values`` over it: mappings are merged, everything else is replaced.
+
+    A name in ``base`` whose dotted key is one of ``choices`` is the mapping ``{"name": name}``; ``group`` is the prefix
+    of the keys here.
+    """
     result = dict(base)
     for key, value in values.items():
-        present = result.get(key)
-        both = isinstance(present, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(present, value) if both else value  # type: ignore[arg-type]
+        present, here = result.get(key), f"{group}{key}"
+        if isinstance(present, str) and here in choices:
+            present = {"name": present}
+        if isinstance(present, Mapping) and isinstance(value, Mapping):
+            value = merged(present, value, choices, f"{here}.")
+        result[key] = value
     return result
 
 
@@ -143,12 +160,11 @@ def _read_text(path: Path, name: str) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise ConfigError(f"{name} is larger than 1 MiB", "give a configuration, not a data file")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror}", "give the path of a YAML file") from None
-    if len(raw) > _MAX_BYTES:
-        raise ConfigError(f"{name} is larger than 1 MiB", "give a configuration, not a data file")
-    try:
-        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise _error(name, line, f"byte 0x{raw[error.start]:02x} is not UTF-8", "save the file as UTF-8") from None
@@ -165,31 +181,11 @@ def _parse(text: str, name: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem) if part)
-        raise _error(name, mark.line + 1 if mark else 1, problem, _fix(problem)) from None
+        fix = "correct the YAML; put text with special characters in quotes"
+        fix = "indent with spaces, not tabs" if "\\t" in problem else fix
+        raise _error(name, mark.line + 1 if mark else 1, problem, fix) from None
     except RecursionError:
         raise ConfigError(f"{name} is nested too deeply", "flatten it") from None
-
-
-def _fix(problem: str) -> str:
-    if "\\t" in problem:
-        return "indent with spaces, not tabs"
-    return "correct the YAML; put text with special characters in quotes"
-
-
-def _scalar(tag: str, text: str) -> Any:
-    if tag == "null":
-        return None
-    if tag == "bool":
-        return text.lower() == "true"
-    if tag == "int":
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    if tag == "float":
-        return float(text.replace(".", "") if text[-1].isalpha() else text)
-    return text
-
-
-def _shown(node: yaml.Node) -> str:
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"({type(node).__name__})"
 
 
 def _error(name: str, line: int, problem: str, fix: str) -> ConfigError:

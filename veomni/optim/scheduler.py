@@ -43,6 +43,8 @@ class Shape(ABC):
 class SchedulerSection(ComponentSection):
     """Warm-up, then decay from ``optimizer.lr``."""
 
+    configures = ("build_scheduler",)
+
     warmup_steps: int | None = Field(
         default=None, ge=0, description="Steps of linear warm-up; null follows warmup_ratio."
     )

@@ -87,6 +87,6 @@ def _ending(dataset: DocumentStream, order: Order) -> tuple[Mixing, int]:
         raise ConfigError(
             "a mixture that repeats its sources has no epochs",
             "set stopping_strategy to first_exhausted, all_exhausted or once, or epochs to None",
-            "build_mixture.stopping_strategy",
+            "Mixing.stopping_strategy",
         )
     return Mixing(sampling, "all_exhausted"), order.epochs
