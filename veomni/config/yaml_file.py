@@ -1,7 +1,6 @@
 """YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, no aliases, no tags, every error with its line.
 
-PyYAML reads YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``0123`` is 83. Only the plain scalars of the
-YAML 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema) are given a type here.
+PyYAML reads YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``0123`` is 83.
 """
 
 from __future__ import annotations
@@ -17,22 +16,21 @@ from veomni.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 _PREFIX = "tag:yaml.org,2002:"
-# Tag, pattern, characters that such a scalar may begin with, and its value.
-_SCALARS: tuple[tuple[str, str, list[str], Callable[[str], Any]], ...] = (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: text.lower() == "true"),
+# The plain scalars of the core schema (https://yaml.org/spec/1.2.2/#103-core-schema): tag, pattern and value.
+_SCALARS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
+    ("null", r"~|null|Null|NULL|", lambda text: None),
+    ("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     (
-        "int", r"[-+]?[0-9]{1,999}|0o[0-7]{1,999}|0x[0-9a-fA-F]{1,999}", list("-+0123456789"),
+        "int", r"[-+]?[0-9]{1,999}|0o[0-7]{1,999}|0x[0-9a-fA-F]{1,999}",
         lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
     ),
     (
         "float",
         r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
         lambda text: float(text.replace(".", "") if text[-1].isalpha() else text),
     ),
 )  # fmt: skip
-_VALUES = {_PREFIX + tag: value for tag, _, _, value in _SCALARS}
+_VALUES = {_PREFIX + tag: value for tag, _, value in _SCALARS}
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -53,27 +51,21 @@ class _CoreLoader(yaml.SafeLoader):
     def plain(self, node: yaml.Node, path: tuple[str, ...] = ()) -> Any:
         """Return a node as dicts, lists and scalars, noting the line of every key."""
         if isinstance(node, yaml.MappingNode):
-            return {key: self.plain(value, (*path, key)) for key, value in self._items(node, path)}
+            return {key.value: self.plain(value, self._noted(key, path)) for key, value in node.value}
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(item, (*path, str(index))) for index, item in enumerate(node.value)]
         return _VALUES.get(node.tag, str)(node.value)
 
-    def _items(self, node: yaml.MappingNode, path: tuple[str, ...]) -> list[tuple[str, yaml.Node]]:
-        items: list[tuple[str, yaml.Node]] = []
-        for key_node, value in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_PREFIX}str":
-                shown = (
-                    repr(key_node.value) if isinstance(key_node, yaml.ScalarNode) else f"({type(key_node).__name__})"
-                )
-                raise _error(self.name, line, f"the key {shown} is not a string", "put the key in quotes")
-            here = (*path, key_node.value)
-            if here in self.lines:
-                problem = f"the key {'.'.join(here)} was already given on line {self.lines[here]}"
-                raise _error(self.name, line, problem, "keep one of the two")
-            self.lines[here] = line
-            items.append((key_node.value, value))
-        return items
+    def _noted(self, key: yaml.Node, path: tuple[str, ...]) -> tuple[str, ...]:
+        line, here = key.start_mark.line + 1, (*path, key.value)
+        if key.tag != f"{_PREFIX}str":
+            shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"({type(key).__name__})"
+            raise _error(self.name, line, f"the key {shown} is not a string", "put the key in quotes")
+        if here in self.lines:
+            problem = f"the key {'.'.join(here)} was already given on line {self.lines[here]}"
+            raise _error(self.name, line, problem, "keep one of the two")
+        self.lines[here] = line
+        return here
 
 
 class CoreDumper(yaml.SafeDumper):
@@ -86,8 +78,8 @@ class CoreDumper(yaml.SafeDumper):
 
 for _class in (_CoreLoader, CoreDumper):
     _class.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-    for _tag, _pattern, _first, _ in _SCALARS:
-        _class.add_implicit_resolver(f"{_PREFIX}{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _tag, _pattern, _ in _SCALARS:
+        _class.add_implicit_resolver(f"{_PREFIX}{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Mapping[tuple[str, ...], str]]:
