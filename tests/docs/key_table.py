@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from veomni.config.choice import Name
 from veomni.config.keys import groups, walk
 from veomni.run_config import Config
 
@@ -39,7 +40,8 @@ def _section(key: str, field: FieldInfo, rows: list[str]) -> str:
 
 def row(key: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else code(field.get_default(call_default_factory=True))
-    return f"| `{key}` | {values(field.annotation)} | {default} | {field.description} |"
+    names = [code(name) for mark in field.metadata if isinstance(mark, Name) for name in mark.names()]
+    return f"| `{key}` | {', '.join(names) or values(field.annotation)} | {default} | {field.description} |"
 
 
 def code(value: Any) -> str:

@@ -126,3 +126,20 @@ def check_name(registry: Registry[Any], name: str) -> str:
         known = ", ".join(repr(entry) for entry in registry)
         raise PydanticCustomError("unknown_name", "{known}", {"known": f"one of {known}"})
     return name
+
+
+class Name:
+    """Marks a text that must be a name in a registry, or one of ``others``."""
+
+    def __init__(self, registry: Registry[Any], *others: str) -> None:
+        self.registry, self.others = registry, others
+
+    def names(self) -> list[str]:
+        """Return the names that are allowed."""
+        return [*self.registry, *self.others]
+
+    def _validate(self, value: str) -> str:
+        return value if value in self.others else check_name(self.registry, value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._validate, handler(source))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
 from veomni.errors import EXIT_PREEMPTED
-from veomni.launch.failure import Failure, leave_failure, leave_for_torchelastic
+from veomni.launch.rank_end import Failure
 from veomni.launch.signals import URGENT, take_default
 from veomni.logging import create_logger
 
@@ -73,8 +73,8 @@ def _record(outcome: Failure) -> bool:
     """Leave the failure for the supervisor; return whether it will print it."""
     try:
         if outcome.exit_code not in (0, EXIT_PREEMPTED):
-            leave_for_torchelastic(outcome)
-        return outcome.exit_code != 0 and leave_failure(outcome)
+            outcome.leave_for_torchelastic()
+        return outcome.exit_code != 0 and outcome.leave()
     except OSError as error:
         logger.warning("the cause of this failure cannot be recorded: %s", error)
         return False

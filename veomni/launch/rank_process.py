@@ -12,8 +12,7 @@ from pathlib import Path
 
 from veomni.errors import EXIT_PREEMPTED
 from veomni.launch.environment import SUPERVISOR_VARIABLE, Environment
-from veomni.launch.failure import DIRECTORY_VARIABLE, found_failure
-from veomni.launch.verdict import RankEnd
+from veomni.launch.rank_end import DIRECTORY_VARIABLE, RankEnd, found_failure
 
 _EXEC_RANK = str(Path(__file__).with_name("exec_rank.py"))
 

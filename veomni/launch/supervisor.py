@@ -15,9 +15,9 @@ from pathlib import Path
 
 from veomni.errors import LaunchError
 from veomni.launch.environment import Environment
+from veomni.launch.rank_end import RankEnd, judge
 from veomni.launch.rank_process import RankProcess
 from veomni.launch.signals import URGENT, handled
-from veomni.launch.verdict import RankEnd, judge
 from veomni.logging import create_logger
 
 _FORWARDED = (*URGENT, signal.SIGUSR1, signal.SIGHUP)

@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from veomni.launch.failure import Failure
-from veomni.launch.verdict import RankEnd, judge
+from veomni.launch.rank_end import Failure, RankEnd, judge
 
 
 def end(rank: int, status: int, *, stopped: bool = False, seen: float = 10.0, said: Failure | None = None) -> RankEnd:
