@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from veomni.compat.tensors import multiply
 from veomni.errors import NonFiniteError
-from veomni.parallel.tensors import local_shard, wide_dtype
+from veomni.parallel.wrappers import local_shard, wide_dtype
 
 
 def sharded_grad_norm(

@@ -46,7 +46,12 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     model = build_model(config.model.build_config(), weights="random")
     freeze(model, config.model.freeze)
     dims = mesh_dims(config.train.build_strategies(), world)
-    parts = _mesh(config, world, dims), _batch(config, world), _flops(config, model), _memory(config, model, dims.fsdp)
+    parts = (
+        _mesh(config, world, dims),
+        _batch(config, world),
+        _flops(config, model),
+        _memory(config, model, dims.size("fsdp")),
+    )
     for name, fact in chain(*parts):
         print(f"{name:<28}{fact}")
 
@@ -56,7 +61,7 @@ def _mesh(config: Config, world: int, dims: ParallelDims) -> Iterator[tuple[str,
 
     yield "ranks", f"{world}"
     yield "mesh", " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES)
-    yield "parameters are sharded over", f"{dims.fsdp} ranks ({config.train.data_parallel_mode})"
+    yield "parameters are sharded over", f"{dims.size('fsdp')} ranks ({config.train.data_parallel_mode})"
     if dims.experts > 1:
         placement = "strided" if dims.ep_strided > 1 else "adjacent"
         shards = f"each of them sharded over {dims.expert_shards}"

@@ -19,8 +19,7 @@ from veomni.launch.environment import collective_timeout, detect_environment
 from veomni.launch.join import join_or_start
 from veomni.launch.signals import StopSignal
 from veomni.logging import create_logger
-from veomni.parallel.mesh import ParallelState, set_parallel_state
-from veomni.parallel.processes import init_process_group
+from veomni.parallel.mesh import ParallelState, init_process_group, set_parallel_state
 from veomni.strategies import Strategy
 from veomni.strategies.select import mesh_dims
 

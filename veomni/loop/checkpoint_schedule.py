@@ -13,7 +13,7 @@ from torch import nn
 from veomni.errors import CheckpointError, NonFiniteError
 from veomni.logging import create_logger
 from veomni.loop.sync import extremes
-from veomni.parallel.tensors import local_shard
+from veomni.parallel.wrappers import local_shard
 
 if TYPE_CHECKING:
     from veomni.checkpoint import Checkpointer

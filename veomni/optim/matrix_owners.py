@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from veomni.errors import ModelError
 from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits
-from veomni.parallel.tensors import local_shard
+from veomni.parallel.wrappers import local_shard
 
 _ROUND_ELEMENTS = 2**26
 """Elements of whole matrices that a rank holds at a time, about: 128 MiB in bf16."""

@@ -18,7 +18,7 @@ from typing_extensions import override
 from veomni.compat.tensors import lerp, multiply
 from veomni.errors import ModelError
 from veomni.optim.matrix_owners import Matrix, MatrixOwners, find_matrices
-from veomni.parallel.tensors import local_shard
+from veomni.parallel.wrappers import local_shard
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _SMALLEST_NORM = 1e-7

@@ -15,17 +15,17 @@ a layer, each expert is sharded over ``ep_fsdp`` ranks and held ``ep_replicate``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from veomni.batch.split import SequenceShard
+from veomni.compat.collectives import flattened, limit_group
 from veomni.errors import LayoutError
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "ulysses", "cp", "tp")
 VIEWS = {
@@ -54,18 +54,6 @@ class ParallelDims:
     ep: int = 1
     ep_strided: int = 1
 
-    @classmethod
-    def compose(cls, axes: Iterable[Mapping[str, int]], world_size: int) -> ParallelDims:
-        """Return the resolved sizes of a world in which each strategy declares its axes.
-
-        Raises:
-            LayoutError: see :meth:`resolve`.
-        """
-        sizes = {"dp_shard": -1 if world_size > 1 else 1}
-        for declared in axes:
-            sizes |= declared
-        return cls(**sizes).resolve(world_size)
-
     def resolve(self, world_size: int) -> ParallelDims:
         """Return the same sizes with -1 filled in.
 
@@ -73,42 +61,37 @@ class ParallelDims:
             LayoutError: a size is not positive, the product is not ``world_size``, or ``ep`` does not divide ``fsdp``.
         """
         for axis in (*AXES, "ep", "ep_strided"):
-            size = getattr(self, axis)
+            size = self.size(axis)
             if size < 1 and not (size == -1 and axis in ("dp_replicate", "dp_shard")):
                 raise LayoutError(f"mesh axis {axis} has size {size}", "give a positive size")
         dims = self._fill(world_size)
-        product = math.prod(getattr(dims, axis) for axis in AXES)
+        product = math.prod(dims.size(axis) for axis in AXES)
         if product != world_size:
-            shown = " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES if getattr(dims, axis) > 1) or "1"
+            shown = " x ".join(f"{axis} {dims.size(axis)}" for axis in AXES if dims.size(axis) > 1) or "1"
             raise LayoutError(
                 f"the mesh axes multiply to {product} ({shown}) but there are {world_size} ranks",
                 f"start {product} ranks (devices) or change the sizes",
                 field="Launcher.devices",
             )
-        if dims.fsdp % dims.experts and (dims.experts % dims.fsdp or dims.loss % dims.experts):
-            ranks, which = (dims.loss, "there are") if dims.fsdp == 1 else (dims.fsdp, "that share parameters")
-            problem = f"expert parallel size {dims.experts} does not divide the {ranks} ranks {which}"
+        experts, fsdp, loss = dims.experts, dims.size("fsdp"), dims.size("loss")
+        if fsdp % experts and (experts % fsdp or loss % experts):
+            ranks, which = (loss, "there are") if fsdp == 1 else (fsdp, "that share parameters")
+            problem = f"expert parallel size {experts} does not divide the {ranks} ranks {which}"
             raise LayoutError(problem, f"use a divisor of {ranks}", field="ExpertParallel.size")
         return dims
 
     def _fill(self, world_size: int) -> ParallelDims:
-        unknown = [axis for axis in ("dp_replicate", "dp_shard") if getattr(self, axis) == -1]
+        unknown = [axis for axis in ("dp_replicate", "dp_shard") if self.size(axis) == -1]
         if not unknown:
             return self
         if len(unknown) == 2:
             raise LayoutError("dp_replicate and dp_shard are both -1", "give one of them a size")
-        known = math.prod(getattr(self, axis) for axis in AXES if axis != unknown[0])
+        known = math.prod(self.size(axis) for axis in AXES if axis != unknown[0])
         return replace(self, **{unknown[0]: max(1, world_size // known)})
 
-    @property
-    def fsdp(self) -> int:
-        """Ranks that parameters are sharded over."""
-        return self.dp_shard * self.ulysses * self.cp
-
-    @property
-    def loss(self) -> int:
-        """Ranks that losses and gradients are reduced over."""
-        return self.dp_replicate * self.fsdp
+    def size(self, name: str) -> int:
+        """Return how many ranks an axis or view has."""
+        return math.prod(getattr(self, axis) for axis in VIEWS.get(name, (name,)))
 
     @property
     def experts(self) -> int:
@@ -118,22 +101,12 @@ class ParallelDims:
     @property
     def expert_shards(self) -> int:
         """Ranks that each expert is sharded over."""
-        return max(1, self.fsdp // self.experts)
+        return max(1, self.size("fsdp") // self.experts)
 
     @property
     def expert_replicas(self) -> int:
         """Copies of each expert."""
-        return self.loss // (self.experts * self.expert_shards)
-
-    @property
-    def data(self) -> int:
-        """Ranks that read different rows."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def sequence(self) -> int:
-        """Ranks that share each row."""
-        return self.ulysses * self.cp
+        return self.size("loss") // (self.experts * self.expert_shards)
 
 
 class ParallelState:
@@ -143,52 +116,40 @@ class ParallelState:
         dims: Resolved sizes.
         device_type: Device type of the mesh, as ``torch.device.type``.
         timeout: How long a collective of any axis waits; None leaves PyTorch's default.
+
+    Attributes:
+        parameter_mesh: What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated.
+        expert_mesh: What each expert is sharded over: ``[ep_fsdp]``, or ``[ep_replicate, ep_fsdp]``; without ``ep`` the
+            same as other parameters.
     """
 
     def __init__(self, dims: ParallelDims, device_type: str, *, timeout: timedelta | None = None) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        from veomni.compat.collectives import flattened
-
         self.dims = dims
-        sizes = tuple(getattr(dims, axis) for axis in AXES)
-        self._world = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+        world = _mesh(device_type, **{axis: dims.size(axis) for axis in AXES})
         # Meshes compare by identity, so each view is made once.
-        self._meshes: dict[str, DeviceMesh] = {axis: self._world[axis] for axis in AXES}
-        for name, axes in VIEWS.items():
-            self._meshes[name] = flattened(self._world[axes], name)
-        self._parameters = self._meshes["fsdp"]
+        self._meshes: dict[str, DeviceMesh] = {axis: world[axis] for axis in AXES}
+        self._meshes |= {view: flattened(world[axes], view) for view, axes in VIEWS.items()}
+        self.parameter_mesh = self._meshes["fsdp"]
         if dims.dp_replicate > 1:
             # A flattened axis cannot be sliced together with another one, so the dense view is a mesh of its own.
-            dense = (dims.pp, dims.dp_replicate, dims.fsdp, dims.tp)
-            mesh = init_device_mesh(device_type, dense, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
-            self._parameters = mesh["dp_replicate", "fsdp"]
-        self._experts = self._parameters
-        if dims.experts > 1:
-            self._experts = self._expert_views(device_type)
+            names = ("pp", "dp_replicate", "fsdp", "tp")
+            self.parameter_mesh = _mesh(device_type, **{name: dims.size(name) for name in names})[names[1:3]]
+        self.expert_mesh = self._expert_views(device_type) if dims.experts > 1 else self.parameter_mesh
         if timeout is not None:
-            self._limit(timeout)
+            for mesh in (*self._meshes.values(), self.parameter_mesh, self.expert_mesh):
+                for group in mesh.get_all_groups():
+                    limit_group(group, timeout)
 
     def _expert_views(self, device_type: str) -> DeviceMesh:
         """Lay the same ranks out for experts, and return the mesh that shards each of them."""
-        from torch.distributed.device_mesh import init_device_mesh
-
         dims = self.dims
         sizes = {"ep_replicate": dims.expert_replicas, "ep_fsdp": dims.expert_shards, "ep": dims.experts}
         order = ["ep_replicate", "ep_fsdp", "ep"]
         if dims.ep_strided > 1:
-            order = ["ep", *order[:2]] if dims.experts > dims.fsdp else ["ep_replicate", "ep", "ep_fsdp"]
-        shape = (dims.pp, *(sizes[axis] for axis in order), dims.tp)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("pp", *order, "tp"))
+            order = ["ep", *order[:2]] if dims.experts > dims.size("fsdp") else ["ep_replicate", "ep", "ep_fsdp"]
+        mesh = _mesh(device_type, pp=dims.pp, **{axis: sizes[axis] for axis in order}, tp=dims.tp)
         self._meshes |= {"ep": mesh["ep"], "ep_fsdp": mesh["ep_fsdp"]}
         return mesh["ep_replicate", "ep_fsdp"] if dims.expert_replicas > 1 else self._meshes["ep_fsdp"]
-
-    def _limit(self, timeout: timedelta) -> None:
-        from veomni.compat.collectives import limit_group
-
-        for mesh in (*self._meshes.values(), self._parameters, self._experts):
-            for group in mesh.get_all_groups():
-                limit_group(group, timeout)
 
     def mesh(self, axis: str) -> DeviceMesh:
         """Return the one-dimensional mesh of an axis or view.
@@ -200,16 +161,6 @@ class ParallelState:
             raise LayoutError(f"the mesh has no axis {axis!r}", f"use one of: {', '.join(self._meshes)}")
         return self._meshes[axis]
 
-    @property
-    def parameter_mesh(self) -> DeviceMesh:
-        """What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated (HSDP)."""
-        return self._parameters
-
-    @property
-    def expert_mesh(self) -> DeviceMesh:
-        """What each expert is sharded over: ``[ep_fsdp]``, or ``[ep_replicate, ep_fsdp]``; all ranks without ``ep``."""
-        return self._experts
-
     def size(self, axis: str) -> int:
         """Return how many ranks an axis or view has."""
         return int(self.mesh(axis).size())
@@ -218,14 +169,35 @@ class ParallelState:
         """Return this process's position on an axis or view."""
         return int(self.mesh(axis).get_local_rank())
 
+    def group(self, axis: str) -> ProcessGroup:
+        """Return the process group of an axis or view."""
+        return self.mesh(axis).get_group()
+
     @property
     def sequence_shard(self) -> SequenceShard:
         """Which positions of every row this rank holds."""
         return SequenceShard(self.size("ulysses"), self.rank("ulysses"), self.size("cp"), self.rank("cp"))
 
-    def group(self, axis: str) -> ProcessGroup:
-        """Return the process group of an axis or view."""
-        return self.mesh(axis).get_group()
+
+def _mesh(device_type: str, **sizes: int) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def init_process_group(device: torch.device, backend: str, *, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Make the process group of all ranks, for tensors on the CPU and on ``device``; one that is there stays.
+
+    Args:
+        device: Where this rank computes.
+        backend: Of tensors on it; those on the CPU go over gloo.
+        rank: This process's place.
+        world_size: Number of processes.
+        timeout: How long a collective waits for the other ranks.
+    """
+    if dist.is_initialized():
+        return
+    backends = f"cpu:gloo,{device.type}:{backend}" if device.type != "cpu" else "gloo"
+    store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
+    dist.init_process_group(backends, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 _state: ParallelState | None = None

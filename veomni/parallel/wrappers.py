@@ -1,11 +1,14 @@
-"""The user's module, its names and its whole parameters, under any wrapper."""
+"""The user's module and its names under any wrapper; parameters whole, and in the shards that a rank holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 FSDP1_PREFIX = "_fsdp_wrapped_module."
 """What FSDP1 puts into the names of what it wraps."""
@@ -15,9 +18,6 @@ _WRAPPERS = (FSDP1_PREFIX, "_checkpoint_wrapped_module.", "_orig_mod.")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's module inside DistributedDataParallel and FullyShardedDataParallel."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DistributedDataParallel
-
     while isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
         model = model.module
     return model
@@ -37,8 +37,6 @@ def fsdp1_parameters(model: nn.Module, *, rank0_only: bool = False) -> Iterator[
         model: The model, wrapped by FSDP1 as a whole or in parts.
         rank0_only: Gather on rank 0 only; other ranks see what they have.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     for path, unit in list(model.named_modules()):
         if not isinstance(unit, FullyShardedDataParallel):
             continue
@@ -47,3 +45,13 @@ def fsdp1_parameters(model: nn.Module, *, rank0_only: bool = False) -> Iterator[
             for name, parameter in unit.module.named_parameters():
                 if FSDP1_PREFIX not in name:  # the others belong to units inside this one
                     yield plain_name(f"{path}.{name}" if path else name), parameter
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that may be a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to sum in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from veomni.compat.tensors import shard_box
 from veomni.errors import ModelError
-from veomni.parallel.tensors import local_shard
+from veomni.parallel.wrappers import local_shard
 
 Box = tuple[slice, ...]
 """One slice per dimension of a full tensor."""

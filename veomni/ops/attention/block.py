@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veomni.compat import attention_kernels as kernels
-from veomni.parallel.tensors import wide_dtype
+from veomni.parallel.wrappers import wide_dtype
 
 Kernel = Literal["math", "flash", "efficient"]
 Gradients = tuple[Tensor, Tensor, Tensor]

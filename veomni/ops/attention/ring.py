@@ -26,7 +26,7 @@ from veomni.ops.attention.block import Block, attend, attend_backward, merge_int
 from veomni.ops.attention.varlen import in_autocast_dtype
 from veomni.ops.attention.whole_rows import group_of, register_whole_rows
 from veomni.ops.comm.all_to_all import RingStep
-from veomni.parallel.tensors import wide_dtype
+from veomni.parallel.wrappers import wide_dtype
 
 RING = "ring"
 MASK_RULE = "mask_rule"

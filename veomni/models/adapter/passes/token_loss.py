@@ -18,7 +18,7 @@ from veomni.models.adapter.passes.loss_context import LossContext, Predictions
 from veomni.models.traits import FusesHead, examine_model
 from veomni.models.transformers_api.construction import LOSS_FUNCTION
 from veomni.ops.loss.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
-from veomni.parallel.tensors import wide_dtype
+from veomni.parallel.wrappers import wide_dtype
 
 logger = create_logger(__name__)
 
