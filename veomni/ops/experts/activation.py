@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veomni.ops.experts.permute import Routing, expert_of_row, has_kernels, past_end
-from veomni.parallel.tensors import wide_dtype
+from veomni.parallel.wrappers import wide_dtype
 
 
 class SwiGLU(NamedTuple):
