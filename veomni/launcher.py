@@ -1,16 +1,6 @@
 """The launcher: the few verbs a training loop calls. It delegates; every decision belongs to a strategy.
 
-The loop stays the user's::
-
-    launcher = Launcher(FSDP2(), precision="bf16")
-    launcher.launch()
-    model = launcher.setup_model(build_model("Qwen3-8B/"))
-    optimizer = launcher.setup_optimizer(model, AdamW, lr=1e-5)
-    for step in launcher.track(loader):
-        for micro in launcher.accumulate(model, step):
-            launcher.backward(model(**micro.inputs).loss, micro)
-        launcher.clip_grad_norm(model, 1.0)
-        optimizer.step(); optimizer.zero_grad()
+``examples/minimal.py`` is a whole loop.
 """
 
 from __future__ import annotations
@@ -30,15 +20,15 @@ from typing_extensions import override
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import EXIT_PREEMPTED, LoopError, ModelError
-from veomni.launch.world import DataParallel, World
+from veomni.launch.world import World
 from veomni.logging import create_logger
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
-from veomni.loop.dataloader import StepLoader, check_loader, step_loader, warn_unsaved_loader
+from veomni.loop.dataloader import StepLoader, step_loader, warn_unsaved_loader
 from veomni.loop.evaluation import Measure, evaluate
 from veomni.loop.losses import component_losses, source_metrics
 from veomni.loop.randomness import RandomState, seed_process, use_deterministic_algorithms
 from veomni.loop.reporter import Reporter
-from veomni.loop.step import Step, Weight, check_gradients
+from veomni.loop.step import ModelStep, Step, Weight, check_gradients
 from veomni.loop.step_reader import StepReader, last_step
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import sync_gradients
@@ -137,7 +127,7 @@ class Launcher(World):
         """Return the steps of any torch loader for :meth:`track`, sharded over data ranks and resumable.
 
         Args:
-            loader: As for one process; what it collates is one micro-batch (``veomni/loop/dataloader.py``).
+            loader: As for one process; what it collates is one micro-batch.
             accumulate: Micro-batches of a step on each rank.
             epochs: Epochs of one iteration; 1 for an iterable dataset.
         """
@@ -155,8 +145,8 @@ class Launcher(World):
 
         Raises:
             LoopError: a micro-batch of the last step was not backpropagated; or the loader yields no lists (DataError).
+            NonFiniteError: the loss of an earlier step was not finite; raised on all ranks.
         """
-        check_loader(loader)
         reader = StepReader(loader, self, self.reporter.measure)
         total = max_steps if max_steps is not None else last_step(loader, self.step)
         self.reporter.start(self.step, total)
@@ -203,10 +193,11 @@ class Launcher(World):
             NonFiniteError: logits of a router are not finite; raised on all ranks.
             LoopError: the micro-batch is not from :meth:`accumulate`, or the loss is None (ModelError).
         """
-        if not isinstance(micro, MicroBatch) or micro.owner is None:
+        owner = getattr(micro, "owner", None)
+        if not isinstance(owner, ModelStep):
             problem = f"backward() was given a {type(micro).__name__} that is of no step"
             raise LoopError(problem, "give it what launcher.accumulate yields")
-        micro.owner.backward(loss, micro)
+        owner.backward(loss, micro)
 
     def global_loss(self, step: Step, model: nn.Module | None = None) -> Tensor:
         """Return the mean loss of the step, equal on all ranks; ``model`` where there are several; collective."""
@@ -231,6 +222,7 @@ class Launcher(World):
 
         Raises:
             NonFiniteError: the norm is not finite; raised on all ranks, before any parameter changes.
+            LoopError: a micro-batch was not backpropagated, or the model was not accumulated on.
         """
         from veomni.strategies.grad_norm import clip_gradients
 
@@ -258,6 +250,9 @@ class Launcher(World):
             answers: Also return ``eval_accuracy``, the share of documents answered right to the last token.
             loss: ``loss(model, micro)`` returns the mean loss of a micro-batch, or means by name, returned as
                 ``eval_NAME``; None takes the ``loss`` of the model's output.
+
+        Raises:
+            LoopError: the loader is empty, or gives ranks different numbers of micro-batches.
         """
         self.reporter.clock.mark("optimizer")
         found = evaluate(model, loader, self, answers=answers, measure=loss)
@@ -282,7 +277,7 @@ class Launcher(World):
         return export_hf(model, Path(output_dir), tokenizer=tokenizer)
 
     def close(self) -> None:
-        """Finish what runs in the background and put the process back as it was."""
+        """Finish what runs in the background and put the process back to where it was before :meth:`launch`."""
         self.checkpoints.close()
         self.reporter.close("finished")
         self.leave()
@@ -292,6 +287,3 @@ class Launcher(World):
         self.reporter.close("preempted")
         self.checkpoints.close()
         raise SystemExit(EXIT_PREEMPTED)
-
-
-__all__ = ["DataParallel", "Launcher"]

@@ -23,7 +23,8 @@ from torch.utils.data import (
 )
 
 from veomni.errors import CheckpointError, DataError, InputError
-from veomni.loop.dataloader import check_loader, step_loader, warn_unsaved_loader
+from veomni.loop.dataloader import step_loader, warn_unsaved_loader
+from veomni.loop.step_reader import StepReader
 
 
 class Numbers(Dataset):
@@ -256,7 +257,7 @@ def test_whatever_is_collated_becomes_micro_batches(form):
 def test_bad_loaders_and_states_are_named():
     loader = DataLoader(Numbers(8), batch_size=2, shuffle=True)
     with pytest.raises(InputError, match="setup_dataloader"):
-        check_loader(loader)
+        StepReader(loader, None, None)
     with pytest.raises(InputError, match="given a Numbers"):
         step_loader(Numbers(8), (0, 1), seed=0)
     with pytest.raises(InputError, match="accumulate is 0"):

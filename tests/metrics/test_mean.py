@@ -63,6 +63,13 @@ def test_float32_numbers_are_summed_in_float64() -> None:
     assert float(metric.compute()[0]) * 9 == 2.0**24 + 8
 
 
+def test_weights_are_float64() -> None:
+    metric = WeightedMean()
+    metric.update(1.0, 0.1)
+    metric.update(3.0, 0.2)
+    assert float(metric.compute()[0]) == pytest.approx(0.7 / 0.3, rel=1e-15)
+
+
 def test_the_mean_of_nothing_does_not_spoil_the_sum() -> None:
     metric = WeightedMean()
     metric.update(torch.tensor([math.nan, 3.0]), torch.tensor([0, 2]), torch.tensor([0, 0]))

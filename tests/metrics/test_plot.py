@@ -17,7 +17,6 @@ from PIL import Image
 from veomni.accelerators import select_accelerator
 from veomni.loop.reporter import Reporter
 from veomni.loop.step import Step
-from veomni.loop.sync import StepTotals
 from veomni.metrics import plot_loss
 from veomni.strategies.transforms.precision import select_precision
 
@@ -107,7 +106,7 @@ def test_a_loop_that_never_logs_has_no_picture(tmp_path: Path) -> None:
 
 
 def accumulated(index: int) -> Step:
-    step, model = Step(index, [], StepTotals(), None), torch.nn.Identity()
+    step, model = Step(index, [], {"tokens": 0, "samples": 0}, None), torch.nn.Identity()
     step.models[model] = SimpleNamespace(routers=None, check_complete=lambda: None)
     return step
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.parity.matrix import Case, plain
-from veomni.launcher import DataParallel
+from veomni.launch.world import DataParallel
 from veomni.parallel.mesh import get_parallel_state
 from veomni.strategies.grad_norm import sharded_grad_norm
 from veomni.testing import seams

@@ -164,7 +164,7 @@ def sums_of_a_stream():
         for micro in launcher.accumulate(model, step):
             (x,) = micro.args
             launcher.backward((model(x) * 0 + x).mean(), micro)
-        found.append((launcher.global_loss(step).item() * step.totals.samples, step.totals.samples))
+        found.append((launcher.global_loss(step).item() * step.totals["samples"], step.totals["samples"]))
     launcher.close()
     return found, loader.epoch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +15,27 @@ from veomni.errors import DataError
 
 def supervised_tokens(micro: MicroBatch) -> int:
     """Count the labels that a loss which shifts them by one is taken on; without labels, the rows."""
-    if "shift_labels" in micro.inputs:
-        return int((micro.inputs["shift_labels"] != IGNORE_INDEX).sum())
-    labels = micro.inputs.get("labels")
-    if isinstance(labels, Tensor) and labels.dim() > 1:
-        return int((labels[..., 1:] != IGNORE_INDEX).sum())
-    return row_count(micro)
+    targets = _targets(micro)
+    return row_count(micro) if targets is None else int((targets != IGNORE_INDEX).sum())
 
 
 def token_weight(micro: MicroBatch) -> float:
     """Return the sum of the weights of a micro-batch's supervised tokens; each weighs 1 unless data give weights."""
+    weights, targets = micro.targets.loss_weights, _targets(micro)
     if micro.samples == 0:
         return 0
-    weights = micro.targets.loss_weights
-    if weights is None:
+    if weights is None or targets is None:
         return supervised_tokens(micro)
-    if "shift_labels" in micro.inputs:
-        targets = micro.inputs["shift_labels"]
-    else:
-        targets, weights = micro.inputs["labels"][..., 1:], weights[..., 1:]
+    weights = weights if "shift_labels" in micro.inputs else weights[..., 1:]
     return float(weights[targets != IGNORE_INDEX].sum(dtype=torch.float64))
+
+
+def _targets(micro: MicroBatch) -> Tensor | None:
+    """Return the label that is predicted at each position; None without labels of sequences."""
+    if "shift_labels" in micro.inputs:
+        return micro.inputs["shift_labels"]
+    labels = micro.inputs.get("labels")
+    return labels[..., 1:] if isinstance(labels, Tensor) and labels.dim() > 1 else None
 
 
 def label_count(micro: MicroBatch) -> int:
@@ -42,10 +43,8 @@ def label_count(micro: MicroBatch) -> int:
     if micro.samples == 0:
         return 0
     labels = micro.inputs.get("shift_labels", micro.inputs.get("labels"))
-    if not isinstance(labels, Tensor):
-        return row_count(micro)
-    if labels.is_floating_point() or labels.is_nested:  # a regression's: a mean over rows
-        return row_count(micro)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_nested:
+        return row_count(micro)  # a regression's loss is a mean over rows
     return int((labels != IGNORE_INDEX).sum())
 
 
@@ -57,10 +56,13 @@ def row_count(micro: MicroBatch) -> int:
     """
     if micro.samples is not None:
         return micro.samples
-    for value in _tensors([*micro.args, *micro.inputs.values()]):
-        if value.dim():
-            return int(value.size(0))
-    raise DataError("the rows of a batch without tensors cannot be counted", "give accumulate(..., weight=function)")
+    length = next(
+        (int(value.size(0)) for value in _tensors([*micro.args, *micro.inputs.values()]) if value.dim()), None
+    )
+    if length is None:
+        problem = "the rows of a batch without tensors cannot be counted"
+        raise DataError(problem, "give accumulate(..., weight=function)")
+    return length
 
 
 def sources_of(micro_batches: Sequence[MicroBatch]) -> dict[str, tuple[int, int]]:
@@ -81,7 +83,5 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
+        elif isinstance(value, (list, tuple, Mapping)):
+            yield from _tensors(value.values() if isinstance(value, Mapping) else value)

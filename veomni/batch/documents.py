@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
     positions = held * rows.shard.size
     lengths = located_row_lengths(rows, batch, positions)
     if lengths is None:
-        raise _unknown_padding(rows.document_lengths, batch * positions)
+        raise _unknown_padding(rows, batch * positions)
     filled = torch.tensor(lengths)
     if bool((filled == positions).all()):
         return None
@@ -79,12 +79,7 @@ def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
 def document_numbers(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor:
     """Return which of the batch's documents each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding.
 
-    Args:
-        inputs: The model's arguments, of whole rows or of this rank's shard.
-        rows: Their layout.
-
-    Raises:
-        DataError: rows are padded, and it is not known where.
+    Arguments and errors are those of :func:`token_mask`.
     """
     batch, held = row_shape(inputs)
     length, lengths = held * rows.shard.size, rows.document_lengths
@@ -92,7 +87,7 @@ def document_numbers(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor:
     if filled is None and len(lengths) == batch:  # padded, on either side
         return torch.arange(batch)[:, None].expand(batch, held)
     if filled is None and lengths:
-        raise _unknown_padding(lengths, batch * length)
+        raise _unknown_padding(rows, batch * length)
     numbers = torch.full((batch, length), -1)
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
     for row, tokens in enumerate(documents.split(filled) if filled else ()):
@@ -107,9 +102,9 @@ def located_row_lengths(rows: RowLayout, batch: int, length: int) -> tuple[int, 
     return (length,) * batch if sum(rows.document_lengths) == batch * length else None
 
 
-def _unknown_padding(documents: Sequence[int], positions: int) -> DataError:
+def _unknown_padding(rows: RowLayout, positions: int) -> DataError:
+    held = sum(rows.document_lengths)
     return DataError(
-        f"the documents of a batch hold {sum(documents)} of its {positions} tokens, and it does not say which the "
-        "others are",
+        f"the documents of a batch hold {held} of its {positions} tokens, and it does not say which the others are",
         "give RowLayout.row_lengths, the tokens of each row before its padded tail",
     )

@@ -1,7 +1,7 @@
 """The fields of a micro-batch: how each is packed, padded and split over ranks, and which part of a batch holds it.
 
-One table, complete at import. A field that is not in it is passed to the model as it is, and rejected where it would
-have to be packed or split; it is never guessed.
+One table, complete at import. A field that is not in it is passed to the model unchanged, and rejected where it would
+have to be packed or split.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from veomni.registry import Registry
 
@@ -26,8 +28,7 @@ class Field:
         per: "token" holds one entry per token along ``dim``: samples of a row are concatenated, the row is padded to
             its length, rows are stacked, and sequence parallelism gives each rank its shard. "item" holds images,
             patches, sizes or audio: those of all rows are concatenated along ``dim``, in the order of the rows, and
-            every rank of a sequence group gets all of them. "row" describes whole rows, and is the same on all of their
-            ranks.
+            every rank of a sequence group gets all of them. "row" describes whole rows, the same on all of their ranks.
         pad: What the padded tail of a row holds; and, for items, what fills the shorter of two along their last axis
             where ``ragged``.
         dim: The axis that is concatenated; for tokens counted in a sample without batch.
@@ -48,20 +49,20 @@ class Field:
 FIELDS: Registry[Field] = Registry("batch field")
 """Fields by name; ``FIELDS.register("your_field")(Field("item"))`` adds one of your model's."""
 
-_TOKENS = {"input_ids": 0, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX, "token_type_ids": 0,
-           "mm_token_type_ids": 0}  # fmt: skip
 _ITEMS = (
     "pixel_values", "image_grid_thw", "image_sizes", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts",
     "video_second_per_grid", "audio_feature_lengths",
 )  # fmt: skip
-_OTHERS = {
+_BUILT_IN = {
+    **dict.fromkeys(("input_ids", "token_type_ids", "mm_token_type_ids"), Field("token")),
+    **dict.fromkeys(("labels", "shift_labels"), Field("token", IGNORE_INDEX)),
+    **dict.fromkeys(_ITEMS, Field("item")),
     "inputs_embeds": Field("token", dim=-2),
     "position_ids": Field("token", dim=-1),
     "position_fractions": Field("token", holder="rows"),
     "source_ids": Field("token", -1, holder="targets"),
     "loss_weights": Field("token", 1, holder="targets"),
-    "input_features": Field("item", ragged=True),
-    "feature_attention_mask": Field("item", ragged=True),
+    **dict.fromkeys(("input_features", "feature_attention_mask"), Field("item", ragged=True)),
     **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), Field("row")),
     # Decoders of composed models (veomni/models/omni/decoders.py).
     "codes": Field("token", IGNORE_INDEX),
@@ -70,12 +71,7 @@ _OTHERS = {
     "latents_place": Field("token", -1.0),
     "latents_time": Field("token", -1.0, counts="latents"),
 }
-
-for _name, _field in [
-    *((name, Field("token", pad)) for name, pad in _TOKENS.items()),
-    *((name, Field("item")) for name in _ITEMS),
-    *_OTHERS.items(),
-]:
+for _name, _field in _BUILT_IN.items():
     FIELDS.register(_name)(_field)
 
 
@@ -92,9 +88,13 @@ def scope_of(name: str) -> str | None:
 
 def component_tokens(inputs: Mapping[str, Any]) -> dict[str, int]:
     """Count the tokens that each decoder's loss is a mean over, for all decoders in the table; text is apart."""
-    found = {}
-    for name in FIELDS:
-        component = FIELDS.get(name).counts
-        if component is not None:
-            found[component] = int((inputs[name] >= 0).sum()) if name in inputs else 0
-    return dict(sorted(found.items()))
+    counted = {field.counts: name for name in FIELDS if (field := FIELDS.get(name)).counts is not None}
+    return {
+        str(component): int((inputs[name] >= 0).sum()) if name in inputs else 0
+        for component, name in sorted(counted.items())
+    }
+
+
+def shift_left(values: Tensor, fill: float) -> Tensor:
+    """Return ``[..., seq]`` values moved one position forward, labels to their predictions; ``fill`` ends each row."""
+    return F.pad(values, (0, 1), value=fill)[..., 1:]

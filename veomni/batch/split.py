@@ -1,8 +1,7 @@
 """Cut rows into the shards of the ranks that share them (Ulysses, context parallelism).
 
-Everything that needs a whole row happens here, before the cut: labels are shifted, document boundaries found, rows
-padded. It runs wherever the whole rows are: in a loader's worker, so that only this rank's shard is sent to the
-training process, or in the launcher, for batches of other loaders.
+Everything that needs a whole row happens before the cut: labels are shifted, document boundaries found, rows padded. It
+runs in a loader's worker, so that only this rank's shard is sent on, or in the launcher, for batches of other loaders.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.batch.fields import FIELDS, IGNORE_INDEX
-from veomni.batch.shift import shift_left
+from veomni.batch.fields import FIELDS, IGNORE_INDEX, shift_left
 from veomni.errors import DataError
 
 
@@ -66,14 +64,13 @@ WHOLE_ROWS = SequenceShard()
 def split_fields(fields: Mapping[str, Any], shard: SequenceShard) -> dict[str, Any]:
     """Return this rank's shard of the fields of whole rows.
 
-    Args:
-        fields: By name (``veomni/batch/fields.py``); position ids may be ``[axes, batch, seq]``.
-        shard: Which positions this rank holds.
+    Tensors of one entry per token are cut; ``shift_labels`` holds the labels shifted on the whole row, and so does
+    ``labels``; ``loss_weights`` are shifted with them; ``cu_seq_lens_q`` and ``cu_seq_lens_k`` stay those of the whole
+    rows, with a padded tail as one more document, and are left out where every row is one document.
 
-    Returns:
-        Tensors of one entry per token are cut; ``shift_labels`` holds the labels shifted on the whole row, and so does
-        ``labels``; ``loss_weights`` are shifted with them; ``cu_seq_lens_q`` and ``cu_seq_lens_k`` stay those of the
-        whole rows, with a padded tail as one more document, and are left out where every row is one document.
+    Args:
+        fields: By name; position ids may be ``[axes, batch, seq]``.
+        shard: Which positions this rank holds.
 
     Raises:
         DataError: there is a padding mask, a row is shorter than the number of ranks, or an unknown tensor has an entry
@@ -119,21 +116,20 @@ def _whole_rows(inputs: Mapping[str, Any], shard: SequenceShard) -> dict[str, An
     """Check the rows, shift their labels, find their documents and pad them."""
     batch, length = row_shape(inputs)
     _check_rows(inputs, batch, length, shard)
-    whole = dict(inputs)
-    whole.pop("attention_mask", None)  # it is None
+    whole = {name: value for name, value in inputs.items() if name != "attention_mask"}  # it is None
     if whole.get("labels") is not None and "shift_labels" not in whole:
         whole["shift_labels"] = shift_left(whole["labels"], IGNORE_INDEX)
         if "loss_weights" in whole:
             whole["loss_weights"] = shift_left(whole["loss_weights"], FIELDS.get("loss_weights").pad)
     if whole.get("position_ids") is None:
         whole["position_ids"] = torch.arange(length).expand(batch, length)
-    boundaries = whole.get("cu_seq_lens_q")
-    boundaries = _boundaries_of(whole["position_ids"]) if boundaries is None else boundaries
+    given = whole.get("cu_seq_lens_q")
+    boundaries = _boundaries_of(whole["position_ids"]) if given is None else given
     tail = -length % shard.multiple
     if tail:
         boundaries = _padded_boundaries(boundaries, batch, length, tail)
         whole.update(_padded(whole, tail))
-    if boundaries is not None and (tail or whole.get("cu_seq_lens_q") is None):
+    if boundaries is not None and (tail or given is None):
         longest = max(int(whole.get("max_length_q", 0)), int(boundaries.diff().max()))
         whole |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries.clone()}
         whole |= {"max_length_q": longest, "max_length_k": longest}
@@ -182,15 +178,14 @@ def _padded_boundaries(boundaries: Tensor | None, batch: int, length: int, tail:
     ends = torch.arange(1, batch + 1)
     old = ends.new_zeros(1) if boundaries is None else boundaries.long()
     moved = old + old // length * tail
-    new = torch.cat([moved, ends * (length + tail) - tail, ends * (length + tail)])
-    return new.unique().to(torch.int32)
+    return torch.cat([moved, ends * (length + tail) - tail, ends * (length + tail)]).unique().to(torch.int32)
 
 
 def _padded(whole: Mapping[str, Any], tail: int) -> dict[str, Tensor]:
-    padded = {}
-    for name, tensor in whole.items():
-        if _is_cut(name) and tensor is not None:
-            padded[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, tail], value=FIELDS.get(name).pad)
+    padded = {
+        name: F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, tail], value=FIELDS.get(name).pad)
+        for name, tensor in whole.items() if _is_cut(name) and tensor is not None
+    }  # fmt: skip
     positions = whole["position_ids"]
     padded["position_ids"] = torch.cat([positions, torch.arange(tail).expand(*positions.shape[:-1], tail)], dim=-1)
     return padded

@@ -48,15 +48,6 @@ def step_loader(
     return StreamedSteps(loader, deal) if stream else SampledSteps(loader, deal, seed=seed, epochs=epochs)
 
 
-def check_loader(loader: Any) -> None:
-    """Reject a plain torch ``DataLoader``: it yields batches, not steps, and the same ones on every rank."""
-    if isinstance(loader, DataLoader):
-        raise InputError(
-            "track() iterates over optimizer steps, and got a torch DataLoader, which yields single batches",
-            "track(launcher.setup_dataloader(loader)), with accumulate= micro-batches per step",
-        )
-
-
 def warn_unsaved_loader(state: Mapping[str, Any], step: int) -> None:
     """Warn where a run that resumes past step 0 restores no position in its data."""
     if step and not any(hasattr(part, "state_dict") and hasattr(part, "__iter__") for part in state.values()):

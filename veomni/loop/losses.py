@@ -55,22 +55,20 @@ def shared_loss(loss: Tensor | Mapping[str, Tensor], micro: MicroBatch, step: Mo
 
 def _share(name: str, loss: Tensor, micro: MicroBatch, step: ModelStep) -> Tensor:
     """Return a loss times the micro-batch's share of what the component's loss is the mean over."""
-    if name == "text":
-        mine, total = micro.weight, step.total
-    elif name in step.totals.components:
-        mine, total = component_tokens(micro.inputs)[name], step.totals.components[name]
-    else:
+    key = f"components.{name}"
+    if name != "text" and key not in step.totals:
         raise ModelError(
             f"loss {name!r} has no token count",
             "register a field with Field(counts=...) that counts its tokens (veomni/batch/fields.py)",
         )
+    mine = micro.weight if name == "text" else component_tokens(micro.inputs)[name]
     if not mine:  # the mean over nothing may be NaN
         return loss.nan_to_num() * 0.0
-    return loss * (mine / total)
+    return loss * (mine / (step.total if name == "text" else step.totals[key]))
 
 
 def component_losses(step: ModelStep, state: ParallelState) -> dict[str, Tensor]:
-    """Return the mean loss of every component over its tokens of the step, equal on all ranks; see ``Launcher``."""
+    """Return the mean loss of every component over its tokens of the step; see ``Launcher.global_losses``."""
     names = sorted(step.losses)
     if not names:
         return {}
@@ -80,7 +78,7 @@ def component_losses(step: ModelStep, state: ParallelState) -> dict[str, Tensor]
 
 
 def source_metrics(step: ModelStep, state: ParallelState) -> dict[str, float | int | None]:
-    """Return what a mixture's sources have in the step, equal on all ranks; see ``Launcher``."""
+    """Return what a mixture's sources have in the step; see ``Launcher.source_metrics``."""
     sources = sources_of(step.micro_batches)
     if len(sources) < 2:
         return {}

@@ -113,9 +113,9 @@ class Reporter:
             return
         given = {**metrics, **step.routing()}
         numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in given.items()}
-        flops = StepFlops(step.totals.flops_causal, step.totals.flops_full) if self._flops is not None else None
-        unit = "tokens" if step.totals.tokens else "samples"
-        numbers |= self.clock.end_step(int(getattr(step.totals, unit)), flops, unit)
+        totals, unit = step.totals, "tokens" if step.totals["tokens"] else "samples"
+        flops = None if self._flops is None else StepFlops(totals["flops_causal"], totals["flops_full"])
+        numbers |= self.clock.end_step(int(totals[unit]), flops, unit)
         if self._progress is not None:
             self._progress.update(step.index, numbers)
         self._latest |= {"step": step.index, **numbers}

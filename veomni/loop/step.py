@@ -18,7 +18,7 @@ from veomni.errors import DataError, LoopError, ModelError
 from veomni.launch.world import World
 from veomni.loop.losses import loss_context, shared_loss
 from veomni.loop.randomness import same_draws_after
-from veomni.loop.sync import StepTotals, sync_step
+from veomni.loop.sync import sync_step
 from veomni.models.adapter.adapter import ModelAdapter
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Step:
     Args:
         index: The optimizer step, counted from 1 over the whole run.
         micro_batches: This rank's shards, on the CPU.
-        totals: What the ranks agreed on.
+        totals: What the ranks agreed on: the sums of :func:`~veomni.loop.step_reader.counts_of`.
         world: The process it is taken in.
         stopping: Whether a process was signalled to stop before it.
 
@@ -48,7 +48,7 @@ class Step:
         self,
         index: int,
         micro_batches: Sequence[MicroBatch],
-        totals: StepTotals,
+        totals: Mapping[str, float],
         world: World,
         *,
         stopping: bool = False,
@@ -58,9 +58,8 @@ class Step:
         self.models: dict[nn.Module, ModelStep] = {}
 
     def __iter__(self) -> Iterator[Any]:
-        raise LoopError(
-            "a step is not iterated directly", "iterate over launcher.accumulate(model, step), or step.micro_batches"
-        )
+        fix = "iterate over launcher.accumulate(model, step), or step.micro_batches"
+        raise LoopError("a step is not iterated directly", fix)
 
     def accumulate(self, model: nn.Module, grad_sync: GradSync, weight: Weight | None) -> ModelStep:
         """Return the step of a model, to be iterated; see ``Launcher.accumulate``."""
@@ -76,10 +75,10 @@ class Step:
         Raises:
             LoopError: it was not accumulated on; or there are several, and none is named.
         """
-        if model is not None and model in self.models:
-            return self.models[model]
         if model is None and len(self.models) == 1:
             return next(iter(self.models.values()))
+        if model is not None and model in self.models:
+            return self.models[model]
         names = ", ".join(type(each).__name__ for each in self.models) or "no model"
         raise LoopError(f"step {self.index} was accumulated on {names}", "name the model that was accumulated on")
 
@@ -93,8 +92,8 @@ class Step:
 
     def expert_loads(self) -> list[ExpertLoad]:
         """Return the load of the experts of every model whose load is to be reported now."""
-        routers = (each.routers for each in self.models.values() if each.routers is not None)
-        return [load for load in (each.load_due(self.index) for each in routers) if load is not None]
+        loads = (each.routers.load_due(self.index) for each in self.models.values() if each.routers is not None)
+        return [load for load in loads if load is not None]
 
     def check_complete(self) -> None:
         """Check that every micro-batch of every model was backpropagated.
@@ -107,13 +106,7 @@ class Step:
 
 
 class ModelStep:
-    """One model's part of a step: the weights of its micro-batches, their losses, its routers.
-
-    Args:
-        step: The step.
-        model: What ``Launcher.setup_model`` returned.
-        grad_sync: Returns the context in which gradients are exchanged, or not.
-        weight: As ``Launcher.accumulate`` takes it.
+    """One model's part of a step; see :class:`Step` and ``Launcher.accumulate`` for the arguments.
 
     Attributes:
         total: What the step's loss is a mean over: the weights of all micro-batches of all ranks.
@@ -144,19 +137,16 @@ class ModelStep:
         """Return the weight of each micro-batch, and of all of the step."""
         if weight is None:
             weights = [token_weight(micro) if shifts else label_count(micro) for micro in self.micro_batches]
-            total = self.totals.token_weight if shifts else self.totals.labels
-            if not total and not shifts and self.totals.samples:
-                raise DataError(
-                    f"no label of step {self._index} counts: all are -100", "give it labels, or leave it out"
-                )
+            total = self.totals["token_weight" if shifts else "labels"]
+            if not total and not shifts and self.totals["samples"]:
+                problem = f"no label of step {self._index} counts: all are -100"
+                raise DataError(problem, "give it labels, or leave it out")
             return weights, total or 1.0
         weights = [float(weight(micro)) for micro in self.micro_batches]
         total = sync_step({"weight": sum(each if each >= 0 else math.nan for each in weights)})["weight"]
         if not total > 0:
-            raise LoopError(
-                f"the weights of step {self._index} sum to {total}",
-                "let weight= return what a loss averages over, 0 or more",
-            )
+            problem = f"the weights of step {self._index} sum to {total}"
+            raise LoopError(problem, "let weight= return what a loss averages over, 0 or more")
         return weights, total
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -170,7 +160,7 @@ class ModelStep:
                 yield micro
 
     def _begin_routing(self, routers: RouterController) -> None:
-        routers.begin_step(self.totals.tokens, len(self.micro_batches))
+        routers.begin_step(self.totals["tokens"], len(self.micro_batches))
         if routers.counts_first:
             with same_draws_after(self._world.accelerator):
                 run = lambda held: forward(self._model, held.to(self._device))  # noqa: E731
@@ -178,16 +168,7 @@ class ModelStep:
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add a micro-batch's gradients; see ``Launcher.backward``."""
-        if loss is None:
-            name = type(self._model).__name__
-            raise ModelError(f"{name} returned no loss", "give it labels, or compute the loss from what it returns")
-        for each in loss.values() if isinstance(loss, Mapping) else (loss,):
-            if not isinstance(each, Tensor) or each.numel() != 1:
-                found = f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
-                raise LoopError(f"backward() was given {found} for a loss", "give it the mean, one value")
-        if micro.index in self._backpropagated:
-            problem = f"step {self._index}: micro-batch {micro.index} had a second launcher.backward"
-            raise LoopError(problem, "add its losses, and call launcher.backward once for their sum")
+        self._check(loss, micro)
         if self.routers is not None:
             self.routers.before_backward()
         share = shared_loss(loss, micro, self)
@@ -200,12 +181,20 @@ class ModelStep:
         if self.routers is not None and micro.last:
             self.routers.end_step()
 
-    def check_complete(self) -> None:
-        """Check that every micro-batch was backpropagated.
+    def _check(self, loss: Any, micro: MicroBatch) -> None:
+        if loss is None:
+            problem = f"{type(self._model).__name__} returned no loss"
+            raise ModelError(problem, "give it labels, or compute the loss from what it returns")
+        for each in loss.values() if isinstance(loss, Mapping) else (loss,):
+            if not isinstance(each, Tensor) or each.numel() != 1:
+                found = f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+                raise LoopError(f"backward() was given {found} for a loss", "give it the mean, one value")
+        if micro.index in self._backpropagated:
+            problem = f"step {self._index}: micro-batch {micro.index} had a second launcher.backward"
+            raise LoopError(problem, "add its losses, and call launcher.backward once for their sum")
 
-        Raises:
-            LoopError: one was not.
-        """
+    def check_complete(self) -> None:
+        """Check that every micro-batch was backpropagated; see :meth:`Step.check_complete`."""
         count, missing = len(self.micro_batches), len(self.micro_batches) - len(self._backpropagated)
         if missing:
             raise LoopError(
@@ -216,10 +205,10 @@ class ModelStep:
 
 
 def check_gradients(optimizer: Optimizer, *_: Any) -> None:
-    """Check, before an optimizer's step, that there is something to step with.
+    """Check, before an optimizer's step, that a parameter has a gradient.
 
     Raises:
-        LoopError: no parameter has a gradient.
+        LoopError: none has.
     """
     if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
         problem = "optimizer.step() was called, and no parameter has a gradient"

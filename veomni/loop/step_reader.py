@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from veomni.batch.counts import label_count, row_count, token_weight
 from veomni.batch.fields import component_tokens
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import DataError, NonFiniteError
+from veomni.errors import DataError, InputError, NonFiniteError
 from veomni.launch.world import World
 from veomni.logging import create_logger
 from veomni.loop.step import Step
-from veomni.loop.sync import StepTotals, extremes, sync_step
+from veomni.loop.sync import extremes, sync_step
 from veomni.metrics import StepFlops
 
 logger = create_logger(__name__)
@@ -25,15 +26,26 @@ logger = create_logger(__name__)
 class StepReader:
     """Reads one step after another, until the data of a rank ends.
 
+    One reduction per step ends uneven data together, gives the sums that gradients are normalised by, and turns a
+    signal to any one process, or a loss that is not finite, into a decision of all.
+
     Args:
         loader: Yields the list of this data rank's micro-batches of a step.
         world: The ranks; its strategies split rows that the loader did not split.
         measure: Counts the FLOPs of micro-batches.
+
+    Raises:
+        InputError: the loader is a plain torch ``DataLoader``, which yields the same single batches on every rank.
     """
 
     def __init__(
         self, loader: Iterable[Any], world: World, measure: Callable[[Sequence[MicroBatch]], StepFlops]
     ) -> None:
+        if isinstance(loader, DataLoader):
+            raise InputError(
+                "track() iterates over optimizer steps, and got a torch DataLoader, which yields single batches",
+                "track(launcher.setup_dataloader(loader)), with accumulate= micro-batches per step",
+            )
         self._loader, self._iterator, self._world, self._measure = loader, iter(loader), world, measure
         self._nonfinite = torch.zeros((), device=world.device)
         # The host reads this copy without waiting for the device: it may be late by steps, and never wrong.
@@ -45,24 +57,23 @@ class StepReader:
         Raises:
             NonFiniteError: the loss of an earlier step was not finite on some rank; raised on all ranks.
         """
-        batch = next(self._iterator, None)
+        batch, world = next(self._iterator, None), self._world
         ready = batch is not None
-        micro_batches = [shard(micro, self._world) for micro in listed(batch)] if ready else []
+        micro_batches = [shard(micro, world) for micro in listed(batch)] if ready else []
         exhausted = ready and getattr(self._loader, "exhausted", False)
         decisions = {
-            "ready": ready, "stop": self._world.signal.requested, "nonfinite": bool(self._nonfinite_host),
+            "ready": ready, "stop": world.signal.requested, "nonfinite": bool(self._nonfinite_host),
             "exhausted": exhausted and all(micro.is_empty for micro in micro_batches),
         }  # fmt: skip
-        copies = self._world.state.size("sequence")
-        sums = sync_step({**decisions, **counts_of(micro_batches, self._measure(micro_batches), copies)})
-        with_batch, stopping, nonfinite, exhausted_ranks = (sums.pop(name) for name in decisions)
-        self._check_finite(nonfinite)
-        ranks = self._world.world_size
+        counts = counts_of(micro_batches, self._measure(micro_batches), world.state.size("sequence"))
+        sums = sync_step({**decisions, **counts})
+        self._check_finite(sums["nonfinite"])
+        with_batch, ranks = sums["ready"], world.world_size
         if 0 < with_batch < ranks:
             logger.warning_rank0("uneven data: dropped a last batch held by only %d of %s ranks", with_batch, ranks)
-        if with_batch < ranks or exhausted_ranks == ranks:
+        if with_batch < ranks or sums["exhausted"] == ranks:
             return None
-        return Step(index, micro_batches, totals_of(sums), self._world, stopping=stopping > 0)
+        return Step(index, micro_batches, sums, world, stopping=sums["stop"] > 0)
 
     def finish(self, step: Step) -> None:
         """Check that every micro-batch of a step was backpropagated, and take note of losses that are not finite.
@@ -76,11 +87,7 @@ class StepReader:
         self._nonfinite_host.copy_(self._nonfinite, non_blocking=True)
 
     def close(self) -> None:
-        """Check the losses of the steps that were read last; collective.
-
-        Raises:
-            NonFiniteError: one was not finite on some rank; raised on all ranks.
-        """
+        """Check the losses of the steps that were read last; raises as :meth:`read`; collective."""
         self._check_finite(sync_step({"nonfinite": bool(self._nonfinite)})["nonfinite"])
 
     def _check_finite(self, ranks: float) -> None:
@@ -116,37 +123,32 @@ def listed(batch: Any) -> list[MicroBatch]:
 
 
 def counts_of(micro_batches: Sequence[MicroBatch], flops: StepFlops, copies: int) -> dict[str, float]:
-    """Return this rank's counts of a step, by the names of :class:`StepTotals`; those of components are prefixed.
+    """Return this rank's counts of a step; their sums over all ranks are what the losses of models are means over.
 
-    Args:
-        micro_batches: The step's.
-        flops: Their FLOPs.
-        copies: Ranks that share each row, and count its work.
+    Returns:
+        ``token_weight``: weighted number of supervised tokens, of a loss that shifts its labels; ``labels``: those that
+        are not ``IGNORE_INDEX``, of a loss that does not, or rows, where there are no labels; ``tokens`` without
+        padding; ``samples``, rows; ``flops_causal`` and ``flops_full``, 0 when not known; ``components.NAME``, tokens
+        that the loss of each decoder of a composed model is the mean of. Those that cannot be counted are NaN.
     """
     tokens = sum(sum(micro.rows.document_lengths) for micro in micro_batches)
     components = [component_tokens(micro.inputs) for micro in micro_batches]
     return {
         "token_weight": _counted(token_weight, micro_batches),
         "labels": _counted(label_count, micro_batches),
-        "tokens": tokens / copies, "samples": _counted(row_count, micro_batches) / copies,
-        "flops_causal": flops.causal / copies, "flops_full": flops.full / copies,
+        "tokens": tokens / copies,  # ranks that share a row all count its work
+        "samples": _counted(row_count, micro_batches) / copies,
+        "flops_causal": flops.causal / copies,
+        "flops_full": flops.full / copies,
         **{f"components.{name}": sum(each[name] for each in components) for name in component_tokens({})},
-    }  # fmt: skip
+    }
 
 
 def _counted(count: Callable[[MicroBatch], float], micro_batches: Sequence[MicroBatch]) -> float:
-    """Return a sum over micro-batches; NaN where it cannot be counted, an error only where it is needed."""
     try:
         return float(sum(count(micro) for micro in micro_batches))
-    except DataError:
+    except DataError:  # it is one only where the number is needed
         return math.nan
-
-
-def totals_of(sums: Mapping[str, float]) -> StepTotals:
-    """Return the sums of :func:`counts_of` over all ranks as totals."""
-    plain = {name: value for name, value in sums.items() if not name.startswith("components.")}
-    components = {name.partition(".")[2]: int(value) for name, value in sums.items() if name not in plain}
-    return StepTotals(**plain, components=components)
 
 
 def last_step(loader: Any, done: int) -> int | None:

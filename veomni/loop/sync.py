@@ -1,39 +1,11 @@
-"""What all ranks agree on before a step: one small reduction on the CPU.
-
-It ends uneven data together, gives the sums that gradients are normalised by, and turns a signal to any one process
-into a decision of all.
-"""
+"""What all ranks agree on: one small reduction on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """Sums over all ranks; each is what the loss of some model is a mean over.
-
-    Attributes:
-        token_weight: Weighted number of supervised tokens, of a loss that shifts its labels.
-        labels: Labels that are not ``IGNORE_INDEX``, of a loss that does not; rows, where there are no labels.
-        tokens: Tokens without padding, supervised or not.
-        samples: Rows.
-        flops_causal: FLOPs with causal attention counted as such; 0 when they are not known.
-        flops_full: FLOPs with attention counted as the whole square.
-        components: Tokens that the loss of each decoder of a composed model is the mean of.
-    """
-
-    token_weight: float = 0.0
-    labels: float = 0.0
-    tokens: float = 0.0
-    samples: float = 0.0
-    flops_causal: float = 0.0
-    flops_full: float = 0.0
-    components: Mapping[str, int] = field(default_factory=dict)
 
 
 def sync_step(counts: Mapping[str, float]) -> dict[str, float]:

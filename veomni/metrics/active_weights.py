@@ -1,11 +1,8 @@
 """Which weights of a model take part in a token's matrix products, and how many numbers of each."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,18 +13,15 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-@dataclass(frozen=True)
-class ActiveWeight:
+class ActiveWeight(NamedTuple):
     """One parameter as one module uses it.
 
     Attributes:
-        name: Its name.
         depth: The layer it belongs to; -1 in front of the layers, their number behind them.
         active: Its numbers that one token is multiplied with; 0 for lookups, norms and biases.
         trainable: Whether it is trained.
     """
 
-    name: str
     depth: int
     active: int
     trainable: bool
@@ -55,35 +49,23 @@ def active_weights(model: nn.Module, config: Any) -> Iterator[ActiveWeight]:
             name = f"{path}.{key}" if path else key
             depth = depth_of(name, outside)
             outside = config.num_hidden_layers if depth >= 0 else outside
-            active = _active(name, module, tuple(parameter.shape), config)
-            yield ActiveWeight(name, depth, active, parameter.requires_grad)
+            yield ActiveWeight(depth, _active(name, module, tuple(parameter.shape), config), parameter.requires_grad)
 
 
 def _active(name: str, module: nn.Module, shape: tuple[int, ...], config: Any) -> int:
     key = name.rpartition(".")[2]
     if len(shape) < 2 or isinstance(module, nn.Embedding) or key.endswith("bias"):
         return 0
-    if len(shape) == 3 and shape[0] == _first(config, _EXPERT_COUNTS):
-        return _experts_per_token(config, name) * shape[1] * shape[2]
-    if len(shape) != 2 or key != "weight":
+    count, used = (_first(config, names) for names in (_EXPERT_COUNTS, _EXPERTS_PER_TOKEN))
+    stacked = len(shape) == 3 and shape[0] == count
+    if not stacked and (len(shape) != 2 or key != "weight"):
         raise UncountableError(f"it has a parameter {name} of shape {list(shape)}")
-    if re.search(r"\bexperts\.\d+\.", name):  # one module per expert
-        return shape[0] * shape[1] * _experts_per_token(config, name) // _expert_count(config, name)
-    return shape[0] * shape[1]
-
-
-def _experts_per_token(config: Any, name: str) -> int:
-    count = _first(config, _EXPERTS_PER_TOKEN)
-    if count is None:
-        raise UncountableError(f"its configuration does not say how many experts of {name} a token uses")
-    return count
-
-
-def _expert_count(config: Any, name: str) -> int:
-    count = _first(config, _EXPERT_COUNTS)
-    if count is None:
-        raise UncountableError(f"its configuration does not say how many experts {name} is one of")
-    return count
+    if not stacked and not re.search(r"\bexperts\.\d+\.", name):
+        return shape[0] * shape[1]
+    if used is None or count is None:
+        missing = "a token uses" if used is None else "there are"
+        raise UncountableError(f"its configuration does not say how many experts {missing}, of which {name} is one")
+    return shape[-2] * shape[-1] * used // (1 if stacked else count)  # stacked, or one module per expert
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int | None:

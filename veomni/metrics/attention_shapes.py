@@ -1,19 +1,15 @@
 """The shape of every attention layer of a transformers model, read from its configuration and proved by its weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_KNOWN_PROJECTIONS = {
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_PROJECTIONS = {
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "g_proj",
     "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
 }  # fmt: skip
-_QUERY_PROJECTIONS = ("q_proj", "q_b_proj")
-_KNOWN_PARAMETERS = {"sinks"}
 
 
 class UncountableError(Exception):
@@ -55,21 +51,18 @@ def attention_shapes(model: nn.Module, config: Any) -> list[AttentionShape]:
         UncountableError: a layer does something other than causal softmax attention over all earlier tokens or a
             window of them, or the weights contradict the configuration.
     """
-    modules = [
-        (name, module)
-        for name, module in model.named_modules()
+    modules = {
+        name: module for name, module in model.named_modules()
         if "Attention" in type(module).__name__ and next(module.parameters(), None) is not None
-    ]
+    }  # fmt: skip
     layers = getattr(config, "num_hidden_layers", None)
     if len(modules) != layers:
         raise UncountableError(f"it has {len(modules)} attention modules for num_hidden_layers {layers}")
-    windows = _windows(config, len(modules))
-    heads, qk_dim, v_dim = _dimensions(config)
-    shapes = []
-    for (name, module), window in zip(modules, windows, strict=True):
-        shape = AttentionShape(name, heads, qk_dim, v_dim, window)
-        _prove(module, shape)
-        shapes.append(shape)
+    dimensions = _dimensions(config)
+    windows = zip(modules, _windows(config, len(modules)), strict=True)
+    shapes = [AttentionShape(name, *dimensions, window) for name, window in windows]
+    for shape in shapes:
+        _prove(modules[shape.name], shape)
     return shapes
 
 
@@ -84,40 +77,32 @@ def _dimensions(config: Any) -> tuple[int, int, int]:
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = getattr(config, "layer_types", None)
     if types is None:
         return [window] * layers
-    if unknown := sorted(set(types) - _KNOWN_LAYER_TYPES):
+    if unknown := sorted(set(types) - _LAYER_TYPES):
         raise UncountableError(f"it has layers of type {', '.join(unknown)}")
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def _prove(module: nn.Module, shape: AttentionShape) -> None:
     for name, _ in module.named_parameters(recurse=False):
-        if name not in _KNOWN_PARAMETERS:
+        if name != "sinks":
             raise UncountableError(f"{shape.name} has a parameter {name!r}")
     for name, child in module.named_children():
         matrix = any(parameter.ndim > 1 for parameter in child.parameters())
-        if matrix and not (isinstance(child, nn.Linear) and name in _KNOWN_PROJECTIONS):
+        if matrix and not (isinstance(child, nn.Linear) and name in _PROJECTIONS):
             raise UncountableError(f"{shape.name} has a part {name!r}")
     if not getattr(module, "is_causal", True):
         raise UncountableError(f"{shape.name} is not causal")
-    if getattr(module, "sliding_window", shape.window) != shape.window:
-        raise UncountableError(
-            f"{shape.name} has a window of {module.sliding_window}, its configuration {shape.window}"
-        )
-    _prove_widths(module, shape)
-
-
-def _prove_widths(module: nn.Module, shape: AttentionShape) -> None:
-    output = getattr(module, "o_proj", None)
+    window = getattr(module, "sliding_window", shape.window)
+    if window != shape.window:
+        raise UncountableError(f"{shape.name} has a window of {window}, its configuration {shape.window}")
+    output, width = getattr(module, "o_proj", None), shape.heads * shape.qk_dim
     if not isinstance(output, nn.Linear) or output.in_features != shape.heads * shape.v_dim:
         raise UncountableError(f"{shape.name} has no o_proj of {shape.heads} heads x {shape.v_dim}")
-    width = shape.heads * shape.qk_dim
-    for name in _QUERY_PROJECTIONS:
+    for name in ("q_proj", "q_b_proj"):
         query = getattr(module, name, None)
         if isinstance(query, nn.Linear) and query.out_features not in (width, 2 * width):  # twice: a gate beside it
             raise UncountableError(f"{shape.name}.{name} does not give {shape.heads} heads x {shape.qk_dim}")

@@ -1,16 +1,4 @@
-"""FLOPs of a training step, from the model and the real lengths of its documents: what MFU is made of.
-
-Conventions, so that the numbers compare with others':
-
-- A multiply-add is 2 FLOPs. A backward is two forwards: one for the gradient of the input, one for that of the weight.
-- Counted: matrix products with every weight a token really meets (the head, tied or not; routers; shared experts; of
-  the routed experts the ``top_k`` chosen ones), and attention's two products, scores and weighted sum.
-- Never counted: lookups in embeddings, norms, activations, the softmax, padding, recomputation.
-- ``causal`` counts the (query, key) pairs that the mask leaves, document by document and window by window: a document
-  of ``s`` tokens has ``s (s + 1) / 2``, the ``s^2 / 2`` that Megatron and NeMo count plus the diagonal's other half.
-- ``full`` counts ``s^2`` pairs for every document and layer, as torchtitan and PaLM's appendix B do; windows are
-  ignored, so that with windows much shorter than documents ``full`` is more than any kernel computes.
-"""
+"""FLOPs of a training step, from the model and the real lengths of its documents: what MFU is made of."""
 
 from __future__ import annotations
 
@@ -23,20 +11,29 @@ from torch import Tensor, nn
 
 from veomni.logging import create_logger
 from veomni.metrics.active_weights import ActiveWeight, active_weights, depth_of
-from veomni.metrics.attention_shapes import AttentionShape, UncountableError, attention_shapes
+from veomni.metrics.attention_shapes import UncountableError, attention_shapes
 
 logger = create_logger(__name__)
 
 
 class StepFlops(NamedTuple):
-    """Forward and backward FLOPs of one step, with attention counted in two ways."""
+    """Forward and backward FLOPs of one step, with attention counted in two ways; see :class:`FlopsCounter`."""
 
     causal: float
     full: float
 
 
 class FlopsCounter:
-    """Count the FLOPs of steps of one model.
+    """Count the FLOPs of steps of one model, by conventions that compare with others'.
+
+    - A multiply-add is 2 FLOPs. A backward is two forwards: the gradient of the input, and that of the weight.
+    - Counted: products with every weight a token really meets (the head, tied or not; routers; shared experts; of the
+      routed experts the ``top_k`` chosen ones), and attention's two products, scores and weighted sum.
+    - Never counted: lookups in embeddings, norms, activations, the softmax, padding, recomputation.
+    - ``causal`` counts the (query, key) pairs that the mask leaves, by document and window: a document of ``s`` tokens
+      has ``s (s + 1) / 2``, the ``s^2 / 2`` of Megatron and NeMo plus the diagonal's other half.
+    - ``full`` counts ``s^2`` pairs for every document and layer, as torchtitan and PaLM's appendix B do, without
+      windows: where they are much shorter than documents it is more than any kernel computes.
 
     Args:
         linear: FLOPs per token, forward and backward, of all products with weights.
@@ -44,18 +41,15 @@ class FlopsCounter:
     """
 
     def __init__(self, linear: float, attention: Mapping[int | None, float]) -> None:
-        self.linear = linear
-        self.attention = dict(attention)
+        self.linear, self.attention = linear, dict(attention)
 
     @classmethod
     def from_model(cls, model: nn.Module) -> FlopsCounter | None:
         """Derive the counter of a transformers decoder, before it is sharded; the meta device will do.
 
         Freeze parameters before: a frozen weight needs no gradient of its own (2/3 of the FLOPs), and layers in front
-        of the first one with a trained parameter run no backward at all (1/3).
-
-        Returns:
-            The counter; None, with one line in the log, for a model with a part whose FLOPs are not known.
+        of the first one with a trained parameter run no backward at all (1/3). None, with one line in the log, is
+        returned for a model with a part whose FLOPs are not known.
         """
         try:
             return cls._derive(model)
@@ -69,20 +63,16 @@ class FlopsCounter:
             raise UncountableError("it has no transformers configuration")
         config = model.config.get_text_config()  # type: ignore[operator]
         weights = list(active_weights(model, config))
-        shapes = attention_shapes(model, config)
         first = min((weight.depth for weight in weights if weight.trainable), default=None)
         linear = sum(2 * weight.active * _passes(weight, first) for weight in weights)
         attention: dict[int | None, float] = defaultdict(float)
-        for shape in shapes:
-            attention[shape.window] += shape.flops_per_pair * _attention_passes(shape, first)
+        for shape in attention_shapes(model, config):
+            passes = 3 if first is not None and depth_of(shape.name, outside=-1) >= first else 1
+            attention[shape.window] += shape.flops_per_pair * passes
         return cls(float(linear), attention)
 
     def step_flops(self, document_lengths: Sequence[int] | Tensor) -> StepFlops:
-        """Return the FLOPs of a step over documents of these lengths.
-
-        Args:
-            document_lengths: Tokens of each document of the step, without padding; int64 ``[documents]`` on the CPU.
-        """
+        """Return the FLOPs of a step over documents of these lengths, int64 ``[documents]`` on the CPU, unpadded."""
         lengths = torch.as_tensor(document_lengths, dtype=torch.int64)
         linear = self.linear * int(lengths.sum())
         causal = sum(flops * causal_pairs(lengths, window) for window, flops in self.attention.items())
@@ -98,16 +88,10 @@ def causal_pairs(lengths: Tensor, window: int | None) -> int:
         window: Keys a query sees at most, itself included; None is no limit.
     """
     head = lengths if window is None else lengths.clamp(max=window)
-    pairs = head * (head + 1) // 2
-    if window is not None:
-        pairs += (lengths - head) * window
-    return int(pairs.sum())
+    beyond = 0 if window is None else (lengths - head) * window
+    return int((head * (head + 1) // 2 + beyond).sum())
 
 
 def _passes(weight: ActiveWeight, first: int | None) -> int:
     """Forward, gradient of the input where anything in front or beside is trained, gradient of the weight."""
     return 1 + (first is not None and weight.depth >= first) + weight.trainable
-
-
-def _attention_passes(shape: AttentionShape, first: int | None) -> int:
-    return 3 if first is not None and depth_of(shape.name, outside=-1) >= first else 1

@@ -35,8 +35,8 @@ class WeightedMean(Metric):
             weights: ``[n]`` or one.
             groups: The group of each, int64 ``[n]``; None is the first.
         """
-        number, weight = (torch.as_tensor(given, device=self.sums.device).detach() for given in (values, weights))
-        number, weight = number.double().reshape(-1), weight.double().reshape(-1)
+        given = (torch.as_tensor(each, dtype=torch.float64, device=self.sums.device) for each in (values, weights))
+        number, weight = (each.detach().reshape(-1) for each in given)
         groups = torch.zeros_like(weight, dtype=torch.int64) if groups is None else groups
         added = torch.stack([torch.where(weight > 0, number * weight, 0.0), weight])
         self.sums = self.sums.index_add(1, groups, added)

@@ -14,7 +14,7 @@ from typing import Any
 
 from veomni.batch.counts import token_weight
 from veomni.batch.documents import token_mask
-from veomni.batch.shift import shift_left
+from veomni.batch.fields import shift_left
 from veomni.batch.split import split_fields
 from veomni.launcher import Launcher
 from veomni.loop.losses import shared_loss

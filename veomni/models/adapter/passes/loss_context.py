@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX, shift_left
 from veomni.batch.micro_batch import MicroBatch
-from veomni.batch.shift import shift_left
 
 
 @dataclass

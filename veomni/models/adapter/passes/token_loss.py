@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.fields import IGNORE_INDEX, shift_left
 from veomni.batch.forward_call import ForwardCall, current_call
-from veomni.batch.shift import shift_left
 from veomni.errors import ModelError
 from veomni.families.record import family_record
 from veomni.logging import create_logger
