@@ -105,7 +105,7 @@ def balance(samples: int) -> None:
         waits, steps = [], []
         for start in range(0, len(costs) - 63, 64):
             step = costs[start : start + 64]
-            shares = [step[rank::8] if name == "dealt in turn" else step[balanced_share(step, rank, 8, 1)]
+            shares = [step[rank::8] if name == "dealt in turn" else step[balanced_share(step, rank, 8)]
                       for rank in range(8)]  # fmt: skip
             loads = np.array(shares)
             waits.append(loads.max(0).sum() / loads.mean(0).sum())

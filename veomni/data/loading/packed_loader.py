@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.data.loading.resumable import ResumableLoader
@@ -16,7 +17,6 @@ from veomni.data.options import BatchShape, Order, Packing, Workers
 from veomni.data.packing.balance import balanced_share
 from veomni.data.packing.best_fit import Bins, epoch_bins
 from veomni.data.packing.rows import MicroBatches, Rows
-from veomni.errors import CheckpointError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
@@ -31,12 +31,7 @@ class PackedLoader(ResumableLoader):
 
     Args:
         batches: Makes micro-batches from sample indices.
-        packing: See :class:`ResumableLoader`, also for those that follow.
-        order: In which order, and how often, samples are read.
-        shape: Rows of a step.
-        workers: Processes that prepare micro-batches.
-        fingerprint: Digests of the data, by name.
-
+        packing, order, shape, workers, fingerprint: See :class:`ResumableLoader`.
     """
 
     steps_per_epoch: int
@@ -52,7 +47,6 @@ class PackedLoader(ResumableLoader):
         rows = len(self._bins(0))
         self.steps_per_epoch = -(-rows // shape.global_batch_size)
         self.fill = float(self.sample_lengths.sum() / (rows * packing.max_seq_len))
-        self._epoch = self._step = 0
         logger.info_rank0(
             "%s samples in %s rows of %s tokens, %.2f %% filled; %s steps per epoch", len(batches.samples), rows,
             packing.max_seq_len, 100 * self.fill, self.steps_per_epoch,
@@ -68,42 +62,30 @@ class PackedLoader(ResumableLoader):
     @property
     def epoch(self) -> int:
         """Epochs completed."""
-        return self._epoch
+        return self._step // self.steps_per_epoch
 
     @property
+    @override
     def remaining_steps(self) -> int | None:
-        """Optimizer steps until the data ends; None if it never does."""
         epochs = self.order.epochs
-        return None if epochs is None else max(0, (epochs - self._epoch) * self.steps_per_epoch - self._step)
+        return None if epochs is None else max(0, epochs * self.steps_per_epoch - self._step)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         if self.order.held_out:
-            self._epoch = self._step = 0
+            self._step = 0
         micro_batches = self._micro_batches()
         while self.remaining_steps != 0:
-            step = [next(micro_batches) for _ in range(self._micro_batches_of(self._step))]
-            self._advance()  # before the yield: a state taken in the loop's body counts this step as received
+            count = self._micro_batches_of(self._step % self.steps_per_epoch)
+            step = [next(micro_batches) for _ in range(count)]
+            self._step += 1  # before the yield: a state taken in the loop's body counts this step as received
             yield step
 
-    # ---------------------------------------------------------------- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return counters, never samples: what the loop has received, whatever workers have prefetched."""
-        received = min(self._step * self.shape.global_batch_size, len(self._bins(self._epoch)))
-        samples = self._epoch * len(self._batches.samples) + int(self._bins(self._epoch).offsets[received])
-        return {
-            "seed": self.order.seed, "epoch": self._epoch, "step_in_epoch": self._step, "samples": samples,
-            "fingerprint": dict(self._fingerprint),
-        }  # fmt: skip
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        epoch, step = int(state["epoch"]), int(state["step_in_epoch"])
-        if not (epoch >= 0 and 0 <= step < self.steps_per_epoch):
-            problem = f"the loader's state is out of range: step {step} of epoch {epoch}"
-            raise CheckpointError(problem, "use another checkpoint")
-        self._epoch, self._step = epoch, step
-
-    # ---------------------------------------------------------------- order
+    @override
+    def _progress(self) -> dict[str, Any]:
+        epoch, step = divmod(self._step, self.steps_per_epoch)
+        bins = self._bins(epoch)
+        received = int(bins.offsets[min(step * self.shape.global_batch_size, len(bins))])
+        return {"samples": epoch * len(self._batches.samples) + received}
 
     def _epoch_bins(self, epoch: int) -> Bins:
         order, packing = self.order, self.packing
@@ -121,14 +103,12 @@ class PackedLoader(ResumableLoader):
 
     def _requests(self) -> Iterator[Rows]:
         """Yield the rows of each of this rank's micro-batches from the current step on, as their sample indices."""
-        epoch, step, size = self._epoch, self._step, self.shape.micro_batch_size
+        (epoch, step), size = divmod(self._step, self.steps_per_epoch), self.shape.micro_batch_size
         while self.order.epochs is None or epoch < self.order.epochs:
             bins = self._bins(epoch)
             for at in range(step, self.steps_per_epoch):
-                mine = self._share(bins, at)
-                for micro in range(self._micro_batches_of(at)):
-                    chosen = mine[micro * size : (micro + 1) * size]
-                    yield [bins[row] if row < len(bins) else bins.samples[:0] for row in chosen]
+                mine = [bins[row] if row < len(bins) else bins.samples[:0] for row in self._share(bins, at)]
+                yield from (mine[micro * size : (micro + 1) * size] for micro in range(self._micro_batches_of(at)))
             epoch, step = epoch + 1, 0
 
     def _share(self, bins: Bins, step: int) -> Sequence[int]:
@@ -139,13 +119,7 @@ class PackedLoader(ResumableLoader):
             return rows[shape.rank :: shape.size]
         squares = self.sample_lengths**2
         costs = np.array([squares[bins[row]].sum() if row < len(bins) else 0 for row in rows])
-        share = balanced_share(costs, shape.rank, shape.size, shape.micro_batch_size)
-        return [rows[index] for index in share.tolist()]
-
-    def _advance(self) -> None:
-        self._step += 1
-        if self._step == self.steps_per_epoch:
-            self._epoch, self._step = self._epoch + 1, 0
+        return [rows[index] for index in balanced_share(costs, shape.rank, shape.size).tolist()]
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         if not self.workers.count:

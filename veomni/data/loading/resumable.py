@@ -15,7 +15,7 @@ from veomni.errors import CheckpointError
 
 
 class ResumableLoader(ABC):
-    """Yields, per optimizer step, this rank's list of micro-batches; its state is counters.
+    """Yields, per optimizer step, this rank's list of micro-batches; its state is counters, never samples.
 
     Iterating continues from the state to the end of the data; a held-out loader reads all its data, once, every time.
 
@@ -40,7 +40,7 @@ class ResumableLoader(ABC):
         self, packing: Packing, order: Order, shape: BatchShape, workers: Workers, fingerprint: Mapping[str, Any]
     ) -> None:
         self.packing, self.order, self.shape, self.workers = packing, order, shape, workers
-        self._pins = workers.pins
+        self._pins, self._step = workers.pins, 0
         self._fingerprint: dict[str, Any] = dict(fingerprint) | {
             "max_seq_len": packing.max_seq_len, "global_batch_size": shape.global_batch_size, "seed": order.seed,
             "shuffle": order.shuffle, "packing": packing.strategy, "on_overflow": packing.on_overflow,
@@ -59,9 +59,9 @@ class ResumableLoader(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[list[MicroBatch]]: ...
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return counters, never samples: what the loop has received, whatever workers have prefetched."""
+        """Return what the loop has received, whatever workers have prefetched."""
+        return {"step": self._step, **self._progress(), "fingerprint": dict(self._fingerprint)}
 
     @staticmethod
     def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,13 +78,19 @@ class ResumableLoader(ABC):
             if changed := _changes(state["fingerprint"], self._fingerprint):
                 problem = f"the data differs from the checkpoint's: {'; '.join(changed)}"
                 raise CheckpointError(problem, "restore the data, or start a new run")
-            self._restore(state)
+            self._restore(int(state["step"]), state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the loader's state is incomplete: {error!r}", "use another checkpoint") from error
 
     @abstractmethod
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; CheckpointError where it is out of range, KeyError and the like if it is malformed."""
+    def _progress(self) -> dict[str, Any]:
+        """Return what the state holds beside the number of steps."""
+
+    def _restore(self, step: int, state: Mapping[str, Any]) -> None:
+        """Continue after ``step`` steps; raises KeyError and the like where the state is malformed."""
+        if step < 0:
+            raise ValueError(f"step {step}")
+        self._step = step
 
     def _pinned(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch, in page-locked memory where the loader uses that."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.data.loading.resumable import ResumableLoader
@@ -63,12 +65,11 @@ class StreamLoader(ResumableLoader):
                 "stream_shards %s is no multiple of %s data ranks: each rank reads %s shards and skips rows", shards,
                 shape.size, len(self._shards),
             )  # fmt: skip
-        self._step = 0
         self._states: dict[int, State] = {}
 
     @property
+    @override
     def exhausted(self) -> bool:
-        """Whether the shards that this rank reads have ended, and further steps hold empty rows."""
         return all(shard in self._states and self._states[shard]["ended"] for shard in self._shards)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -107,40 +108,36 @@ class StreamLoader(ResumableLoader):
             found |= dict.fromkeys(part, WorkerPool(rows, None, one) if self.workers.count else iter(rows))
         return found
 
-    # ---------------------------------------------------------------- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return counters and indices, never samples: those of the shards that this rank reads."""
-        shards = {str(shard): state for shard, state in sorted(self._states.items())}
-        return {"step": self._step, "shards": shards, "fingerprint": dict(self._fingerprint)}
+    @override
+    def _progress(self) -> dict[str, Any]:
+        return {"shards": {str(shard): state for shard, state in sorted(self._states.items())}}
 
     @staticmethod
+    @override
     def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return one state of all ranks' states, for a checkpoint that any number of ranks resumes from."""
         shards = {shard: state for rank in states for shard, state in rank["shards"].items()}
         return {**states[0], "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    @override
+    def _restore(self, step: int, state: Mapping[str, Any]) -> None:
         states = {int(shard): dict(kept) for shard, kept in state["shards"].items()}
         for kept in states.values():
             [SourceProgress(**progress) for progress in kept["sources"].values()]
-            [int(number) for ref in kept["waiting"] for number in (*ref, kept["rows"], kept["ended"])]
-        step, shards = int(state["step"]), self.order.stream_shards
+            [int(number) for ref in kept["waiting"] for number in (*ref, kept["ended"])]
         for shard in self._shards:
             if step * self.shape.global_batch_size > shard and shard not in states:
-                problem = f"the loader's state lacks virtual shard {shard} of {shards}"
+                problem = f"the loader's state lacks virtual shard {shard} of {self.order.stream_shards}"
                 raise CheckpointError(problem, "save it through the launcher, which gathers those of all ranks")
-        self._step, self._states = step, {shard: states[shard] for shard in self._shards if shard in states}
+        super()._restore(step, state)
+        self._states = {shard: states[shard] for shard in self._shards if shard in states}
 
     def source_counts(self) -> dict[str, dict[str, int]]:
         """Return, by source, what this rank's shards have read: samples, their tokens, records dropped, tokens lost."""
-        total: dict[str, dict[str, int]] = {}
-        for state in self.state_dict()["shards"].values():
+        total: dict[str, Counter[str]] = {}
+        for state in self._states.values():
             for name, progress in state["sources"].items():
-                sums = total.setdefault(name, dict.fromkeys(_COUNTED, 0))
-                for key in _COUNTED:
-                    sums[key] += progress[key]
-        return total
+                total.setdefault(name, Counter()).update({key: progress[key] for key in _COUNTED})
+        return {name: dict(counts) for name, counts in total.items()}
 
 
 class _ShardRows(IterableDataset[Given]):

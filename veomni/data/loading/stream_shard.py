@@ -33,28 +33,25 @@ class StreamShard:
     """
 
     def __init__(self, plan: StreamPlan, shard: int, state: Mapping[str, Any] | None = None) -> None:
-        self.plan, self.shard = plan, shard
+        self.plan, self.shard, state = plan, shard, state or {"sources": {}, "waiting": []}
         self._mixed = [index for index, source in enumerate(plan.sources) if source.weight > 0]
-        kept = {} if state is None else state["sources"]
-        stopping, passes = plan.mixing.stopping_strategy, plan.passes
-        limit = passes if len(self._mixed) == 1 or stopping in ("first_exhausted", "once") else None
-        self._cursors = {
-            index: SourceCursor(plan, shard, index, None if stopping == "repeat" else limit,
-                                SourceProgress(**kept.get(plan.sources[index].name, {})))
-            for index in self._mixed
-        }  # fmt: skip
+        stopping, limit = plan.mixing.stopping_strategy, None
+        if stopping in ("first_exhausted", "once") or (stopping == "all_exhausted" and len(self._mixed) == 1):
+            limit = plan.passes
+        progress = {
+            index: SourceProgress(**state["sources"].get(plan.sources[index].name, {})) for index in self._mixed
+        }
+        self._cursors = {index: SourceCursor(plan, shard, index, limit, start) for index, start in progress.items()}
         self._phase = hashed_uniform(np.arange(len(plan.sources)), "phase of sources", plan.order.seed, shard).tolist()
-        self._waiting: LookAhead[Sample] = LookAhead(
-            plan.packing.max_seq_len, plan.packing.max_media_tokens, pack=plan.packing.packs
-        )
-        self.rows = 0 if state is None else int(state["rows"])
-        if state is not None:
-            self._refill([Ref(*ref) for ref in state["waiting"]])
+        packing = plan.packing
+        self._waiting = LookAhead(packing.max_seq_len, packing.max_media_tokens, pack=packing.packs)
+        self._refill([Ref(*ref) for ref in state["waiting"]])
 
     @property
     def exhausted(self) -> bool:
-        """Whether no row is left; reads ahead to know."""
-        while len(self._waiting) < (self.plan.packing.lookahead if self.plan.packing.packs else 1):
+        """Whether no row is left; reads ahead to find out."""
+        packing = self.plan.packing
+        while len(self._waiting) < (packing.lookahead if packing.packs else 1):
             index = self._choose()
             if index is None:
                 break
@@ -66,7 +63,6 @@ class StreamShard:
         """Return the samples of the next row, or None when the shard has ended."""
         if self.exhausted:
             return None
-        self.rows += 1
         row = []
         for sample in self._waiting.take_row():
             completed = self.plan.samples.complete(sample)
@@ -100,17 +96,11 @@ class StreamShard:
 
         return min(among, key=used)
 
-    # ---------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Return counters and indices."""
-        return {
-            "rows": self.rows,
-            "ended": self.exhausted,
-            "sources": {self.plan.sources[index].name: asdict(cursor.progress)
-                        for index, cursor in self._cursors.items()},
-            "waiting": [list(sample.ref) for sample in self._waiting],
-        }  # fmt: skip
+        ended = self.exhausted  # which reads ahead, before progress is noted
+        progress = {self.plan.sources[index].name: asdict(one.progress) for index, one in self._cursors.items()}
+        return {"ended": ended, "sources": progress, "waiting": [list(sample.ref) for sample in self._waiting]}
 
     def _refill(self, refs: Sequence[Ref]) -> None:
         found: dict[Ref, Sample] = {}

@@ -9,33 +9,25 @@ from numpy.typing import NDArray
 
 
 def by_cost(costs: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the order of rows from most to least work.
-
-    Ranks that each order their rows so have about equally much to do in every micro-batch.
-    """
+    """Return the order of rows from most to least work; ranks that order theirs so have alike micro-batches."""
     return np.argsort(-np.asarray(costs, np.int64), kind="stable")
 
 
-def balanced_share(costs: NDArray[np.int64], rank: int, size: int, micro_batch_size: int) -> NDArray[np.int64]:
-    """Return the rows of a step that a rank computes, micro-batch by micro-batch.
+def balanced_share(costs: NDArray[np.int64], rank: int, size: int) -> NDArray[np.int64]:
+    """Return the rows of a step that a rank computes, in order.
 
-    Rows are ordered from most to least work, and each micro-batch of all ranks takes the next ones: they are alike, so
-    no rank waits long for another. Among the ranks, the largest goes to the one that has had the least so far.
+    Rows are ordered from most to least work, and all ranks take the next ones together: those of a micro-batch are
+    alike, so no rank waits long for another. The largest goes to the rank that has had the least so far.
 
     Args:
-        costs: Work of each row of the step, int64 ``[rows]``; as many as ranks times a multiple of the micro-batch.
+        costs: Work of each row of the step, int64 ``[rows]``; a multiple of ``size``.
         rank: Whose rows are returned.
         size: Number of ranks.
-        micro_batch_size: Rows of a micro-batch.
     """
-    order = by_cost(costs)
     loads = np.zeros(size, np.int64)
-    mine: list[int] = []
-    for start in range(0, len(order), size * micro_batch_size):
-        for at in range(start, start + size * micro_batch_size, size):
-            rows = order[at : at + size]
-            for row, chosen in zip(rows.tolist(), np.argsort(loads, kind="stable").tolist(), strict=False):
-                loads[chosen] += costs[row]
-                if chosen == rank:
-                    mine.append(row)
+    mine = []
+    for rows in by_cost(costs).reshape(-1, size):
+        ranks = np.argsort(loads, kind="stable")
+        loads[ranks] += costs[rows]
+        mine.append(rows[ranks == rank].item())
     return np.array(mine, np.int64)

@@ -71,24 +71,15 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> NDArray[np
         lengths: Positive, at most ``capacity``; equal lengths are placed in the order given.
         capacity: Tokens of a row.
     """
-    rows = _Rows(capacity)
-    counts = np.bincount(lengths)
-    distinct = np.flatnonzero(counts)
-    for length, count in zip(distinct[::-1].tolist(), counts[distinct[::-1]].tolist(), strict=True):
+    rows, counts, longest = _Rows(capacity), np.bincount(lengths), lengths.max(initial=0)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        count = int(counts[length])
         while count:
             count -= rows.place(length, count)
+    longest_first = np.argsort((longest - lengths).astype(np.min_scalar_type(longest)), kind="stable")
     row_of = np.empty(len(lengths), np.int64)
-    row_of[_longest_first(lengths)] = rows.placed()
+    row_of[longest_first] = rows.placed()
     return row_of
-
-
-def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the order from long to short, equal lengths as given: a radix sort, 16 bits at a time."""
-    shortfall = lengths.max(initial=0) - lengths
-    order = np.argsort(shortfall.astype(np.uint16), kind="stable")  # of 16 bits numpy sorts by radix
-    if len(lengths) and shortfall.max() >> 16:
-        order = order[np.argsort((shortfall[order] >> 16).astype(np.uint16), kind="stable")]
-    return order
 
 
 class _Rows:
@@ -103,36 +94,15 @@ class _Rows:
 
     def place(self, length: int, count: int) -> int:
         """Place at least one of ``count`` samples of ``length`` where they fit best, and return how many."""
-        at = bisect_left(self._spaces, length)
-        if at == len(self._spaces):
-            return self._open(length, count)
-        space = self._spaces[at]
-        runs = self._runs[space]
-        run = runs.pop()
-        if not runs:
-            del self._spaces[at], self._runs[space]
-        return self._fill(run, space, length, count)
-
-    def _open(self, length: int, count: int) -> int:
-        per_row = self.capacity // length
-        run = (self._rows, -(-count // per_row))
-        self._rows += run[1]
-        return self._fill(run, self.capacity, length, count)
-
-    def _fill(self, run: Run, space: int, length: int, count: int) -> int:
-        first, available = run
+        (first, available), space = self._take(length, count)
         per_row = space // length
         full = min(available, count // per_row)
         rest = count - full * per_row if full < available else 0
-        if full:
-            self._placed.append((first, full * per_row, per_row))
-            self._keep((first, full), space - per_row * length)
-        if rest:
-            self._placed.append((first + full, rest, rest))
-            self._keep((first + full, 1), space - rest * length)
-        left = available - full - int(rest > 0)
-        if left:
-            self._keep((first + full + int(rest > 0), left), space)
+        for rows, together in ((full, per_row), (min(rest, 1), rest), (available - full - min(rest, 1), 0)):
+            if rows and together:
+                self._placed.append((first, rows * together, together))
+            self._keep((first, rows), space - together * length)
+            first += rows
         return full * per_row + rest
 
     def placed(self) -> NDArray[np.int64]:
@@ -142,8 +112,21 @@ class _Rows:
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - samples, samples)
         return np.repeat(first, samples) + within // np.repeat(per_row, samples)
 
+    def _take(self, length: int, count: int) -> tuple[Run, int]:
+        """Return the rows with the least space for ``length``, or new ones for all samples, and their space."""
+        at = bisect_left(self._spaces, length)
+        if at == len(self._spaces):
+            run = (self._rows, -(-count // (self.capacity // length)))
+            self._rows += run[1]
+            return run, self.capacity
+        space = self._spaces[at]
+        run = self._runs[space].pop()
+        if not self._runs[space]:
+            del self._spaces[at], self._runs[space]
+        return run, space
+
     def _keep(self, run: Run, space: int) -> None:
-        if not space:
+        if not (run[1] and space):
             return
         if space not in self._runs:
             self._runs[space] = []

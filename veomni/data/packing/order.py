@@ -38,13 +38,8 @@ def _hashed(values: NDArray[np.int64], purpose: str, *keys: int) -> NDArray[np.u
 class Permutation:
     """A permutation of ``range(count)`` without a table: any entry is computed on its own, however large ``count`` is.
 
-    A balanced Feistel network (Luby and Rackoff, 1988) permutes the smallest power of four that is large enough; an
-    entry that falls outside is permuted again until it is inside.
-
-    Args:
-        count: Size of the range.
-        purpose: With ``keys``, what the permutation is drawn from.
-        keys: Numbers.
+    It is drawn from ``purpose`` and ``keys``. A balanced Feistel network (Luby and Rackoff, 1988) permutes the smallest
+    power of four that is large enough; an entry that falls outside is permuted again until it is inside.
     """
 
     def __init__(self, count: int, purpose: str, *keys: int) -> None:
