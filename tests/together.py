@@ -38,9 +38,10 @@ class Job:
 
 @dataclass
 class Together:
-    """Outcomes of cases, by case: what each rank returned."""
+    """Outcomes of cases, by case: what each rank returned; ``init`` makes the process group for them."""
 
     waiting: list[Any]
+    init: bool = False
     found: dict[Any, list[Any] | RankFailed] = field(default_factory=dict)
 
     def __call__(self, case: Any) -> list[Any]:
@@ -48,7 +49,9 @@ class Together:
             others = [other for other in self.waiting if other.ranks == case.ranks and other != case]
             cases = [case, *others[: TOGETHER - 1]]
             self.waiting = [other for other in self.waiting if other not in cases]
-            self.found.update(zip(cases, run_cases([one.run for one in cases], case.ranks, init=False), strict=True))
+            self.found.update(
+                zip(cases, run_cases([one.run for one in cases], case.ranks, init=self.init), strict=True)
+            )
         outcome = self.found[case]
         if isinstance(outcome, RankFailed):
             raise outcome

@@ -9,13 +9,16 @@ import logging
 import os
 import pickle
 import signal
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from tests.models.tiny import tiny_config
+from tests.pairwise import Matrix
 from tests.parity.layouts import LAYOUTS
+from tests.together import Job, Together
 from veomni.checkpoint import Checkpointer, read_model_tensors
 from veomni.checkpoint.checkpointer import SaveFailedError
 from veomni.checkpoint.manifest import describe_file
@@ -60,17 +63,34 @@ def unbroken(tmp_path_factory):
     return run_ranks(train, 1, tmp_path_factory.mktemp("unbroken"), "single", load=False, steps=3, init=False)[0]
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.parametrize("source", ["single", "ddp2", "fsdp1_full", "fsdp2_4", "hsdp_2x2"])
-def test_any_layout_loads_what_any_other_saved(tmp_path, unbroken, source, async_save):
-    run_ranks(
-        train, LAYOUTS[source][0], tmp_path, source, load=False, steps=2, save_at=2, async_save=async_save, init=False
-    )
-    for target in ("single", "ddp2", "fsdp1_full", "fsdp2_2"):
-        resumed = run_ranks(train, LAYOUTS[target][0], tmp_path, target, load=True, steps=1, init=False)[0]
-        for name, expected in unbroken.items():
-            error = (resumed[name] - expected).norm() / expected.norm()
-            assert error < 1e-11, (source, target, name)
+SOURCES = ("single", "ddp2", "fsdp1_full", "fsdp2_4", "hsdp_2x2")
+PAIRS = Matrix(
+    {"source": SOURCES, "target": ("single", "ddp2", "fsdp1_full", "fsdp2_2"), "async_save": (False, True)}
+).cover()
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """What a pair comes to: every source is saved once in each way, all on the same ranks, and loaded likewise."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    def on(layout, source, async_save, **options):
+        run = partial(train, folder / f"{source}{async_save}", layout, async_save=async_save, **options)
+        return Job(LAYOUTS[layout][0], run)
+
+    saves = [on(name, name, way, load=False, steps=2, save_at=2) for name in SOURCES for way in (False, True)]
+    loads = [on(case["target"], case["source"], case["async_save"], load=True, steps=1) for case in PAIRS]
+    saving, loading = Together(saves), Together(loads)
+    for job in saves:
+        saving(job)
+    return lambda number: loading(loads[number])[0]
+
+
+@pytest.mark.parametrize("number", range(len(PAIRS)), ids=["-".join(map(str, case.values())) for case in PAIRS])
+def test_any_layout_loads_what_any_other_saved(unbroken, resumed, number):
+    found = resumed(number)
+    for name, expected in unbroken.items():
+        assert (found[name] - expected).norm() / expected.norm() < 1e-11, name
 
 
 class Counter:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.optim.layouts import LAYOUTS, fsdp1_with_experts, give_gradients, laid_out, new_model, values, whole
+from tests.together import Job, Together
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.sharded_state import sharded_state
 from veomni.optim import MultiOptimizer, build_optimizer, build_scheduler
@@ -91,45 +92,58 @@ def unbroken(name: str) -> dict[str, torch.Tensor]:
     return values(state["model"])
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "target"),
-    [
-        ("adamw", "ep4", "single"),
-        ("adamw", "single", "ep2_fsdp2"),
-        ("adamw", "hsdp_ep2", "ep2_fsdp2_columns"),
-        ("muon", "ep2_fsdp2", "fsdp2_2"),
-        ("muon", "fsdp2_4", "ep4"),
-        ("muon", "ddp", "fsdp2_2"),
-        ("sgd", "ep2", "single"),
-        ("sgd", "single", "ep2"),
-    ],
-)
-def test_experts_change_their_mesh(tmp_path, name, source, target):
-    saved = run_ranks(save, RANKS[source], tmp_path, source, name)
+EXPERTS = [
+    ("adamw", "ep4", "single"),
+    ("adamw", "single", "ep2_fsdp2"),
+    ("adamw", "hsdp_ep2", "ep2_fsdp2_columns"),
+    ("muon", "ep2_fsdp2", "fsdp2_2"),
+    ("muon", "fsdp2_4", "ep4"),
+    ("muon", "ddp", "fsdp2_2"),
+    ("sgd", "ep2", "single"),
+    ("sgd", "single", "ep2"),
+]
+AROUND = [
+    ("fsdp1_2", "single"),
+    ("fsdp1_4", "fsdp1_2"),
+    ("fsdp1_2", "fsdp1_4"),
+    ("single", "fsdp1_2"),
+    ("ep2_fsdp2", "fsdp1_4"),
+    ("fsdp1_2", "ep2_fsdp2"),
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Return what a layout saves with an optimizer, and what another loads of it: each once, on shared ranks."""
+    folder = tmp_path_factory.mktemp("meshes")
+    saves, loads = {}, {}
+    for pair in [*EXPERTS, *(("adamw", source, target) for source, target in AROUND)]:
+        name, source, target = pair
+        place = folder / f"{name}-{source}"
+        saves[name, source] = Job(RANKS[source], save, (place, source, name))
+        loads[pair] = Job(RANKS[target], load, (place, target, name, pair in EXPERTS))
+    saving, loading = Together(list(saves.values()), init=True), Together(list(loads.values()), init=True)
+    saved = {key: saving(job)[0] for key, job in saves.items()}
+    return lambda name, source, target: (saved[name, source], loading(loads[name, source, target]))
+
+
+@pytest.mark.parametrize(("name", "source", "target"), EXPERTS)
+def test_experts_change_their_mesh(jobs, name, source, target):
+    saved, loaded = jobs(name, source, target)
     truth = unbroken(name)
-    for found, several, trained in run_ranks(load, RANKS[target], tmp_path, target, name, True):
+    for found, several, trained in loaded:
         assert several is (name == "muon" or "ep" in target)
-        assert_same(found, saved[0])
+        assert_same(found, saved)
         for key, expected in truth.items():
             assert (trained[key] - expected).norm() <= 1e-12 * expected.norm(), key
 
 
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ("fsdp1_2", "single"),
-        ("fsdp1_4", "fsdp1_2"),
-        ("fsdp1_2", "fsdp1_4"),
-        ("single", "fsdp1_2"),
-        ("ep2_fsdp2", "fsdp1_4"),
-        ("fsdp1_2", "ep2_fsdp2"),
-    ],
-)
-def test_fsdp1_around_experts_that_fsdp2_shards(tmp_path, source, target):
-    saved = run_ranks(save, RANKS[source], tmp_path, source, "adamw")
-    for found, several, _ in run_ranks(load, RANKS[target], tmp_path, target, "adamw", False):
+@pytest.mark.parametrize(("source", "target"), AROUND)
+def test_fsdp1_around_experts_that_fsdp2_shards(jobs, source, target):
+    saved, loaded = jobs("adamw", source, target)
+    for found, several, _ in loaded:
         assert several is (target != "single")
-        assert_same(found, saved[0])
+        assert_same(found, saved)
 
 
 def kernels(directory: Path) -> list[object]:

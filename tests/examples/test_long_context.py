@@ -30,9 +30,13 @@ def run(corpus, output_dir, ranks, layout):
     return rows(output_dir)
 
 
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    layout = {"train.data_parallel_mode": "single", "train.ulysses_parallel_size": 1}
+    return run(corpus, tmp_path_factory.mktemp("alone"), 1, layout)
+
+
 @pytest.mark.parametrize("split", [{}, {"train.ulysses.overlap": True}, {"train.context_parallel_size": 2}])
-def test_four_ranks_train_as_one_does(corpus, tmp_path, split):
-    alone = {"train.data_parallel_mode": "single", "train.ulysses_parallel_size": 1}
-    expected = run(corpus, tmp_path / "alone", 1, alone)
+def test_four_ranks_train_as_one_does(corpus, tmp_path, alone, split):
     shared = {"train.ulysses_parallel_size": 2 if "train.context_parallel_size" in split else 4, **split}
-    agree(run(corpus, tmp_path / "shared", 4, shared), expected, 1e-9)
+    agree(run(corpus, tmp_path / "shared", 4, shared), alone, 1e-9)

@@ -66,32 +66,24 @@ def test_a_run_stopped_twice_goes_on_as_if_unbroken(start, corpus, tmp_path, unb
     by_hand = [*BY_HAND, *options(corpus, output_dir, {**LONG, "train.devices": 2})]
     by_train_sh = [*BY_TRAIN_SH, *options(corpus, output_dir, LONG)]
 
-    first = stop(start(*by_hand), output_dir, 3)
-    second = stop(start(*by_train_sh, **TRAIN_SH), output_dir, first + 3)
+    first = stop(start(*by_train_sh, **TRAIN_SH), output_dir, 3)
+    second = stop(start(*by_hand), output_dir, first + 3)
     before = rows(output_dir)
-    last = start(*by_hand)
+    last = start(*by_train_sh, **TRAIN_SH)
     assert last.wait(120) == 0, last.output
     found = rows(output_dir)
     assert found[:second] == before  # their times too: these steps were not taken again
     agree(found, unbroken, 0.0)
 
 
-def test_train_sh_trains_to_the_end(start, corpus, tmp_path):
-    two = {**SHORT, "train.max_steps": 2}
-    program = start(*BY_TRAIN_SH, *options(corpus, tmp_path / "run", two), **TRAIN_SH)
-    assert program.wait(120) == 0, program.output
-    agree(rows(tmp_path / "run"), train(corpus, tmp_path / "reference", 2, "fsdp2", two), 0.0)
-
-
 @pytest.mark.parametrize(
     ("more", "environment", "named"),
     [
-        ({"train.max_stepz": 2}, {}, "train.max_stepz"),
         ({"train.devices": 3}, {}, "in the configuration: train.devices"),
         ({}, {"NCCL_TIMEOUT": "ten"}, "NCCL_TIMEOUT"),
     ],
 )
-def test_train_sh_refuses_bad_input_with_78(start, corpus, tmp_path, more, environment, named):
+def test_train_sh_rejects_bad_input_with_78(start, corpus, tmp_path, more, environment, named):
     program = start(*BY_TRAIN_SH, *options(corpus, tmp_path / "run", {**SHORT, **more}), **TRAIN_SH, **environment)
     assert program.wait(120) == 78, program.output
     assert program.output.count("error: ") == 1
