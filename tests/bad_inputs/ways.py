@@ -16,7 +16,7 @@ from tests.data.multimodal.families import transform_for
 from veomni.data import DataSource, RecordSchema, build_mixture
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.reader import MediaReader
-from veomni.data.multimodal.skipping import SkipBadMedia
+from veomni.data.multimodal.samples import SkipBadMedia
 from veomni.data.sources.records import Document
 from veomni.errors import DataError, InputError
 from veomni.run_config import check_layout, load_config

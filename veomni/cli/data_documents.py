@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from veomni.batch.fields import IGNORE_INDEX
 from veomni.cli.drawing import LEGEND, coloured
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from veomni.data.multimodal import EncodedDocument, Family, MediaFeatures, MultimodalTransform
+    from veomni.data.multimodal import Family, MediaFeatures, MultimodalTransform, PlannedDocument
     from veomni.data.sources.records import Document
     from veomni.data.sources.schema import RecordSchema
     from veomni.run_config import Config
@@ -44,23 +43,26 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     media = config.data.media
     transform = media.build_transform(config, tokenizer)
     skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
+
+    def decoded(document: Document) -> PlannedDocument:
+        return transform.decode(transform.plan(document))
+
     found: list[_Counted] = []
     for source, document in islice(in_turn(dataset.sources), max(shown, counted)):
         if not source.schema.type.has_media:
-            encoded: EncodedDocument | None = _text(document, source.schema, transform)
+            encoded: PlannedDocument | None = _text(document, source.schema, transform)
         else:
-            encoded = skipping(transform.encode, document) if skips else transform.encode(document)
+            encoded = skipping(decoded, document) if skips else decoded(document)
         if encoded is None:
             continue
-        ids, labels = encoded.sample["input_ids"].tolist(), encoded.sample["labels"].tolist()
-        supervised = [label != IGNORE_INDEX for label in labels]
+        ids, supervised = encoded.ids.tolist(), (encoded.weights != 0).tolist()
         if len(found) < shown:
             console.rule(f"{source.name}: {encoded.where}" if dataset.indexed is None else encoded.where)
             console.print(f"{len(ids)} tokens, {sum(supervised)} supervised", style="bold")
             _show_media(encoded, console, transform.family)
             console.print(coloured(ids, supervised, tokenizer, transform.family.unsupervised))
         media_tokens = sum(index in transform.family.unsupervised for index in ids)
-        kinds = tuple(item.kind for item, _ in encoded.media)
+        kinds = tuple(one.item.kind for one in encoded.media)
         found.append(_Counted(len(ids), sum(supervised), media_tokens, kinds))
     available = f"{len(found)} of {len(dataset.indexed)}" if dataset.indexed else f"{len(found)}"
     _summarize(console, found, config.data.max_seq_len, skipping.skipped, available)
@@ -70,22 +72,22 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     return dict(sorted(groups.items()))
 
 
-def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> EncodedDocument:
-    from veomni.data.multimodal import EncodedDocument
+def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> PlannedDocument:
+    from veomni.data.multimodal import PlannedDocument
 
     [encoded] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
     ids = torch.tensor(encoded.ids)
     weights = torch.ones(len(ids)) if encoded.weights is None else torch.tensor(encoded.weights)
-    sample = {"input_ids": ids, "labels": torch.where(weights != 0, ids, IGNORE_INDEX)}
-    return EncodedDocument(sample, document.where, [])
+    return PlannedDocument(ids, weights, document.where, [])
 
 
-def _show_media(document: EncodedDocument, console: Console, family: Family) -> None:
+def _show_media(document: PlannedDocument, console: Console, family: Family) -> None:
     seen: Counter[str] = Counter()
-    for item, features in document.media:
-        seen[item.kind] += 1
-        became = ", ".join(_became(features, family))
-        console.print(f"{item.kind} {seen[item.kind]}: {features.source} -> {became}", style="cyan")
+    for one in document.media:
+        if one.features is not None:
+            kind, became = one.item.kind, ", ".join(_became(one.features, family))
+            seen[kind] += 1
+            console.print(f"{kind} {seen[kind]}: {one.features.source} -> {became}", style="cyan")
 
 
 def _became(features: MediaFeatures, family: Family) -> list[str]:

@@ -26,11 +26,7 @@ FRACTION_PARTS = 1 << 24
 
 
 class DocumentPositions:
-    """Computes position ids without a model: made from a configuration, cheap to keep in every worker.
-
-    Args:
-        config: The model's configuration.
-    """
+    """Computes position ids from a model's configuration alone: cheap to keep in every worker."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._rule: Any = rope_rule(model_class(config), config)
@@ -44,11 +40,7 @@ class DocumentPositions:
         return self._rule is not None
 
     def __call__(self, document: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the positions of one document.
-
-        Args:
-            document: Tensors as the family's processor gives them for it alone: ``input_ids`` and, where it has them,
-                ``mm_token_type_ids`` ``[seq]``; sizes of its media.
+        """Return the positions of a document, whose tensors are as the family's processor gives them for it alone.
 
         Returns:
             ``position_ids``, int64 ``[seq]``, or ``[4, seq]``: the place of each token in the document, which keeps
@@ -67,15 +59,15 @@ class DocumentPositions:
         if "mm_token_type_ids" in self._takes:
             given["mm_token_type_ids"] = self._types(document)
         if "audio_seqlens" in self._takes:
-            given["audio_seqlens"] = _frames(document)
+            mask = document.get("feature_attention_mask")
+            given["audio_seqlens"] = document.get("audio_feature_lengths") if mask is None else mask.sum(-1)
         try:
             axes = self._axes(given)
         except (RuntimeError, IndexError, StopIteration, TypeError, ValueError) as error:
-            raise DataError(
-                f"the placeholders of a document do not fit its media ({type(error).__name__}: {error})",
-                "give every image, video and audio clip its placeholders, and their sizes, as the processor does",
-            ) from error
-        whole = axes.floor().to(text.dtype) if axes.is_floating_point() else axes.to(text.dtype)
+            problem = f"the placeholders of a document do not fit its media ({type(error).__name__}: {error})"
+            fix = "give every image, video and audio clip its placeholders, and their sizes, as the processor does"
+            raise DataError(problem, fix) from error
+        whole = axes.floor().to(text.dtype)
         made = {"position_ids": torch.cat([text[None], whole])}
         beyond = ((axes - whole) * FRACTION_PARTS).to(torch.int32).T
         return {**made, FRACTIONS: beyond} if bool(beyond.any()) else made
@@ -141,13 +133,6 @@ class DocumentPositions:
         ids: Tensor = document["input_ids"]
         images, videos = (ids == getattr(self._config, f"{kind}_token_id") for kind in ("image", "video"))
         if document.get("video_grid_thw") is not None and not bool(videos.any()):
-            raise DataError(
-                "a document with a video has no video placeholder, and no mm_token_type_ids",
-                "keep the mm_token_type_ids that the processor returns",
-            )
+            problem = "a document with a video has no video placeholder, and no mm_token_type_ids"
+            raise DataError(problem, "keep the mm_token_type_ids that the processor returns")
         return images.long() + 2 * videos.long()
-
-
-def _frames(document: Mapping[str, Any]) -> Tensor | None:
-    mask, lengths = document.get("feature_attention_mask"), document.get("audio_feature_lengths")
-    return lengths if mask is None else mask.sum(-1)

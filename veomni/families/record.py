@@ -38,7 +38,7 @@ class FamilyRecord:
 _MEDIA = "veomni.data.multimodal"
 _ALL = (
     FamilyRecord(("gemma3",), media=f"{_MEDIA}.tiles:Gemma3"),
-    FamilyRecord(("glm4v", "glm4v_moe"), shared_placeholder=True, media=f"{_MEDIA}.glm4v:Glm4V"),
+    FamilyRecord(("glm4v", "glm4v_moe"), shared_placeholder=True, media=f"{_MEDIA}.qwen_vl:Glm4V"),
     FamilyRecord(("internvl",), after_last_norm=True, media=f"{_MEDIA}.tiles:InternVL"),
     FamilyRecord(("llava",), media=f"{_MEDIA}.tiles:Llava"),
     FamilyRecord(("omni",), media=f"{_MEDIA}.omni:Omni"),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from veomni.models.loader import MODEL_CONFIG_REGISTRY as MODEL_CONFIG_REGISTRY
     from veomni.models.loader import MODEL_PROCESSOR_REGISTRY as MODEL_PROCESSOR_REGISTRY
     from veomni.models.loader import MODELING_REGISTRY as MODELING_REGISTRY
-    from veomni.models.omni import build_omni_model as build_omni_model
+    from veomni.models.omni.build import build_omni_model as build_omni_model
     from veomni.models.weights.export import export_hf as export_hf
     from veomni.models.weights.export import export_tensors as export_tensors
     from veomni.models.weights.materialize import Materializer as Materializer
@@ -24,7 +24,7 @@ _HOMES = {
     "Materializer": "veomni.models.weights.materialize",
     "build_config": "veomni.models.build.config",
     "build_model": "veomni.models.build.model",
-    "build_omni_model": "veomni.models.omni",
+    "build_omni_model": "veomni.models.omni.build",
     "derive_plan": "veomni.models.build.plan",
     "freeze": "veomni.models.build.freeze",
     "unwrap": "veomni.parallel.wrappers",

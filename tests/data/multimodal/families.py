@@ -117,12 +117,12 @@ def oracle(name: str, family: Family, video_processor: Any = None) -> Any:
         for key, value in vars(module).items()
         if key.endswith("Processor") and value.__module__ == module.__name__
     )
-    tokenizer, config = tokenizer_of(name), family.parts.config
+    tokenizer, config = tokenizer_of(name), family.config
     processor = object.__new__(kind)
     vars(processor).update(
-        tokenizer=tokenizer, image_processor=family.parts.image_processor,
+        tokenizer=tokenizer, image_processor=family.image_processor,
         video_processor=video_processor or SimpleNamespace(merge_size=2),
-        feature_extractor=family.parts.feature_extractor, patch_size=4,
+        feature_extractor=family.feature_extractor, patch_size=4,
         image_seq_length=getattr(config, "image_seq_length", None), num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
     )  # fmt: skip

@@ -137,7 +137,7 @@ def test_what_a_model_does_not_hear_is_refused(name, seconds, message):
 
 def test_sounds_fit_a_tower_of_any_length():
     transform = transform_for("qwen2_audio")
-    config = transform.family.parts.config
+    config = transform.family.config
     config.audio_config.max_source_positions = 40
     family = build_family(config, transform.tokenizer)
     made = family.audio(AudioClip(WAVES[0], RATE))

@@ -64,7 +64,7 @@ def test_the_size_of_an_image_says_its_text(name, size):
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v", "gemma3", "internvl"])
 def test_settings_of_normalisation_are_followed(name, changes):
     transform = transform_for(name)
-    vars(transform.family.parts.image_processor).update(changes)
+    vars(transform.family.image_processor).update(changes)
     sample = transform(with_images(ASKED, [WIDE, TALL]))
     expected = expected_of(name, transform, images=[WIDE, TALL])["pixel_values"]
     assert torch.equal(sample["pixel_values"], torch.as_tensor(expected).float())
@@ -142,7 +142,7 @@ def test_answers_weigh_what_they_say(name):
     first = supervised & (supervised.logical_not().cumsum(0) == supervised.logical_not().cumsum(0)[supervised][0])
     assert torch.equal(weights[supervised], torch.where(first, 0.25, 3.0)[supervised])
     length = len(weights)
-    collate = MultimodalCollator(transform.family.parts.config, max_seq_len=2 * length + 3)
+    collate = MultimodalCollator(transform.family.config, max_seq_len=2 * length + 3)
     batch = collate([[plain, {**sample, "loss_weights": weights}], [plain]])
     assert torch.equal(batch["loss_weights"][0], torch.cat([torch.ones(length), weights, torch.ones(3)]))
     assert (batch["loss_weights"][1] == 1).all()
@@ -169,7 +169,7 @@ def test_long_images_are_cut_into_tiles():
 
 def test_crops_of_gemma_equal_transformers():
     transform = transform_for("gemma3")
-    processor = transform.family.parts.image_processor
+    processor = transform.family.image_processor
     processor.do_pan_and_scan, processor.pan_and_scan_min_crop_size = True, 4
     processor.pan_and_scan_max_num_crops, processor.pan_and_scan_min_ratio_to_activate = 4, 1.2
     sample = transform(with_images(ASKED, [WIDE, TALL]))
@@ -191,8 +191,8 @@ def test_files_of_a_model_are_followed(tmp_path):
     made = family.image(WIDE)
     assert made.tensors["pixel_values"].shape[1] == 3 * 2 * 8 * 8
     assert made.text.count("<|image_pad|>") == made.tensors["image_grid_thw"].prod()
-    assert (family.parts.video["fps"], family.parts.video["patch_size"]) == (7, 8)
-    assert family.parts.video["size"]["longest_edge"] == 28 * 28 * 768
+    assert (family.video_settings["fps"], family.video_settings["patch_size"]) == (7, 8)
+    assert family.video_settings["size"]["longest_edge"] == 28 * 28 * 768
 
 
 def test_one_file_may_hold_all_processors(tmp_path):
@@ -201,9 +201,9 @@ def test_one_file_may_hold_all_processors(tmp_path):
         ' "video_processor": {"fps": 3}, "feature_extractor": {"feature_size": 5}}'
     )
     family = build_family(config_of("qwen2_5_omni_thinker"), tokenizer_of("qwen2_5_omni_thinker"), tmp_path)
-    assert family.parts.image_processor.patch_size == 8
-    assert family.parts.video["fps"] == 3
-    assert family.parts.feature_extractor.feature_size == 5
+    assert family.image_processor.patch_size == 8
+    assert family.video_settings["fps"] == 3
+    assert family.feature_extractor.feature_size == 5
 
 
 def test_without_a_file_for_videos_that_for_images_holds_as_in_transformers(tmp_path):
@@ -211,13 +211,13 @@ def test_without_a_file_for_videos_that_for_images_holds_as_in_transformers(tmp_
     older = {"min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 8, "image_mean": [0.1, 0.2, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
     family = build_family(config_of("qwen2_5_vl"), tokenizer_of("qwen2_5_vl"), tmp_path)
-    for made in (family.parts.image_processor.size.__dict__, family.parts.video["size"]):
+    for made in (family.image_processor.size.__dict__, family.video_settings["size"]):
         assert (made["shortest_edge"], made["longest_edge"]) == (3136, 12_845_056)
-    assert (family.parts.video["patch_size"], family.parts.video["image_mean"]) == (8, [0.1, 0.2, 0.3])
+    assert (family.video_settings["patch_size"], family.video_settings["image_mean"]) == (8, [0.1, 0.2, 0.3])
     assert family.frame_size(4, 64, 80) == (64, 80), "none is enlarged to the 128 tokens of other defaults"
     bounded = MediaSettings(video_max_pixels=50_000)
     family = build_family(config_of("qwen2_5_vl"), tokenizer_of("qwen2_5_vl"), tmp_path, bounded)
-    assert family.parts.video["size"] == {"shortest_edge": 3136, "longest_edge": 50_000}
+    assert family.video_settings["size"] == {"shortest_edge": 3136, "longest_edge": 50_000}
 
 
 @pytest.mark.parametrize(

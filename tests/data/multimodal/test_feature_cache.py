@@ -38,10 +38,10 @@ def cache(tmp_path):
 
 def test_what_is_read_back_is_what_was_made(tmp_path, monkeypatch):
     plain, cached = transform_for(OMNI), transform_for(OMNI)
-    cached.cache = FeatureCache(tmp_path / "media", 1 << 30, settings_of(cached.family))
+    cached.media.cache = FeatureCache(tmp_path / "media", 1 << 30, settings_of(cached.family))
     expected = plain(Document(RECORD, "a"))
     first = cached(Document(RECORD, "a"))
-    assert len(files(cached.cache)) == 4
+    assert len(files(cached.media.cache)) == 4
     for kind in ("image", "video", "audio"):
         monkeypatch.setattr(cached.family, kind, None)  # nothing is made a second time
     second = cached(Document(RECORD, "a"))
@@ -52,10 +52,10 @@ def test_what_is_read_back_is_what_was_made(tmp_path, monkeypatch):
 
 def test_pixels_are_kept_in_8_bits(tmp_path):
     transform = transform_for("qwen2_vl")
-    transform.cache = FeatureCache(tmp_path / "media", 1 << 30, settings_of(transform.family))
+    transform.media.cache = FeatureCache(tmp_path / "media", 1 << 30, settings_of(transform.family))
     sample = transform(Document({**RECORD, "messages": [{"role": "user", "content": "<image><image>"}, ANSWER],
                                  "audios": None, "videos": None}, "a"))  # fmt: skip
-    kept = sum(path.stat().st_size for path in files(transform.cache))
+    kept = sum(path.stat().st_size for path in files(transform.media.cache))
     assert sample["pixel_values"].nbytes / 9 < kept < sample["pixel_values"].nbytes / 4  # and headers
 
 
@@ -90,7 +90,7 @@ def test_damaged_files_are_made_again(cache, damage, caplog):
 
 def test_bad_media_are_not_kept(tmp_path):
     transform = transform_for("qwen2_vl")
-    transform.cache = FeatureCache(tmp_path / "media", 1 << 30, {})
+    transform.media.cache = FeatureCache(tmp_path / "media", 1 << 30, {})
     with pytest.raises(MediaError):
         transform(Document({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": [b"x"]}, "a"))
     assert not (tmp_path / "media").exists()

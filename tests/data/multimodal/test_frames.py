@@ -16,7 +16,7 @@ from tests.data.multimodal.test_videos import BAD, ROTATIONS
 from veomni.data.multimodal import FeatureCache, settings_of
 from veomni.data.multimodal.frames import usable_decoder
 from veomni.data.multimodal.limits import MediaLimits
-from veomni.data.multimodal.sampling import between_ends
+from veomni.data.multimodal.processor_rules import between_ends
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.errors import ConfigError, MediaError
 
@@ -198,7 +198,7 @@ def test_libraries_that_cannot_be_loaded_leave_it_to_pyav(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("veomni.logging.warned_once", set())
     families = [family_for("qwen2_vl", video_decoder="torchcodec") for _ in range(2)]
-    assert [family.parts.video_decoder for family in families] == ["pyav", "pyav"]
+    assert [family.video_decoder for family in families] == ["pyav", "pyav"]
     said = [record.getMessage() for record in caplog.records if "torchcodec" in record.getMessage()]
     assert len(said) == 1
     assert "cannot be loaded (Could not load libtorchcodec. Likely causes: ...): videos are decoded by PyAV" in said[0]

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.data.multimodal.files import bomb, image_bytes, opened, pixels, png
 from veomni.data.multimodal.images import load_image, upright_size
 from veomni.data.multimodal.limits import MediaLimits
-from veomni.data.multimodal.resizing import smart_resize, smart_resize_frames
+from veomni.data.multimodal.processor_rules import smart_resize, smart_resize_frames
 from veomni.errors import MediaError
 
 RGB = pixels()

@@ -15,8 +15,8 @@ from veomni.data.multimodal import MediaSettings, MultimodalTransform, build_fam
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.sources.records import Document
 from veomni.errors import ConfigError, DataError, MediaError
-from veomni.models.omni import ENCODERS
-from veomni.models.omni.configuration import OmniConfig
+from veomni.families.omni import ENCODERS
+from veomni.models.omni.build import OmniConfig
 
 SQUARE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
           "image_size": 12, "patch_size": 4}  # fmt: skip

@@ -108,7 +108,7 @@ def test_a_pass_has_every_conversation_once_as_the_collator_packs_it(setup):
     micros = [micro for step in loader for micro in step]
     read = [name for micro in micros for name in micro.origin.document_ids]
     assert sorted(read) == sorted(names)
-    collator = MultimodalCollator(transform.family.parts.config, max_seq_len=900, pad_token_id=tokenizer.pad_token_id)
+    collator = MultimodalCollator(transform.family.config, max_seq_len=900, pad_token_id=tokenizer.pad_token_id)
     for micro in micros:
         if not micro.origin.document_ids:
             continue
@@ -226,7 +226,7 @@ def test_media_that_wait_are_not_decoded(setup, monkeypatch):
         loaded[name] += 1
         return load_image(content, name, limits)
 
-    monkeypatch.setattr("veomni.data.multimodal.transform.load_image", counting)
+    monkeypatch.setattr("veomni.data.multimodal.media_decoder.load_image", counting)
     loader = loader_of(setup, lookahead=64, stream_shards=1)
     step = next(iter(loader))
     assert sum(len(micro["image_grid_thw"]) for micro in step if "image_grid_thw" in micro) == loaded.total() > 0

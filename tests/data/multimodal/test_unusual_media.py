@@ -15,7 +15,7 @@ from tests.bad_inputs.ways import record_of
 from tests.data.multimodal.families import transform_for
 from tests.data.multimodal.files import image_bytes, moving, pixels, png, sound_bytes, tone, video_bytes
 from veomni.data.multimodal.reader import MediaReader
-from veomni.data.multimodal.skipping import SkipBadMedia
+from veomni.data.multimodal.samples import SkipBadMedia
 from veomni.data.sources.records import Document
 
 OMNI = "qwen2_5_omni_thinker"

@@ -13,7 +13,7 @@ from tests.data.multimodal.files import image_bytes, moving, tone, video_bytes
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.patches import patchify, resize_frames
 from veomni.data.multimodal.pixels import Normalization
-from veomni.data.multimodal.sampling import at_seconds, between_ends, evenly_by_rate, from_middles
+from veomni.data.multimodal.processor_rules import at_seconds, between_ends, evenly_by_rate, from_middles
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.sources.records import Document
 from veomni.errors import DataError, MediaError
@@ -191,7 +191,7 @@ def test_patches_are_those_of_transformers(frames):
 
 def test_an_image_is_a_video_of_one_frame():
     family = family_for("qwen2_vl")
-    processor = family.parts.image_processor
+    processor = family.image_processor
     processor.do_resize = False
     image = Image.fromarray(FRAMES[0])
     made = family.image(image).tensors["pixel_values"].normalized()

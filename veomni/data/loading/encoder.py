@@ -61,7 +61,7 @@ class Encoder:
             problem = "conversations with media need a model's processor"
             raise ConfigError(problem, "give Encoder(media=...)", "Encoder.media")
         collator = MultimodalCollator(
-            self.media.family.parts.config, max_seq_len=packing.max_seq_len,
+            self.media.family.config, max_seq_len=packing.max_seq_len,
             pad_token_id=padding_token(self.tokenizer), shard=shard,
         )  # fmt: skip
         return MediaSamples(self.media, collator, schemas, packing.on_overflow, texts, self.skip_bad_media)

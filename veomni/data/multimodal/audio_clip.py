@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from veomni.data.multimodal.limits import MediaLimits
-from veomni.errors import MediaError, MissingExtraError
+from veomni.data.multimodal.limits import DEFAULT_LIMITS, MediaLimits, unusable
+from veomni.errors import MissingExtraError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
-_REPLACE = "replace the file, or remove the record"
 _SIZED = ((b"RIFF", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC"))  # beginnings with the size between
 _CARELESS_BYTES = 16  # by which some programs count their own headers wrongly
 
@@ -33,22 +32,16 @@ class AudioClip:
     rate: int
 
 
-def load_audio(content: bytes, name: str, rate: int, limits: MediaLimits | None = None) -> AudioClip:
+def load_audio(content: bytes, name: str, rate: int, limits: MediaLimits = DEFAULT_LIMITS) -> AudioClip:
     """Return the mean of an audio file's channels, resampled by ``soxr`` (high quality) as librosa and transformers do.
 
-    Formats are libsndfile's: WAV, FLAC, Ogg, MP3, AIFF and others.
-
-    Args:
-        content: A file's bytes.
-        name: Names the audio clip, for messages.
-        rate: Samples per second to return.
-        limits: Bounds on bytes, pixels and seconds.
+    Formats are libsndfile's: WAV, FLAC, Ogg, MP3, AIFF and others. ``content`` is a file's bytes, ``name`` names it in
+    messages, ``rate`` is in samples per second.
 
     Raises:
         MediaError: it is no audio, damaged, without samples, or too long.
         MissingExtraError: soundfile or soxr is not installed.
     """
-    limits = limits or MediaLimits()
     try:
         import soundfile
     except ImportError as error:
@@ -59,10 +52,10 @@ def load_audio(content: bytes, name: str, rate: int, limits: MediaLimits | None 
             limits.check_duration(name, file.frames / file.samplerate)
             samples = file.read(dtype="float32", always_2d=True)
             if len(samples) < file.frames:
-                raise MediaError(f"{name}: ends after {len(samples)} of {file.frames} samples", _REPLACE)
+                raise unusable(f"{name}: ends after {len(samples)} of {file.frames} samples")
             return mono(samples.T, name, file.samplerate, rate)
     except soundfile.SoundFileError as error:
-        raise MediaError(f"{name}: no audio that can be read ({error})", _REPLACE) from error
+        raise unusable(f"{name}: no audio that can be read ({error})") from error
 
 
 def _check_complete(content: bytes, name: str) -> None:
@@ -72,7 +65,7 @@ def _check_complete(content: bytes, name: str) -> None:
     promised = int.from_bytes(content[4:8], "little" if content[:4] == b"RIFF" else "big") + 8
     streamed = promised - 8 in (0, 0xFFFFFFFF)  # it was not known when the header was written
     if not streamed and len(content) < promised - _CARELESS_BYTES:
-        raise MediaError(f"{name}: ends after {len(content)} of {promised} bytes", _REPLACE)
+        raise unusable(f"{name}: ends after {len(content)} of {promised} bytes")
 
 
 def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -> AudioClip:
@@ -83,20 +76,16 @@ def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -
         MissingExtraError: soxr is not installed.
     """
     if channels.size == 0:
-        raise MediaError(f"{name}: an audio clip without samples", _REPLACE)
+        raise unusable(f"{name}: an audio clip without samples")
     samples: Any = channels.mean(0, dtype=np.float32)
     if not np.isfinite(samples).all():
-        raise MediaError(f"{name}: samples that are not finite", _REPLACE)
+        raise unusable(f"{name}: samples that are not finite")
     if not samples.any():
         logger.warning_once("some audio clips are silent from begin to end")
     if given_rate != rate:
-        samples = _resampled(samples, given_rate, rate)
+        try:
+            import soxr
+        except ImportError as error:
+            raise MissingExtraError("soxr", "audio") from error
+        samples = soxr.resample(samples, given_rate, rate, quality="HQ")
     return AudioClip(np.ascontiguousarray(samples, np.float32), rate)
-
-
-def _resampled(samples: NDArray[np.float32], given_rate: int, rate: int) -> NDArray[np.float32]:
-    try:
-        import soxr
-    except ImportError as error:
-        raise MissingExtraError("soxr", "audio") from error
-    return soxr.resample(samples, given_rate, rate, quality="HQ")

@@ -18,8 +18,8 @@ from veomni.data.multimodal.pixels import PixelList, as_tensor
 from veomni.data.packing.rows import segment_offsets
 from veomni.errors import DataError
 from veomni.families.mrope import DocumentPositions
+from veomni.families.omni import DECODERS
 from veomni.models.loader import model_class
-from veomni.models.omni.decoders import DECODERS
 from veomni.models.transformers_api.encoders import vision_inputs
 from veomni.registry import did_you_mean
 
@@ -56,10 +56,7 @@ class MultimodalCollator:
         self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
 
     def __call__(self, rows: Sequence[Sequence[Sample]]) -> MicroBatch:
-        """Return a micro-batch as ``veomni/batch/micro_batch.py`` describes it.
-
-        Args:
-            rows: The documents of each row, in order.
+        """Return a micro-batch of the documents of each row, in order.
 
         Raises:
             DataError: a row is longer than ``max_seq_len``, a key has no rule, or a document lacks ``input_ids``.
@@ -71,20 +68,17 @@ class MultimodalCollator:
         keys = dict.fromkeys(key for row in documents for sample in row for key in sample)
         for key in keys or dict.fromkeys(_OF_AN_EMPTY_BATCH):
             rule = _rule(key)
-            if key == "position_ids":
-                batch[key] = self._pack_positions(documents)
-            elif rule.per == "token":
+            if rule.per == "token":
                 batch[key] = self._pack_tokens(key, rule, documents)
             else:
-                values = [sample[key] for row in documents for sample in row if key in sample]
-                batch[key] = join_items(values, rule)
+                batch[key] = as_tensor(join_items([one[key] for row in documents for one in row if key in one], rule))
         if self.shard.size == 1:  # ranks that share rows share their images too, and each encodes others
             batch.update(vision_inputs(self.config, batch))
         segments = [length for row in lengths for length in (*row, self.max_seq_len - sum(row)) if length]
         if len(segments) != len(lengths):  # otherwise nothing is to be kept apart: attention may take a dense kernel
             batch |= segment_offsets(segments, self.max_seq_len)
-        rows_of = RowLayout(tuple(length for row in lengths for length in row), tuple(sum(row) for row in lengths))
-        return MicroBatch.of_fields(batch, rows_of).split(self.shard)
+        layout = RowLayout(tuple(length for row in lengths for length in row), tuple(sum(row) for row in lengths))
+        return MicroBatch.of_fields(batch, layout).split(self.shard)
 
     def _prepared(self, sample: Sample) -> dict[str, Any]:
         if sample.get("input_ids") is None:
@@ -102,45 +96,31 @@ class MultimodalCollator:
     def _check_lengths(self, lengths: Sequence[Sequence[int]]) -> None:
         longest = max((sum(row) for row in lengths), default=0)
         if longest > self.max_seq_len:
-            raise DataError(
-                f"the documents of a row have {longest} tokens, and a row {self.max_seq_len}",
-                "pack fewer documents into it, or raise max_seq_len",
-                "Packing.max_seq_len",
-            )
+            problem = f"the documents of a row have {longest} tokens, and a row {self.max_seq_len}"
+            raise DataError(problem, "pack fewer documents into it, or raise max_seq_len", "Packing.max_seq_len")
 
     def _pack_tokens(self, key: str, rule: Field, rows: Sequence[Sequence[Sample]]) -> Tensor:
-        fill = self.pad_token_id if key == "input_ids" else rule.pad
-        given = (sample[key] for row in rows for sample in row if key in sample)
-        like = next(given, torch.zeros(0, dtype=torch.int64))
-        packed = []
-        for row in rows:
-            parts = [sample.get(key) for sample in row]
-            whole = [
-                like.new_full((len(sample["input_ids"]), *like.shape[1:]), rule.pad) if part is None else part
-                for part, sample in zip(parts, row, strict=True)
-            ]
-            joined = torch.cat([like[:0], *whole])
-            packed.append(F.pad(joined, [0, 0] * (like.dim() - 1) + [0, self.max_seq_len - len(joined)], value=fill))
-        return torch.stack(packed)
-
-    def _pack_positions(self, rows: Sequence[Sequence[Sample]]) -> Tensor:
-        """Return ``[batch, seq]``, or ``[4, batch, seq]`` with text first; the tail is one more document."""
-        axes = (4,) if self.positions.has_axes else ()
-        packed = []
-        for row in rows:
-            tail = torch.arange(self.max_seq_len - sum(len(sample["input_ids"]) for sample in row))
-            parts = [sample["position_ids"] for sample in row]
-            packed.append(torch.cat([*parts, tail.expand(*axes, len(tail))], dim=-1))
-        return torch.stack(packed, dim=-2)
+        """Return ``[batch, seq, ...]``; positions ``[batch, seq]``, or ``[4, batch, seq]`` with text first."""
+        axes = (4,) if key == "position_ids" and self.positions.has_axes else ()
+        given = (sample[key].movedim(rule.dim, 0) for row in rows for sample in row if key in sample)
+        like = next(given, torch.zeros(0, *axes, dtype=torch.int64))
+        packed = like.new_full((len(rows), self.max_seq_len, *like.shape[1:]), rule.pad)
+        for number, row in enumerate(rows):
+            start = 0
+            for sample in row:
+                stop = start + len(sample["input_ids"])
+                if key in sample:
+                    packed[number, start:stop] = sample[key].movedim(rule.dim, 0)
+                start = stop
+            if key == "position_ids":  # the tail is one more document
+                packed[number, start:] = torch.arange(self.max_seq_len - start).view(-1, *[1] * len(axes))
+            elif key == "input_ids":
+                packed[number, start:] = self.pad_token_id
+        return packed.movedim(-1, 0) if axes else packed
 
 
-def join_items(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor:
-    """Return images, sizes or audio clips of several documents one after another."""
-    return as_tensor(join_compactly(values, rule))
-
-
-def join_compactly(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor | PixelList:
-    """Return the same, but 8-bit pixels as they are."""
+def join_items(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor | PixelList:
+    """Return images, sizes or audio clips of several documents one after another; 8-bit pixels stay what they are."""
     if all(isinstance(value, PixelList) for value in values):
         return PixelList(pixels for value in values for pixels in value)
     tensors = [as_tensor(value) for value in values]
@@ -152,8 +132,6 @@ def join_compactly(values: Sequence[Tensor | PixelList], rule: Field) -> Tensor 
 
 def _rule(key: str) -> Field:
     if key not in FIELDS:
-        raise DataError(
-            f"no packing rule for field {key!r} of a document",
-            f"register it in veomni.batch.fields.FIELDS, or leave it out; {did_you_mean(key, list(FIELDS))}",
-        )
+        fix = f"register it in veomni.batch.fields.FIELDS, or leave it out; {did_you_mean(key, list(FIELDS))}"
+        raise DataError(f"no packing rule for field {key!r} of a document", fix)
     return FIELDS.get(key)

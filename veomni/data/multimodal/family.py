@@ -1,19 +1,17 @@
-"""What a model family makes of images, videos and audio: the base class and its parts."""
+"""What a model family makes of images, videos and audio: the base class of all families."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from veomni.data.multimodal.frames import VideoDecoder
 from veomni.data.multimodal.pixels import PixelList
-from veomni.data.multimodal.resizing import Size
-from veomni.errors import ConfigError, MediaError, ModelError
-from veomni.families.record import RECORDS, family_record
+from veomni.data.multimodal.processor_rules import Size
+from veomni.errors import ModelError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +29,7 @@ class MediaFeatures:
         tensors: By the names that the model takes; those of several items are concatenated along the first axis.
             Pixels may still be 8-bit ones.
         text: Takes the place of the placeholder in the rendered conversation.
-        source: Says what the features were made of, for messages.
+        source: What the features were made of, for messages.
     """
 
     tensors: Mapping[str, Tensor | PixelList]
@@ -39,50 +37,43 @@ class MediaFeatures:
     source: str = ""
 
 
-@dataclass(frozen=True)
-class FamilyParts:
-    """What a family is made of; see :func:`veomni.data.multimodal.processors.build_family`.
+@dataclass
+class Family:
+    """Turns decoded media into a model's inputs; a subclass has a method for each kind that its models take.
 
     Attributes:
-        config: The model's configuration, of the part that is trained (a thinker, say).
-        tokenizer: Knows the placeholders by the ids in ``config``.
+        config: The model's configuration, of the component that is trained (a thinker, say).
+        tokenizer: Its tokenizer, with a token for each placeholder id in ``config``.
         image_processor: One of transformers', or None.
         feature_extractor: One of transformers', or None.
-        video: Settings of the model's video processor: sizes, mean and standard deviation, sampling.
+        video_settings: Settings of the model's video processor: sizes, mean and standard deviation, sampling.
         use_audio_in_video: Also use the audio track of videos (omni models).
         video_decoder: Decoder of the frames of videos.
+        placeholders: Kind of media to the token that stands for one item in a rendered conversation.
+        patches_per_token: Patches of an image or a frame that the encoder makes a token of.
+        default_processor: Name of a class of transformers, without "Pil", for models that name no image processor.
+        video_defaults: Settings of the video processor where the model's files do not say.
     """
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any = None
     feature_extractor: Any = None
-    video: Mapping[str, Any] = field(default_factory=dict)
+    video_settings: Mapping[str, Any] = field(default_factory=dict)
     use_audio_in_video: bool = False
     video_decoder: VideoDecoder = "pyav"
+    placeholders: dict[str, str] = field(init=False, default_factory=dict)
+    patches_per_token: int = field(init=False, default=1)
 
-
-class Family:
-    """Turns decoded media into a model's inputs; a subclass has a method per kind that its models take.
-
-    Attributes:
-        placeholders: Kind of media to the token that stands for one item in a rendered conversation.
-        patches_per_token: Patches of an image or a frame that the tower makes a token of.
-        image_processor: Name of a class of transformers, without "Pil", for models that do not name one; None has none.
-        video_defaults: Settings of the video processor where the model's files do not say.
-    """
-
-    image_processor: ClassVar[str | None] = None
+    default_processor: ClassVar[str | None] = None
     video_defaults: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, parts: FamilyParts) -> None:
-        self.parts = parts
-        self.placeholders: dict[str, str] = {}
-        self.patches_per_token = 1
+    def __post_init__(self) -> None:
+        """Set the placeholders; the constructor calls it."""
 
     def image(self, image: Image) -> MediaFeatures:
         """Return the features of an RGB image."""
-        raise self._has_no("images")
+        raise NotImplementedError
 
     def image_text(self, width: int, height: int) -> str | None:
         """Return the text of an image's features, of which only the size is known; None if that does not say it."""
@@ -90,42 +81,23 @@ class Family:
 
     def video(self, video: Video) -> MediaFeatures:
         """Return the features of a decoded video."""
-        raise self._has_no("videos")
+        raise NotImplementedError
 
     def audio(self, clip: AudioClip) -> MediaFeatures:
         """Return the features of an audio clip at :attr:`sampling_rate`."""
-        raise self._has_no("audio clips")
+        raise NotImplementedError
 
     def generated(self, kind: str, values: Any) -> MediaFeatures:
-        """Return what a decoder of the model learns to generate, with an entry per token.
-
-        Args:
-            kind: Name of the decoder.
-            values: As the record has them.
-
-        Raises:
-            ValueError: they are not what it generates.
-        """
-        raise self._has_no(kind)
+        """Return what the decoder called ``kind`` learns to generate; raises ValueError for values that it cannot."""
+        raise NotImplementedError
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
-        """Return which of a video's frames are seen.
-
-        Args:
-            frames: Number of frames.
-            fps: Frames per second.
-        """
-        raise self._has_no("videos")
+        """Return which of a video's frames are seen."""
+        raise NotImplementedError
 
     def frame_size(self, frames: int, height: int, width: int) -> Size:
-        """Return the size to which the frames of a video are resized.
-
-        Args:
-            frames: Number of frames that are seen.
-            height: Of a frame.
-            width: Of a frame.
-        """
-        raise self._has_no("videos")
+        """Return the size to which the frames of a video are resized, where ``frames`` of them are seen."""
+        raise NotImplementedError
 
     def per_token(self, ids: Tensor) -> dict[str, Tensor]:
         """Return further inputs with an entry per token: which kind of media each belongs to."""
@@ -133,8 +105,8 @@ class Family:
 
     @classmethod
     def image_processor_of(cls, config: PreTrainedConfig) -> str | None:
-        """Return :attr:`image_processor`, or another one that a model's configuration asks for."""
-        return cls.image_processor
+        """Return :attr:`default_processor`, or another one that a model's configuration asks for."""
+        return cls.default_processor
 
     @property
     def unsupervised(self) -> frozenset[int]:
@@ -143,13 +115,13 @@ class Family:
 
     def media_tokens(self, text: str) -> int:
         """Count the tokens in the text of an item that stand for features."""
-        convert: Any = self.parts.tokenizer.convert_ids_to_tokens
+        convert: Any = self.tokenizer.convert_ids_to_tokens
         return sum(int(text.count(convert(index))) for index in self.unsupervised)
 
     @property
     def sampling_rate(self) -> int:
         """Samples per second that the feature extractor takes."""
-        return int(self.parts.feature_extractor.sampling_rate)
+        return int(self.feature_extractor.sampling_rate)
 
     def token(self, name: str) -> str:
         """Return the token whose id the model's configuration holds under ``name``.
@@ -157,34 +129,14 @@ class Family:
         Raises:
             ModelError: the configuration has no such id, or the tokenizer no such token.
         """
-        index = getattr(self.parts.config, name, None)
-        token = None if index is None else self.parts.tokenizer.convert_ids_to_tokens(index)
+        index = getattr(self.config, name, None)
+        token = None if index is None else self.tokenizer.convert_ids_to_tokens(index)
         if not isinstance(token, str):
-            kind = self.parts.config.model_type
-            problem = f"{kind}: the tokenizer has no token for the model's {name} {index}"
+            problem = f"{self.config.model_type}: the tokenizer has no token for the model's {name} {index}"
             raise ModelError(problem, "use the tokenizer of the model")
         return token
 
     def id_of(self, token: str) -> int:
         """Return a token's id."""
-        index: Any = self.parts.tokenizer.convert_tokens_to_ids(token)
+        index: Any = self.tokenizer.convert_tokens_to_ids(token)
         return int(index)
-
-    def _has_no(self, what: str) -> MediaError:
-        problem = f"{self.parts.config.model_type} models take no {what}"
-        return MediaError(problem, "remove the record, or train a model that does")
-
-
-def family_of(model_type: str) -> type[Family]:
-    """Return the class that makes inputs of media for models of a type; its record names it.
-
-    Raises:
-        ConfigError: no record of such models names one.
-    """
-    path = family_record(model_type).media
-    if not path:
-        known = ", ".join(sorted(name for name, record in RECORDS.items() if record.media))
-        fix = f"register a FamilyRecord(media=...); known: {known}"
-        raise ConfigError(f"no multimodal family is known for {model_type!r} models", fix)
-    found: type[Family] = resolve_name(path)
-    return found

@@ -22,7 +22,7 @@ from veomni.logging import create_logger
 
 logger = create_logger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _KEPT = 0.9  # of the size is left after files were removed, so that this is not done at every write
 _WRITES_BETWEEN_SCANS = 64
 
@@ -31,8 +31,8 @@ class FeatureCache:
     """A directory of safetensors files, one per image, video or audio clip, named after content and processor settings.
 
     Any number of processes may share it. A file is written under another name and renamed, so none is ever seen half
-    written; a damaged one is made again. The files that were not used for longest are removed when their sizes exceed
-    the bound; for a moment it may be exceeded by what other processes have written since the last look.
+    written; a damaged one is made again. The files not used for longest are removed when all exceed ``max_bytes``, for
+    a moment only by what other processes have written since the last look.
 
     Args:
         directory: Made if it is not there.
@@ -61,9 +61,8 @@ class FeatureCache:
             # Read at once: safetensors opens files again for their tensors, and another process may have removed them.
             content = path.read_bytes()
             recorded = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-            features = MediaFeatures(
-                _with_pixels(load(content), recorded["pixels"]), recorded["text"], recorded["source"]
-            )
+            tensors = _with_pixels(load(content), json.loads(recorded["pixels"]))
+            features = MediaFeatures(tensors, recorded["text"], recorded["source"])
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -111,22 +110,21 @@ class FeatureCache:
 
 
 def _without_pixels(features: Mapping[str, Tensor | PixelList]) -> tuple[dict[str, Tensor], str]:
-    """Return what safetensors can hold, and what else is to be known of 8-bit pixels, as JSON."""
+    """Return what safetensors can hold, and what else 8-bit pixels are made of, as JSON."""
     tensors, recorded = {}, {}
     for name, value in features.items():
         if isinstance(value, PixelList):
             [pixels] = value  # of one image or video
             tensors[name] = torch.from_numpy(pixels.values)
-            recorded[name] = {"shape": pixels.shape, "normalization": asdict(pixels.normalization)}
+            recorded[name] = {"shape": pixels.shape, **asdict(pixels.normalization)}
         else:
             tensors[name] = value.contiguous()
     return tensors, json.dumps(recorded)
 
 
-def _with_pixels(tensors: Mapping[str, Tensor], recorded: str) -> dict[str, Tensor | PixelList]:
+def _with_pixels(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> dict[str, Tensor | PixelList]:
     found: dict[str, Tensor | PixelList] = dict(tensors)
-    for name, facts in json.loads(recorded).items():
-        made = facts["normalization"]
-        normalization = Normalization(made["scale"], tuple(made["mean"]), tuple(made["std"]))
+    for name, facts in recorded.items():
+        normalization = Normalization(facts["scale"], tuple(facts["mean"]), tuple(facts["std"]))
         found[name] = PixelList([Pixels(tensors[name].numpy(), tuple(facts["shape"]), normalization)])
     return found

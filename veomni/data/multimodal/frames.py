@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from veomni.errors import ConfigError, MediaError
+from veomni.data.multimodal.limits import unusable
+from veomni.errors import ConfigError
 from veomni.logging import create_logger
 
 if TYPE_CHECKING:
@@ -44,10 +45,8 @@ def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
     if wanted == "pyav":
         return wanted
     if find_spec("torchcodec") is None:
-        problem = "video_decoder is torchcodec, which is not installed"
-        raise ConfigError(
-            problem, "pip install torchcodec, and FFmpeg's libraries; or use pyav", "MediaSettings.video_decoder"
-        )
+        fix = "pip install torchcodec, and FFmpeg's libraries; or use pyav"
+        raise ConfigError("video_decoder is torchcodec, which is not installed", fix, "MediaSettings.video_decoder")
     try:
         import torchcodec
         import torchcodec.decoders
@@ -65,20 +64,11 @@ def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
 
 
 def pyav_frames(container: InputContainer, name: str, wanted: Collection[int]) -> Frames:
-    """Decode up to the last wanted frame.
-
-    Args:
-        container: At its beginning.
-        name: Names the video, for messages.
-        wanted: Places of frames.
-
-    Raises:
-        MediaError: a frame up to there is damaged.
-    """
+    """Decode a container from its beginning to the last wanted frame; MediaError if a frame up to there is damaged."""
     last = max(wanted)
     for index, frame in enumerate(container.decode(video=0)):
         if frame.is_corrupt:
-            raise MediaError(f"{name}: frame {index + 1} is damaged", "replace the file, or remove the record")
+            raise unusable(f"{name}: frame {index + 1} is damaged")
         if index in wanted:
             yield index, torch.from_numpy(_upright(frame)).permute(2, 0, 1)
         if index == last:
@@ -93,16 +83,11 @@ def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
 
 
 def torchcodec_frames(content: bytes, stream: VideoStream, total: int, wanted: Collection[int]) -> Frames:
-    """Decode the wanted frames.
-
-    Args:
-        content: The file's bytes, which PyAV has opened and checked: of what it rejects, torchcodec sees nothing.
-        stream: Its images, as PyAV has them.
-        total: Frames of the file.
-        wanted: Places of frames.
+    """Decode the wanted frames of a file that PyAV has opened, as ``stream``, and checked.
 
     Raises:
-        TorchcodecCannotError: more than 8 bits a colour, frames that are not shown, or what torchcodec gives up on.
+        TorchcodecCannotError: more than 8 bits a colour, frames that are not shown (PyAV counts ``total``), or what
+            torchcodec gives up on.
     """
     from torchcodec.decoders import VideoDecoder
 

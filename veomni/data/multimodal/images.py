@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from veomni.data.multimodal.limits import MediaLimits
+from veomni.data.multimodal.limits import DEFAULT_LIMITS, MediaLimits, unusable
 from veomni.errors import MediaError
 from veomni.logging import create_logger
 
@@ -21,26 +21,25 @@ logger = create_logger(__name__)
 
 # Raster formats only: others of Pillow's call other programs (EPS), or are rare enough to be little tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
-_REPLACE = "replace the file, or remove the record"
+_NO_IMAGES = {
+    (b"<!doctype html", b"<html"): "an HTML page",
+    (b"<?xml", b"<svg"): "XML",
+    (b"%pdf", b"%!ps"): "a PDF or PostScript document",
+}
 _KEPT_BLOCKS = 4  # of at most 16 MiB
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF
 
 
-def load_image(content: bytes | Image, name: str, limits: MediaLimits | None = None) -> Image:
+def load_image(content: bytes | Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> Image:
     """Return an image as RGB: turned as its EXIF orientation says, transparency on white, of an animation the first.
 
-    16-bit grey is scaled to 8 bits. Colour profiles are not applied, as in transformers' processors.
-
-    Args:
-        content: A file's bytes, or an opened image.
-        name: Names the image, for messages.
-        limits: Bounds on bytes, pixels and seconds.
+    16-bit grey is scaled to 8 bits. Colour profiles are not applied, as in transformers' processors. ``content`` is a
+    file's bytes or an opened image, ``name`` names it in messages.
 
     Raises:
         MediaError: it is no image, damaged, or beyond the limits.
     """
-    limits = limits or MediaLimits()
     image = _open(content, name) if isinstance(content, bytes) else content
     limits.check_image(name, image.width, image.height)
     if getattr(image, "is_animated", False):
@@ -48,17 +47,12 @@ def load_image(content: bytes | Image, name: str, limits: MediaLimits | None = N
     try:
         image.load()
     except Exception as error:  # the decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error
-        raise MediaError(f"{name}: the {image.format or 'image'} is damaged ({_reason(error)})", _REPLACE) from error
+        raise unusable(f"{name}: the {image.format or 'image'} is damaged ({_reason(error)})") from error
     return _to_rgb(_upright(image, ours=isinstance(content, bytes)), name)
 
 
-def upright_size(content: bytes | Image, name: str, limits: MediaLimits | None = None) -> tuple[int, int]:
+def upright_size(content: bytes | Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
     """Return width and height of what :func:`load_image` returns, from the header where that says it.
-
-    Args:
-        content: A file's bytes, or an opened image.
-        name: Names the image, for messages.
-        limits: Bounds on bytes, pixels and seconds.
 
     Raises:
         MediaError: it is no image, damaged as far as was looked, or beyond the limits.
@@ -66,7 +60,7 @@ def upright_size(content: bytes | Image, name: str, limits: MediaLimits | None =
     image = _open(content, name) if isinstance(content, bytes) else content
     if not isinstance(content, bytes) or not _in_header(image.format, content):
         return load_image(image, name, limits).size
-    (limits or MediaLimits()).check_image(name, image.width, image.height)
+    limits.check_image(name, image.width, image.height)
     try:
         turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
     except Exception:  # `_upright` says so
@@ -90,11 +84,11 @@ def _open(content: bytes, name: str) -> Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits decide, with an error
             return Image.open(io.BytesIO(content), formats=known)
     except UnidentifiedImageError as error:
-        raise MediaError(f"{name}: {_instead(content)}, no image", _REPLACE) from error
+        raise unusable(f"{name}: {_instead(content)}, no image") from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {_reason(error)}", "make the image smaller") from error
     except Exception as error:  # headers that contradict themselves raise many kinds
-        raise MediaError(f"{name}: the header is damaged ({_reason(error)})", _REPLACE) from error
+        raise unusable(f"{name}: the header is damaged ({_reason(error)})") from error
 
 
 @lru_cache(maxsize=1)
@@ -111,13 +105,8 @@ def _known_formats() -> list[str]:
 def _instead(content: bytes) -> str:
     """Say what a file that is no image seems to be."""
     start = content[:512].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page"
-    if start.startswith((b"<?xml", b"<svg")):
-        return "XML"
-    if start.startswith((b"%pdf", b"%!ps")):
-        return "a PDF or PostScript document"
-    return f"a file that begins with {content[:8]!r}"
+    named = (what for beginnings, what in _NO_IMAGES.items() if start.startswith(beginnings))
+    return next(named, f"a file that begins with {content[:8]!r}")
 
 
 def _upright(image: Image, *, ours: bool) -> Image:
@@ -144,7 +133,7 @@ def _to_rgb(image: Image, name: str) -> Image:
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
     except (ValueError, OSError) as error:
-        raise MediaError(f"{name}: mode {image.mode} cannot become RGB ({_reason(error)})", _REPLACE) from error
+        raise unusable(f"{name}: mode {image.mode} cannot become RGB ({_reason(error)})") from error
 
 
 def _from_numbers(image: Image, name: str) -> Image:

@@ -10,6 +10,11 @@ from annotated_types import Ge, Gt
 from veomni.errors import MediaError
 
 
+def unusable(problem: str) -> MediaError:
+    """Return the error about a file that nothing but another file can replace."""
+    return MediaError(problem, "replace the file, or remove the record")
+
+
 @dataclass(frozen=True)
 class MediaLimits:
     """What is rejected. A file says how large it decodes; a few kilobytes may become gigabytes.
@@ -29,16 +34,15 @@ class MediaLimits:
     def check_bytes(self, name: str, size: int) -> None:
         """Raise MediaError for an empty or too large file."""
         if size == 0:
-            raise MediaError(f"{name}: the file is empty", "replace the file, or remove the record")
+            raise unusable(f"{name}: the file is empty")
         if size > self.max_bytes:
-            raise MediaError(
-                f"{name}: {size} bytes, more than {self.max_bytes}", "raise max_bytes", "MediaLimits.max_bytes"
-            )
+            problem = f"{name}: {size} bytes, more than {self.max_bytes}"
+            raise MediaError(problem, "raise max_bytes", "MediaLimits.max_bytes")
 
     def check_image(self, name: str, width: int, height: int) -> None:
-        """Raise MediaError for a image without pixels, with too many, or too far from square."""
+        """Raise MediaError for an image without pixels, with too many, or too far from square."""
         if width < 1 or height < 1:
-            raise MediaError(f"{name}: {width} x {height} pixels", "replace the file, or remove the record")
+            raise unusable(f"{name}: {width} x {height} pixels")
         if width * height > self.max_pixels:
             problem = f"{name}: {width} x {height} is {width * height} pixels, more than {self.max_pixels}"
             raise MediaError(problem, "make it smaller, or raise max_pixels", "MediaLimits.max_pixels")
@@ -53,3 +57,6 @@ class MediaLimits:
         if seconds > self.max_seconds:
             problem = f"{name}: {seconds:.1f} seconds, more than {self.max_seconds:g}"
             raise MediaError(problem, "cut it, or raise max_seconds", "MediaLimits.max_seconds")
+
+
+DEFAULT_LIMITS = MediaLimits()

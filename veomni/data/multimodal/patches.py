@@ -1,4 +1,4 @@
-"""Frames to the patches that vision towers of the Qwen and GLM kind read: transformers' rule, without torchvision."""
+"""Frames to the patches that encoders of the Qwen and GLM kind read: transformers' rule, without torchvision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from veomni.data.multimodal.resizing import Size
+from veomni.data.multimodal.processor_rules import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,26 +41,19 @@ def image_patches(image: Image, *, patch: int, merge: int) -> NDArray[np.uint8]:
 
 
 def patchify(frames: Tensor, *, patch: int, merge: int, frames_per_patch: int) -> tuple[Tensor, Tensor]:
-    """Cut frames into patches.
+    """Cut frames ``[frames, channels, height, width]``, sides multiples of ``patch * merge``, into patches.
 
-    Args:
-        frames: ``[frames, channels, height, width]``, sides multiples of ``patch * merge``.
-        patch: Side of a patch.
-        merge: Patches along one side that become one token: they are neighbours in the result.
-        frames_per_patch: Frames that share a patch; the last frame is repeated to fill it.
+    The last frame is repeated to fill a patch of ``frames_per_patch``.
 
     Returns:
-        Patches ``[patches, channels, frames_per_patch, patch * patch]``, and their number in time, height and width,
-        int64 ``[1, 3]``.
+        Patches ``[patches, channels, frames_per_patch, patch * patch]``, those that become one token as neighbours, and
+        their number in time, height and width, int64 ``[1, 3]``.
     """
     short = -len(frames) % frames_per_patch
     frames = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)]) if short else frames
     count, channels, height, width = frames.shape
     time, rows, columns = count // frames_per_patch, height // patch, width // patch
-    cut = frames.reshape(
-        time, frames_per_patch, channels, rows // merge, merge, patch, columns // merge, merge, patch
-    )  # fmt: skip
-    patches = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(
-        time * rows * columns, channels, frames_per_patch, patch * patch
-    )
-    return patches, torch.tensor([[time, rows, columns]])
+    split = (time, frames_per_patch, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+    patches = frames.reshape(split).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    shape = (time * rows * columns, channels, frames_per_patch, patch * patch)
+    return patches.reshape(shape), torch.tensor([[time, rows, columns]])

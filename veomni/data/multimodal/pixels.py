@@ -18,12 +18,7 @@ _CHUNK = 1 << 18  # values that are normalized at once: they stay in the process
 class Normalization:
     """What each value becomes: ``(value * scale - mean) / std``, the product in 64 bits, the rest in 32.
 
-    That is what transformers' image processors for Pillow compute, to the bit.
-
-    Attributes:
-        scale: Of all values.
-        mean: Of each channel.
-        std: Of each channel.
+    That is what transformers' image processors for Pillow compute, to the bit; mean and std are those of each channel.
     """
 
     scale: float
@@ -53,7 +48,7 @@ class Pixels:
     """Images or frames that are still to be normalized.
 
     Attributes:
-        values: uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or a image. One frame stands
+        values: uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or an image. One frame stands
             for as many as ``shape`` has: a still image fills a patch of several frames.
         shape: Of the float32 tensor that they become; the first axis counts items.
         normalization: What each value becomes.
@@ -84,10 +79,8 @@ class PixelList(list[Pixels]):
     def normalized(self) -> Tensor:
         """Return the float32 tensor that a model takes."""
         made = torch.from_numpy(np.empty(self.shape, np.float32))  # in huge pages, which torch.empty does not ask for
-        start = 0
-        for pixels in self:
-            pixels.write(made[start : start + pixels.shape[0]])
-            start += pixels.shape[0]
+        for pixels, part in zip(self, made.split([pixels.shape[0] for pixels in self]), strict=True):
+            pixels.write(part)
         return made
 
 

@@ -1,4 +1,4 @@
-"""Qwen2-Audio, and the audio of Qwen2.5-Omni and Qwen3-Omni."""
+"""Qwen2-Audio, and the log-mel spectrograms of Qwen2.5-Omni, Qwen3-Omni and composed models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veomni.data.multimodal.family import Family, FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import Family, MediaFeatures
+from veomni.data.multimodal.limits import unusable
 from veomni.errors import MediaError
 
 if TYPE_CHECKING:
@@ -15,26 +16,25 @@ if TYPE_CHECKING:
 
 
 class Qwen2Audio(Family):
-    """Qwen2-Audio: an audio clip is padded to the tower's 30 seconds."""
+    """Qwen2-Audio: an audio clip is padded to the encoder's 30 seconds."""
 
-    def __init__(self, parts: FamilyParts) -> None:
-        super().__init__(parts)
+    def __post_init__(self) -> None:
         self.placeholders = {"audio": self.token("audio_token_id")}
 
     def audio(self, clip: AudioClip) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
-        tensors = mel_features(self.parts.feature_extractor, clip, self.parts.feature_extractor.n_samples)
+        tensors = mel_features(self.feature_extractor, clip, self.feature_extractor.n_samples)
         tokens = halved_twice(int(tensors["feature_attention_mask"].sum()))
         return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, clip))
 
 
 def mel_features(extractor: Any, clip: AudioClip, samples: int) -> dict[str, Tensor]:
-    """Return an audio clip's log-mel spectrogram, as the model's feature extractor defines it.
+    """Return an audio clip's log-mel spectrogram, as the model's feature extractor of transformers defines it.
 
     Args:
-        extractor: One of transformers'.
-        clip: At the extractor's rate.
-        samples: Length to which it is filled up with silence.
+        extractor: The feature extractor.
+        clip: At its rate.
+        samples: Length to which the clip is filled up with silence.
 
     Raises:
         MediaError: the clip is longer than the extractor takes, which would cut the rest off, or shorter than a frame.
@@ -47,26 +47,17 @@ def mel_features(extractor: Any, clip: AudioClip, samples: int) -> dict[str, Ten
         clip.samples, sampling_rate=clip.rate, return_attention_mask=True, padding="max_length", truncation=False,
         max_length=samples, return_tensors="pt",
     )  # fmt: skip
-    return {
-        "input_features": made["input_features"].to(torch.float32),
-        "feature_attention_mask": made["attention_mask"].to(torch.int64),
-    }
+    mask = made["attention_mask"].to(torch.int64)
+    return {"input_features": made["input_features"].to(torch.float32), "feature_attention_mask": mask}
 
 
 def halved_twice(frames: int) -> int:
-    """Return the features of a tower with a convolution of stride 2 and a mean of pairs."""
+    """Return the features of an encoder with a convolution of stride 2 and a mean of pairs."""
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
 def at_least_one(tokens: int, clip: AudioClip) -> int:
-    """Return ``tokens``, unless there are none.
-
-    Raises:
-        MediaError: the audio clip is too short for the model to make a feature of.
-    """
+    """Return ``tokens``; raises MediaError if the audio clip is too short for the model to make a feature of."""
     if tokens < 1:
-        milliseconds = 1000 * len(clip.samples) / clip.rate
-        raise MediaError(
-            f"{milliseconds:.1f} ms of audio, too short for a feature", "replace the file, or remove the record"
-        )
+        raise unusable(f"{1000 * len(clip.samples) / clip.rate:.1f} ms of audio, too short for a feature")
     return tokens

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from veomni.data.multimodal.family import FamilyParts, MediaFeatures
+from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.pixels import as_tensor
 from veomni.data.multimodal.qwen_audio import at_least_one, halved_twice, mel_features
 from veomni.data.multimodal.qwen_vl import Qwen2VL
@@ -25,25 +26,22 @@ class Qwen25Omni(Qwen2VL):
     positions_per_second = 25.0
     _seconds_per_turn = 2.0
 
-    def __init__(self, parts: FamilyParts) -> None:
-        super().__init__(parts)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.placeholders["audio"] = self.token("audio_token_id")
 
     def audio(self, clip: AudioClip) -> MediaFeatures:
         """Return ``input_features`` ``[1, mels, frames]`` and ``feature_attention_mask`` ``[1, frames]``."""
-        extractor = self.parts.feature_extractor
-        tensors = mel_features(extractor, clip, self.padded_samples(len(clip.samples)))
+        tensors = mel_features(self.feature_extractor, clip, self.padded_samples(len(clip.samples)))
         frames = int(tensors["feature_attention_mask"].sum())
         tensors = {key: value[..., :frames] for key, value in tensors.items()}
-        tokens = self.audio_tokens(frames)
-        return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(tokens, clip))
+        return MediaFeatures(tensors, self.placeholders["audio"] * at_least_one(self.audio_tokens(frames), clip))
 
     def padded_samples(self, samples: int) -> int:
         """Return the length at which frames are computed: silence follows, for the last ones to see."""
-        extractor = self.parts.feature_extractor
-        return (
-            -(-samples // extractor.hop_length) + -(-extractor.n_fft // extractor.hop_length)
-        ) * extractor.hop_length
+        extractor = self.feature_extractor
+        frames = -(-samples // extractor.hop_length) + -(-extractor.n_fft // extractor.hop_length)
+        return int(frames * extractor.hop_length)
 
     def audio_tokens(self, frames: int) -> int:
         """Return the number of tokens of an audio clip."""
@@ -54,7 +52,7 @@ class Qwen25Omni(Qwen2VL):
         return {"video_second_per_grid": torch.tensor([self._seconds_per_patch(video)])}
 
     def _seconds_per_patch(self, video: Video) -> float:
-        return float(self.parts.video["temporal_patch_size"] / video.sampled_fps)
+        return float(self.video_settings["temporal_patch_size"] / video.sampled_fps)
 
     def video(self, video: Video) -> MediaFeatures:
         """Return a video's features, and those of its audio track if it has one."""
@@ -62,26 +60,20 @@ class Qwen25Omni(Qwen2VL):
         if video.audio is None:
             return features
         audio = self.audio(video.audio)
-        tokens = audio.text.count(self.placeholders["audio"])
+        clips = audio.text.count(self.placeholders["audio"])
         grid = as_tensor(features.tensors["video_grid_thw"])
-        text = self.interleaved(grid, self._seconds_per_patch(video), tokens)
+        per_patch, duration = self.tokens(grid) // int(grid[0, 0]), self._seconds_per_patch(video)
+        places = [at * duration * self.positions_per_second for at in range(int(grid[0, 0])) for _ in range(per_patch)]
         ends = self.token("audio_start_token_id"), self.token("audio_end_token_id")
-        return replace(features, tensors={**features.tensors, **audio.tensors}, text=text.join(ends))
+        tensors = {**features.tensors, **audio.tensors}
+        return replace(features, tensors=tensors, text=self.interleaved(places, clips).join(ends))
 
-    def interleaved(self, grid: Tensor, seconds: float, clips: int) -> str:
-        """Return the tokens of a video and of its audio, in the order of time."""
+    def interleaved(self, places: Sequence[float], clips: int) -> str:
+        """Return the tokens of a video, whose places are given, and of its audio at 0, 1, ..., in the order of time."""
         turn = int(self.positions_per_second * self._seconds_per_turn)
-        seen = [_turn_sizes(self._positions(grid, seconds), turn), _turn_sizes(range(clips), turn)]
-        turns = max(map(len, seen))
-        kinds = [self.placeholders["video"], self.placeholders["audio"]]
-        return "".join(
-            token * sizes[number] for number in range(turns) for token, sizes in zip(kinds, seen, strict=True)
-            if number < len(sizes)
-        )  # fmt: skip
-
-    def _positions(self, grid: Tensor, seconds: float) -> list[float]:
-        per_patch = self.tokens(grid) // int(grid[0, 0])
-        return [time * seconds * self.positions_per_second for time in range(int(grid[0, 0])) for _ in range(per_patch)]
+        video = [self.placeholders["video"] * size for size in _turn_sizes(places, turn)]
+        audio = [self.placeholders["audio"] * size for size in _turn_sizes(range(clips), turn)]
+        return "".join(chain.from_iterable(zip_longest(video, audio, fillvalue="")))
 
     def per_token(self, ids: Tensor) -> dict[str, Tensor]:
         """Return nothing: omni models distinguish media by their placeholders."""
@@ -103,18 +95,16 @@ class Qwen3Omni(Qwen25Omni):
 
     def audio_tokens(self, frames: int) -> int:
         """Return the tokens of an audio clip: windows of 100 frames become 13 each, the rest is halved thrice."""
-        window = 2 * self.parts.config.audio_config.n_window
-        whole, rest = divmod(frames, window)
+        whole, rest = divmod(frames, 2 * self.config.audio_config.n_window)
         for _ in range(3):
             rest = (rest - 1) // 2 + 1
         return whole * 13 + rest
 
-    def interleaved(self, grid: Tensor, seconds: float, clips: int) -> str:
-        """Return the tokens of a video and of its audio, in the order of time."""
-        video, audio = self.placeholders["video"], self.placeholders["audio"]
-        places = [(place, 0, video) for place in self._positions(grid, seconds)]
-        places += [(float(place), 1, audio) for place in range(clips)]
-        return "".join(token for _, _, token in sorted(places))
+    def interleaved(self, places: Sequence[float], clips: int) -> str:
+        """Return the tokens of a video, whose places are given, and of its audio at 0, 1, ..., in the order of time."""
+        tokens = [(place, 0, self.placeholders["video"]) for place in places]
+        tokens += [(float(place), 1, self.placeholders["audio"]) for place in range(clips)]
+        return "".join(token for _, _, token in sorted(tokens))
 
 
 def _turn_sizes(places: Sequence[float], turn: int) -> list[int]:

@@ -7,11 +7,11 @@ import binascii
 import re
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veomni.data.multimodal.limits import MediaLimits
+from veomni.data.multimodal.limits import DEFAULT_LIMITS, MediaLimits
 from veomni.errors import MediaError
 
 Fetch = Callable[[str], bytes]
@@ -37,7 +37,7 @@ class MediaReader:
 
     root: Path = Path()
     fetch: Fetch | None = None
-    limits: MediaLimits = field(default_factory=MediaLimits)
+    limits: MediaLimits = DEFAULT_LIMITS
 
     def __call__(self, reference: Any) -> tuple[str, bytes]:
         """Return a name for messages, and the content.
@@ -69,9 +69,7 @@ class MediaReader:
             if not head.lower().endswith(";base64"):
                 raise MediaError(f"{head[:40]}: a data URL that is not base64", "encode it as base64")
             return head[:40], self._decode(head[:40], body)
-        if _URL.match(text):
-            return text, self._from_url(text)
-        return text, self._from_file(text)
+        return text, self._from_url(text) if _URL.match(text) else self._from_file(text)
 
     def _from_object(self, reference: Mapping[str, Any]) -> tuple[str, bytes]:
         path = reference.get("path")
@@ -107,9 +105,8 @@ class MediaReader:
         try:
             path = (root / text).resolve()
             if not path.is_relative_to(root):
-                raise MediaError(
-                    f"{text}: outside {root}", "set root to a directory that holds all media", "MediaReader.root"
-                )
+                fix = "set root to a directory that holds all media"
+                raise MediaError(f"{text}: outside {root}", fix, "MediaReader.root")
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # a device or a pipe could be read for ever
                 raise MediaError(f"{text}: not a regular file", "give a file")

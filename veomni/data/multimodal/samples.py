@@ -2,28 +2,71 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.micro_batch import MicroBatch
 from veomni.data.multimodal.collate import MultimodalCollator
-from veomni.data.multimodal.skipping import SkipBadMedia
-from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument, PlannedMedia
+from veomni.data.multimodal.media_decoder import PlannedMedia
+from veomni.data.multimodal.transform import CompactSample, MultimodalTransform, PlannedDocument
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
 from veomni.data.text.samples import Made, Piece, Row, Sample, TextSamples, name_documents
 from veomni.data.text.tokens import Tokens
-from veomni.errors import ConfigError
+from veomni.errors import ConfigError, DataError, MediaError
+from veomni.logging import create_logger
+
+logger = create_logger(__name__)
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+class SkipBadMedia:
+    """Gives None for a record whose media cannot be used, and says so.
+
+    Only :class:`MediaError` is skipped: a malformed conversation is an error all the same. Worker processes that are
+    started with it count together.
+
+    Args:
+        max_skipped: How many records may be left out before it is an error.
+    """
+
+    def __init__(self, max_skipped: Annotated[int, Ge(0)] = 100) -> None:
+        self.max_skipped = max_skipped
+        self._skipped = multiprocessing.get_context("spawn").Value("q", 0)
+
+    @property
+    def skipped(self) -> int:
+        """Records left out so far, by all workers."""
+        return int(self._skipped.value)
+
+    def __call__(self, make: Callable[[S], T], given: S) -> T | None:
+        """Return what is made, or None.
+
+        Raises:
+            DataError: the conversation is malformed, or more than ``max_skipped`` records were to be left out.
+        """
+        try:
+            return make(given)
+        except MediaError as error:
+            with self._skipped.get_lock():
+                self._skipped.value += 1
+                skipped = self._skipped.value
+            if skipped > self.max_skipped:
+                problem = f"{skipped} records have media that cannot be used, the last one: {error.problem}"
+                raise DataError(problem, "fix them, or raise max_skipped", "SkipBadMedia.max_skipped") from error
+            logger.warning("left out record %s of at most %s: %s", skipped, self.max_skipped, error.problem)
+            return None
 
 
 class MediaSamples:
@@ -94,11 +137,14 @@ class MediaSamples:
         planned = sample.piece.content
         if not isinstance(planned, PlannedDocument):  # a text
             return sample
-        made = self._kept(self._transform.finish_compactly, planned)
+        made = self._kept(self._decoded, planned)
         if made is None:
             return None
         arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in made.items()}
         return replace(sample, piece=sample.piece._replace(content=arrays))
+
+    def _decoded(self, planned: PlannedDocument) -> CompactSample:
+        return self._transform.compact_sample(self._transform.decode(planned))
 
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows; here pixels are normalized, each written once."""

@@ -17,7 +17,7 @@ from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.limits import MediaLimits
 from veomni.data.multimodal.processors import MediaSettings, build_family, settings_of
 from veomni.data.multimodal.reader import MediaReader
-from veomni.data.multimodal.skipping import SkipBadMedia
+from veomni.data.multimodal.samples import SkipBadMedia
 from veomni.data.multimodal.transform import MultimodalTransform
 from veomni.data.sources.cache import cache_directory
 from veomni.data.sources.fetch import Fetch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +14,15 @@ from torch import Tensor
 
 from veomni.data.multimodal.audio_clip import AudioClip, mono
 from veomni.data.multimodal.frames import (
-    Frames,
     TorchcodecCannotError,
     VideoDecoder,
     pyav_frames,
     torchcodec_frames,
 )
-from veomni.data.multimodal.limits import MediaLimits
+from veomni.data.multimodal.limits import DEFAULT_LIMITS, MediaLimits, unusable
 from veomni.data.multimodal.patches import resize_frames
-from veomni.data.multimodal.resizing import Size
-from veomni.errors import MediaError, MissingExtraError
+from veomni.data.multimodal.processor_rules import Size
+from veomni.errors import MissingExtraError
 from veomni.logging import create_logger
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
+_MICROSECONDS = 1_000_000  # FFmpeg's unit of durations
 # Of FFmpeg's formats, those that hold their media themselves: a playlist would make it open other files and addresses.
 _FORMATS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,gif"
-_REPLACE = "replace the file, or remove the record"
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,13 @@ class VideoReading:
     decoder: VideoDecoder = "pyav"
 
 
-def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLimits | None = None) -> Video:
-    """Decode a video.
-
-    Args:
-        content: A file's bytes.
-        name: Names the video, for messages.
-        reading: What is taken from it.
-        limits: Bounds on bytes, pixels and seconds.
+def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLimits = DEFAULT_LIMITS) -> Video:
+    """Decode a video; ``content`` is a file's bytes, ``name`` names it in messages.
 
     Raises:
         MediaError: it is no video, damaged, cut short, or beyond the limits.
         MissingExtraError: PyAV is not installed.
     """
-    limits = limits or MediaLimits()
     try:
         import av
     except ImportError as error:
@@ -111,34 +104,36 @@ def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLi
                 audio = _audio_track(container, name, reading.audio_rate)
             return Video(frames, indices, total, fps, audio)
     except av.error.FFmpegError as error:
-        raise MediaError(f"{name}: no video that can be read ({error.strerror})", _REPLACE) from error
+        raise unusable(f"{name}: no video that can be read ({error.strerror})") from error
 
 
 def _checked(container: InputContainer, name: str, limits: MediaLimits) -> tuple[int, float]:
-    """Return number of frames and frames per second, of a video that says nothing against the limits."""
+    """Return number of frames and frames per second of a video whose header keeps to the limits and is true."""
     if not container.streams.video:
-        raise MediaError(f"{name}: no images in it", _REPLACE)
+        raise unusable(f"{name}: no images in it")
     stream = container.streams.video[0]
     _check_codec(stream, name)
     limits.check_image(name, stream.codec_context.width, stream.codec_context.height)
     if container.duration:
-        limits.check_duration(name, container.duration / 1_000_000)
+        limits.check_duration(name, container.duration / _MICROSECONDS)
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
-        raise MediaError(f"{name}: no frames per second in it", _REPLACE)
+        raise unusable(f"{name}: no frames per second in it")
     packets = [packet for packet in container.demux(stream) if packet.size > 0]
     if not packets:
-        raise MediaError(f"{name}: no frames in it", _REPLACE)
+        raise unusable(f"{name}: no frames in it")
     limits.check_duration(name, len(packets) / float(rate))
     if len(packets) < stream.frames:
-        raise MediaError(f"{name}: ends after {len(packets)} of {stream.frames} frames", _REPLACE)
-    _check_complete(name, packets, _promised_seconds(container))
+        raise unusable(f"{name}: ends after {len(packets)} of {stream.frames} frames")
+    promised, last = _promised_seconds(container), max((one.pts or 0) * (one.time_base or 0) for one in packets)
+    if promised is not None and promised - last > max(1.0, 0.05 * promised):
+        raise unusable(f"{name}: ends at second {float(last):.1f} of {promised:.1f}")
     return len(packets), float(rate)
 
 
 def _check_codec(stream: Stream, name: str) -> None:
     if getattr(stream, "codec_context", None) is None:  # FFmpeg has no decoder for it
-        raise MediaError(f"{name}: the {stream.type} has an unsupported codec", _REPLACE)
+        raise unusable(f"{name}: the {stream.type} has an unsupported codec")
 
 
 def _promised_seconds(container: InputContainer) -> float | None:
@@ -147,39 +142,31 @@ def _promised_seconds(container: InputContainer) -> float | None:
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     alone = len(container.streams) == 1  # otherwise the audio clip may last longer
-    return container.duration / 1_000_000 if alone and container.duration else None
-
-
-def _check_complete(name: str, packets: Sequence[Any], promised: float | None) -> None:
-    last = max((packet.pts or 0) * (packet.time_base or 0) for packet in packets)
-    if promised is not None and promised - last > max(1.0, 0.05 * promised):
-        problem = f"{name}: ends at second {float(last):.1f} of {promised:.1f}"
-        raise MediaError(problem, _REPLACE)
+    return container.duration / _MICROSECONDS if alone and container.duration else None
 
 
 def _frames(
     container: InputContainer, content: bytes, name: str, total: int, indices: Sequence[int], reading: VideoReading
 ) -> Tensor:
+    def resized(pixels: Tensor) -> Tensor:
+        return resize_frames(pixels[None], reading.size(len(indices), *pixels.shape[1:]))[0]
+
     wanted = set(indices)
+    found: dict[int, Tensor] | None = None
     if reading.decoder == "torchcodec":
+        decoded = torchcodec_frames(content, container.streams.video[0], total, wanted)
         try:
-            found = torchcodec_frames(content, container.streams.video[0], total, wanted)
-            return _resized(found, name, indices, reading)
+            found = {index: resized(pixels) for index, pixels in decoded}
         except TorchcodecCannotError as reason:
             logger.warning_once("some videos are decoded by PyAV, torchcodec cannot: %s", reason)
-    container.seek(0)
-    return _resized(pyav_frames(container, name, wanted), name, indices, reading)
-
-
-def _resized(frames: Frames, name: str, indices: Sequence[int], reading: VideoReading) -> Tensor:
-    found = {
-        index: resize_frames(pixels[None], reading.size(len(indices), *pixels.shape[1:]))[0] for index, pixels in frames
-    }
-    missing = sorted(set(indices) - found.keys())
+    if found is None:
+        container.seek(0)
+        found = {index: resized(pixels) for index, pixels in pyav_frames(container, name, wanted)}
+    missing = sorted(wanted - found.keys())
     if missing:
-        raise MediaError(f"{name}: frame {missing[0] + 1} and what follows cannot be decoded", _REPLACE)
+        raise unusable(f"{name}: frame {missing[0] + 1} and what follows cannot be decoded")
     if len({frame.shape for frame in found.values()}) > 1:
-        raise MediaError(f"{name}: its frames change their size", _REPLACE)
+        raise unusable(f"{name}: its frames change their size")
     return torch.stack([found[index] for index in indices])
 
 
@@ -187,12 +174,10 @@ def _audio_track(container: InputContainer, name: str, rate: int) -> AudioClip:
     from av.audio.resampler import AudioResampler
 
     _check_codec(container.streams.audio[0], name)
-    floats = AudioResampler(format="fltp")
+    floats, given_rate = AudioResampler(format="fltp"), rate
     pieces: list[Any] = []
-    given_rate = rate
-    for frame in container.decode(audio=0):
-        given_rate = frame.sample_rate
+    for frame in chain(container.decode(audio=0), [None]):  # None takes what the resampler still holds
+        given_rate = frame.sample_rate if frame else given_rate
         pieces += [piece.to_ndarray() for piece in floats.resample(frame)]
-    pieces += [piece.to_ndarray() for piece in floats.resample(None)]
     channels = np.concatenate(pieces, axis=1) if pieces else np.empty((1, 0), np.float32)
     return mono(channels, name, given_rate, rate)

@@ -9,7 +9,7 @@ from typing import Any
 
 from veomni.data.sources.records import MEDIA_KEYS, Conversation, Document, conversation_of
 from veomni.errors import DataError
-from veomni.models.omni import DECODERS
+from veomni.families.omni import DECODERS
 
 KINDS = tuple(MEDIA_KEYS)
 """``image``, ``video`` and ``audio``."""

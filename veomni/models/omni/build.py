@@ -1,18 +1,62 @@
-"""Put a composed model together from parts that exist already."""
+"""What a composed model is made of, as data, and one put together from parts that exist already."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from veomni.errors import ModelError
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.build.config import build_config, find_directory
 from veomni.models.build.model import build_model
+from veomni.models.loader import config_class
 from veomni.models.weights.safetensors_files import has_safetensors
+
+
+class OmniConfig(PreTrainedConfig):
+    """Encoders, a foundation and decoders.
+
+    Args:
+        text_config: The language foundation's configuration, or its values with a ``model_type``.
+        vision_config: The image encoder's; None for none.
+        audio_config: The audio encoder's; None for none.
+        decoders: Name of a decoder (``veomni.families.omni.DECODERS``) to its values.
+        image_token_id: The placeholder of image features.
+        audio_token_id: The placeholder of audio features.
+        kwargs: ``codes_token_id`` and so on, the placeholder of each decoder, where conversations are to be read; and
+            what every configuration has.
+    """
+
+    model_type = "omni"
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = dict.fromkeys(
+        ("text_config", "vision_config", "audio_config"), PreTrainedConfig
+    )
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        vision_config: Any = None,
+        audio_config: Any = None,
+        decoders: dict[str, dict[str, Any]] | None = None,
+        image_token_id: int | None = None,
+        audio_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _part({"model_type": "qwen3"} if text_config is None else text_config)
+        self.vision_config, self.audio_config = _part(vision_config), _part(audio_config)
+        self.decoders = decoders or {}
+        self.image_token_id, self.audio_token_id = image_token_id, audio_token_id
+        super().__init__(**kwargs)
+
+
+def _part(values: Any) -> Any:
+    if values is None or not isinstance(values, dict):
+        return values
+    return config_class(values["model_type"]).from_dict(values)
 
 
 def build_omni_model(
@@ -39,8 +83,6 @@ def build_omni_model(
     Raises:
         ModelError: an encoder has no placeholder, or a part cannot be built.
     """
-    from veomni.models.omni.configuration import OmniConfig
-
     sources = {"foundation": foundation, "image_encoder": image_encoder, "audio_encoder": audio_encoder}
     given = {name: source for name, source in sources.items() if source is not None}
     configs = {name: build_config(source) for name, source in given.items()}

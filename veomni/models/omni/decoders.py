@@ -1,68 +1,18 @@
-"""Decoders of a composed model: what it generates besides text, token by token after the foundation.
-
-A decoder places its inputs at their tokens, and predicts from the foundation's hidden states what comes next. Its loss
-is a mean over its own tokens, where a field of the document is not negative (``Field.counts``).
-"""
+"""The decoders of composed models."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veomni.batch.fields import IGNORE_INDEX
-from veomni.registry import Registry
-
-
-class Decoder(nn.Module):
-    """What a composed model generates beside text.
-
-    Attributes:
-        keys: Keys of a batch that are its own.
-    """
-
-    keys: ClassVar[tuple[str, ...]] = ()
-
-    @staticmethod
-    def read(values: Any, **options: Any) -> dict[str, Tensor]:
-        """Return the values of a record as tensors ``[tokens, ...]``; ``options`` are the configuration's.
-
-        Raises:
-            ValueError: they are not what the decoder generates.
-        """
-        raise NotImplementedError
-
-    @staticmethod
-    def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the keys that follow from a document, ``[seq, ...]``: what comes next at each of its tokens."""
-        raise NotImplementedError
-
-    def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the foundation's inputs ``[batch, seq, hidden]`` with this decoder's in their places."""
-        raise NotImplementedError
-
-    def loss(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean loss over this decoder's tokens, zero where there are none.
-
-        Args:
-            hidden: The foundation's hidden states, ``[batch, seq, hidden]``.
-            batch: The decoder's keys, those that the batch has.
-        """
-        raise NotImplementedError
-
-
-DECODERS: Registry[type[Decoder]] = Registry("decoder of a composed model")
-"""Name of a decoder to its class; called with the foundation's hidden size and the configuration's values."""
-
-
-def _follow(values: Tensor, fill: float) -> Tensor:
-    """Return what comes next at each token of a document."""
-    return torch.cat([values[1:], torch.full_like(values[:1], fill)])
+from veomni.batch.fields import FIELDS, IGNORE_INDEX
+from veomni.families.omni import DECODERS, Decoder
 
 
 @DECODERS.register("codes")
@@ -98,21 +48,18 @@ class Codes(Decoder):
     @staticmethod
     def document(sample: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return ``codes_next`` ``[seq]``: the entry that follows, -100 where none does."""
-        return {"codes_next": _follow(sample["codes"], IGNORE_INDEX)}
+        return {"codes_next": _following(sample["codes"], IGNORE_INDEX)}
 
     def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Put the embeddings of entries at their tokens."""
-        codes = batch.get("codes")
-        codes = torch.full(embeds.shape[:2], IGNORE_INDEX, device=embeds.device) if codes is None else codes
+        codes = _field(batch, "codes", embeds)
         there = codes >= 0
         placed = self.projection(self.embedding(codes[there]))
         return embeds.masked_scatter(there.unsqueeze(-1), placed.to(embeds.dtype))
 
     def loss(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy of the entries that follow."""
-        targets = batch.get("codes_next")
-        if targets is None:
-            targets = torch.full(hidden.shape[:2], IGNORE_INDEX, device=hidden.device)
+        targets = _field(batch, "codes_next", hidden)
         supervised = targets >= 0
         logits = self.head(self.norm(hidden[supervised]))
         wide = logits if logits.dtype is torch.float64 else logits.float()
@@ -172,40 +119,35 @@ class Latents(Decoder):
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
         noise = torch.randn(latents.shape, generator=generator)
         time = torch.rand(len(latents), generator=generator)
-        follows = _follow(place, -1.0)
+        follows = _following(place, -1.0)
         return {
             "latents_place": place,
-            "latents_next": _follow(latents, 0.0),
+            "latents_next": _following(latents, 0.0),
             "latents_noise": noise.to(latents.dtype),
             "latents_time": torch.where(follows >= 0, time.to(follows.dtype), follows),
         }
 
     def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Put projected latents at their tokens."""
-        place = batch.get("latents_place")
-        place = embeds.new_full(embeds.shape[:2], -1.0) if place is None else place
-        latents = batch.get("latents")
-        latents = embeds.new_zeros(*place.shape, self.projection.in_features) if latents is None else latents
-        there = place >= 0
+        there = _field(batch, "latents_place", embeds) >= 0
+        latents = _field(batch, "latents", embeds, self.projection.in_features)
         placed = self.projection(latents[there].to(embeds.dtype))
         return embeds.masked_scatter(there.unsqueeze(-1), placed.to(embeds.dtype))
 
     def loss(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the squared error of the velocity, averaged over channels and tokens."""
-        time = batch.get("latents_time")
-        time = hidden.new_full(hidden.shape[:2], -1.0) if time is None else time
+        time = _field(batch, "latents_time", hidden)
         supervised = time >= 0
-        channels = self.projection.in_features
-        next_, noise = (
-            batch[key][supervised].to(hidden.dtype) if key in batch else hidden.new_zeros(0, channels)
+        latents, noise = (
+            _field(batch, key, hidden, self.projection.in_features)[supervised].to(hidden.dtype)
             for key in ("latents_next", "latents_noise")
-        )  # fmt: skip
+        )
         moment = time[supervised].to(hidden.dtype)[:, None]
-        state = self.noisy((1 - moment) * noise + moment * next_) + self.condition(hidden[supervised])
+        state = self.noisy((1 - moment) * noise + moment * latents) + self.condition(hidden[supervised])
         state = state + self.time(_waves(moment, self.time.in_features))
         for layer in self.layers:
             state = layer(state)
-        error = self.velocity(F.silu(state)) - (next_ - noise)
+        error = self.velocity(F.silu(state)) - (latents - noise)
         return error.square().mean(-1).sum() / supervised.sum().clamp(min=1)
 
 
@@ -219,6 +161,17 @@ class _Residual(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         result: Tensor = state + self.linear_2(F.silu(self.linear_1(self.norm(state))))
         return result
+
+
+def _field(batch: Mapping[str, Tensor], key: str, like: Tensor, *channels: int) -> Tensor:
+    """Return a field ``[batch, seq, ...]`` of a batch, or its padding: then no token is this decoder's."""
+    absent = (*like.shape[:2], *channels)
+    return batch[key] if key in batch else torch.full(absent, FIELDS.get(key).pad, device=like.device)
+
+
+def _following(values: Tensor, fill: float) -> Tensor:
+    """Return what comes next at each token of a document."""
+    return torch.cat([values[1:], torch.full_like(values[:1], fill)])
 
 
 def _waves(moment: Tensor, width: int) -> Tensor:

@@ -1,38 +1,15 @@
-"""Encoders of a composed model: how the features of each item come out of a transformers encoder."""
+"""The encoders of composed models: how the features of each item come out of an encoder of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veomni.errors import DataError
-from veomni.models.transformers_api.encoders import padded_audio_lengths
-from veomni.models.transformers_api.masks import bidirectional_mask
-from veomni.registry import Registry
-
-Encode = Callable[[Any, Tensor, Tensor | None], list[Tensor]]
-"""From the module, its values and sizes to the features ``[tokens, channels]`` of each item."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How to encode with a module of transformers.
-
-    Attributes:
-        encode: Does it.
-        image_processor: transformers' class that makes its pixels, without "Pil"; None for audio.
-    """
-
-    encode: Encode
-    image_processor: str | None = None
-
-
-ENCODERS: Registry[Encoder] = Registry("encoder of a composed model")
-"""transformers' model type of an encoder to how it is used; ``register`` adds one of your own."""
+from veomni.families.omni import ENCODERS, Encoder
+from veomni.models.transformers_api.encoders import encode_padded_audio
 
 
 def encode_square(encoder: Any, pixel_values: Tensor, sizes: Tensor | None) -> list[Tensor]:
@@ -58,11 +35,8 @@ def encode_audio(encoder: Any, input_features: Tensor, mask: Tensor | None) -> l
     """Encode mel features ``[clips, mels, frames]`` that are padded to the encoder's span."""
     if mask is None:
         raise DataError("audio has no feature_attention_mask", "give what the processor returns")
-    frames, counts = padded_audio_lengths(encoder, mask)
-    places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=mask.device)
-    seen = bidirectional_mask(encoder.config, places < frames[:, None], _dtype(encoder))
-    hidden = encoder(input_features.to(_dtype(encoder)), attention_mask=seen).last_hidden_state
-    return [clip[:count] for clip, count in zip(hidden, counts.tolist(), strict=True)]
+    output, counts = encode_padded_audio(encoder, input_features.to(_dtype(encoder)), mask)
+    return [clip[:count] for clip, count in zip(output.last_hidden_state, counts.tolist(), strict=True)]
 
 
 ENCODERS.register("siglip_vision_model")(Encoder(encode_square, "SiglipImageProcessor"))
@@ -87,12 +61,7 @@ def _dtype(encoder: nn.Module) -> torch.dtype:
 
 
 class Projector(nn.Module):
-    """From an encoder's channels to the foundation's: a norm, and two layers with GELU between.
-
-    Args:
-        channels: Of the encoder.
-        hidden_size: Of the foundation.
-    """
+    """From an encoder's channels to the foundation's: a norm, and two layers with GELU between."""
 
     def __init__(self, channels: int, hidden_size: int) -> None:
         super().__init__()

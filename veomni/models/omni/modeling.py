@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from veomni.errors import DataError, ModelError
+from veomni.families.omni import DECODERS, ENCODERS
 from veomni.models.build.plan import derive_plan
-from veomni.models.omni.configuration import OmniConfig
-from veomni.models.omni.decoders import DECODERS
-from veomni.models.omni.encoders import ENCODERS, Projector, feature_channels
+from veomni.models.omni.build import OmniConfig
+from veomni.models.omni.encoders import Projector, feature_channels
 from veomni.parallel.plan import ParallelPlan
 
 
@@ -29,8 +29,7 @@ class OmniOutput:
 
     Attributes:
         loss: The sum of all losses of this micro-batch; None without labels.
-        losses: By component: "text", then the decoders'; each the mean over its own tokens; for
-            ``Launcher.backward``.
+        losses: By component: "text", then the decoders'; each the mean over its own tokens, for ``Launcher.backward``.
         logits: The foundation's, ``[batch, seq, vocab]``.
     """
 
@@ -40,11 +39,7 @@ class OmniOutput:
 
 
 class OmniModel(PreTrainedModel):
-    """Encoders, a foundation and decoders in one module.
-
-    Args:
-        config: What it is made of.
-    """
+    """Encoders, a foundation and decoders in one module."""
 
     config_class = OmniConfig
     base_model_prefix = "omni"
@@ -63,12 +58,10 @@ class OmniModel(PreTrainedModel):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.foundation = AutoModelForCausalLM.from_config(config.text_config)
-        if config.vision_config is not None:
-            self.image_encoder = AutoModel.from_config(config.vision_config)
-            self.image_projector = Projector(feature_channels(config.vision_config), hidden_size)
-        if config.audio_config is not None:
-            self.audio_encoder = AutoModel.from_config(config.audio_config)
-            self.audio_projector = Projector(feature_channels(config.audio_config), hidden_size)
+        for kind, encoder in (("image", config.vision_config), ("audio", config.audio_config)):
+            if encoder is not None:
+                self.add_module(f"{kind}_encoder", AutoModel.from_config(encoder))
+                self.add_module(f"{kind}_projector", Projector(feature_channels(encoder), hidden_size))
         self.decoders: Any = nn.ModuleDict(
             {name: DECODERS.get(name)(hidden_size, **values) for name, values in config.decoders.items()}
         )
@@ -84,15 +77,12 @@ class OmniModel(PreTrainedModel):
 
     def get_parallel_plan(self) -> ParallelPlan:
         """Return the plans of all components, each derived separately."""
-        plans = {name: derive_plan(self.get_submodule(name)) for name in self.component_names}
-        return ParallelPlan(
-            **{
-                field.name: tuple(
-                    f"{name}.{inner}" for name, plan in plans.items() for inner in getattr(plan, field.name)
-                )
-                for field in fields(ParallelPlan)
-            }
-        )
+        joined: dict[str, tuple[str, ...]] = {field.name: () for field in fields(ParallelPlan)}
+        for name in self.component_names:
+            plan = derive_plan(self.get_submodule(name))
+            for key in joined:
+                joined[key] += tuple(f"{name}.{inner}" for inner in getattr(plan, key))
+        return ParallelPlan(**joined)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the foundation's."""
@@ -110,23 +100,25 @@ class OmniModel(PreTrainedModel):
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Any:
         """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each image."""
-        encode = ENCODERS.get(self.config.vision_config.model_type).encode
-        pieces = encode(self.image_encoder, pixel_values, image_grid_thw)
-        return SimpleNamespace(pooler_output=self._projected(self.image_projector, pieces))
+        return self._encoded("image", self.config.vision_config, pixel_values, image_grid_thw)
 
     def get_audio_features(self, input_features: Tensor, feature_attention_mask: Tensor | None = None) -> Any:
         """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each audio clip."""
-        encode = ENCODERS.get(self.config.audio_config.model_type).encode
-        pieces = encode(self.audio_encoder, input_features, feature_attention_mask)
-        return SimpleNamespace(pooler_output=self._projected(self.audio_projector, pieces))
+        return self._encoded("audio", self.config.audio_config, input_features, feature_attention_mask)
+
+    def _encoded(self, kind: str, config: Any, values: Tensor, sizes: Tensor | None) -> Any:
+        encoder, projector = self.get_submodule(f"{kind}_encoder"), self.get_submodule(f"{kind}_projector")
+        pieces = ENCODERS.get(config.model_type).encode(encoder, values, sizes)
+        projected = projector(torch.cat(pieces)).split([len(piece) for piece in pieces])
+        return SimpleNamespace(pooler_output=tuple(projected))
 
     def get_placeholder_mask(self, input_ids: Tensor, token: int, features: Tensor) -> Tensor:
         """Return where features go, bool ``[batch, seq, 1]``; as many as there are, or a ``DataError``."""
         places = input_ids == token
         if int(places.sum()) != len(features):
+            problem = f"the batch has {int(places.sum())} placeholders (token {token}) for {len(features)} features"
             raise DataError(
-                f"the batch has {int(places.sum())} placeholders (token {token}) for {len(features)} features",
-                "give each image and audio clip as many placeholders as its encoder makes features",
+                problem, "give each image and audio clip as many placeholders as its encoder makes features"
             )
         return places.unsqueeze(-1)
 
@@ -153,7 +145,7 @@ class OmniModel(PreTrainedModel):
             pixel_values: As the image encoder takes them.
             image_grid_thw: Sizes of images given as patches, ``[images, 3]``.
             input_features: As the audio encoder takes them.
-            feature_attention_mask: Which frames hold something, ``[clips, frames]``.
+            feature_attention_mask: Which frames hold audio, ``[clips, frames]``.
             past_key_values: As the foundation takes it.
             kwargs: The decoders' keys; the rest goes to the foundation.
         """
@@ -181,10 +173,6 @@ class OmniModel(PreTrainedModel):
 
     def _keep_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
         self._hidden[:] = [output[0]]
-
-    def _projected(self, projector: nn.Module, pieces: list[Tensor]) -> tuple[Tensor, ...]:
-        projected = projector(torch.cat(pieces))
-        return tuple(projected.split([len(piece) for piece in pieces]))
 
     def _place(self, embeds: Tensor, tokens: Tensor, token: int, encoded: Any) -> Tensor:
         features = torch.cat(encoded.pooler_output)

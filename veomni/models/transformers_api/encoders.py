@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from veomni.models.transformers_api.masks import bidirectional_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -89,12 +92,15 @@ def audio_lengths(encoder: Any) -> Callable[[Tensor], tuple[Tensor | None, Tenso
     return lambda frames: (None, function(frames, **options))
 
 
-def padded_audio_lengths(encoder: Any, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the frames after the convolutions and the features of each clip, for an encoder of Whisper's family.
+def encode_padded_audio(encoder: Any, input_features: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+    """Return the output of an encoder of Whisper's family, which does not see padding, and the features of each clip.
 
     Args:
         encoder: The encoder.
-        mask: Which mel frames hold audio, ``[clips, frames]``.
+        input_features: Mel features ``[clips, mels, frames]``, padded to the encoder's span.
+        mask: Which frames hold audio, ``[clips, frames]``.
     """
-    lengths: tuple[Tensor, Tensor] = encoder._get_feat_extract_output_lengths(mask.sum(-1))
-    return lengths
+    frames, features = encoder._get_feat_extract_output_lengths(mask.sum(-1))
+    places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=input_features.device)
+    seen = bidirectional_mask(encoder.config, places < frames[:, None], input_features.dtype)
+    return encoder(input_features, attention_mask=seen), features

@@ -1,14 +1,13 @@
 """Calls of encoders: every image, video or audio clip is an item, and ranks can share the items of a call.
 
-Features enter a transformers model through one method per modality (``get_image_features`` ...). On the instance each
-is replaced by a :class:`TowerCall`, which can encode any of its items; an :data:`Exchange` chooses them. A call without
-an item encodes the smallest legal dummy and returns no feature of it: nothing is added anywhere, and yet every
-collective and every gradient of the encoder takes place.
+Features enter a transformers model through one method per modality (``get_image_features`` ...), which a
+:class:`TowerCall` replaces on the instance.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,15 +18,13 @@ from torch import Tensor
 
 _TEXT_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
+# Whether an encoder runs, of any modality: Qwen3-VL's videos go through the method of images.
 _encoding: ContextVar[bool] = ContextVar("veomni_encoding", default=False)
-"""Whether an encoder runs, of any modality: Qwen3-VL's videos go through the method of images."""
 
 Encode = Callable[["Items"], list[list[Tensor]]]
 """From items to streams (the features, then those of every deepstack layer), each one ``[tokens, hidden]`` an item."""
-
 Exchange = Callable[["Items", Encode], list[Tensor]]
 """Encodes this rank's items with other ranks; returns each stream's ``[tokens, hidden]`` for this rank's tokens."""
-
 Balance = Callable[["Items", Encode], list[list[Tensor]]]
 """Encodes this rank's items on the least loaded ranks; returns what ``Encode`` does, at least an empty piece each."""
 
@@ -64,23 +61,24 @@ class Items:
         kind: The modality.
         values: ``[patches, channels]`` or ``[items, ...]``.
         sizes: ``[items, 3]`` or ``[items, frames]``; None where there are none.
-        lengths: Rows of ``values`` that each item has.
+        grids: Frames, height and width of each item in patches; empty where ``values`` has an entry per item.
     """
 
     kind: TowerKind
     values: Tensor
     sizes: Tensor | None
-    lengths: list[int] = field(init=False)
+    grids: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.kind.patches:
-            assert self.sizes is not None
-            self.lengths = self.sizes.prod(-1).tolist()
-        else:
-            self.lengths = [1] * len(self.values)
+        self.grids = self.sizes.tolist() if self.kind.patches and self.sizes is not None else []
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of ``values`` that each item has."""
+        return [math.prod(grid) for grid in self.grids] if self.kind.patches else [1] * len(self.values)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.grids) if self.kind.patches else len(self.values)
 
     def __getitem__(self, chosen: Sequence[int]) -> Items:
         """Return the items at the given places, in that order."""
@@ -92,14 +90,17 @@ class Items:
     def costs(self) -> list[int]:
         """The cost of encoding each item, in patches: quadratic in a frame for attention, linear for the rest."""
         if not self.kind.patches:
-            return [int(self.values[0].numel())] * len(self) if len(self) else []
-        assert self.sizes is not None
-        return [frames * (height * width) ** 2 // 1024 + frames * height * width
-                for frames, height, width in self.sizes.tolist()]  # fmt: skip
+            return [item.numel() for item in self.values]
+        return [
+            frames * (height * width) ** 2 // 1024 + frames * height * width for frames, height, width in self.grids
+        ]
 
 
 class TowerCall:
-    """Replaces the method of an encoder's owner.
+    """Replaces the method of an encoder's owner, and can encode any of its items.
+
+    A call without an item encodes the smallest legal dummy and returns no feature of it: nothing is added anywhere, and
+    yet every collective and every gradient of the encoder takes place.
 
     Args:
         encode: The owner's own method.
@@ -120,18 +121,16 @@ class TowerCall:
         dummy: Callable[[torch.device], Items],
         counts: Callable[[Items], list[int]] | None = None,
     ) -> None:
-        self.kind, self.exchange, self.balance = kind, None, None
+        self.kind, self.dummy, self.counts = kind, dummy, counts
+        self.exchange: Exchange | None = None
+        self.balance: Balance | None = None
         self.precomputed: dict[str, Any] = {}
-        self._encode, self._make_dummy, self._counts = encode, dummy, counts
-        self._parameters = inspect.signature(encode)
+        self._encode, self._parameters = encode, inspect.signature(encode)
         self._absent: Tensor | None = None
-
-    exchange: Exchange | None
-    balance: Balance | None
 
     def stand_in(self, device: torch.device) -> Tensor:
         """Return a dummy to pass to the model as values; the call recognises it by identity."""
-        self._absent = self._make_dummy(device).values
+        self._absent = self.dummy(device).values
         return self._absent
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -139,21 +138,17 @@ class TowerCall:
         """Encode, as the owner's own method does."""
         if _encoding.get():
             return self._encode(*args, **kwargs)
-        bound = self._parameters.bind(*args, **kwargs)
-        given, rest = bound.arguments, dict(bound.arguments.get("kwargs", {}))
-        rest = {name: value for name, value in rest.items() if name not in _TEXT_BOUNDARIES}
+        given = dict(self._parameters.bind(*args, **kwargs).arguments)
+        given |= {name: value for name, value in given.pop("kwargs", {}).items() if name not in _TEXT_BOUNDARIES}
         values = given[self.kind.values]
         absent = values is self._absent and values is not None
         self._absent = None
         if not absent and self.exchange is None and self.balance is None:
-            named = {name: value for name, value in given.items() if name != "kwargs"}
-            return self.encode(**{**named, **rest, **self.precomputed})
+            return self.encode(**(given | self.precomputed))
         # What a loader precomputed is of all items in their order, and so of no use to another choice of them.
-        fixed = {name: value for name, value in given.items() if name not in ("kwargs", self.kind.values)}
         sizes = given.get(self.kind.sizes) if self.kind.sizes else None
-        items = self._make_dummy(values.device)[[]] if absent else Items(self.kind, values, sizes)
-        encoder = _Encoder(self, {**fixed, **rest})
-        balance = self.balance
+        items = self.dummy(values.device)[[]] if absent else Items(self.kind, values, sizes)
+        encoder, balance = _Encoder(self, given), self.balance
         encode: Encode = encoder if balance is None else lambda items: balance(items, encoder)
         if self.exchange is None:
             streams = [torch.cat(stream) for stream in encode(items)]
@@ -192,7 +187,7 @@ class _Encoder:
     def __call__(self, items: Items) -> list[list[Tensor]]:
         empty = not len(items)
         if empty:
-            items = self.call._make_dummy(items.values.device)
+            items = self.call.dummy(items.values.device)
         kind = self.call.kind
         given = {**self.arguments, kind.values: items.values}
         if kind.sizes is not None:
@@ -205,8 +200,8 @@ class _Encoder:
         output = self.output
         pooled = output.last_hidden_state if _in_one_piece(self.call.kind, output) else output.pooler_output
         if isinstance(pooled, Tensor) and pooled.dim() == 2:
-            assert self.call._counts is not None
-            pooled = pooled.split(self.call._counts(items))
+            assert self.call.counts is not None
+            pooled = pooled.split(self.call.counts(items))
         streams = [list(pooled)]
         counts = [len(piece) for piece in streams[0]]
         for layer in getattr(output, "deepstack_features", None) or ():

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from veomni.batch.forward_call import ForwardCall
-from veomni.families.audio import EncodeAudio, PlaceAudio, mask_audio_padding, merges_audio_in_forward
+from veomni.families.encoders import (
+    EncodeAudio,
+    PlaceAudio,
+    mask_audio_padding,
+    merges_audio_in_forward,
+    unread_parameters,
+)
 from veomni.families.record import family_record
-from veomni.families.unread import unread_parameters
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.adapter.passes.placeholders import DistinguishPlaceholders

@@ -1,4 +1,4 @@
-"""Audio encoders that do not treat a clip alone, or place its features in their own way."""
+"""Encoders that families treat in their own way: audio padding and placement, parameters that no forward reads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from veomni.batch.forward_call import ForwardCall
 from veomni.errors import DataError
+from veomni.families.record import family_record
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
-from veomni.models.transformers_api.encoders import padded_audio_lengths
-from veomni.models.transformers_api.masks import bidirectional_mask
+from veomni.models.transformers_api.encoders import encode_padded_audio
+
+_HEADS = (
+    "vision_tower.head.", "vision_tower.vision_model.head.", "image_encoder.head.", "image_encoder.vision_model.head.",
+)  # fmt: skip
 
 
 def merges_audio_in_forward(owner: nn.Module) -> bool:
@@ -59,12 +63,10 @@ class EncodeAudio:
     def __call__(self, input_features: Tensor, feature_attention_mask: Tensor) -> Any:
         """Encode all clips, and keep the features that are not of padding."""
         encoder = self.owner.audio_tower
-        frames, features = padded_audio_lengths(encoder, feature_attention_mask)
-        places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=input_features.device)
-        mask = bidirectional_mask(encoder.config, places < frames[:, None], encoder.dtype)
-        output = encoder(input_features, attention_mask=mask)
+        output, features = encode_padded_audio(encoder, input_features.to(encoder.dtype), feature_attention_mask)
         hidden = self.owner.multi_modal_projector(output.last_hidden_state)
-        output.last_hidden_state = hidden[places[: hidden.shape[1]] < features[:, None]]
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        output.last_hidden_state = hidden[places < features[:, None]]
         return output
 
 
@@ -96,3 +98,31 @@ class PlaceAudio(InputPass):
         embeds = embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.dtype))
         call.kwargs |= dict.fromkeys(("input_ids", "input_features", "feature_attention_mask"))
         call.kwargs["inputs_embeds"] = embeds
+
+
+def unread_parameters(owner: Any) -> list[nn.Parameter]:
+    """Return the parameters of encoders that no forward reads.
+
+    They are the layers after the one whose features are taken (LLaVA takes the last but one), heads of encoders whose
+    output is not used, and what a family keeps for its checkpoints alone.
+    """
+    family = family_record(owner.config)
+    names = (*_HEADS, *family.unread)
+    found = [parameter for name, parameter in owner.named_parameters() if any(part in name for part in names)]
+    encoder: Any = getattr(owner, "image_encoder", None)
+    if getattr(encoder, "config", None) is not None:  # of a composed model
+        return found + (_post_norm(encoder) if encoder.config.model_type == "clip_vision_model" else [])
+    layer = getattr(owner.config, "vision_feature_layer", None)
+    tower = getattr(owner, "vision_tower", None)
+    if tower is None or layer is None or (family.after_last_norm and layer == -1):
+        return found
+    layers = next(child for child in tower.modules() if isinstance(child, nn.ModuleList))
+    hidden_states = len(layers) + 1
+    taken = {index % hidden_states for index in (layer if isinstance(layer, list | tuple) else [layer])}
+    for unused in layers[max(taken) :]:
+        found += unused.parameters()
+    return found + _post_norm(tower)
+
+
+def _post_norm(encoder: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in encoder.named_parameters() if "post_layernorm" in name]
