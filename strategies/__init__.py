@@ -1,12 +1,11 @@
 """Strategies: where parameters, gradients and samples live. Objects that people pass to a launcher."""
 
 from veomni.strategies.base import STRATEGIES, ParameterStrategy, SetupContext, Stage, Strategy
-from veomni.strategies.ddp import DDP
 from veomni.strategies.expert_parallel import ExpertParallel
 from veomni.strategies.fsdp1 import FSDP1
 from veomni.strategies.fsdp2 import FSDP2
+from veomni.strategies.replicated import DDP, Single
 from veomni.strategies.sequence import ContextParallel, Ulysses
-from veomni.strategies.single import Single
 from veomni.strategies.transforms.blocks import ActivationCheckpointing, Compile
 from veomni.strategies.transforms.encoder_balance import EncoderBalance
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from typing_extensions import override
 
-from veomni.batch.forward_call import ForwardCall
 from veomni.compat.collectives import broadcast_all
-from veomni.models.adapter import adapter as adapters
+from veomni.models.adapter.adapter import ModelAdapter
 from veomni.strategies.base import SetupContext, Stage, Strategy
 
 
@@ -24,23 +24,16 @@ class SharedBuffers(Strategy):
     stage = Stage.PRECISION
 
     @override
-    def transform(self, adapter: adapters.ModelAdapter, context: SetupContext) -> None:
-        places, group = _changing_buffers(adapter.model), context.state.group("loss")
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        model, places, group = adapter.model, _changing_buffers(adapter.model), context.state.group("loss")
+
+        def share(*call: Any) -> None:
+            if model.training and torch.is_grad_enabled():
+                # The data alone: autograd saves running statistics, and does not read them in training.
+                broadcast_all([getattr(module, name).data for module, name in places], group)
+
         if places and group.size() > 1:
-            adapter.add(_Share(adapter.model, places, group))
-
-
-class _Share(adapters.InputPass):
-    stage = adapters.Stage.PRECISION
-
-    def __init__(self, model: nn.Module, places: list[tuple[nn.Module, str]], group: ProcessGroup) -> None:
-        self.model, self.places, self.group = model, places, group
-
-    @override
-    def close(self, call: ForwardCall) -> None:
-        if self.model.training and torch.is_grad_enabled():
-            # The data alone: autograd saves running statistics, and does not read them in training.
-            broadcast_all([getattr(module, name).data for module, name in self.places], self.group)
+            adapter.hook(model, share)
 
 
 def _changing_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -62,7 +62,7 @@ def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who encodes what.
+    """The rank that encodes each item.
 
     Attributes:
         sizes: Of every rank's items, int64 ``[items, columns]``.
@@ -78,12 +78,22 @@ class _Plan:
         """Return which of one rank's items another one encodes, in order."""
         return [number for number, place in enumerate(self.places[source]) if place == target]
 
+    def order(self, source: int) -> list[int]:
+        """Return one rank's items in the order of the ranks that encode them."""
+        return [number for target in range(len(self.places)) for number in self.sent(source, target)]
+
+    def splits(self, rank: int, rows: Sequence[Sequence[int]]) -> Splits:
+        """Return what a rank sends and receives on the way to the encoders, where each item has so many rows."""
+        ranks = range(len(self.places))
+        sent = [sum(rows[rank][number] for number in self.sent(rank, target)) for target in ranks]
+        return Splits(sent, [sum(rows[source][number] for number in self.sent(source, rank)) for source in ranks])
+
 
 class _Balance:
     """Encodes with the other ranks of a group; called by all of them for every modality of every micro-batch."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+        self.group, self.rank, self.ranks = group, group.rank(), range(group.size())
 
     def __call__(self, items: Items, encode: Encode) -> list[list[Tensor]]:
         items = self._alike(items)
@@ -93,8 +103,7 @@ class _Balance:
         widths = [stream[0].shape[-1] for stream in streams]
         features = torch.cat([torch.cat(stream) for stream in streams], dim=-1)
         counts = self._counts([len(piece) for piece in streams[0]] if len(mine) else [], plan, features.device)
-        pieces = self._return(features, plan, counts)
-        back = [piece.split(widths, dim=-1) for piece in pieces]
+        back = [piece.split(widths, dim=-1) for piece in self._return(features, plan, counts)]
         return [[piece[index] for piece in back] for index in range(len(widths))]
 
     def _alike(self, items: Items) -> Items:
@@ -112,40 +121,26 @@ class _Balance:
         return Items(items.kind, values, sizes)
 
     def _plan(self, items: Items) -> _Plan:
-        device = items.values.device
-        sizes = items.sizes if items.sizes is not None else torch.zeros(len(items), 0, dtype=torch.int64, device=device)
-        measures = torch.tensor([items.lengths, items.costs], device=device).reshape(2, -1).T.long()
-        table = torch.cat([measures, sizes.long()], dim=1)
-        counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.group.size())]
-        dist.all_gather(counts, torch.tensor([len(items)], device=device), group=self.group)
-        numbers = [int(count) for count in counts]
-        padded = F.pad(table, (0, 0, 0, max(numbers) - len(items)))
-        tables = [torch.empty_like(padded) for _ in numbers]
-        dist.all_gather(tables, padded, group=self.group)
-        tables = [whole[:number] for whole, number in zip(tables, numbers, strict=True)]
-        lengths, costs = ([whole[:, column].tolist() for whole in tables] for column in (0, 1))
-        return _Plan([whole[:, 2:] for whole in tables], lengths, assign(costs))
+        sizes = torch.zeros(len(items), 0) if items.sizes is None else items.sizes.cpu()
+        tables = [(sizes.long(), items.lengths, items.costs) for _ in self.ranks]
+        dist.all_gather_object(tables, tables[self.rank], group=self.group)
+        every_size, lengths, costs = (list(column) for column in zip(*tables, strict=True))
+        return _Plan(every_size, lengths, assign(costs))
 
     def _receive(self, items: Items, plan: _Plan) -> Items:
         """Return the items that this rank encodes: of the first rank, then of the second, each in its order."""
-        rank, ranks = self.group.rank(), range(self.group.size())
-        order = [number for target in ranks for number in plan.sent(rank, target)]
-        chosen = items[order].values
-        shape = chosen.shape[1:]
-        send = [sum(plan.lengths[rank][number] for number in plan.sent(rank, target)) for target in ranks]
-        come = [sum(plan.lengths[source][number] for number in plan.sent(source, rank)) for source in ranks]
-        values = all_to_all(chosen.flatten(1), Splits(send, come), self.group)
-        parts = [plan.sizes[source][plan.sent(source, rank)] for source in ranks]
-        sizes = None if items.sizes is None else torch.cat(parts)
-        return Items(items.kind, values.reshape(len(values), *shape), sizes)
+        chosen = items[plan.order(self.rank)].values
+        values = all_to_all(chosen.flatten(1), plan.splits(self.rank, plan.lengths), self.group)
+        parts = [plan.sizes[source][plan.sent(source, self.rank)] for source in self.ranks]
+        sizes = None if items.sizes is None else torch.cat(parts).to(values.device)
+        return Items(items.kind, values.reshape(len(values), *chosen.shape[1:]), sizes)
 
     def _counts(self, mine: list[int], plan: _Plan, device: torch.device) -> list[list[int]]:
         """Return how many features each item of every rank has."""
-        rank = self.group.rank()
         starts = [0]
         for own in plan.places:
             starts.append(starts[-1] + len(own))
-        places = [starts[source] + number for source in range(len(plan.places)) for number in plan.sent(source, rank)]
+        places = [starts[source] + number for source in self.ranks for number in plan.sent(source, self.rank)]
         table = torch.zeros(starts[-1], dtype=torch.int64, device=device)
         table[places] = torch.tensor(mine, dtype=torch.int64, device=device)
         dist.all_reduce(table, group=self.group)
@@ -153,11 +148,9 @@ class _Balance:
 
     def _return(self, features: Tensor, plan: _Plan, counts: list[list[int]]) -> list[Tensor]:
         """Return the features of this rank's items in their order; at least one piece, which may be empty."""
-        rank, ranks = self.group.rank(), range(self.group.size())
-        send = [sum(counts[source][number] for number in plan.sent(source, rank)) for source in ranks]
-        come = [sum(counts[rank][number] for number in plan.sent(rank, target)) for target in ranks]
-        received = all_to_all(features, Splits(send, come), self.group)
-        order = [number for target in ranks for number in plan.sent(rank, target)]
-        pieces = received.split([counts[rank][number] for number in order]) if order else (received,)
-        placed = dict(zip(order, pieces, strict=False))
-        return [placed[number] for number in sorted(placed)] or [received]
+        received = all_to_all(features, plan.splits(self.rank, counts).back(), self.group)
+        order = plan.order(self.rank)
+        if not order:
+            return [received]
+        placed = dict(zip(order, received.split([counts[self.rank][number] for number in order]), strict=True))
+        return [placed[number] for number in sorted(placed)]

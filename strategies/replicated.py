@@ -1,4 +1,4 @@
-"""Distributed data parallel: every rank holds all parameters and averages gradients in buckets."""
+"""Strategies under which every rank holds all parameters: one process, and distributed data parallel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from veomni.compat.sharding import ignore_parameters
+from veomni.errors import LayoutError
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
+
+
+class Single(ParameterStrategy):
+    """No parallelism: one process, one device; the reference that every other strategy must reproduce."""
+
+    name = "single"
+
+    @override
+    def check(self, world_size: int) -> None:
+        if world_size != 1:
+            problem = f"strategy single was given {world_size} ranks"
+            raise LayoutError(problem, "start one process, or use DDP, FSDP1 or FSDP2")
+
+    @override
+    def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
+        context.materialize(model, "")
+        return model.to(context.device)
+
+    @override
+    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class DDP(ParameterStrategy):
