@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veomni.batch.fields import IGNORE_INDEX
+from veomni.parallel.tensors import wide_dtype
 
 CHUNK_ELEMENTS = 1 << 29
 """Logits held at once: 2^29 elements are 1 GiB in bf16, which fills a matrix unit and is small beside activations."""
 
 
 def cross_entropy_sum(
-    logits: Tensor,
-    labels: Tensor,
-    losses: Tensor | None = None,
-    token_weights: Tensor | None = None,
+    logits: Tensor, labels: Tensor, losses: Tensor | None = None, token_weights: Tensor | None = None,
     predictions: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the summed cross-entropy of materialised logits, in float32 or better.
 
     Args:
@@ -37,37 +35,23 @@ def cross_entropy_sum(
     """
     if predictions is not None:
         torch.argmax(logits.detach(), dim=-1, out=predictions)
-    wide = logits if logits.dtype is torch.float64 else logits.float()
+    each = F.cross_entropy(
+        logits.to(wide_dtype(logits.dtype)), labels, ignore_index=IGNORE_INDEX,
+        reduction="sum" if losses is None and token_weights is None else "none",
+    )  # fmt: skip
     if losses is not None:
-        losses.copy_(F.cross_entropy(wide.detach(), labels, ignore_index=IGNORE_INDEX, reduction="none"))
-    if token_weights is not None:
-        return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none").mul(token_weights).sum()
-    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        losses.copy_(each.detach())
+    return (each if token_weights is None else each * token_weights).sum()
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    losses: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    predictions: Tensor | None = None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, losses: Tensor | None = None,
+    token_weights: Tensor | None = None, predictions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return the summed cross-entropy of ``hidden @ weight.T + bias`` without keeping the logits.
 
-    Args:
-        hidden: ``[tokens, hidden]``.
-        weight: ``[vocab, hidden]``.
-        labels: ``[tokens]``, int64; ``IGNORE_INDEX`` takes no part.
-        bias: ``[vocab]`` or None.
-        losses: ``[tokens]``: where the loss of each token is written, zero where there is no label; None writes none.
-        token_weights: ``[tokens]``, of the result's dtype: what each token's loss is multiplied by in the sum, not in
-            ``losses``; None is one.
-        predictions: ``[tokens]``, int64: where the likeliest token is written; None writes none.
-
-    Returns:
-        A 0-d tensor, float64 for float64 inputs and float32 otherwise.
+    ``hidden`` is ``[tokens, hidden]``, ``weight`` ``[vocab, hidden]`` and ``bias`` ``[vocab]``; the other arguments are
+    those of :func:`cross_entropy_sum`. The result is 0-d, float64 for float64 inputs and float32 otherwise.
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
@@ -82,16 +66,10 @@ def linear_cross_entropy_sum(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        losses: Tensor | None,
-        token_weights: Tensor | None,
-        predictions: Tensor | None,
-    ) -> Tensor:
-        wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, losses: Tensor | None,
+        token_weights: Tensor | None, predictions: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        wide = wide_dtype(hidden.dtype)
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
@@ -114,26 +92,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product_(grad_weight, logits.t(), hidden[chunk])
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.gradients, ctx.dtype = (grad_hidden, grad_weight, None, grad_bias), hidden.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the fused loss scales its gradients in place: call backward on it once")
-        grad_hidden, grad_weight, grad_bias = ctx.gradients
-        ctx.gradients = None
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if grad_hidden is None else grad_hidden.mul_(grad_loss),
-            None if grad_weight is None else grad_weight.mul_(grad_loss).to(weight_dtype),
-            None,
-            None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
-            None,
-            None,
-            None,
-        )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if gradient is None else gradient.mul_(grad_loss).to(ctx.dtype) for gradient in gradients]
+        return *scaled, None, None, None
 
 
 def _losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None, *, with_gradient: bool) -> Tensor:
@@ -145,7 +113,7 @@ def _losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None, 
         from veomni.ops.loss.cross_entropy_triton import losses_and_gradient_
 
         return losses_and_gradient_(logits, labels, scale, with_gradient=with_gradient)
-    wide = logits if logits.dtype is torch.float64 else logits.float()
+    wide = logits.to(wide_dtype(logits.dtype))
     kept = labels != IGNORE_INDEX
     target = labels.where(kept, 0).unsqueeze(1)
     log_sum = wide.logsumexp(1, keepdim=True)

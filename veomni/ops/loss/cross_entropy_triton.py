@@ -14,17 +14,9 @@ _BLOCK = 8192
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits,
-    labels,
-    losses,
-    scales,
-    vocab,
-    stride,
-    IGNORED: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, labels, losses, scales, vocab, stride, IGNORED: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
@@ -60,30 +52,19 @@ def _cross_entropy_kernel(
 
 
 def losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None = None, *, with_gradient: bool) -> Tensor:
-    """Return each token's cross-entropy, zero without a label; overwrite ``logits`` with its gradient when that is set.
+    """Return each token's loss, float32 ``[tokens]``, zero without a label; overwrite ``logits`` with its gradient.
 
     Args:
         logits: ``[tokens, vocab]``, rows contiguous; bf16, fp16 or fp32.
         labels: ``[tokens]``, int64.
         scale: float32 ``[tokens]``: what the gradient, not the loss, is multiplied by; None is one.
         with_gradient: Whether to overwrite.
-
-    Returns:
-        float32 ``[tokens]``.
     """
     tokens, vocab = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+    scales = losses if scale is None else scale.contiguous()  # a pointer is needed, and not read
     _cross_entropy_kernel[(tokens,)](
-        logits,
-        labels,
-        losses,
-        losses if scale is None else scale.contiguous(),  # a pointer is needed, and not read
-        vocab,
-        logits.stride(0),
-        IGNORED=IGNORE_INDEX,
-        WITH_GRADIENT=with_gradient,
-        SCALED=scale is not None,
-        BLOCK=_BLOCK,
-        num_warps=16,
-    )
+        logits, labels, losses, scales, vocab, logits.stride(0), IGNORED=IGNORE_INDEX, WITH_GRADIENT=with_gradient,
+        SCALED=scale is not None, BLOCK=_BLOCK, num_warps=16,
+    )  # fmt: skip
     return losses
