@@ -80,8 +80,8 @@ def balanced_step(
         gradients = full_gradients(model)
         norm = launcher.clip_grad_norm(model, 1e9).item()
     controller = ModelAdapter.of(model).routers
-    metrics = {name: value.item() for name, value in controller.metrics().items()}
-    load = {} if controller.load is None else dict(
+    metrics = {} if controller is None else {name: value.item() for name, value in controller.metrics().items()}
+    load = {} if controller is None else dict(
         zip(controller.load.names, (sent.tolist() for sent in controller.load.assignments), strict=True)
     )  # fmt: skip
     launcher.close()

@@ -70,7 +70,8 @@ def setup_model(
     # What only the real model shows
     adapter.traits.complete(ready, model, device)
     _check_traits(adapter, spread)
-    controller.check(ready)
+    if controller is not None:
+        controller.check(ready)
     return ready
 
 

@@ -11,19 +11,6 @@ from veomni.errors import ModelError
 from veomni.moe.routers import Router
 
 
-def check_bias(router: Router) -> None:
-    """Check that a router has a correction bias.
-
-    Raises:
-        ModelError: it has none.
-    """
-    if router.bias is None:
-        raise ModelError(
-            f"{router.name} ({type(router.module).__name__}) has no correction bias that bias_update_rate could move",
-            "set bias_update_rate of the router options to 0, and aux_loss_coef to balance with a loss",
-        )
-
-
 def check_sharded_bias(router: Router, model: nn.Module) -> None:
     """Check that a correction bias can be moved now that ``model`` is sharded.
 
@@ -41,10 +28,7 @@ def check_sharded_bias(router: Router, model: nn.Module) -> None:
 def move_bias(router: Router, assignments: Tensor, rate: float) -> None:
     """Add ``rate`` to the bias of experts with less than the mean load, and take it from those with more.
 
-    Args:
-        router: A router with a bias.
-        assignments: int64 ``[experts]``, tokens sent to each expert in the step, over all ranks.
-        rate: By how much.
+    ``assignments``, int64 ``[experts]``, are the tokens sent to each expert in the step, over all ranks.
     """
     bias = _bias(router)
     below_mean = (assignments.sum() - assignments * len(assignments)).sign()  # in integers, so that equal is equal
@@ -56,6 +40,5 @@ def move_bias(router: Router, assignments: Tensor, rate: float) -> None:
 
 def _bias(router: Router) -> Tensor:
     assert router.bias is not None
-    owner, name = router.bias
-    bias: Tensor = getattr(owner, name)
+    bias: Tensor = getattr(*router.bias)
     return bias

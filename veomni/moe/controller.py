@@ -1,8 +1,7 @@
 """What happens to the routers of one model in a step: count, balance, check, move the bias.
 
 The order within a step: :meth:`RouterController.begin_step`, then for every micro-batch a forward inside
-:meth:`RouterController.micro_batch`, :meth:`RouterController.before_backward`, the backward, and after the last one
-:meth:`RouterController.end_step`.
+:meth:`~RouterController.micro_batch` and :meth:`~RouterController.before_backward`; at the end ``end_step``.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.compat.modules import in_backward
 from veomni.errors import ModelError, NonFiniteError
 from veomni.logging import create_logger
-from veomni.moe.balance import balance_gradient, z_gradient
 from veomni.moe.bias import check_sharded_bias, move_bias
 from veomni.moe.load import ExpertLoad, LoadCounter
 from veomni.moe.options import MoEOptions
 from veomni.moe.routers import Router, RouterHook, Routers, RoutingDecision
+from veomni.moe.scoring import balance_gradient, z_gradient
 from veomni.moe.statistics import RouterStatistics
 from veomni.parallel.mesh import ParallelState
 
@@ -36,8 +35,8 @@ class RouterController(RouterHook):
 
     Attributes:
         found: All routers of the model.
-        routers: Those whose decisions can be read; without any, every method does nothing.
-        load: The load of all experts in the last step; None before the first, and without routers.
+        routers: Those whose decisions can be read; at least one.
+        load: The load of all experts in the last step; None before the first.
 
     Args:
         found: The routers, hooked.
@@ -51,20 +50,14 @@ class RouterController(RouterHook):
         self, found: Routers, options: MoEOptions, state: ParallelState, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.found, self.routers, self.options = found, found.readable, options
-        self.aux_loss_coef = options.aux_loss_coef or 0.0
         self.load: ExpertLoad | None = None
         self._state, self._dtype = state, dtype
-        self._step, self._micro = (
-            LoadCounter(self.routers, device),
-            RouterStatistics(self.routers, options, device, dtype),
-        )
-        sizes = [size for size in self._step.sizes for _ in range(size)]
-        self._size_of_own = torch.tensor(sizes, device=device, dtype=dtype)
+        self._step = LoadCounter(self.routers, device)
+        self._micro = RouterStatistics(self.routers, options, device, dtype)
         self._losses = torch.zeros(2, device=device, dtype=dtype)  # balance and z, this rank's share of the step's
-        self._fractions: tuple[Tensor, ...] = ()
-        self._tokens, self._micro_batches = 1.0, 1
+        self._relative_load: tuple[Tensor, ...] = ()
+        self._per_token, self._micro_batches = 1.0, 1
         self._inside = self._counting = self._counted = False
-        self._place = {router: place for place, router in enumerate(self.routers)}
         for router in self.routers:
             router.hooks.append(self)
 
@@ -89,15 +82,15 @@ class RouterController(RouterHook):
 
     def begin_step(self, tokens: float, micro_batches: int) -> None:
         """Start to count; ``tokens`` are those of the whole step over all ranks, without padding."""
-        self._tokens, self._micro_batches = max(tokens, 1.0), micro_batches
-        self._counted, self._fractions = False, ()
+        self._per_token, self._micro_batches = max(tokens, 1.0) * len(self.routers), micro_batches
+        self._counted, self._relative_load = False, ()
         self._step.clear()
         self._losses.zero_()
 
     @property
     def counts_first(self) -> bool:
         """Whether the experts' load of the step must be known before its first backward."""
-        return bool(self.aux_loss_coef) and self.options.balance_scope == "step" and self._micro_batches > 1
+        return bool(self.options.aux_loss_coef) and self.options.balance_scope == "step" and self._micro_batches > 1
 
     @torch.no_grad()
     def count_first(self, micro_batches: Iterable[MicroBatch], run: Callable[..., Any]) -> None:
@@ -125,9 +118,6 @@ class RouterController(RouterHook):
     @contextmanager
     def micro_batch(self, micro: MicroBatch) -> Iterator[None]:
         """Observe the forward, and the backward, of a micro-batch inside the context."""
-        if not self.routers:
-            yield
-            return
         self._micro.begin(micro)
         self._inside = True
         try:
@@ -137,18 +127,15 @@ class RouterController(RouterHook):
 
     def before_backward(self) -> None:
         """Sum the loads that the gradients in the coming backward depend on, and add up the losses."""
-        if not self.routers:
-            return
+        balances = bool(self.options.aux_loss_coef)
         if not self._counted:
             self._step.add(self._micro.load)
-            if self.aux_loss_coef and self._micro_batches == 1:
+            if balances and self._micro_batches == 1:
                 self._finish_counting()
-            elif self.aux_loss_coef:
-                self._micro.load.reduce(self._state.group("loss"))
-                self._fractions = self._micro.load.fractions(self._dtype).split(self._step.sizes)
-        if self.aux_loss_coef:
-            share = torch.cat(self._fractions) * self._micro.probabilities * self._size_of_own
-            self._losses[0] += share.sum() / self._per_token
+            elif balances:
+                self._share(self._micro.load)
+        if balances:
+            self._losses[0] += (torch.cat(self._relative_load) * self._micro.probabilities).sum() / self._per_token
         self._losses[1] += self._micro.z / self._per_token
 
     def end_step(self) -> None:
@@ -157,11 +144,9 @@ class RouterController(RouterHook):
         Raises:
             NonFiniteError: a router's logits are not finite; raised on all ranks.
         """
-        if not self.routers:
-            return
         if not self._counted:
             self._finish_counting()
-        if self.aux_loss_coef or self.options.z_loss_coef:
+        if self.options.aux_loss_coef or self.options.z_loss_coef:
             dist.all_reduce(self._losses, group=self._state.group("loss"))
         self._check_finite()
         loads = tuple(load.clone() for load in self._step.by_router())
@@ -175,7 +160,7 @@ class RouterController(RouterHook):
         if self.load is None:
             return {}
         numbers = {}
-        if self.aux_loss_coef:
+        if self.options.aux_loss_coef:
             numbers["aux_loss"] = self._losses[0].clone()
         if self.options.z_loss_coef:
             numbers["z_loss"] = self._losses[1].clone()
@@ -190,14 +175,14 @@ class RouterController(RouterHook):
         every = self.options.log_load_every
         return self.load if every is not None and step % every == 0 else None
 
-    @property
-    def _per_token(self) -> float:
-        return self._tokens * len(self.routers)
-
     def _finish_counting(self) -> None:
-        self._step.reduce(self._state.group("loss"))
-        self._fractions = self._step.fractions(self._dtype).split(self._step.sizes)
+        self._share(self._step)
         self._counted = True
+
+    def _share(self, load: LoadCounter) -> None:
+        """Sum a load over the ranks; the coming backward balances on it."""
+        load.reduce(self._state.group("loss"))
+        self._relative_load = load.relative(self._dtype).split(load.sizes)
 
     def _check_finite(self) -> None:
         counts = self._step.nonfinite.tolist()  # the one value the host waits for in a step
@@ -219,18 +204,18 @@ class RouterController(RouterHook):
 
     @override
     def gradient(self, router: Router, logits: Tensor) -> Tensor | None:
-        if not self._inside or not (self.aux_loss_coef or self.options.z_loss_coef):
+        aux, z = self.options.aux_loss_coef, self.options.z_loss_coef
+        if not self._inside or not (aux or z):
             return None
         total = torch.zeros_like(logits)
-        if self.aux_loss_coef:
-            if not self._fractions:
+        if aux:
+            if not self._relative_load:
                 problem = "the experts' load is not known in the backward"
                 raise ModelError(problem, "call launcher.backward(loss, micro) instead of loss.backward()")
             assert router.balance is not None
-            fractions = self._fractions[self._place[router]]
-            total += self.aux_loss_coef * balance_gradient(router.balance, logits, fractions)
-        if self.options.z_loss_coef:
-            total += self.options.z_loss_coef * z_gradient(logits)
+            total += aux * balance_gradient(router.balance, logits, self._relative_load[router.index])
+        if z:
+            total += z * z_gradient(logits)
         if self.mask is not None:
             total = torch.where(self.mask[:, None], total, 0.0)
         return total * (self._state.size("loss") / self._per_token)  # strategies average over that view

@@ -31,23 +31,25 @@ class LoadCounter:
         total, count = sum(self.sizes), len(routers)
         self._all = torch.zeros(total + 2 * count, dtype=torch.int64, device=device)
         self.assignments, self.tokens, self.nonfinite = self._all.split([total, count, count])
-        self._owners = torch.arange(count).repeat_interleave(torch.tensor(self.sizes, dtype=torch.int64)).to(device)
+        sizes = torch.tensor(self.sizes, dtype=torch.int64)
+        self._owners = torch.arange(count).repeat_interleave(sizes).to(device)
+        self._experts = sizes.repeat_interleave(sizes).to(device)
 
-    def count(self, position: int, decision: RoutingDecision, mask: Tensor | None) -> None:
-        """Add the decisions of the router at ``position``; ``mask``, bool ``[tokens]``, leaves out padding."""
+    def count(self, index: int, decision: RoutingDecision, mask: Tensor | None) -> None:
+        """Add the decisions of router ``index``; ``mask``, bool ``[tokens]``, leaves out padding."""
         real = torch.ones_like(decision.indices[:, 0], dtype=torch.bool) if mask is None else mask
         sent = real[:, None].expand_as(decision.indices).long()
-        self.by_router()[position].scatter_add_(0, decision.indices.flatten().long(), sent.flatten())
-        self.tokens[position] += real.sum()
-        self.nonfinite[position] += (real & ~decision.logits.isfinite().all(dim=-1)).sum()
+        self.by_router()[index].scatter_add_(0, decision.indices.flatten().long(), sent.flatten())
+        self.tokens[index] += real.sum()
+        self.nonfinite[index] += (real & ~decision.logits.isfinite().all(dim=-1)).sum()
 
     def by_router(self) -> tuple[Tensor, ...]:
         """Return the assignments of every router, int64 ``[experts]`` each, as views."""
         return self.assignments.split(self.sizes)
 
-    def fractions(self, dtype: torch.dtype) -> Tensor:
-        """Return ``[experts of all routers]``, assignments divided by their router's tokens: they add up to top_k."""
-        return self.assignments.to(dtype) / self.tokens.clamp(min=1).to(dtype)[self._owners]
+    def relative(self, dtype: torch.dtype) -> Tensor:
+        """Return assignments per token of their router, times its experts: ``top_k`` for all in perfect balance."""
+        return self._experts * (self.assignments.to(dtype) / self.tokens.clamp(min=1).to(dtype)[self._owners])
 
     def add(self, other: LoadCounter) -> None:
         """Add what another counter of the same routers has counted."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from veomni.errors import ConfigError
+from veomni.config.section import checked, section_of
 
 BalanceScope = Literal["step", "micro_batch"]
 
@@ -27,7 +27,7 @@ class MoEOptions:
         log_load_every: Steps between lines of expert_load.jsonl; null reports no load.
 
     Raises:
-        ConfigError: a number is negative.
+        ConfigError: a value has another type or range.
     """
 
     aux_loss_coef: Annotated[float, Ge(0.0)] | None = None
@@ -37,12 +37,7 @@ class MoEOptions:
     log_load_every: Annotated[int, Ge(1)] | None = 10
 
     def __post_init__(self) -> None:
-        for name in ("aux_loss_coef", "z_loss_coef", "bias_update_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} is {value}", "give a finite number that is not negative")
-        if self.log_load_every is not None and self.log_load_every < 1:
-            raise ConfigError(f"log_load_every is {self.log_load_every}", "give at least 1, or None for no reports")
+        checked(section_of(MoEOptions), vars(self))
 
     @property
     def needs_routers(self) -> str | None:

@@ -91,55 +91,38 @@ def _cut(indices: Tensor, shard: SequenceShard, rows: int) -> Tensor:
 def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
     """Record the choices of every forward of ``model`` inside the context; a recomputed one is not recorded again.
 
-    Args:
-        model: A transformers model, or what ``launcher.setup_model`` returned for one.
+    ``model`` is a transformers model, or what ``launcher.setup_model`` returned for one.
 
     Raises:
         ModelError: the model has no routers that can be read.
     """
-    body = unwrap(model)
     log = RoutingLog()
-
-    def begin(module: nn.Module, args: object) -> None:
-        log.forwards.append({})
-
-    hook = body.register_forward_pre_hook(begin)
-    try:
-        with _readable_routers(body) as routers, _attached(_Record(log), routers):
-            yield log
-    finally:
-        hook.remove()
+    with _attached(_Record(log), model):
+        yield log
 
 
 @contextmanager
 def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
     """Make the forwards of ``model`` inside the context choose the experts of the log's, one after another.
 
-    It is exact under activation checkpointing too, as long as every forward is followed by its backward.
-
-    Args:
-        model: A transformers model, or what ``launcher.setup_model`` returned for one.
-        log: Of a model with routers of the same names.
+    It is exact under activation checkpointing too, as long as every forward is followed by its backward. ``model`` is
+    as for :func:`record_routing`, and ``log`` one of a model with routers of the same names.
 
     Raises:
         ModelError: the model has no routers that can be read, or one whose weights do not follow from its logits.
         DataError: the log is one of other routers, experts or tokens, or of fewer forwards.
     """
-    body = unwrap(model)
-    replay = _Replay(log)
-    hook = body.register_forward_pre_hook(replay.begin)
-    try:
-        with _readable_routers(body) as routers:
-            _check(log, routers)
-            with _attached(replay, routers):
-                yield
-    finally:
-        hook.remove()
+    with _attached(_Replay(log), model) as routers:
+        _check(log, routers)
+        yield
 
 
 class _Record(RouterHook):
     def __init__(self, log: RoutingLog) -> None:
         self.log = log
+
+    def begin(self, module: nn.Module, args: object) -> None:
+        self.log.forwards.append({})
 
     @override
     def observe(self, router: Router, decision: RoutingDecision, training: bool) -> None:
@@ -148,10 +131,11 @@ class _Record(RouterHook):
 
 
 class _Replay(RouterHook):
+    number = -1
+    waiting = 0  # forwards whose backward has not begun
+
     def __init__(self, log: RoutingLog) -> None:
         self.log = log
-        self.number = -1
-        self.waiting = 0  # forwards whose backward has not begun
 
     def begin(self, module: nn.Module, args: object) -> None:
         self.number += 1
@@ -164,8 +148,13 @@ class _Replay(RouterHook):
 
     @override
     def choose(self, router: Router, decision: RoutingDecision) -> Tensor | None:
+        if in_backward() and self.waiting > 1:
+            raise DataError(
+                f"{self.waiting} forwards were replayed before the first backward, which recomputes one of them",
+                "run the backward of a micro-batch before the next forward, or train without activation checkpointing",
+            )
         if in_backward():
-            self._begin_backward()
+            self.waiting = 0
         indices = self.log.forwards[self.number][router.name]
         if indices.shape != decision.indices.shape:
             raise DataError(
@@ -175,17 +164,11 @@ class _Replay(RouterHook):
             )
         return indices.to(decision.indices.device, decision.indices.dtype)
 
-    def _begin_backward(self) -> None:
-        if self.waiting > 1:
-            raise DataError(
-                f"{self.waiting} forwards were replayed before the first backward, which recomputes one of them",
-                "run the backward of a micro-batch before the next forward, or train without activation checkpointing",
-            )
-        self.waiting = 0
-
 
 @contextmanager
-def _readable_routers(body: nn.Module) -> Iterator[tuple[Router, ...]]:
+def _attached(hook: _Record | _Replay, model: nn.Module) -> Iterator[tuple[Router, ...]]:
+    """Return the routers of a model; inside the context ``hook`` is called with its forwards and their decisions."""
+    body = unwrap(model)
     with hooked_routers(body) as found:
         if found.unreadable or not found.readable:
             which = found.unreadable[0] if found.unreadable else type(body).__name__
@@ -193,18 +176,15 @@ def _readable_routers(body: nn.Module) -> Iterator[tuple[Router, ...]]:
                 f"the routing of {which} can be neither recorded nor replayed: it has no router that can be read",
                 RouterScoring.fix,
             )
-        yield found.readable
-
-
-@contextmanager
-def _attached(hook: RouterHook, routers: Sequence[Router]) -> Iterator[None]:
-    for router in routers:
-        router.hooks.append(hook)
-    try:
-        yield
-    finally:
-        for router in routers:
-            router.hooks.remove(hook)
+        handle = body.register_forward_pre_hook(hook.begin)
+        for router in found.readable:
+            router.hooks.append(hook)
+        try:
+            yield found.readable
+        finally:
+            handle.remove()
+            for router in found.readable:
+                router.hooks.remove(hook)
 
 
 def _check(log: RoutingLog, routers: Sequence[Router]) -> None:
@@ -215,19 +195,15 @@ def _check(log: RoutingLog, routers: Sequence[Router]) -> None:
             "replaced",
             "train this model without replay",
         )
-    names = {router.name for router in routers}
     experts = {router.name: router.experts for router in routers}
     for number, forward in enumerate(log.forwards):
-        if forward.keys() != names:
-            odd = sorted(forward.keys() ^ names)[0]
-            raise DataError(
-                f"forward {number} of the recorded routing and the model do not have the same routers: {odd}",
-                "replay on the architecture that was recorded",
-            )
-        for name, indices in forward.items():
+        odd, problem = sorted(forward.keys() ^ experts.keys()), None
+        if odd:
+            problem = f"and the model do not have the same routers: {odd[0]}"
+        for name, indices in forward.items() if not odd else ():
             if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < experts[name]:
-                raise DataError(
-                    f"forward {number} of the recorded routing sends tokens of {name} to experts up to "
-                    f"{int(indices.max())}, and there are {experts[name]}",
-                    "replay on the architecture that was recorded",
-                )
+                largest = int(indices.max())
+                problem = f"sends tokens of {name} to experts up to {largest}, and there are {experts[name]}"
+        if problem is not None:
+            problem = f"forward {number} of the recorded routing {problem}"
+            raise DataError(problem, "replay on the architecture that was recorded")

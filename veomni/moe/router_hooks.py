@@ -45,16 +45,15 @@ def hook_routers(routers: Routers) -> list[Callable[[], None]]:
 
 @contextmanager
 def hooked_routers(model: nn.Module) -> Iterator[Routers]:
-    """Return the routers of a model, hooked inside the context; those that set-up hooked stay so.
-
-    Args:
-        model: A transformers model without its wrapper.
-    """
+    """Return the routers of an unwrapped model, hooked inside the context; those that set-up hooked stay so."""
     controller = ModelAdapter.of(model).routers
     found = find_routers(model) if controller is None else controller.found
-    known = tuple(router for router in map(_hooked_router, found.readable) if router is not None)
-    if len(known) == len(found.readable):
-        yield replace(found, readable=known)
+    known = [_hooked.get(int(getattr(router.module, _KEY, 0))) for router in found.readable]
+    hooked = tuple(
+        each for each, router in zip(known, found.readable, strict=True) if each and each.module is router.module
+    )
+    if len(hooked) == len(found.readable):
+        yield replace(found, readable=hooked)
         return
     undo = hook_routers(found)
     try:
@@ -62,13 +61,6 @@ def hooked_routers(model: nn.Module) -> Iterator[Routers]:
     finally:
         for each in reversed(undo):
             each()
-
-
-def _hooked_router(router: Router) -> Router | None:
-    """Return the router that the hook of a module belongs to, if it is hooked."""
-    key = getattr(router.module, _KEY, None)
-    known = None if key is None else _hooked.get(int(key))
-    return known if known is not None and known.module is router.module else None
 
 
 def _hook(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -87,12 +79,7 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights and experts as the hooks leave them, and whether the choice is another than the router's.
 
-    Args:
-        logits: ``[tokens, experts]``.
-        weights: ``[tokens, top_k]``.
-        indices: int64 ``[tokens, top_k]``.
-        key: Of the router; int64, on the CPU.
-        training: Whether gradients will be computed.
+    ``key`` is the router's, int64 on the CPU; ``training`` is whether gradients will be computed.
     """
     router = _hooked[int(key)]
     decision, chosen = RoutingDecision(logits, weights, indices), torch.tensor(False, device="cpu")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +24,16 @@ _LARGE = 1e3  # more than any score
 
 @dataclass(frozen=True)
 class RouterFinding:
-    """What is the same for all routers of one kind; see :class:`~veomni.moe.routers.Router`.
+    """What is the same for all routers of one kind.
 
     Attributes:
-        bias: The module that has the correction bias, by its path inside the router, None for the block around it; and
-            the bias' name. None without one.
+        experts: How many experts it chooses from.
+        top_k: How many it chooses for a token.
+        positions: Where in its output logits, weights and indices are.
+        scoring: How weights come from logits; None where no known formula gives them.
+        balance: What a load-balancing loss averages over tokens; None where none is defined.
+        bias_path: The module that has the correction bias, by its path inside the router, None for the block around it;
+            and the bias' name. None without one.
     """
 
     experts: int
@@ -37,7 +41,7 @@ class RouterFinding:
     positions: tuple[int, int, int]
     scoring: Scoring | None
     balance: ScoreFunction | None
-    bias: tuple[str | None, str] | None
+    bias_path: tuple[str | None, str] | None
 
 
 def kind_of(module: nn.Module, block: nn.Module, logits_at: int) -> Any:
@@ -49,16 +53,13 @@ def kind_of(module: nn.Module, block: nn.Module, logits_at: int) -> Any:
 
 
 def examine_router(model: nn.Module, module: nn.Module, block: nn.Module, logits_at: int) -> RouterFinding | None:
-    """Run a copy of a router; the model is not changed.
+    """Run a copy of ``module`` and return what was found, or None where its decisions cannot be read.
 
     Args:
-        model: The transformers model.
+        model: The transformers model, which is not changed.
         module: The router; its parameters may be on the meta device.
         block: The module that holds it.
         logits_at: Where in its output its logits are.
-
-    Returns:
-        What was found, or None where its decisions cannot be read.
     """
     copy = _Copy(module)
     output = copy.run()
@@ -77,18 +78,14 @@ def examine_router(model: nn.Module, module: nn.Module, block: nn.Module, logits
 
 
 def _positions(output: tuple[Any, ...], logits_at: int) -> tuple[int, int, int] | None:
-    def places(integer: bool, shape: torch.Size | None) -> Iterator[int]:
-        for place, value in enumerate(output):
-            if not isinstance(value, Tensor) or value.dim() != 2 or place == logits_at:
-                continue
-            if value.is_floating_point() != integer and (shape is None or value.shape == shape):
-                yield place
-
-    indices_at = next(places(True, None), None)
-    if indices_at is None:
-        return None
-    weights_at = next(places(False, output[indices_at].shape), None)
-    return None if weights_at is None else (logits_at, weights_at, indices_at)
+    matrices = {place: value for place, value in enumerate(output) if isinstance(value, Tensor) and value.dim() == 2}
+    matrices.pop(logits_at, None)
+    for indices_at, indices in matrices.items():
+        if not indices.is_floating_point():
+            for weights_at, weights in matrices.items():
+                if weights.is_floating_point() and weights.shape == indices.shape:
+                    return logits_at, weights_at, indices_at
+    return None
 
 
 def _numbers(module: nn.Module) -> list[float]:

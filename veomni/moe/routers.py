@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from veomni.models.traits.verdict import Verdict
 from veomni.models.transformers_api.experts import router_logits
 from veomni.moe.router_trial import RouterFinding, examine_router, kind_of
-from veomni.moe.scoring import ScoreFunction, Scoring
 
 if TYPE_CHECKING:
     from veomni.models.traits.trial import Trial
@@ -48,29 +47,21 @@ class RouterHook:
         return None
 
 
-@dataclass(frozen=True, eq=False)
-class Router:
-    """One router of a model.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Router(RouterFinding):
+    """One router of a model, and what was found about its kind.
 
     Attributes:
         name: Its name in the model.
         module: The module.
-        experts: How many experts it chooses from.
-        top_k: How many it chooses for a token.
-        positions: Where in its output logits, weights and indices are.
-        scoring: How weights come from logits; None where no known formula gives them.
-        balance: What a load-balancing loss averages over tokens; None where none is defined.
+        index: Its place among the readable routers of the model.
         bias: The module that has the correction bias and the bias' name in it; None without one.
         hooks: What is called with every decision, in this order, once the router is hooked.
     """
 
     name: str
     module: nn.Module
-    experts: int
-    top_k: int
-    positions: tuple[int, int, int]
-    scoring: Scoring | None
-    balance: ScoreFunction | None
+    index: int
     bias: tuple[nn.Module, str] | None
     hooks: list[RouterHook] = field(default_factory=list)
 
@@ -104,7 +95,8 @@ class RouterScoring:
 def find_routers(model: nn.Module) -> Routers:
     """Return the routers of a transformers model; its parameters may be on the meta device, and are not sharded yet."""
     known: dict[Any, RouterFinding | None] = {}
-    readable, unreadable = [], []
+    readable: list[Router] = []
+    unreadable: list[str] = []
     for name, module, logits_at in list(router_logits(model)) or _beside_experts(model):
         block = model.get_submodule(name.rpartition(".")[0])
         kind = kind_of(module, block, logits_at)
@@ -113,19 +105,12 @@ def find_routers(model: nn.Module) -> Routers:
         finding = known[kind]
         if finding is None:
             unreadable.append(name)
-        else:
-            readable.append(_router(name, module, block, finding))
+            continue
+        path, bias = finding.bias_path, None
+        if path is not None:
+            bias = (block if path[0] is None else module.get_submodule(path[0])), path[1]
+        readable.append(Router(name=name, module=module, index=len(readable), bias=bias, **vars(finding)))
     return Routers(tuple(readable), tuple(unreadable))
-
-
-def _router(name: str, module: nn.Module, block: nn.Module, finding: RouterFinding) -> Router:
-    bias: tuple[nn.Module, str] | None = None
-    if finding.bias is not None:
-        path, attribute = finding.bias
-        bias = (block if path is None else module.get_submodule(path)), attribute
-    return Router(
-        name, module, finding.experts, finding.top_k, finding.positions, finding.scoring, finding.balance, bias
-    )
 
 
 def _beside_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

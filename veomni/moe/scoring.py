@@ -1,9 +1,7 @@
-"""How a router turns logits into the weights of the experts it chose, found out by watching it.
+"""How a router turns logits into the weights of the experts it chose, and the gradients of losses on its logits.
 
 transformers' routers differ in three things only: the function that makes scores of logits, whether the chosen scores
-are divided by their sum, and a constant factor. A copy of the router with random weights is run once on random hidden
-states; the one formula that gives the very weights it returned is the router's. No table of models to keep, and a
-router that computes something else is known to be one.
+are divided by their sum, and a constant factor. Gradients are written out: they are computed inside a backward.
 """
 
 from __future__ import annotations
@@ -16,20 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veomni.parallel.tensors import wide_dtype
+
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 
-_FUNCTIONS: dict[ScoreFunction, Callable[[Tensor], Tensor]] = {
+_SCORES: dict[ScoreFunction, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": lambda logits: logits.sigmoid(),
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
     "identity": lambda probabilities: probabilities,
 }
+_GRADIENTS: dict[ScoreFunction, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "softmax": lambda logits, scores, grad: scores * (grad - (scores * grad).sum(dim=-1, keepdim=True)),
+    "sigmoid": lambda logits, scores, grad: grad * scores * (1 - scores),
+    "sqrtsoftplus": lambda logits, scores, grad: grad * logits.sigmoid() / (2 * scores),
+    "identity": lambda logits, scores, grad: grad,
+}
+"""The gradient of the logits from them, their scores and the scores' gradient; all ``[tokens, experts]``."""
+
 _TOLERANCE = 1e-4  # relative; the copy computes in float32
 
 
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 or better."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
 @dataclass(frozen=True)
@@ -48,22 +56,23 @@ class Scoring:
 
     def weights(self, logits: Tensor, indices: Tensor) -> Tensor:
         """Return the weights of the experts ``indices``, ``[tokens, top_k]``, for logits ``[tokens, experts]``."""
-        chosen = scores_of(self.function, logits).gather(-1, indices)
+        chosen = _SCORES[self.function](logits).gather(-1, indices)
         if self.normalized:
             chosen = chosen / chosen.sum(dim=-1, keepdim=True)
         return chosen * self.scale
 
     def logit_gradient(self, logits: Tensor, indices: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient of the logits from that of :meth:`weights`, ``[tokens, top_k]``."""
-        gradient = gradient * self.scale
+        scores, gradient = _SCORES[self.function](logits), gradient * self.scale
         if self.normalized:
-            gradient = through_shares(scores_of(self.function, logits).gather(-1, indices), gradient)
-        return through_scores(self.function, logits, torch.zeros_like(logits).scatter(-1, indices, gradient))
+            gradient = _through_shares(scores.gather(-1, indices), gradient)
+        return _GRADIENTS[self.function](logits, scores, torch.zeros_like(logits).scatter(-1, indices, gradient))
 
 
-def scores_of(function: ScoreFunction, logits: Tensor) -> Tensor:
-    """Return the scores of all experts, ``[tokens, experts]``."""
-    return _FUNCTIONS[function](logits)
+def _through_shares(scores: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of ``scores`` from that of ``scores / scores.sum(-1)``."""
+    total = scores.sum(dim=-1, keepdim=True)
+    return (gradient - (gradient * scores).sum(dim=-1, keepdim=True) / total) / total
 
 
 def probabilities(function: ScoreFunction, logits: Tensor) -> Tensor:
@@ -71,27 +80,31 @@ def probabilities(function: ScoreFunction, logits: Tensor) -> Tensor:
 
     Scores of softmax are one; others are divided by their sum, as in arXiv:2412.19437, equation 19.
     """
-    scores = scores_of(function, logits)
+    scores = _SCORES[function](logits)
     return scores if function == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
 
 
-def through_scores(function: ScoreFunction, logits: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of the logits from that of their scores; all ``[tokens, experts]``."""
-    # Written out, and not differentiated by autograd: it runs inside a backward.
-    scores = scores_of(function, logits)
-    if function == "softmax":
-        return scores * (gradient - (scores * gradient).sum(dim=-1, keepdim=True))
-    if function == "sigmoid":
-        return gradient * scores * (1 - scores)
-    if function == "sqrtsoftplus":
-        return gradient * logits.sigmoid() / (2 * scores)
-    return gradient
+def balance_gradient(function: ScoreFunction, logits: Tensor, relative_load: Tensor) -> Tensor:
+    """Return the gradient of ``sum_te (E f_e) p_te`` with respect to the logits, ``[tokens, experts]``.
+
+    The load-balancing loss (Switch, arXiv:2101.03961, equation 4; over the global batch: arXiv:2501.11873) is its mean
+    over tokens, and over the routers of the model: transformers' ``load_balancing_loss_func`` for one layer at a time.
+    It is ``top_k`` where experts share tokens and probability equally.
+
+    Args:
+        function: What makes scores of logits.
+        logits: ``[tokens, experts]``.
+        relative_load: ``E f_e``, ``[experts]``: the share of all tokens that was sent to each expert, times experts.
+    """
+    gradient, scores = relative_load.expand_as(logits), _SCORES[function](logits)
+    if function != "softmax":
+        gradient = _through_shares(scores, gradient)
+    return _GRADIENTS[function](logits, scores, gradient)
 
 
-def through_shares(scores: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of ``scores`` from that of ``scores / scores.sum(-1)``."""
-    total = scores.sum(dim=-1, keepdim=True)
-    return (gradient - (gradient * scores).sum(dim=-1, keepdim=True) / total) / total
+def z_gradient(logits: Tensor) -> Tensor:
+    """Return the gradient of ``sum_t logsumexp(logits_t)^2`` (ST-MoE, arXiv:2202.08906, equation 5)."""
+    return 2 * logits.logsumexp(dim=-1, keepdim=True) * logits.softmax(dim=-1)
 
 
 def find_scoring(logits: Tensor, weights: Tensor, indices: Tensor, scales: Iterable[float] = ()) -> Scoring | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,11 +44,6 @@ class RouterStatistics:
         self.z = torch.zeros((), device=device, dtype=dtype)
         self.mask: Tensor | None = None
         self._positions: int | None = None
-        self._place = {router: place for place, router in enumerate(routers)}
-
-    @property
-    def _balances(self) -> bool:
-        return bool(self.options.aux_loss_coef or self.options.z_loss_coef or self.options.bias_update_rate)
 
     def begin(self, micro: MicroBatch) -> None:
         """Start from zero for a micro-batch.
@@ -59,7 +53,8 @@ class RouterStatistics:
         """
         mask = self._real_tokens(micro)
         self.mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
-        self._positions = positions_of(micro.inputs)
+        rows = [micro.inputs[name] for name in ("input_ids", "inputs_embeds") if micro.inputs.get(name) is not None]
+        self._positions = rows[0].shape[:2].numel() if rows else None
         self.load.clear()
         self.probabilities.zero_()
         self.z.zero_()
@@ -68,7 +63,7 @@ class RouterStatistics:
         try:
             return token_mask(micro.inputs, micro.rows)
         except DataError as error:
-            if self._balances:
+            if self.options.needs_routers:
                 raise
             logger.warning_once("the load of experts is counted with padding: %s", error.problem)
             return None
@@ -86,37 +81,28 @@ class RouterStatistics:
         Raises:
             ModelError: padding cannot be identified, and the routers are balanced.
         """
-        place, mask, tokens = self._place[router], self.mask, len(decision.indices)
+        mask, tokens = self.mask, len(decision.indices)
         if self._positions not in (None, tokens):
             self._check_subset(router, tokens)
             mask = None
         if load:
-            self.load.count(place, decision, mask)
+            self.load.count(router.index, decision, mask)
         logits = wide(decision.logits)
         if losses and self.options.aux_loss_coef:
             assert router.balance is not None
             shares = probabilities(router.balance, logits)
-            self.probabilities.split(self.load.sizes)[place].add_(_total(shares, mask))
+            self.probabilities.split(self.load.sizes)[router.index].add_(_total(shares, mask))
         if losses and self.options.z_loss_coef:
             self.z += _total(logits.logsumexp(dim=-1).square(), mask)
 
     def _check_subset(self, router: Router, tokens: int) -> None:
         problem = f"{router.name} routes {tokens} tokens of a micro-batch of {self._positions}"
-        if self._balances:
+        if self.options.needs_routers:
             raise ModelError(
                 f"{problem}: padding cannot be identified",
                 "set aux_loss_coef, z_loss_coef and bias_update_rate of the router options to 0",
             )
         logger.warning_once("%s: the load of its experts is counted with padding", router.name)
-
-
-def positions_of(inputs: Mapping[str, Any]) -> int | None:
-    """Return how many positions a micro-batch holds on this rank, padding included; None where it does not say."""
-    for name in ("input_ids", "inputs_embeds"):
-        value = inputs.get(name)
-        if isinstance(value, Tensor):
-            return int(value.shape[0] * value.shape[1])
-    return None
 
 
 def _total(values: Tensor, mask: Tensor | None) -> Tensor:
