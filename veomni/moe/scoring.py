@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veomni.parallel.tensors import wide_dtype
+from veomni.parallel.wrappers import wide_dtype
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 

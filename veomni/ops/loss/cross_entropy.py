@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.parallel.tensors import wide_dtype
+from veomni.parallel.wrappers import wide_dtype
 
 CHUNK_ELEMENTS = 1 << 29
 """Logits held at once: 2^29 elements are 1 GiB in bf16, which fills a matrix unit and is small beside activations."""
