@@ -126,11 +126,7 @@ class Checkpointer:
         executor.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Finish a save in the background.
-
-        Raises:
-            SaveFailedError: it failed.
-        """
+        """Finish a save in the background; SaveFailedError when it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -174,13 +170,8 @@ class Checkpointer:
                 self._publish(dict(ChainMap(*described)), temporary, step)
 
     def _publish(self, files: Mapping[str, Any], temporary: Path, step: int) -> None:
-        facts = {
-            "step": step,
-            "world_size": self.world_size,
-            "signature": self._signature,
-            "veomni": __version__,
-            "torch": str(torch.__version__),
-        }
+        versions = {"veomni": __version__, "torch": str(torch.__version__)}
+        facts = {"step": step, "world_size": self.world_size, "signature": self._signature, **versions}
         write_manifest(temporary, files, facts)
         directories.sync_directory(temporary)
         final = temporary.rename(self._path(step))
@@ -200,19 +191,15 @@ class Checkpointer:
         return directories.published_steps(self.directory)
 
     def check_none_newer(self, step: int) -> None:
-        """Reject a directory with checkpoints of later steps than the one a run starts from.
+        """Check that there are no checkpoints of later steps than the one a run starts from.
 
         They are of an abandoned run: this one could not save those steps, and ``load_latest`` would take them.
-
-        Raises:
-            CheckpointError: there are some.
         """
         newer = [found for found in from_rank_zero(self.steps()) if found > step]
         if newer:
-            raise CheckpointError(
-                f"{self._path(newer[0])} is newer than step {step}, where this run starts",
-                "give another directory, move the newer checkpoints away, or use resume: auto",
-            )
+            problem = f"{self._path(newer[0])} is newer than step {step}, where this run starts"
+            fix = "give another directory, move the newer checkpoints away, or use resume: auto"
+            raise CheckpointError(problem, fix)
 
     def load_latest(self, state: Mapping[str, Any]) -> int | None:
         """Load the newest checkpoint whose manifest verifies, and return its step; None when there is none."""
@@ -226,11 +213,7 @@ class Checkpointer:
         return None
 
     def load(self, state: Mapping[str, Any], path: Path) -> int:
-        """Load one checkpoint, and return its step; never falls back to another.
-
-        Raises:
-            CheckpointError: it is missing or damaged, or does not fit.
-        """
+        """Load one checkpoint, and return its step; CheckpointError when it is missing or damaged, or does not fit."""
         self.wait()
         problem = self._problem(path)
         if problem is not None:
@@ -241,9 +224,8 @@ class Checkpointer:
         manifest = read_manifest(path)
         assert manifest is not None
         if manifest["signature"] != self._signature:
-            raise CheckpointError(
-                f"{path} was saved with {manifest['signature']}, this run has {self._signature}", "make them equal"
-            )
+            problem = f"{path} was saved with {manifest['signature']}, this run has {self._signature}"
+            raise CheckpointError(problem, "make them equal")
         model, optimizer = _model_and_optimizer(state)
         table = sharded_state.sharded_state(model, optimizer)
         sharded_state.load_table(table, path / WEIGHTS)
@@ -290,8 +272,6 @@ def _model_and_optimizer(state: Mapping[str, Any]) -> tuple[nn.Module | None, Op
     model, optimizer = state.get("model"), state.get("optimizer")
     for name, part, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
         if part is not None and not isinstance(part, kind):
-            raise CheckpointError(
-                f"state[{name!r}] is a {type(part).__name__}",
-                f"give one {kind.__name__} under {name!r}, and each further object with a state_dict a name of its own",
-            )
+            fix = f"give one {kind.__name__} under {name!r}, and other objects with a state_dict names of their own"
+            raise CheckpointError(f"state[{name!r}] is a {type(part).__name__}", fix)
     return model, optimizer

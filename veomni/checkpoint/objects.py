@@ -16,11 +16,7 @@ _TUPLE = "__tuple__"
 
 
 def encoded(states: dict[str, Any]) -> dict[str, bytes]:
-    """Return copies of ``states`` as the contents of two files, by suffix.
-
-    Raises:
-        CheckpointError: a state holds something that is neither JSON nor a tensor.
-    """
+    """Return copies of ``states`` as the contents of two files, by suffix; CheckpointError for what is not saved."""
     tensors: dict[str, Tensor] = {}
     plain = _encode(states, "", tensors)
     return {".json": json.dumps(plain, indent=1).encode(), ".safetensors": safetensors.save(tensors)}
@@ -52,7 +48,5 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {_TUPLE: parts} if isinstance(value, tuple) else parts
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise CheckpointError(
-        f"the state {path} holds a {type(value).__name__}, which is not saved",
-        "return numbers, text, lists, dicts and tensors from state_dict()",
-    )
+    problem = f"the state {path} holds a {type(value).__name__}, which is not saved"
+    raise CheckpointError(problem, "return numbers, text, lists, dicts and tensors from state_dict()")

@@ -45,7 +45,7 @@ _ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if is
 
 def _enum_member(cls: Any, name: Any) -> Any:
     if cls not in _CLASSES or not issubclass(cls, Enum):
-        raise CheckpointError(f"the checkpoint's .metadata asks for an attribute of {cls}", _FOREIGN)
+        raise CheckpointError(f"the checkpoint's .metadata refers to an attribute of {cls}", _FOREIGN)
     return cls[name]
 
 
@@ -53,13 +53,14 @@ def _enum_member(cls: Any, name: Any) -> Any:
 _ALLOWED["builtins", "getattr"] = _enum_member
 
 
-class _MetadataUnpickler(pickle.Unpickler):  # only names in the table are looked up; nothing is imported
+class MetadataUnpickler(pickle.Unpickler):
+    """Looks names up in a table of what metadata is made of; nothing is imported."""
+
     @override
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise CheckpointError(f"the checkpoint's .metadata asks for {module}.{name}", _FOREIGN) from None
+        if (module, name) not in _ALLOWED:
+            raise CheckpointError(f"the checkpoint's .metadata refers to {module}.{name}", _FOREIGN)
+        return _ALLOWED[module, name]
 
 
 class SafeReader(FileSystemReader):
@@ -69,22 +70,17 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
-            metadata = _MetadataUnpickler(BytesIO(path.read_bytes())).load()
+            metadata = MetadataUnpickler(BytesIO(path.read_bytes())).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, LookupError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", "use another checkpoint") from error
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} holds no checkpoint metadata", "use another checkpoint")
-        _check_inside(metadata, path)
+        for name in (info.relative_path for info in (metadata.storage_data or {}).values()):
+            if name in ("", ".", "..") or "/" in name:
+                raise CheckpointError(f"{path} points out of its directory: {name}", "do not load this file")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-def _check_inside(metadata: Metadata, path: Path) -> None:
-    for info in (metadata.storage_data or {}).values():
-        name = PurePosixPath(info.relative_path)
-        if name.is_absolute() or len(name.parts) != 1 or name.name == "..":
-            raise CheckpointError(f"{path} points out of its directory: {info.relative_path}", "do not load this file")
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -92,8 +88,7 @@ class SafePlanner(DefaultLoadPlanner):
 
     @override
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)
         safe = BytesIO()
-        torch.save(plain, safe)
+        torch.save(torch.load(value, weights_only=True), safe)
         safe.seek(0)
         super().load_bytes(read_item, safe)

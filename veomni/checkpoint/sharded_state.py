@@ -90,11 +90,7 @@ def own_cause(error: BaseException, rank: int) -> str | None:
 
 
 def load_table(table: dict[str, Any], directory: Path) -> None:
-    """Read a table in place, whatever layout wrote it.
-
-    Raises:
-        CheckpointError: names or shapes differ; names them.
-    """
+    """Read a table in place, whatever layout wrote it; CheckpointError names what differs in names or shapes."""
     wanted = {name: value for name, value in table.items() if not _chooses_kernel(name)}
     _check_match(wanted, SafeReader(directory).read_metadata().state_dict_metadata, directory)
     try:
@@ -105,10 +101,7 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
 
 
 def read_model_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and whole tensors of the model, one at a time and without the model: for export, in one process.
-
-    Args:
-        checkpoint: A published ``global_step_N`` directory.
+    """Yield names and whole tensors of the model in ``global_step_N``, one at a time and without the model: for export.
 
     Raises:
         CheckpointError: it is damaged, or no checkpoint.

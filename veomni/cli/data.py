@@ -21,11 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print what training starts with, and how full rows are; draw the lengths of documents.
-
-    Raises:
-        InputError: the configuration or the data cannot be used.
-    """
+    """Print what training starts with, and how full rows are; draw the lengths of documents."""
     from rich.console import Console
 
     from veomni.cli.data_documents import show_documents

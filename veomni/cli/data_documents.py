@@ -30,11 +30,7 @@ class _Counted(NamedTuple):
 
 
 def show_documents(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
-    """Print the first documents, and how full rows are if those counted are packed.
-
-    Returns:
-        The lengths of documents, by the kinds of media in them.
-    """
+    """Print the first documents, and how full rows are if those counted are packed; return lengths by their media."""
     from veomni.data.multimodal import SkipBadMedia
     from veomni.data.sources.opened import in_turn
 

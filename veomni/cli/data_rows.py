@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from veomni.cli.drawing import LEGEND, coloured
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 def show_rows(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
     """Print the rows that training starts with, and how full rows are; return the lengths of samples.
 
-    Args:
-        config: Names data and tokenizer.
-        console: Where to print.
-        shown: How many rows to print.
-        counted: How many rows of a stream are measured; of data that is indexed, all are.
+    ``counted`` rows of a stream are measured; of data that is indexed, all are.
     """
     loader, tokenizer = _loader(config)
     rows: Iterator[MicroBatch] = chain.from_iterable(loader)
@@ -76,12 +72,12 @@ def _documents(row: MicroBatch, tokenizer: Any) -> Iterator[Text]:
 
     from veomni.batch.fields import IGNORE_INDEX
 
-    ids = row["input_ids"].flatten().tolist()
-    supervised = [label != IGNORE_INDEX for label in row["labels"].flatten().tolist()]
-    starts = [index for index, position in enumerate(row["position_ids"].flatten().tolist()) if position == 0]
-    for number, (start, end) in enumerate(pairwise([*starts, len(ids)]), 1):
-        if end == len(ids) and not any(supervised[start:]) and len(set(ids[start:])) == 1:
-            yield Text(f"padding: {end - start} tokens", style="bold")
-        else:
-            headline = f"document {number}: {end - start} tokens, {sum(supervised[start:end])} supervised\n"
-            yield Text.assemble((headline, "bold"), coloured(ids[start:end], supervised[start:end], tokenizer))
+    ids, labels = (row[key].flatten().tolist() for key in ("input_ids", "labels"))
+    supervised = [label != IGNORE_INDEX for label in labels]
+    start = 0
+    for number, length in enumerate(row.rows.document_lengths, 1):
+        own = slice(start, start := start + length)
+        headline = f"document {number}: {length} tokens, {sum(supervised[own])} supervised\n"
+        yield Text.assemble((headline, "bold"), coloured(ids[own], supervised[own], tokenizer))
+    if start < len(ids):
+        yield Text(f"padding: {len(ids) - start} tokens", style="bold")

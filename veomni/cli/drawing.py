@@ -39,13 +39,9 @@ def _safe(text: str) -> str:
 
 
 def plot_lengths(groups: Mapping[str, Sequence[int]], capacity: int, out: Path, title: str) -> None:
-    """Draw how many documents have how many tokens, and where a row ends.
+    """Draw how many documents have how many tokens, and where a row of ``capacity`` tokens ends.
 
-    Args:
-        groups: Tokens of each document, by what it holds: stacked in as many colours.
-        capacity: Tokens of a row.
-        out: The picture to write; its suffix is the format.
-        title: What the lengths are of.
+    ``groups`` are the tokens of each document by what it holds, stacked in as many colours.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -16,15 +16,10 @@ if TYPE_CHECKING:
 
 
 def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str, float]:
-    """Return bytes on one rank by what takes them, activations not counted.
+    """Return bytes on one rank by what takes them, without activations; parameters are spread over ``shards`` ranks.
 
     ``gathered`` are copies in the compute format: blocks gathered by FSDP (two at a time, all of them when they stay
     gathered; of the experts only the rank's own), or the weights that autocast keeps under ``single`` and ``ddp``.
-
-    Args:
-        model: The model; the meta device will do.
-        train: The section ``train`` of the configuration.
-        shards: Ranks that each parameter is spread over.
     """
     precision = select_precision(train.precision)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

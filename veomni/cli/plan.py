@@ -23,11 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print the plan.
-
-    Raises:
-        InputError: the layout does not work, or the configuration or the model cannot be used.
-    """
+    """Print the plan."""
     from veomni.config.overrides import parse_argv
     from veomni.errors import LayoutError
     from veomni.models import build_model, freeze

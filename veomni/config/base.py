@@ -40,9 +40,7 @@ class Section(BaseModel):
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
         """Yield what is wrong with this section beside the others; files, devices and the model are not looked at.
 
-        Args:
-            config: The whole configuration.
-            world: Ranks over all nodes; None while that is not known.
+        ``world`` is the number of ranks over all nodes; None while that is not known.
         """
         return iter(())
 

@@ -22,11 +22,9 @@ def configured(default: Any, description: str) -> Any:
 
 
 class Options:
-    """Marks a field whose value is the section of one component.
+    """Marks a field whose value is the section of ``component``.
 
-    Args:
-        component: What is configured.
-        supplied: Arguments that the run gives, and the key that each comes from ("" for none).
+    ``supplied`` are arguments that the run gives, and the key that each comes from ("" for none).
     """
 
     def __init__(self, component: Any, **supplied: str) -> None:
@@ -67,11 +65,7 @@ class Choice:
         self.supplied, self.by_name = supplied, sibling is None
 
     def section(self, name: str) -> type[ComponentSection]:
-        """Return the section of the component called ``name``.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Return the section of the component called ``name``."""
         shown = None if self.sibling else name
         return section_of(self.registry.get(name), name=shown, supplied=frozenset(self.supplied), base=self.base)
 
@@ -117,11 +111,7 @@ class Choice:
 
 
 def check_name(registry: Registry[Any], name: str) -> str:
-    """Return ``name`` when ``registry`` holds it.
-
-    Raises:
-        PydanticCustomError: it does not.
-    """
+    """Return ``name`` when ``registry`` holds it, for a validator of pydantic."""
     if name not in registry:
         known = ", ".join(repr(entry) for entry in registry)
         raise PydanticCustomError("unknown_name", "{known}", {"known": f"one of {known}"})

@@ -12,10 +12,7 @@ USAGE = "SCRIPT FILE.yaml [--section.key VALUE | --section.key=VALUE ...]"
 
 
 def parse_argv(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the YAML file and the overrides that a command line names.
-
-    Args:
-        argv: Arguments without the program's own name.
+    """Return the YAML file and the overrides that a command line, without the program's name, gives.
 
     Raises:
         ConfigError: there is no file or more than one, a flag has no value or is no flag, or two flags contradict.
@@ -56,10 +53,7 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """Return ``values`` with each dotted key replaced; a mapping given for a group is merged into it.
 
-    Args:
-        values: Nested mappings; left alone.
-        overrides: Values by dotted key.
-        choices: Keys whose value may be a name: with options for it, the name becomes a mapping.
+    ``choices`` are keys whose value may be a name: with options for it, the name becomes a mapping.
 
     Raises:
         ConfigError: one override is inside another, or inside a plain value.

@@ -21,16 +21,7 @@ class Problem(NamedTuple):
 
 
 def raise_problems(problems: Iterable[Problem], source: str, kind: type[InputError] = ConfigError) -> None:
-    """Raise one error that holds all ``problems``; do nothing when there are none.
-
-    Args:
-        problems: What is wrong.
-        source: What they were found in, for the first line.
-        kind: Class of the error.
-
-    Raises:
-        InputError: of class ``kind``.
-    """
+    """Raise one error of class ``kind`` that holds all ``problems`` found in ``source``, if there are any."""
     found = list(problems)
     if not found:
         return
@@ -42,13 +33,7 @@ def raise_problems(problems: Iterable[Problem], source: str, kind: type[InputErr
 
 
 def explain(error: ValidationError, schema: type[BaseModel], places: Mapping[str, str]) -> list[Problem]:
-    """Return pydantic's findings by key.
-
-    Args:
-        error: What pydantic raised.
-        schema: The model that was validated.
-        places: Where a key was given ("tiny.yaml:12", "--train.seed"), by dotted path.
-    """
+    """Return pydantic's findings by key; ``places`` are where keys were given ("tiny.yaml:12"), by dotted path."""
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     known = all_keys(schema)
     for item in error.errors(include_url=False):
@@ -57,10 +42,7 @@ def explain(error: ValidationError, schema: type[BaseModel], places: Mapping[str
 
 
 def _key(location: tuple[int | str, ...], kind: str, known: list[str]) -> str:
-    """Return the dotted path without the names of union members that pydantic appends.
-
-    Of a list of groups, number and key of the entry are part of it.
-    """
+    """Return the dotted path without the names of union members that pydantic appends, but with entries of lists."""
     if kind == "extra_forbidden":
         return ".".join(str(part) for part in location)
     key = ""

@@ -18,9 +18,6 @@ def save_args(config: Section, output_dir: str | Path) -> Path:
     """Write ``<output_dir>/veomni_cli.yaml``, which reads back as an equal configuration, and return its path.
 
     The schema holds no secrets; the file is readable by its owner only all the same, and replaced in one step.
-
-    Raises:
-        ConfigError: the directory cannot be written to.
     """
     path = Path(output_dir) / "veomni_cli.yaml"
     body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)

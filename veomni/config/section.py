@@ -57,16 +57,13 @@ def section_of(
     supplied: frozenset[str] = frozenset(),
     base: type[ComponentSection] = ComponentSection,
 ) -> type[ComponentSection]:
-    """Return the section whose keys are the keyword arguments of ``component``.
+    """Return the section whose keys are the keyword arguments of ``component``, described by its docstring.
 
     Args:
         component: A class or a function, with annotations of plain values and a docstring in Google style.
         name: What a configuration chooses it by; None where nothing is chosen.
         supplied: Arguments that are not keys, as the run gives them.
         base: Section whose keys and methods it shares with others.
-
-    Raises:
-        ConfigError: an argument without a default has values that YAML cannot hold.
     """
     given: dict[str, Any] = dict(_fields(component, supplied))
     if name is not None:
@@ -77,11 +74,7 @@ def section_of(
 
 
 def checked(section: type[S], options: Mapping[str, Any]) -> S:
-    """Return the section that holds ``options``, which were given in Python.
-
-    Raises:
-        ConfigError: an option has another name, type or range than the component's argument.
-    """
+    """Return the section that holds ``options``, which were given in Python; ConfigError where one does not fit."""
     try:
         return section.model_validate({key: list(v) if isinstance(v, tuple) else v for key, v in options.items()})
     except ValidationError as error:
@@ -94,10 +87,7 @@ def options_of(
 ) -> type[Section]:
     """Return a section whose keys are the keyword arguments of several components; :meth:`Section.make` calls them.
 
-    Args:
-        components: As for :func:`section_of`; of arguments with one name, the first decides default and description.
-        supplied: Arguments that are not keys, as the run gives them.
-        renames: As :attr:`Section.renames`.
+    Of arguments with one name, the first decides default and description; ``supplied`` ones are not keys.
     """
     renames, fields = renames or {}, dict[str, Any]()
     for component in components:

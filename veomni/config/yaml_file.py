@@ -82,21 +82,18 @@ for _class in (_CoreLoader, CoreDumper):
         _class.add_implicit_resolver(f"{_PREFIX}{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 
 
-def read_yaml(path: str | Path) -> tuple[dict[str, Any], Mapping[tuple[str, ...], str]]:
+def read_yaml(
+    path: str | Path, extending: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], Mapping[tuple[str, ...], str]]:
     """Return the mapping that a YAML file holds, and where every key was given ("tiny.yaml:12") by its path.
 
     The key ``extends`` at the top names another file, relative to this one, whose values hold where this one gives
     none; mappings are merged, everything else is replaced.
 
     Raises:
-        ConfigError: a file is missing, empty, not UTF-8, not YAML, not a mapping, extends itself, or uses what is
-            rejected here.
+        ConfigError: a file is missing, empty, not UTF-8, not YAML, not a mapping, extends itself, or has tags.
     """
-    return _read(Path(path), ())
-
-
-def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], Mapping[tuple[str, ...], str]]:
-    name = str(path)
+    name, path = str(path), Path(path)
     value, lines = _parse(_read_text(path, name), name)
     if value is None:
         raise ConfigError(f"{name} is empty", "give the sections model, data and train")
@@ -116,7 +113,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], Mapp
         raise _error(name, line, f"extends goes in a circle: {shown}", "remove one of them")
     if not target.is_file():
         raise _error(name, line, f"extends names {target}, which is no file", "give a path relative to this file")
-    inherited, places_there = _read(target, chain)
+    inherited, places_there = read_yaml(target, chain)
     return merged(inherited, value), {**places_there, **places}
 
 
@@ -125,8 +122,7 @@ def merged(
 ) -> dict[str, Any]:
     """Return ``base`` with ``values`` over it: mappings are merged, everything else is replaced.
 
-    A name in ``base`` whose dotted key is one of ``choices`` is the mapping ``{"name": name}``; ``group`` is the prefix
-    of the keys here.
+    A name in ``base`` whose dotted key, after the prefix ``group``, is in ``choices`` counts as ``{"name": name}``.
     """
     result = dict(base)
     for key, value in values.items():
@@ -140,11 +136,7 @@ def merged(
 
 
 def parse_value(text: str, name: str) -> Any:
-    """Return the scalar, list or mapping that ``text`` is in YAML; ``name`` is where it was given, for errors.
-
-    Raises:
-        ConfigError: it is not YAML.
-    """
+    """Return the scalar, list or mapping that ``text`` is in YAML; ``name`` is where it was given, for errors."""
     return _parse(text, name)[0]
 
 

@@ -102,8 +102,9 @@ def _die_by_interrupt() -> NoReturn:
 
 def _process_group_size() -> int:
     distributed = sys.modules.get("torch.distributed")
-    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return int(distributed.get_world_size()) if distributed is not None and joined else 0
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return 0
+    return int(distributed.get_world_size())
 
 
 def _leave_process_group() -> None:

@@ -18,12 +18,9 @@ _LONGEST_TIMEOUT = 366 * 24 * 3600
 
 @dataclass(frozen=True)
 class Environment:
-    """One process's place among all.
+    """One process's place among all, and what started it.
 
-    Attributes:
-        master_port: TCP port of the rendezvous store on the host of rank 0; 0 is any free port.
-        kind: What started the process: nothing ("single"), torchrun or what sets its variables, Slurm's srun, or our
-            own supervisor ("child").
+    ``master_port`` is that of the store of ``torch.distributed`` on the host of rank 0; 0 is any free port.
     """
 
     rank: int
@@ -43,10 +40,8 @@ class Environment:
         ):
             value, size = getattr(self, name), getattr(self, size_name)
             if not 0 <= value <= highest:
-                raise LaunchError(
-                    f"the {self.kind} environment has {name.upper()}={value} but {size_name.upper()}={size}",
-                    "start every process with torchrun or srun, which set these together",
-                )
+                problem = f"the {self.kind} environment has {name.upper()}={value} but {size_name.upper()}={size}"
+                raise LaunchError(problem, "start every process with torchrun or srun, which set these together")
 
     def variables(self) -> dict[str, str]:
         """Return the variables that ``torch.distributed``'s ``env://`` rendezvous and the loggers read."""
@@ -58,10 +53,9 @@ SINGLE = Environment(0, 0, 1, 1, 0, "127.0.0.1", 0, "single")
 
 
 def detect_environment(env: Mapping[str, str] | None = None) -> Environment | None:
-    """Return this process's place as its launcher set it, or None if it was started by hand.
+    """Return the place that a launcher has set in ``env`` (this process's by default); None if it was started by hand.
 
-    Args:
-        env: Environment variables, by default this process's. torchrun's go before Slurm's: it runs inside Slurm jobs.
+    torchrun's variables go before Slurm's: it runs inside Slurm jobs.
 
     Raises:
         LaunchError: the variables are incomplete, not integers, or contradict each other.
@@ -75,11 +69,7 @@ def detect_environment(env: Mapping[str, str] | None = None) -> Environment | No
 
 
 def integer(env: Mapping[str, str], name: str, default: str = "", *, least: int = 0) -> int:
-    """Return the variable ``name``, or ``default`` where it is unset or empty, as an integer of at least ``least``.
-
-    Raises:
-        LaunchError: it is something else.
-    """
+    """Return the variable ``name``, or ``default`` where it is unset or empty, as an integer of at least ``least``."""
     text = (env.get(name) or default).strip()
     if not text.isascii() or not text.isdigit():
         problem = f"the environment variable {name} is {env.get(name)!r}, not a whole number"
@@ -90,11 +80,7 @@ def integer(env: Mapping[str, str], name: str, default: str = "", *, least: int 
 
 
 def collective_timeout(env: Mapping[str, str]) -> timedelta | None:
-    """Return ``NCCL_TIMEOUT``, which holds for every backend and overrides the configuration; None where it is unset.
-
-    Raises:
-        LaunchError: it is not a whole number of seconds between 1 and a year.
-    """
+    """Return ``NCCL_TIMEOUT``, which holds for every backend and overrides the configuration; None when unset."""
     if not env.get("NCCL_TIMEOUT"):
         return None
     seconds = integer(env, "NCCL_TIMEOUT")
@@ -107,11 +93,9 @@ def collective_timeout(env: Mapping[str, str]) -> timedelta | None:
 def _from_torchrun(env: Mapping[str, str]) -> Environment:
     missing = [name for name in (*_RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if missing:
-        present = [name for name in _RANK_VARIABLES if env.get(name)]
-        raise LaunchError(
-            f"the environment sets {', '.join(present)} but not {', '.join(missing)}",
-            "start with torchrun or train.sh, which set all of them, or unset them to start a run by hand",
-        )
+        present = ", ".join(name for name in _RANK_VARIABLES if env.get(name))
+        fix = "start with torchrun or train.sh, which set all of them, or unset them to start a run by hand"
+        raise LaunchError(f"the environment sets {present} but not {', '.join(missing)}", fix)
     rank, local_rank, world_size = (integer(env, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if not env.get("LOCAL_WORLD_SIZE") and rank != local_rank:
         problem = "the environment spans several nodes but LOCAL_WORLD_SIZE is not set"

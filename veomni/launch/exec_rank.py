@@ -13,9 +13,8 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 if __name__ == "__main__":
     supervisor, *command = sys.argv[1:]
-    if sys.platform == "linux":
-        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            sys.exit(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
-        if os.getppid() != int(supervisor):  # it died before the request was made
-            sys.exit(f"the supervisor {supervisor} is gone")
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        sys.exit(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != int(supervisor):  # it died before the request was made
+        sys.exit(f"the supervisor {supervisor} is gone")
     os.execv(command[0], command)  # noqa: S606 (the very program that the user started)

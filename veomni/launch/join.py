@@ -16,11 +16,8 @@ def join_or_start(devices: int | None) -> Environment:
     """Return this process's place among the ranks, having started them if nothing else has.
 
     Under torchrun or srun, joins. Started by hand with ``devices`` above one, becomes the supervisor: runs this program
-    again that many times, one rank each, and never returns, but exits with the run's code. The variables that
-    ``torch.distributed``'s ``env://`` rendezvous reads are set whenever there are several ranks.
-
-    Args:
-        devices: Processes on this node; None takes what the environment says, or one.
+    again that many times, one rank each, and exits with the run's code. The variables that ``torch.distributed``'s
+    ``env://`` rendezvous reads are set whenever there are several ranks.
 
     Raises:
         LaunchError: the environment is incomplete or contradicts ``devices``, or this program cannot be run again.
@@ -33,11 +30,9 @@ def join_or_start(devices: int | None) -> Environment:
             return SINGLE
         sys.exit(supervise(replace(SINGLE, world_size=devices, local_world_size=devices), _own_command()))
     if devices is not None and devices != environment.local_world_size:
-        raise LaunchError(
-            f"devices is {devices} but {environment.local_world_size} {environment.kind} processes run here",
-            f"leave devices out, or start {devices} processes per node",
-            field="Launcher.devices",
-        )
+        problem = f"devices is {devices} but {environment.local_world_size} {environment.kind} processes run here"
+        fix = f"leave devices out, or start {devices} processes per node"
+        raise LaunchError(problem, fix, field="Launcher.devices")
     os.environ.update(environment.variables())
     return environment
 

@@ -15,11 +15,7 @@ _DEVICE_LISTS = ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "HIP_VISIB
 
 
 def first_of_node(env: Mapping[str, str]) -> Environment:
-    """Return the place of this node's first rank, from NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE.
-
-    Raises:
-        LaunchError: one is missing, is not a number, or contradicts another.
-    """
+    """Return the place of this node's first rank, from NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE."""
     nodes, node = integer(env, "NNODES", "1", least=1), integer(env, "NODE_RANK", "0")
     if node >= nodes:
         raise LaunchError(f"NODE_RANK={node} but NNODES={nodes}", "give every node its own NODE_RANK below NNODES")
@@ -34,11 +30,7 @@ def first_of_node(env: Mapping[str, str]) -> Environment:
 
 
 def processes_per_node(env: Mapping[str, str]) -> int:
-    """Return NPROC_PER_NODE, else the length of a list of visible devices, else the accelerators found, else one.
-
-    Raises:
-        LaunchError: NPROC_PER_NODE is not a positive number.
-    """
+    """Return NPROC_PER_NODE, else the length of a list of visible devices, else the accelerators found, else one."""
     if env.get("NPROC_PER_NODE"):
         return integer(env, "NPROC_PER_NODE", least=1)
     for name in _DEVICE_LISTS:

@@ -46,11 +46,7 @@ class Failure:
         return self.traceback.rstrip() or f"error: {self.message}"
 
     def leave(self) -> bool:
-        """Write it for the supervisor; return False where there is none, as in a program that a rank starts.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write it for the supervisor; return False where there is none, as in a program that a rank starts."""
         directory = os.environ.get(DIRECTORY_VARIABLE)
         if directory is None or os.environ.get(SUPERVISOR_VARIABLE) != str(os.getppid()):
             return False
@@ -61,11 +57,7 @@ class Failure:
         return True
 
     def leave_for_torchelastic(self) -> None:
-        """Write it in torchelastic's format to the file it names, so that its own summary shows the cause.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write it in torchelastic's format to the file it names, so that its own summary shows the cause."""
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if path:
             extra = {"py_callstack": self.traceback, "timestamp": str(int(self.time))}

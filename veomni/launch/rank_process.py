@@ -18,12 +18,9 @@ _EXEC_RANK = str(Path(__file__).with_name("exec_rank.py"))
 
 
 class RankProcess:
-    """A rank, from its start to its end; on Linux it is killed when this process dies.
+    """A rank at ``place``, from its start to its end; it is killed when this process dies.
 
-    Args:
-        place: Its place among all ranks.
-        command: What to execute.
-        failures: Directory in which it leaves its failure.
+    Its failure is left in the directory ``failures``.
     """
 
     def __init__(self, place: Environment, command: list[str], failures: Path) -> None:

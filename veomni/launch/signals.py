@@ -28,17 +28,11 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], o
 
 
 class StopSignal(ExitStack):
-    """Handlers of SIGTERM, SIGINT and SIGUSR1 that set a flag and nothing else, until :meth:`close`.
+    """Handlers of SIGTERM, SIGINT and SIGUSR1, until :meth:`close`: the first signal sets ``requested`` and its name.
 
     A second SIGTERM or SIGINT takes its default effect at once. One that follows within half a second is taken for
     the echo of the first: Slurm signals every process of a job, and torchrun or the supervisor pass the same signal on.
-
-    Attributes:
-        requested: Whether one of the signals came.
-        signal_name: The first one's name, such as "SIGTERM".
-
-    Raises:
-        ValueError: made outside the main thread, where Python allows no handlers.
+    Python allows handlers in the main thread only: elsewhere this is a ValueError.
     """
 
     def __init__(self) -> None:

@@ -21,11 +21,7 @@ logger = create_logger(__name__)
 
 
 def detect_slurm(env: Mapping[str, str]) -> Environment | None:
-    """Return the place of an ``srun`` task among the others; None outside Slurm, or in a shell of its own.
-
-    Raises:
-        LaunchError: a variable is missing, malformed, or contradicts another.
-    """
+    """Return the place of an ``srun`` task among the others; None outside Slurm, or in a shell of its own."""
     tasks = "SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     if not env.get("SLURM_PROCID") or not env.get(tasks) or (world_size := integer(env, tasks)) == 1:
         return None
@@ -76,11 +72,7 @@ def _tasks_on_node(env: Mapping[str, str], node: int, world_size: int) -> int:
 
 
 def expand_node_list(text: str) -> list[str]:
-    """Return the hosts of Slurm's compact notation: ``gpu[08-10,12],login1`` is gpu08, gpu09, gpu10, gpu12, login1.
-
-    Raises:
-        LaunchError: the text is not in that notation.
-    """
+    """Return the hosts of Slurm's compact notation: ``gpu[08-10,12],login1`` is gpu08, gpu09, gpu10, gpu12, login1."""
     hosts: list[str] = []
     for item in re.split(r",(?![^\[]*\])", text.strip()):
         parts = _BRACKETS.split(item)  # plain text, with what stands in brackets in between

@@ -31,12 +31,7 @@ logger = create_logger(__name__)
 def supervise(first: Environment, command: list[str]) -> int:
     """Run ``command`` once for every rank of this node, print why the run failed if it did, and return its exit code.
 
-    Args:
-        first: The place of this node's first rank; a ``master_port`` of 0 takes a free one.
-        command: The program and its arguments.
-
-    Raises:
-        LaunchError: a rank cannot be started; none is left.
+    ``first`` is the place of this node's first rank; its ``master_port`` of 0 takes a free one.
     """
     arrived: deque[int] = deque()
     with contextlib.ExitStack() as stack:
@@ -113,13 +108,9 @@ class _Supervisor:
 def _held_port() -> Iterator[int]:
     """Reserve a port for rank 0's store.
 
-    Linux lets rank 0 listen on it while this socket stays bound without listening, and gives it to no process that asks
-    for any free port. Elsewhere the port is only known to have been free.
+    Linux lets rank 0 listen on it while this socket is bound, and gives it to no process that asks for any free port.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
-        port = int(holder.getsockname()[1])
-        if sys.platform != "linux":
-            holder.close()
-        yield port
+        yield int(holder.getsockname()[1])

@@ -34,23 +34,9 @@ class DataParallel(NamedTuple):
 
 
 class World:
-    """The processes of a run, and this one among them.
+    """The processes of a run, and this one among them; for the arguments see :class:`~veomni.launcher.Launcher`."""
 
-    Args:
-        strategies: Decide the mesh.
-        accelerator: What runs models.
-        devices: Processes on this node; None takes every device, or one process on a CPU.
-        backend: Collective backend; "auto" is the accelerator's.
-        timeout: How long a collective waits for the other ranks; overridden by ``NCCL_TIMEOUT``.
-
-    Attributes:
-        state: The mesh; this and what follows is there after :meth:`launch`.
-        device: The device of this process.
-        rank: Its place among all ranks.
-        local_rank: Its place among those of its node.
-        signal: Whether the run was asked to stop.
-    """
-
+    # Known after launch()
     state: ParallelState
     device: torch.device
     rank: int
@@ -78,9 +64,7 @@ class World:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def launch(self) -> None:
-        """Join the launch this process is part of, or start ``devices`` processes and supervise them.
-
-        In the process that people start, this does not return when it has to start others.
+        """Join the launch this process is part of; or start ``devices`` processes, and exit when they have ended.
 
         Raises:
             InputError: the environment, the strategies and the devices contradict each other; nothing was started.

@@ -28,14 +28,10 @@ class Document:
 
 
 def global_rows(vocab: int, rows: int = ROWS, *, weighted: bool = False) -> list[list[Document]]:
-    """Return rows of documents, the same for every layout.
+    """Return rows of documents, the same for every layout: a multiple of data ranks times micro-batches.
 
-    Row 3 has no label at all, row 5 is one document that fills it, row 7 ends in one token.
-
-    Args:
-        vocab: Number of tokens that are drawn from.
-        rows: Number of rows; a multiple of data ranks times micro-batches.
-        weighted: Give labels weights: small ones in all rows but the first two, alternating 0 and 1 in row 4.
+    Row 3 has no label at all, row 5 is one document that fills it, row 7 ends in one token. Weighted ones have small
+    weights in all rows but the first two, alternating 0 and 1 in row 4.
     """
     generator = torch.Generator().manual_seed(11)
     shapes = [(7, 13, 17), (5, 31), (3, 2, 29), (11, 20), (19, 8, 6), (ROW,), (1, 9, 25), (21, 17, 1)]
@@ -70,23 +66,22 @@ def weights_of(document: Document) -> Tensor:
 
 def pack(rows: list[list[Document]]) -> dict[str, Any]:
     """Return one micro-batch ``[len(rows), ROW]`` as ``veomni/batch/micro_batch.py`` describes it."""
-    keys: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
-    if any(document.weights is not None for documents in rows for document in documents):
-        keys["loss_weights"] = []
+    keys: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "position_ids": [], "loss_weights": []}
     lengths: list[int] = []
     for documents in rows:
         tail = ROW - sum(len(document.tokens) for document in documents)
-        tokens = [document.tokens for document in documents] + [torch.zeros(tail, dtype=torch.int64)]
-        labels = [document.labels.clone() for document in documents] + [torch.full((tail,), IGNORE)]
+        parts = [*documents, Document(torch.zeros(tail, dtype=torch.int64), torch.full((tail,), IGNORE))]
+        keys["input_ids"].append(torch.cat([part.tokens for part in parts]))
+        labels = [part.labels.clone() for part in parts]
         for label in labels[1:]:
             label[:1] = IGNORE
-        keys["input_ids"].append(torch.cat(tokens))
         keys["labels"].append(torch.cat(labels))
-        if "loss_weights" in keys:
-            weights = [torch.ones(len(d.tokens)) if d.weights is None else d.weights for d in documents]
-            keys["loss_weights"].append(torch.cat([*weights, torch.ones(tail)]))
-        keys["position_ids"].append(torch.cat([torch.arange(len(part)) for part in tokens]))
-        lengths += [len(part) for part in tokens if len(part)]
+        keys["position_ids"].append(torch.cat([torch.arange(len(part.tokens)) for part in parts]))
+        weights = [torch.ones(len(part.tokens)) if part.weights is None else part.weights for part in parts]
+        keys["loss_weights"].append(torch.cat(weights))
+        lengths += [len(part.tokens) for part in parts if len(part.tokens)]
+    if all(document.weights is None for documents in rows for document in documents):
+        del keys["loss_weights"]
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     batch: dict[str, Any] = {name: torch.stack(parts) for name, parts in keys.items()}
     return {**batch, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": ROW, "max_length_k": ROW}

@@ -33,14 +33,7 @@ class Truth:
 def truth_of(
     config: Any, rows: list[list[Document]] | None = None, *, device: str = "cpu", weights: str = "random"
 ) -> Truth:
-    """Return the true step of the transformers causal model of ``config``.
-
-    Args:
-        config: The model's configuration.
-        rows: The global batch; None is :func:`veomni.testing.documents.global_rows`.
-        device: Where it is computed.
-        weights: As ``build_model`` takes them.
-    """
+    """Return the true step of a transformers causal model; ``rows`` are those of :func:`global_rows` by default."""
     rows = global_rows(config.get_text_config().vocab_size) if rows is None else rows
     return backward_of(initial_model(config, device, weights=weights), rows, device)
 
@@ -73,11 +66,7 @@ def backward_of(model: nn.Module, rows: list[list[Document]], device: str = "cpu
 
 
 def check(found: Truth, truth: Truth, bound: float) -> None:
-    """Compare loss, norm and every parameter's gradient of a step with the truth, relative and tensor by tensor.
-
-    Raises:
-        AssertionError: a gradient is missing, or something is off by more than ``bound``.
-    """
+    """Assert that loss, norm and every parameter's gradient are the truth's, relative and tensor by tensor."""
     missing = found.gradients.keys() ^ truth.gradients.keys()
     assert not missing, f"gradients on one side only: {sorted(missing)}"
     errors = {name: relative_error(found.gradients[name], tensor) for name, tensor in truth.gradients.items()}

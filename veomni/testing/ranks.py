@@ -27,11 +27,7 @@ _GRACE = 3.0  # seconds that the peers of a dead rank have to write their own er
 
 
 class RankFailed(AssertionError):  # noqa: N818  (a test fails by it)
-    """A rank raised or died.
-
-    Attributes:
-        exceptions: What was raised, by rank; the message holds the tracebacks.
-    """
+    """A rank raised or died; ``exceptions`` are what was raised, by rank, and the message holds the tracebacks."""
 
     def __init__(self, message: str, exceptions: dict[int, BaseException]) -> None:
         super().__init__(message)
@@ -50,11 +46,7 @@ def free_port() -> int:
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, init: bool = True, timeout: float = 90.0, **kwargs: Any
 ) -> list[Any]:
-    """Return ``[function(*args, **kwargs) on rank 0, ... on rank world_size - 1]``; see :func:`run_cases`.
-
-    Raises:
-        RankFailed: a rank raised, died or was killed.
-    """
+    """Return ``[function(*args, **kwargs) on rank 0, ... on the last]``, or raise RankFailed; see :func:`run_cases`."""
     (found,) = run_cases([partial(function, *args, **kwargs)], world_size, init=init, timeout=timeout)
     if isinstance(found, RankFailed):
         raise found

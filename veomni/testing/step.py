@@ -48,8 +48,8 @@ def train_step(
         rows: The global batch; None is :func:`veomni.testing.documents.global_rows`.
         accumulation: Micro-batches of a rank.
         max_norm: What gradients are clipped to.
-        weights: As ``build_model`` takes them.
-        attention: As ``build_model`` takes it.
+        weights: As ``build_model`` takes them; so is ``attention``.
+        attention: The attention backend.
         options: Others of the launcher's, or of ``setup_model``; float64 on CPUs is the default.
     """
     setup = {name: options.pop(name) for name in _OF_SETUP if name in options}
@@ -86,7 +86,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
 def prove(
     config: Any, strategies: Callable[[], Any], world_size: int, *, precision: str = "fp64", **options: Any
 ) -> None:
-    """Check that a step on a layout is the oracle's: loss, gradient norm and every parameter's gradient.
+    """Assert that a step on a layout is the oracle's: loss, gradient norm and every parameter's gradient.
 
     Args:
         config: The configuration of a small transformers causal model.
@@ -94,9 +94,6 @@ def prove(
         world_size: Ranks; 12 rows are dealt to the data ranks among them.
         precision: "fp64", "fp32" or "bf16".
         options: As :func:`train_step` takes them.
-
-    Raises:
-        AssertionError: a rank failed, or a number is off by more than the precision's bound.
     """
     run = partial(train_step, config, strategies, precision=precision, **options)
     truth = truth_of(config, options.get("rows"), weights=options.get("weights", "random"))
