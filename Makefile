@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := $(shell sed -nE 's/^ *"transformers>=([0-9.]+),.*/\1/p' pyproject.toml)
+
 .DEFAULT_GOAL := help
-.PHONY: help train test quality style commit build clean
+.PHONY: help train test oldest quality style commit build clean
 
 help: ## Show these lines
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -21,6 +24,18 @@ train: $(STAMP) ## Train a small language model here: the tiny example, on every
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest --quiet
+
+# The versions of constraints.txt, except those that an older transformers decides.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	@echo "installing transformers $(OLDEST_TRANSFORMERS) into $(OLDEST) (once; some minutes on a fresh machine)"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+		setuptools 'transformers==$(OLDEST_TRANSFORMERS).*' --editable '.[dev]'
+	@touch $@
+
+oldest: $(OLDEST)/.installed ## Run parity, experts and the contracts of private names on the oldest supported transformers
+	$(OLDEST)/bin/python -m pytest --quiet tests/parity tests/moe tests/compat tests/models/transformers_api
 
 quality: $(STAMP) ## Check style, types and layers
 	$(BIN)/ruff check .
@@ -39,4 +54,4 @@ build: $(STAMP) ## Build the source distribution and the wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove what the other targets made
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf .venv $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from rich.console import Console
 
 from veomni.cli.drawing import LEGEND, coloured
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from veomni.data.multimodal import Family, MediaFeatures, MultimodalTransform, PlannedDocument
-    from veomni.data.sources.records import Document
-    from veomni.data.sources.schema import RecordSchema
-    from veomni.run_config import Config
+from veomni.data.multimodal import Family, MediaFeatures, MultimodalTransform, PlannedDocument, SkipBadMedia
+from veomni.data.packing.best_fit import best_fit_decreasing
+from veomni.data.sources.opened import in_turn
+from veomni.data.sources.records import Document
+from veomni.data.sources.schema import RecordSchema
+from veomni.errors import DataError
+from veomni.run_config import Config
 
 
 class _Counted(NamedTuple):
@@ -31,9 +32,6 @@ class _Counted(NamedTuple):
 
 def show_documents(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
     """Print the first documents, and how full rows are if those counted are packed; return lengths by their media."""
-    from veomni.data.multimodal import SkipBadMedia
-    from veomni.data.sources.opened import in_turn
-
     dataset, _ = config.open_data()
     tokenizer = config.build_tokenizer(dataset)
     media = config.data.media
@@ -69,8 +67,6 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
 
 
 def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> PlannedDocument:
-    from veomni.data.multimodal import PlannedDocument
-
     [encoded] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
     ids = torch.tensor(encoded.ids)
     weights = torch.ones(len(ids)) if encoded.weights is None else torch.tensor(encoded.weights)
@@ -98,11 +94,6 @@ def _became(features: MediaFeatures, family: Family) -> list[str]:
 
 
 def _summarize(console: Console, found: list[_Counted], capacity: int, skipped: int, available: str) -> None:
-    import numpy as np
-
-    from veomni.data.packing.best_fit import best_fit_decreasing
-    from veomni.errors import DataError
-
     if not found:
         raise DataError(f"none of {skipped} documents can be used", "fix their media")
     lengths = np.array([one.tokens for one in found])

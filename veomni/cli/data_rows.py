@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
+from veomni.batch.fields import IGNORE_INDEX
+from veomni.batch.micro_batch import MicroBatch
 from veomni.cli.drawing import LEGEND, coloured
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
-
-    from veomni.batch.micro_batch import MicroBatch
-    from veomni.data import PackedLoader, StreamLoader
-    from veomni.run_config import Config
+from veomni.data import Encoder, Order, PackedLoader, Packing, StreamLoader, Workers, build_dataloader
+from veomni.run_config import Config
 
 
 def show_rows(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
@@ -42,8 +41,6 @@ def show_rows(config: Config, console: Console, shown: int, counted: int) -> dic
 
 
 def _loader(config: Config) -> tuple[PackedLoader | StreamLoader, Any]:
-    from veomni.data import Encoder, Order, Packing, Workers, build_dataloader
-
     data = config.data
     dataset, _ = config.open_data()
     tokenizer = config.build_tokenizer(dataset)
@@ -60,18 +57,12 @@ def _loader(config: Config) -> tuple[PackedLoader | StreamLoader, Any]:
 
 def _origins(row: MicroBatch) -> Iterator[Text]:
     """Yield the places that the documents of a row come from."""
-    from rich.text import Text
-
     for name, source in zip(row.origin.document_ids, row.origin.document_sources, strict=True):
         yield Text(f"{row.origin.source_names[source]}: {name.partition('/')[2]}", style="cyan")
 
 
 def _documents(row: MicroBatch, tokenizer: Any) -> Iterator[Text]:
     """Yield a headline and the text of each document of a one-row micro-batch, and how much of the row is padding."""
-    from rich.text import Text
-
-    from veomni.batch.fields import IGNORE_INDEX
-
     ids, labels = (row[key].flatten().tolist() for key in ("input_ids", "labels"))
     supervised = [label != IGNORE_INDEX for label in labels]
     start = 0

@@ -13,6 +13,9 @@ from importlib import metadata
 from itertools import chain
 from typing import Any
 
+import torch.distributed as dist
+
+from veomni.accelerators.base import ACCELERATORS
 from veomni.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "pyarrow", "torchmetrics", "numpy")
@@ -58,10 +61,6 @@ def _version(package: str) -> str:
 
 
 def _accelerators() -> Iterator[tuple[str, str]]:
-    import torch.distributed as dist
-
-    from veomni.accelerators.base import ACCELERATORS
-
     for name in sorted(set(ACCELERATORS) - {"auto"}):
         try:
             family: Any = ACCELERATORS.get(name)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.text import Text
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.text import Text
 
 LEGEND = "green is supervised, grey is context"
 _COUNTED_FROM = 4
@@ -18,8 +21,6 @@ _BEYOND = 1.5  # rows long, and more is put into the last bar
 
 def coloured(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any, counted: Collection[int] = ()) -> Text:
     """Return decoded tokens in colour; runs of the same id of ``counted`` are shown once, with their number."""
-    from rich.text import Text
-
     text = Text()
     tokens = zip(ids, supervised, strict=True)
     runs = groupby(tokens, key=lambda token: (token[1], token[0] if token[0] in counted else None))
@@ -43,11 +44,6 @@ def plot_lengths(groups: Mapping[str, Sequence[int]], capacity: int, out: Path, 
 
     ``groups`` are the tokens of each document by what it holds, stacked in as many colours.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     values = np.concatenate([np.asarray(lengths) for lengths in groups.values()])
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+import torch
+
+from veomni.checkpoint import read_model_tensors
 from veomni.errors import CheckpointError
 from veomni.logging import create_logger
+from veomni.models import build_config, build_tokenizer, export_tensors
 
 logger = create_logger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("checkpoint", type=Path, help="a run's checkpoints/global_step_N directory")
-    parser.add_argument("output_dir", type=Path, help="where to write it")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="convert to this format")
-
-
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Export in this process, one tensor at a time."""
-    import torch
-
-    from veomni.checkpoint import read_model_tensors
-    from veomni.models import build_config, build_tokenizer, export_tensors
-
     assets = arguments.checkpoint.resolve().parent.parent / "model_assets"
     config = tokenizer = None
     if not assets.exists():

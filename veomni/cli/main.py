@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from typing_extensions import override
 
-from veomni.cli import data, doctor, export, plan
 from veomni.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError, LaunchError
 from veomni.launch import entrypoint
 from veomni.version import __version__
@@ -21,12 +21,60 @@ _EPILOG = f"exit codes: 0 done, {EXIT_FAULT} fault, 75 preempted and saved, {EXI
 
 
 class _Command(NamedTuple):
-    """A subcommand: ``run`` gets its arguments, and the configuration and overrides that are left, if it takes any."""
+    """A subcommand: where its function is, imported when it runs, and its arguments as ``add_argument`` takes them."""
 
-    run: Callable[[argparse.Namespace, Sequence[str]], None]
+    function: str
     help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    takes_config: bool = False
+    arguments: Mapping[str, Mapping[str, Any]] = {}
+    usage: str | None = None
+    takes_config: bool = False  # then it also gets what its arguments leave: a configuration and overrides
+
+
+_COMMANDS = {
+    "launch": _Command(
+        "veomni.cli.main:launch", "run a training script, which starts its own ranks",
+        {
+            "script": {"metavar": "FILE.py", "help": "the script, such as examples/train.py"},
+            "arguments": {"nargs": argparse.REMAINDER, "metavar": "...", "help": "its configuration and overrides"},
+        },
+        "veomni launch FILE.py CONFIG.yaml [--section.key VALUE ...]",
+    ),
+    "doctor": _Command(
+        "veomni.cli.doctor:run", "print versions, devices, extras, backends and disk space, for bug reports"
+    ),
+    "plan": _Command(
+        "veomni.cli.plan:run", "print the mesh, the memory of a rank and the batch arithmetic of a configuration",
+        {"--world": {"type": int, "metavar": "N", "help": "ranks over all nodes (default: what this node starts)"}},
+        "veomni plan CONFIG.yaml [--section.key VALUE ...] [--world N]", takes_config=True,
+    ),
+    "data": _Command(
+        "veomni.cli.data:run", "print documents as tokens, supervised ones in colour, and draw how long they are",
+        {
+            "--rows": {"type": int, "default": 2, "metavar": "N", "help": "rows to print (default: %(default)s)"},
+            "--documents": {
+                "type": int, "default": 256, "metavar": "N",
+                "help": "documents with media, or rows of a stream, that are read to measure lengths (default: "
+                "%(default)s)",
+            },
+            "--plot": {
+                "metavar": "FILE", "help": "where the histogram goes (default: data_lengths.png in train.output_dir)",
+            },
+        },
+        "veomni data preview CONFIG.yaml [--section.key VALUE ...] [--rows N] [--documents N] [--plot FILE]",
+        takes_config=True,
+    ),
+    "export": _Command(
+        "veomni.cli.export:run", "write a checkpoint's model in Hugging Face layout, or the safetensors of any module",
+        {
+            "checkpoint": {"type": Path, "help": "a run's checkpoints/global_step_N directory"},
+            "output_dir": {"type": Path, "help": "where to write it"},
+            "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "convert to this format"},
+        },
+    ),
+    "schema": _Command(
+        "veomni.cli.main:schema", "print the JSON schema of the configuration; every key has its description"
+    ),
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rest and not command.takes_config:
         raise ConfigError(f"veomni {arguments.command}: unknown argument {rest[0]!r}", "see its --help")
     try:
-        command.run(arguments, rest)
+        pkgutil.resolve_name(command.function)(arguments, rest)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,20 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"veomni {__version__}")
     commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        text = command.help
-        command.add_arguments(
-            commands.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False)
-        )
+        about = {"help": command.help, "description": command.help, "usage": command.usage, "epilog": _EPILOG}
+        sub = commands.add_parser(name, allow_abbrev=False, **about)
+        for argument, options in command.arguments.items():
+            sub.add_argument(argument, **options)
     return parser
 
 
-def _launch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "veomni launch FILE.py CONFIG.yaml [--section.key VALUE ...]"
-    parser.add_argument("script", metavar="FILE.py", help="the script, such as examples/train.py")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its configuration and overrides")
-
-
-def _launch(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Become the script: its exit code and the signals it gets are its own, and no process is left between."""
     script, given = arguments.script, arguments.arguments
     if script.endswith((".yaml", ".yml")):
@@ -84,26 +126,8 @@ def _launch(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, script, *given])  # noqa: S606
 
 
-def _schema(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+def schema(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the schema."""
     from veomni.run_config import Config
 
     print(json.dumps(Config.model_json_schema(), indent=2))
-
-
-_COMMANDS = {
-    "launch": _Command(_launch, "run a training script, which starts its own ranks", _launch_arguments),
-    "doctor": _Command(doctor.run, "print versions, devices, extras, backends and disk space, for bug reports"),
-    "plan": _Command(
-        plan.run, "print the mesh, the memory of a rank and the batch arithmetic of a configuration",
-        plan.add_arguments, takes_config=True,
-    ),
-    "data": _Command(
-        data.run, "print documents as tokens, supervised ones in colour, and draw how long they are",
-        data.add_arguments, takes_config=True,
-    ),
-    "export": _Command(
-        export.run, "write a checkpoint's model in Hugging Face layout, or the safetensors of any module",
-        export.add_arguments,
-    ),
-    "schema": _Command(_schema, "print the JSON schema of the configuration; every key has its description"),
-}  # fmt: skip

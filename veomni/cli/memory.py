@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from veomni.loop.section import TrainSection
 from veomni.models import derive_plan
 from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.strategies.transforms.precision import Precision, select_precision
-
-if TYPE_CHECKING:
-    from veomni.loop.section import TrainSection
 
 
 def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str, float]:

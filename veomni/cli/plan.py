@@ -5,31 +5,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
-    from veomni.parallel.mesh import ParallelDims
-    from veomni.run_config import Config
+from veomni.cli.memory import rank_memory
+from veomni.config.overrides import parse_argv
+from veomni.errors import LayoutError
+from veomni.metrics import FlopsCounter
+from veomni.models import build_model, freeze
+from veomni.parallel.mesh import AXES, ParallelDims
+from veomni.run_config import Config, check_layout
+from veomni.strategies.select import mesh_dims
 
 _GIB = 1024**3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments; the configuration and its overrides are what is left."""
-    parser.usage = "veomni plan CONFIG.yaml [--section.key VALUE ...] [--world N]"
-    parser.add_argument("--world", type=int, metavar="N", help="ranks over all nodes (default: what this node starts)")
-
-
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the plan."""
-    from veomni.config.overrides import parse_argv
-    from veomni.errors import LayoutError
-    from veomni.models import build_model, freeze
-    from veomni.run_config import Config, check_layout
-    from veomni.strategies.select import mesh_dims
-
     config = Config.from_file(*parse_argv(rest))
     world = arguments.world
     if world is None:
@@ -53,8 +45,6 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _mesh(config: Config, world: int, dims: ParallelDims) -> Iterator[tuple[str, str]]:
-    from veomni.parallel.mesh import AXES
-
     yield "ranks", f"{world}"
     yield "mesh", " x ".join(f"{axis} {getattr(dims, axis)}" for axis in AXES)
     yield "parameters are sharded over", f"{dims.size('fsdp')} ranks ({config.train.data_parallel_mode})"
@@ -75,8 +65,6 @@ def _batch(config: Config, world: int) -> Iterator[tuple[str, str]]:
 
 
 def _flops(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
-    from veomni.metrics import FlopsCounter
-
     counter = FlopsCounter.from_model(model)
     if counter is not None:
         flops = counter.step_flops([config.data.max_seq_len] * config.train.global_batch_size)
@@ -84,8 +72,6 @@ def _flops(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _memory(config: Config, model: nn.Module, shards: int) -> Iterator[tuple[str, str]]:
-    from veomni.cli.memory import rank_memory
-
     count = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     yield "parameters of the model", f"{count:,}" + (f", {trained:,} trained" if trained < count else "")
