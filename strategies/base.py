@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import LoopError
 from veomni.models.traits.verdict import Trait
-from veomni.parallel.mesh import ParallelState
+from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.registry import Registry
 from veomni.strategies.grad_norm import sharded_grad_norm
@@ -29,9 +29,6 @@ from veomni.strategies.grad_norm import sharded_grad_norm
 if TYPE_CHECKING:
     from veomni.models.adapter.adapter import ModelAdapter
     from veomni.strategies.transforms.precision import Precision
-
-Materialize = Callable[[nn.Module, str], None]
-"""Gives the meta parameters and buffers under a module (its name in the model second) their storage and values."""
 
 
 class Stage(IntEnum):
@@ -54,13 +51,9 @@ class SetupContext:
     """What a strategy may read when it transforms a model.
 
     Attributes:
-        state: The live mesh.
-        accelerator: The kind of device.
-        device: This rank's device.
-        precision: Number formats of the run.
         plan: Blocks, experts and float32 modules of the model, by name.
         parameters: The strategy that holds the parameters.
-        materialize: Gives meta parameters their values.
+        materialize: Gives meta parameters and buffers under a module (its name in the model second) their values.
         placed: Modules, by name, whose parameters another strategy has placed and whose gradients it reduces. A
             parameter strategy materialises them, and leaves them alone otherwise.
     """
@@ -71,7 +64,7 @@ class SetupContext:
     precision: Precision
     plan: ParallelPlan
     parameters: ParameterStrategy
-    materialize: Materialize
+    materialize: Callable[[nn.Module, str], None]
     placed: dict[str, nn.Module] = field(default_factory=dict)
 
     def placed_parameters(self) -> set[nn.Parameter]:
@@ -122,6 +115,14 @@ class Strategy(ABC):
 
         Raises:
             LayoutError: it does not.
+        """
+        return
+
+    def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:
+        """Check a model's text configuration, and the tokens of a row, before any process is started.
+
+        Raises:
+            InputError: ranks of the mesh cannot share them.
         """
         return
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from typing_extensions import override
 from veomni.errors import LayoutError, ModelError
 from veomni.ops.experts.exchange import EXCHANGE, Dispatch, ExpertExchange
 from veomni.ops.experts.shared import shared_experts_beside
-from veomni.parallel.mesh import ParallelState
+from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.strategies.base import SetupContext, Stage, Strategy
 from veomni.strategies.units import ShardedUnits, cast_policy
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Placement = Literal["adjacent", "strided"]
 ExchangeSize = Literal["exact", "fixed"]
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FIX = "leave expert parallelism out", "ExpertParallel.size"
 
 
@@ -66,6 +67,12 @@ class ExpertParallel(Strategy):
         return {"ep" if self.placement == "adjacent" else "ep_strided": self.size}
 
     @override
+    def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:
+        experts = next((facts[key] for key in _EXPERT_COUNTS if facts.get(key)), None)
+        if experts is not None:  # other models name them otherwise: transform() checks
+            self._check_count(experts, "the model")
+
+    @override
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         if self.size == 1:
             return
@@ -84,13 +91,17 @@ class ExpertParallel(Strategy):
 
     def _check_stacks(self, name: str, module: nn.Module) -> None:
         experts = int(module.num_experts)  # type: ignore[arg-type]
-        if experts % self.size:
-            problem = f"the {experts} experts of {name} do not divide by expert parallel size {self.size}"
-            raise ModelError(problem, f"use a divisor of {experts}")
+        self._check_count(experts, name)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.shape[0] != experts:
                 shape = list(parameter.shape)
                 raise ModelError(f"{name}.{key} {shape} is not a stack of {experts} experts", *_FIX)
+
+    def _check_count(self, experts: int, name: str) -> None:
+        if experts % self.size:
+            divisors = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
+            problem = f"expert parallel size {self.size} does not divide the {experts} experts of {name}"
+            raise ModelError(problem, f"use one of {divisors}", "ExpertParallel.size")
 
     def _exchange_of(self, adapter: ModelAdapter, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")

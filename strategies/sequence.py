@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from veomni.batch.forward_call import SequenceGroups
 from veomni.batch.micro_batch import MicroBatch
+from veomni.batch.split import SequenceShard
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.shared_media import share_towers
@@ -19,10 +20,10 @@ from veomni.models.traits import RunsOnShards, SplitsRows, Trait
 from veomni.models.traits.rows import text_part
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.ring import register_ring
-from veomni.ops.attention.ulysses import register_ulysses
+from veomni.ops.attention.ulysses import check_heads, register_ulysses
 from veomni.ops.attention.ulysses_async import overlap_projections
 from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, use_attention
-from veomni.parallel.mesh import ParallelState
+from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.strategies.base import SetupContext, Stage, Strategy
 
 _PACKING_BACKENDS = (
@@ -55,6 +56,14 @@ class SequenceStrategy(Strategy):
     @override
     def mesh_axes(self) -> Mapping[str, int]:
         return {self.axis: self.size}
+
+    @override
+    def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:
+        shard = SequenceShard(dims.ulysses, 0, dims.cp, 0)
+        if shard.size > 1 and row_length < shard.multiple:
+            sizes = f"Ulysses.size {shard.ulysses} x ContextParallel.size {shard.cp}"
+            problem = f"max_seq_len {row_length} is too short for {shard.size} ranks per row ({sizes})"
+            raise LayoutError(problem, f"use at least {shard.multiple}", "Ulysses.size ContextParallel.size")
 
     @override
     def shard(self, micro: MicroBatch, state: ParallelState) -> MicroBatch:
@@ -131,6 +140,12 @@ class Ulysses(SequenceStrategy):
     def __init__(self, size: int, *, overlap: bool = False, validate_batches: bool = False) -> None:
         super().__init__(size, validate_batches=validate_batches)
         self.overlap = overlap
+
+    @override
+    def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:
+        super().check_model(facts, row_length, dims)
+        if facts.get("num_attention_heads"):  # in some models they differ by layer: their attention checks each
+            check_heads(facts["num_attention_heads"], self.size)
 
     @override
     def install(self, adapter: ModelAdapter, backend: str, state: ParallelState) -> str:
