@@ -22,8 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## Train a small language model here: the tiny example, on every accelerator or two CPU ranks
 	$(BIN)/python examples/train.py configs/text/tiny.yaml
 
+# Many tests use one core or wait for ranks, so two workers keep two cores busy. One worker runs all tests of a file, which
+# share models and forks.
+TEST_WORKERS ?= 2
 test: $(STAMP) ## Run all tests
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The versions of constraints.txt, except those that an older transformers decides.
 $(OLDEST)/.installed: pyproject.toml constraints.txt

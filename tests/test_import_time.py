@@ -11,9 +11,9 @@ PROGRAM = """
 import json, sys, time
 import torch
 torch_modules = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import veomni
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps({"seconds": seconds, "added": sorted(set(sys.modules) - torch_modules)}))
 """
 
