@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from veomni.config.problems import Problem
 from veomni.errors import ModelError
-from veomni.ops.experts.layout import expert_layout
+from veomni.ops.experts.layout import products
 from veomni.ops.experts.permute import past_end
 from veomni.registry import Registry
 
@@ -61,11 +61,10 @@ class ExpertBackend(ABC):
         """Return why this backend cannot run a model's experts in a number format; None where it can."""
         if _PRECISIONS.get(compute) not in cls.precisions:
             return f"it computes in {', '.join(cls.precisions)}, not in {_PRECISIONS.get(compute, compute)}"
-        for module in modules:
-            parameters = (getattr(module, name) for name in (expert_layout(module).first, "down_proj"))
-            for size in (size for parameter in parameters for size in parameter.shape[1:]):
-                if size % cls.channels:
-                    return f"its rows must have a multiple of {cls.channels} channels, and experts have {size} channels"
+        parameters = (getattr(module, name) for module in modules for name in products(module))
+        odd = [size for parameter in parameters for size in parameter.shape[1:] if size % cls.channels]
+        if odd:
+            return f"its rows must be a multiple of {cls.channels} channels, and experts have {odd[0]} channels"
         return None
 
     @classmethod

@@ -12,8 +12,9 @@ idea is that of the VeOmni paper (arXiv:2508.02317) and of COMET (arXiv:2502.198
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,10 @@ class ExpertExchange:
 # A graph that holds a process group, or sizes that depend on the data, cannot be compiled.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange_experts(
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    num_experts: int,
-    run: RunExperts,
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, run: RunExperts,
     exchange: ExpertExchange,
-) -> Tensor:
-    """Run every token's experts, wherever they are.
+) -> Tensor:  # fmt: skip
+    """Return the weighted sum over each token's experts, wherever they are, ``[tokens, hidden]``.
 
     Args:
         hidden: This rank's tokens, ``[tokens, hidden]``.
@@ -69,9 +66,6 @@ def exchange_experts(
         num_experts: Experts of the layer over all ranks of the group.
         run: Runs the experts of this rank.
         exchange: The ranks, and how.
-
-    Returns:
-        ``[tokens, hidden]``: the weighted sum over each token's experts.
     """
     shared = exchange.shared
     dispatch = shared.take_dispatch(hidden, top_k_index) if shared is not None else None
@@ -88,9 +82,10 @@ class Dispatch:
     def __init__(self, hidden: Tensor, top_k_index: Tensor, num_experts: int, exchange: ExpertExchange) -> None:
         parts = zip(hidden.chunk(exchange.chunks), top_k_index.chunk(exchange.chunks), strict=True)
         self.chunks = [_Chunk(tokens, index, num_experts) for tokens, index in parts]
-        received = _exchange_counts([chunk.routing for chunk in self.chunks], exchange.group)
+        counts = torch.stack([chunk.routing.counts for chunk in self.chunks]).unflatten(1, (exchange.group.size(), -1))
+        received = all_to_all(counts.transpose(0, 1).contiguous(), None, exchange.group).transpose(0, 1)
         layouts = _fixed_layouts if exchange.fixed_size else _exact_layouts
-        for chunk, layout in zip(self.chunks, layouts(self.chunks, received, exchange.group), strict=True):
+        for chunk, layout in zip(self.chunks, layouts(self.chunks, counts, received, exchange.group), strict=True):
             chunk.layout = layout
         self.chunks[0].dispatch()
 
@@ -112,13 +107,6 @@ class Dispatch:
         self.chunks[0].exchange.wait()
 
 
-def _exchange_counts(routings: Sequence[Routing], group: ProcessGroup) -> Tensor:
-    """Return how many rows each rank sends to each expert of this rank, int64 ``[P, chunks, local_experts]``."""
-    counts = torch.stack([routing.counts for routing in routings])
-    sent = counts.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-    return all_to_all(sent, None, group)
-
-
 @dataclass(frozen=True)
 class _Layout:
     """How the rows of a chunk lie in the buffers that are sent.
@@ -138,9 +126,18 @@ class _Layout:
     by_expert: Tensor
     inverse: Tensor
     rows: int
-    splits: Splits | None = None
-    slots: Tensor | None = None
-    room: int = 0
+    splits: Splits | None
+    slots: Tensor | None
+    room: int
+
+    @classmethod
+    def of(
+        cls, group: ProcessGroup, arriving: Tensor, experts: Tensor, rows: int, splits: Splits | None,
+        slots: Tensor | None = None, room: int = 0,
+    ) -> Self:  # fmt: skip
+        """Return the layout that sorts ``arriving`` rows, of ``experts`` in the order of arrival, by expert."""
+        offsets, by_expert = arriving.sum(0).cumsum(0).to(torch.int32), experts.argsort(stable=True)
+        return cls(group, offsets, by_expert, inverse_of(by_expert), rows, splits, slots, room)
 
     def pack(self, rows: Tensor) -> Tensor:
         """Put this rank's rows, sorted by expert, into the buffer that is sent."""
@@ -155,57 +152,40 @@ class _Layout:
         return F.pad(buffer, (0, 0, 0, 1)).index_select(0, self.slots)
 
 
-def _exact_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGroup) -> list[_Layout]:
-    """Buffers of exactly the rows that are sent. Their sizes are read by the host, for all chunks at once."""
-    ranks, _, local = received.shape
-    counts = torch.stack([chunk.routing.counts for chunk in chunks]).unflatten(1, (ranks, local))
-    sent_sizes, received_sizes = torch.stack([counts.sum(2), received.sum(2).t()]).tolist()
-    layouts = []
-    for index, chunk in enumerate(chunks):
-        arriving, total = received[:, index], sum(received_sizes[index])
-        local_ids = torch.arange(local, device=received.device).repeat(ranks)
-        experts = local_ids.repeat_interleave(arriving.flatten(), output_size=total)
-        by_expert = experts.argsort(stable=True)
-        splits = Splits(sent_sizes[index], received_sizes[index])
-        rows = chunk.index.numel()
-        layouts.append(_Layout(group, _ends(arriving), by_expert, inverse_of(by_expert), rows, splits))
-    return layouts
+# Counts of rows are int64 [chunks, P, local_experts]: those for each expert of each rank, and those from each rank.
 
 
-def _fixed_layouts(chunks: Sequence[_Chunk], received: Tensor, group: ProcessGroup) -> list[_Layout]:
-    """Buffers with room for the most rows a rank could get; rows that are not there sort behind all experts."""
-    ranks, _, local = received.shape
-    layouts = []
-    for index, chunk in enumerate(chunks):
-        rows = chunk.index.numel()
-        room = len(chunk.index) * min(chunk.index.shape[1], local)
-        places = torch.arange(room, device=received.device)
-        arriving = received[:, index].contiguous()
-        experts = torch.searchsorted(arriving.cumsum(1), places.expand(ranks, room).contiguous(), right=True)
-        by_expert = experts.flatten().argsort(stable=True)
-        sent = chunk.routing.counts.unflatten(0, (ranks, local)).sum(1)
+def _exact_layouts(
+    chunks: Sequence[_Chunk], counts: Tensor, received: Tensor, group: ProcessGroup
+) -> Iterator[_Layout]:
+    """Yield buffers of exactly the rows that are sent. Their sizes are read by the host, for all chunks at once."""
+    sizes = zip(*torch.stack([counts.sum(2), received.sum(2)]).tolist(), strict=True)
+    for chunk, arriving, (sent, arrived) in zip(chunks, received, sizes, strict=True):
+        segments = arriving.flatten()
+        experts = torch.arange(len(segments), device=segments.device) % arriving.shape[1]
+        experts = experts.repeat_interleave(segments, output_size=sum(arrived))
+        yield _Layout.of(group, arriving, experts, chunk.index.numel(), Splits(sent, arrived))
+
+
+def _fixed_layouts(
+    chunks: Sequence[_Chunk], counts: Tensor, received: Tensor, group: ProcessGroup
+) -> Iterator[_Layout]:
+    """Yield buffers with room for the most rows a rank could get; rows that are not there sort behind all experts."""
+    _, ranks, local = received.shape
+    for chunk, sent, arriving in zip(chunks, counts.sum(2), received, strict=True):
+        tokens, top_k = chunk.index.shape
+        rows, room = tokens * top_k, tokens * min(top_k, local)
+        places = torch.arange(room, device=received.device).expand(ranks, room).contiguous()
+        experts = torch.searchsorted(arriving.cumsum(1), places, right=True)
         row, ends = torch.arange(rows, device=sent.device), sent.cumsum(0)
         rank_of_row = torch.searchsorted(ends, row, right=True)
         starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
         slots = (rank_of_row * room + row - starts[rank_of_row]).clamp(max=ranks * room)
-        layouts.append(
-            _Layout(group, _ends(arriving), by_expert, inverse_of(by_expert), rows, slots=slots, room=ranks * room)
-        )
-    return layouts
-
-
-def _ends(arriving: Tensor) -> Tensor:
-    return arriving.sum(0).cumsum(0).to(torch.int32)
+        yield _Layout.of(group, arriving, experts.flatten(), rows, None, slots, ranks * room)
 
 
 class _Chunk:
-    """A chunk of tokens: dispatched, run by their experts, combined.
-
-    Args:
-        tokens: ``[tokens, hidden]``.
-        index: The experts of each, ``[tokens, k]``.
-        num_experts: Experts of the layer over all ranks.
-    """
+    """A chunk of tokens ``[tokens, hidden]`` for experts ``[tokens, k]``: dispatched, run, combined."""
 
     layout: _Layout
     exchange: AsyncAllToAll

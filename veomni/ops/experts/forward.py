@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from veomni.models.transformers_api.experts import apply_gate
 from veomni.ops.experts.exchange import EXCHANGE, exchange_experts
 from veomni.ops.experts.fused import add_bias, expert_down, expert_linear, expert_up
-from veomni.ops.experts.layout import ExpertLayout, expert_layout, local_parameter
+from veomni.ops.experts.layout import activation_of, local_weights, products
 from veomni.ops.experts.permute import Routing, combine_rows, route
+from veomni.parallel.wrappers import local_shard
 
 
 def experts_forward(
@@ -27,26 +28,26 @@ def experts_forward(
         top_k_weights: ``[tokens, k]``.
         backend: A registered backend.
     """
-    exchange = getattr(module, EXCHANGE, None)
-    if exchange is not None:
-        run, num_experts = partial(expert_rows, module, backend=backend), int(module.num_experts)  # type: ignore[arg-type]
-        return exchange_experts(hidden_states, top_k_index, top_k_weights, num_experts, run, exchange)
-    routing = route(top_k_index, expert_layout(module).local_experts)
+    experts: Any = module
+    if hasattr(module, EXCHANGE):
+        run = partial(expert_rows, module, backend=backend)
+        exchange = getattr(module, EXCHANGE)
+        return exchange_experts(hidden_states, top_k_index, top_k_weights, experts.num_experts, run, exchange)
+    routing = route(top_k_index, len(local_shard(experts.down_proj)))
     return _run(module, hidden_states, routing, backend, top_k_index, top_k_weights)
 
 
 def expert_rows(module: nn.Module, rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """Run every row through its expert.
+    """Return every row's result of its expert, ``[rows, hidden]``.
+
+    Rows past ``offsets[-1]`` are zeros and have zero gradients. An expert without a row gets zero gradients, also where
+    there is no row at all.
 
     Args:
         module: A transformers experts module.
         rows: ``[rows, hidden]``, sorted by local expert.
         offsets: Where each local expert's rows end, int32 ``[local_experts]``.
         backend: A registered backend.
-
-    Returns:
-        ``[rows, hidden]``; rows past ``offsets[-1]`` are zeros and have zero gradients. An expert without a row gets
-        zero gradients, also where there is no row at all.
     """
     return _run(module, rows, Routing(offsets), backend)
 
@@ -56,12 +57,12 @@ def _run(
     top_k_weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return a result for every row, or, with a choice and its weights, for every token."""
-    layout, dtype, offsets = expert_layout(module), _compute_dtype(module, hidden), rows.offsets
-    up, up_bias = _weights(module, layout, layout.first, dtype)
-    down, down_bias = _weights(module, layout, "down_proj", dtype)
+    dtype, offsets, activation = _compute_dtype(module, hidden), rows.offsets, activation_of(module)
+    (up, up_bias), (down, down_bias) = (local_weights(module, name, dtype) for name in products(module))
+    has_norm = getattr(module, "has_post_expert_norm", False)  # since transformers 5.19
     result = expert_up(hidden.to(dtype), up, rows, backend)
-    if layout.activation is not None and not layout.has_post_expert_norm:
-        result = expert_down(result, up_bias, top_k_weights, down, layout.activation, rows, backend)
+    if activation is not None and not has_norm:
+        result = expert_down(result, up_bias, top_k_weights, down, activation, rows, backend)
         if top_k_index is None or top_k_weights is None:
             result = add_bias(result, down_bias, offsets, backend)
         elif down_bias is not None:
@@ -69,18 +70,11 @@ def _run(
         return result.to(hidden.dtype)
     experts: Any = module
     result = add_bias(result, up_bias, offsets, backend)
-    result = apply_gate(module, result) if layout.has_gate else experts.act_fn(result)
+    result = apply_gate(module, result) if experts.has_gate else experts.act_fn(result)
     result = add_bias(expert_linear(result.to(dtype), down, offsets, backend), down_bias, offsets, backend)
-    if layout.has_post_expert_norm:
+    if has_norm:
         result = experts.post_expert_norm(result)
     return (result if top_k_weights is None else combine_rows(result, rows, top_k_weights)).to(hidden.dtype)
-
-
-def _weights(module: nn.Module, layout: ExpertLayout, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return this rank's matrices as ``[local_experts, in, out]``, and biases as ``[local_experts, out]`` or None."""
-    matrices = local_parameter(module, name).to(dtype)
-    bias = local_parameter(module, f"{name}_bias").to(dtype) if layout.has_bias else None
-    return matrices if layout.is_transposed else matrices.transpose(1, 2), bias
 
 
 def _weighted_bias(bias: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -94,4 +88,5 @@ def _compute_dtype(module: nn.Module, rows: Tensor) -> torch.dtype:
     """Return what the products are taken in: the format of the autocast around, or that of the weights."""
     if torch.is_autocast_enabled(rows.device.type):
         return torch.get_autocast_dtype(rows.device.type)
-    return local_parameter(module, "down_proj").dtype
+    weights: Tensor = module.down_proj  # type: ignore[assignment]
+    return weights.dtype

@@ -7,6 +7,7 @@ first only. Routing weights act between the products: the same sum as behind the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def expert_down(
         rows: Which rows.
         backend: The matmul backend.
     """
-    result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, list(form), backend)
+    result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, backend, list(form))
     return result
 
 
@@ -69,8 +70,7 @@ def _tensors(rows: Routing) -> list[Tensor]:
     return [tensor for tensor in rows[:3] if tensor is not None]
 
 
-# What is not needed of a gradient is an empty tensor: operations return tensors only. Rows are [offsets], or
-# [offsets, order, inverse].
+# Rows are [offsets], or [offsets, order, inverse]. A gradient that is not needed is empty: operations return tensors.
 
 
 def _product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:
@@ -83,19 +83,18 @@ def _product_backward(
     grad: Tensor, hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     routing, (needs_hidden, needs_weights) = _routing(rows, top_k), needs
-    to_hidden, to_weights = hidden.new_empty(0), hidden.new_empty(0)
+    to_hidden = to_weights = None
     if needs_weights:
         to_weights = _to_weights(_rows(hidden, routing), grad, weights, routing.offsets, backend)
     if needs_hidden:
-        to_rows = grouped_matmul(grad, weights.transpose(1, 2), routing.offsets, backend)
-        to_hidden = _tokens(to_rows, routing)
-    return to_hidden, to_weights
+        to_hidden = _tokens(grouped_matmul(grad, weights.transpose(1, 2), routing.offsets, backend), routing)
+    return _filled(grad, to_hidden, to_weights)
 
 
 @torch.library.custom_op("veomni::expert_down", mutates_args=())
 def _down(
     gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, rows: list[Tensor], top_k: int,
-    form: list[float], backend: str,
+    backend: str, form: list[float],
 ) -> Tensor:  # fmt: skip
     routing = _routing(rows, top_k)
     hidden = activate(gate_up, bias, top_k_weights, routing, _form(form))
@@ -105,22 +104,24 @@ def _down(
 @torch.library.custom_op("veomni::expert_down_backward", mutates_args=())
 def _down_backward(
     grad: Tensor, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor,
-    rows: list[Tensor], top_k: int, form: list[float], backend: str, needs: list[bool],
+    rows: list[Tensor], top_k: int, backend: str, form: list[float], needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    routing, (_, needs_bias, _, needs_weights) = _routing(rows, top_k), needs
+    routing, (needs_gate_up, needs_bias, needs_scale, needs_weights) = _routing(rows, top_k), needs
     by_row = _rows(grad, routing)
     to_hidden = grouped_matmul(by_row, weights.transpose(1, 2), routing.offsets, backend)
-    to_gate_up, hidden, to_top_k_weights = activate_backward(
-        to_hidden, gate_up, bias, top_k_weights, routing, _form(form)
-    )
+    to_gate_up, hidden, to_scale = activate_backward(to_hidden, gate_up, bias, top_k_weights, routing, _form(form))
     del to_hidden
-    to_bias, to_weights = gate_up.new_empty(0), gate_up.new_empty(0)
+    to_bias = to_weights = None
     if needs_weights:
         to_weights = _to_weights(hidden, by_row, weights, routing.offsets, backend)
     if needs_bias:
         ones = to_gate_up.new_ones(to_gate_up.shape[0], 8)
         to_bias = grouped_outer(ones, to_gate_up, routing.offsets, backend)[:, 0].contiguous()
-    return to_gate_up, to_bias, to_top_k_weights, to_weights
+    return _filled(grad, to_gate_up if needs_gate_up else None, to_bias, to_scale if needs_scale else None, to_weights)
+
+
+def _filled(like: Tensor, *gradients: Tensor | None) -> Any:
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _routing(rows: list[Tensor], top_k: int) -> Routing:
@@ -153,65 +154,30 @@ def _to_weights(rows: Tensor, grad: Tensor, weights: Tensor, offsets: Tensor, ba
 # ---------------------------------------------------------------- shapes and gradients
 
 
+def _empty_gradients(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    needed = zip(inputs, inputs[-1], strict=False)
+    return tuple(torch.empty_like(each) if need else grad.new_empty(0) for each, need in needed)
+
+
+def _differentiate(operation: Any, backward: Callable[..., tuple[Tensor, ...]], count: int) -> None:
+    """Let ``backward`` compute the gradients of the first ``count`` arguments; the next one is the list of rows."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:count], *inputs[count])
+        ctx.others = inputs[count + 1 :]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:count])
+        rows = list(saved[count:])
+        gradients = backward(grad.contiguous(), *saved[:count], rows, *ctx.others, needs)
+        kept = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        return *kept, [None] * len(rows), *[None] * len(ctx.others)
+
+    operation.register_autograd(differentiate, setup_context=save)
+
+
 def _shape_of_product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:
     return hidden.new_empty(hidden.shape[0] * top_k, weights.shape[2])
-
-
-@_product_backward.register_fake
-def _(grad: Tensor, hidden: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return _empty_like([hidden, weights], others[-1])
-
-
-@_down.register_fake
-def _(gate_up: Tensor, bias: Any, top_k_weights: Any, weights: Tensor, rows: Any, top_k: int, *others: Any) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0] // top_k, weights.shape[2])
-
-
-@_down_backward.register_fake
-def _(
-    grad: Tensor, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    _, needs_bias, _, needs_weights = others[-1]
-    needs = [True, needs_bias, top_k_weights is not None, needs_weights]
-    return _empty_like([gate_up, bias, top_k_weights, weights], needs)
-
-
-def _empty_like(tensors: list[Tensor | None], needs: list[bool]) -> tuple[Tensor, ...]:
-    first = next(tensor for tensor in tensors if tensor is not None)
-    return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else first.new_empty(0)
-        for tensor, need in zip(tensors, needs, strict=True)
-    )
-
-
-def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weights, rows, ctx.top_k, ctx.backend = inputs
-    ctx.save_for_backward(hidden, weights, *rows)
-
-
-def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    hidden, weights, *rows = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
-    gradients = _product_backward(grad.contiguous(), hidden, weights, rows, ctx.top_k, ctx.backend, needs)
-    return *_needed(gradients, needs), [None] * len(rows), None, None
-
-
-def _save_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate_up, bias, top_k_weights, weights, rows, ctx.top_k, ctx.form, ctx.backend = inputs
-    ctx.save_for_backward(gate_up, bias, top_k_weights, weights, *rows)
-
-
-def _differentiate_down(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gate_up, bias, top_k_weights, weights, *rows = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = _down_backward(
-        grad.contiguous(), gate_up, bias, top_k_weights, weights, rows, ctx.top_k, ctx.form, ctx.backend, needs
-    )
-    return *_needed(gradients, needs), [None] * len(rows), None, None, None
-
-
-def _needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor | None]:
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
 _up, _linear = (
@@ -219,5 +185,12 @@ _up, _linear = (
 )
 for _operation in (_up, _linear):
     _operation.register_fake(_shape_of_product)
-    _operation.register_autograd(_differentiate_product, setup_context=_save_product)
-_down.register_autograd(_differentiate_down, setup_context=_save_down)
+    _differentiate(_operation, _product_backward, 2)
+_differentiate(_down, _down_backward, 4)
+_product_backward.register_fake(_empty_gradients)
+_down_backward.register_fake(_empty_gradients)
+
+
+@_down.register_fake
+def _(gate_up: Tensor, bias: Any, top_k_weights: Any, weights: Tensor, rows: Any, top_k: int, *others: Any) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0] // top_k, weights.shape[2])

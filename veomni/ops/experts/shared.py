@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
 
 from veomni.compat.modules import in_backward
 from veomni.compat.tensors import same_values
@@ -22,7 +23,29 @@ _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 _ROUTERS = ("gate", "router")
 
 
-class SharedExperts:
+class _RunAhead:
+    """A module that may run before its block calls it, which then gets the result for the same hidden states."""
+
+    def __init__(self, module: nn.Module, patch: PatchAttribute) -> None:
+        self._module, self.run = module, module.forward
+        self._ahead: tuple[Tensor, Any] | None = None
+        patch(module, "forward", self._called)
+
+    def run_ahead(self, hidden: Tensor) -> Any:
+        """Compute the result for ``[tokens, hidden]``; None where the module cannot run early."""
+        # Calling a forward alone leaves FSDP's hooks out, which would gather the module's own parameters.
+        if isinstance(self._module, FSDPModule):
+            return None
+        result = self.run(hidden)
+        self._ahead = hidden, result
+        return result
+
+    def _called(self, hidden: Tensor) -> Any:
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and same_values(ahead[0], hidden) else self.run(hidden)
+
+
+class SharedExperts(_RunAhead):
     """The shared experts of a block.
 
     Which of the two orders a block has is found out at its first call.
@@ -35,25 +58,18 @@ class SharedExperts:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        router: nn.Module | None,
-        dispatch: Callable[[Tensor, Tensor], Any],
+        self, module: nn.Module, router: nn.Module | None, dispatch: Callable[[Tensor, Tensor], Any],
         patch: PatchAttribute = setattr,
-    ) -> None:
-        self._module, self.run = module, module.forward
-        self._ahead: tuple[Tensor, Tensor] | None = None
-        self._called_first = self._send_early = False
-        self._early = _EarlyRouter(router, patch) if router is not None else None
+    ) -> None:  # fmt: skip
+        super().__init__(module, patch)
+        self._router = _RunAhead(router, patch) if router is not None else None
         self._dispatch = dispatch
+        self._called_first = self._send_early = False
         self._under_way: tuple[Tensor, Tensor, Any] | None = None
-        patch(module, "forward", self._called)
 
-    def run_ahead(self, hidden: Tensor) -> None:
-        """Compute what the block calls for later, on ``[tokens, hidden]``."""
-        # Calling a forward alone leaves FSDP's hooks out, which would gather the module's own parameters.
-        if not self._called_first and not isinstance(self._module, FSDPModule):
-            self._ahead = hidden, self.run(hidden)
+    @override
+    def run_ahead(self, hidden: Tensor) -> Any:
+        return None if self._called_first else super().run_ahead(hidden)
 
     def take_dispatch(self, hidden: Tensor, index: Tensor) -> Any | None:
         """Return the early dispatch of these tokens to these experts, or None."""
@@ -66,46 +82,24 @@ class SharedExperts:
         dispatch.cancel()
         return None
 
-    def _called(self, hidden: Tensor) -> Tensor:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and same_values(ahead[0], hidden):
-            return ahead[1].view(*hidden.shape[:-1], ahead[1].shape[-1])
-        # Not from a recomputation on: operations of one must come in the order of its forward.
-        self._send_early |= self._called_first and self._early is not None and not in_backward()
-        if self._send_early:
-            self._send_first(hidden)
-        self._called_first = True
-        result: Tensor = self.run(hidden)
-        return result
-
-    def _send_first(self, hidden: Tensor) -> None:
-        assert self._early is not None
-        tokens = hidden.view(-1, hidden.shape[-1])
-        index = self._early.choose(tokens)
-        if index is not None:
-            self._under_way = tokens, index, self._dispatch(tokens, index)
-
-
-class _EarlyRouter:
-    """A router that runs before its block calls it, which then gets the same answer."""
-
-    def __init__(self, router: nn.Module, patch: PatchAttribute) -> None:
-        self._router, self.run = router, router.forward
-        self._answer: tuple[Tensor, Any] | None = None
-        patch(router, "forward", self._called)
-
-    def choose(self, tokens: Tensor) -> Tensor | None:
-        """Return the experts of ``[tokens, hidden]``, int64 ``[tokens, k]``; None where the router does not say."""
-        if isinstance(self._router, FSDPModule):
-            return None
-        answer = self.run(tokens)
-        self._answer = tokens, answer
-        found = [part for part in answer if _is_choice(part)] if isinstance(answer, tuple) else []
-        return found[0] if len(found) == 1 else None
-
+    @override
     def _called(self, hidden: Tensor) -> Any:
-        answer, self._answer = self._answer, None
-        return answer[1] if answer is not None and same_values(answer[0], hidden) else self.run(hidden)
+        if self._ahead is not None and same_values(self._ahead[0], hidden):
+            result: Tensor = super()._called(hidden)
+            return result.view(*hidden.shape[:-1], result.shape[-1])
+        # Not from a recomputation on: operations of one must come in the order of its forward.
+        self._send_early |= self._called_first and self._router is not None and not in_backward()
+        if self._send_early:
+            self._send_first(hidden.view(-1, hidden.shape[-1]))
+        self._called_first = True
+        return super()._called(hidden)
+
+    def _send_first(self, tokens: Tensor) -> None:
+        assert self._router is not None
+        answer = self._router.run_ahead(tokens)
+        found = [part for part in answer if _is_choice(part)] if isinstance(answer, tuple) else []
+        if len(found) == 1:
+            self._under_way = tokens, found[0], self._dispatch(tokens, found[0])
 
 
 def shared_experts_beside(
@@ -113,10 +107,9 @@ def shared_experts_beside(
 ) -> SharedExperts | None:
     """Return the shared experts of the block that holds the experts of that name, or None."""
     block = model.get_submodule(experts.rpartition(".")[0])
-    found = _children(block, _SHARED)
+    found, routers = _children(block, _SHARED), _children(block, _ROUTERS)
     if len(found) != 1:
         return None
-    routers = _children(block, _ROUTERS)
     return SharedExperts(found[0], routers[0] if len(routers) == 1 else None, dispatch, patch)
 
 
