@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
-from veomni.errors import LayoutError, ModelError
+from veomni.config.section import Validated
+from veomni.errors import ModelError
 from veomni.ops.experts.exchange import EXCHANGE, Dispatch, ExpertExchange
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.parallel.mesh import ParallelDims, ParallelState
@@ -28,13 +30,12 @@ from veomni.strategies.units import ShardedUnits, cast_policy
 if TYPE_CHECKING:
     from veomni.models.adapter.adapter import ModelAdapter
 
-Placement = Literal["adjacent", "strided"]
-ExchangeSize = Literal["exact", "fixed"]
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FIX = "leave expert parallelism out", "ExpertParallel.size"
 
 
-class ExpertParallel(Strategy):
+@dataclass(eq=False)
+class ExpertParallel(Validated, Strategy):
     """Share the experts of every layer between ranks; composes with any strategy that holds parameters.
 
     Args:
@@ -50,17 +51,11 @@ class ExpertParallel(Strategy):
     name = "expert_parallel"
     stage = Stage.EXPERTS
 
-    def __init__(
-        self, size: int, *, placement: Placement = "adjacent", chunks: int = 1, exchange: ExchangeSize = "exact"
-    ) -> None:
-        for name, value in (("size", size), ("chunks", chunks)):
-            if value < 1:
-                raise LayoutError(f"expert parallelism has {name} {value}", "give a positive number")
-        if placement not in ("adjacent", "strided"):
-            raise LayoutError(f"experts have no placement {placement!r}", "use adjacent or strided")
-        if exchange not in ("exact", "fixed"):
-            raise LayoutError(f"experts have no exchange {exchange!r}", "use exact or fixed")
-        self.size, self.placement, self.chunks, self.exchange = size, placement, chunks, exchange
+    size: Annotated[int, Ge(1)]
+    _: KW_ONLY
+    placement: Literal["adjacent", "strided"] = "adjacent"
+    chunks: Annotated[int, Ge(1)] = 1
+    exchange: Literal["exact", "fixed"] = "exact"
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:

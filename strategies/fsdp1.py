@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
 from typing_extensions import override
 
 from veomni.compat.sharding import HYBRID_SHARD_GRAD_OP, free_without_backward
-from veomni.errors import LayoutError
+from veomni.config.section import Validated
 from veomni.logging import create_logger
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm
 
 logger = create_logger(__name__)
 
-Sharding = Literal["full", "grad_op"]
 _STRATEGIES = {
     ("full", False): ShardingStrategy.FULL_SHARD,
     ("grad_op", False): ShardingStrategy.SHARD_GRAD_OP,
@@ -28,7 +29,8 @@ _STRATEGIES = {
 }
 
 
-class FSDP1(ParameterStrategy):
+@dataclass(eq=False, kw_only=True)
+class FSDP1(Validated, ParameterStrategy):
     """Shard parameters, gradients and optimizer state with ``FullyShardedDataParallel``.
 
     Args:
@@ -41,20 +43,15 @@ class FSDP1(ParameterStrategy):
     name = "fsdp1"
     casts_parameters = True
 
-    def __init__(
-        self,
-        *,
-        replicate: int = 1,
-        sharding: Sharding = "full",
-        cpu_offload: bool = False,
-        forward_prefetch: bool = False,
-    ) -> None:
-        if (sharding, replicate > 1) not in _STRATEGIES:
-            fix = "use full or grad_op; replicate > 1 makes it hybrid"
-            raise LayoutError(f"fsdp1 has no sharding {sharding!r}", fix)
-        self.replicate, self.sharding = replicate, sharding
-        self.cpu_offload, self.forward_prefetch = cpu_offload, forward_prefetch
-        self.reshard_after_forward = sharding == "full"
+    replicate: Annotated[int, Ge(1)] = 1
+    sharding: Literal["full", "grad_op"] = "full"
+    cpu_offload: bool = False
+    forward_prefetch: bool = False
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reshard_after_forward = self.sharding == "full"
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from typing_extensions import override
 
+from veomni.config.section import Validated
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 from veomni.strategies.grad_norm import sharded_grad_norm
 from veomni.strategies.units import ShardedUnits, cast_policy
 
 
-class FSDP2(ParameterStrategy):
+@dataclass(eq=False, kw_only=True)
+class FSDP2(Validated, ParameterStrategy):
     """Shard parameters, gradients and optimizer state with ``fully_shard``.
 
     Args:
@@ -33,17 +38,11 @@ class FSDP2(ParameterStrategy):
     name = "fsdp2"
     casts_parameters = True
 
-    def __init__(
-        self,
-        *,
-        replicate: int = 1,
-        reshard_after_forward: bool = True,
-        reshard_after_backward: bool = True,
-        cpu_offload: bool = False,
-        prefetch: int = 0,
-    ) -> None:
-        self.replicate, self.cpu_offload, self.prefetch = replicate, cpu_offload, prefetch
-        self.reshard_after_forward, self.reshard_after_backward = reshard_after_forward, reshard_after_backward
+    replicate: Annotated[int, Ge(1)] = 1
+    reshard_after_forward: bool = True
+    reshard_after_backward: bool = True
+    cpu_offload: bool = False
+    prefetch: Annotated[int, Ge(0)] = 0
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from veomni.compat.sharding import ignore_parameters
+from veomni.config.section import Validated
 from veomni.errors import LayoutError
 from veomni.strategies.base import ParameterStrategy, SetupContext, set_up_as
 
@@ -37,7 +40,8 @@ class Single(ParameterStrategy):
         return nullcontext()
 
 
-class DDP(ParameterStrategy):
+@dataclass(eq=False, kw_only=True)
+class DDP(Validated, ParameterStrategy):
     """Replicate parameters, average gradients over all ranks.
 
     Args:
@@ -48,8 +52,8 @@ class DDP(ParameterStrategy):
 
     name = "ddp"
 
-    def __init__(self, *, find_unused_parameters: bool = False, bucket_cap_mb: int = 100) -> None:
-        self.find_unused_parameters, self.bucket_cap_mb = find_unused_parameters, bucket_cap_mb
+    find_unused_parameters: bool = False
+    bucket_cap_mb: Annotated[int, Ge(1)] = 100
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:

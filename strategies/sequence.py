@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge
 from typing_extensions import override
 
 from veomni.batch.forward_call import SequenceGroups
 from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
+from veomni.config.section import Validated
 from veomni.errors import DataError, LayoutError, ModelError
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.shared_media import share_towers
@@ -31,7 +34,8 @@ _PACKING_BACKENDS = (
 )  # fmt: skip
 
 
-class SequenceStrategy(Strategy):
+@dataclass(eq=False)
+class SequenceStrategy(Validated, Strategy):
     """A strategy that splits every row over ranks.
 
     Rows are cut once for all such strategies together, as the mesh says; attention is wrapped by each in turn.
@@ -48,10 +52,9 @@ class SequenceStrategy(Strategy):
     requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows, RunsOnShards)
     axis: ClassVar[str]
 
-    def __init__(self, size: int, *, validate_batches: bool = False) -> None:
-        if size < 1:
-            raise LayoutError(f"{type(self).__name__} has size {size}", "give a positive size")
-        self.size, self.validate_batches = size, validate_batches
+    size: Annotated[int, Ge(1)]
+    _: KW_ONLY
+    validate_batches: bool = False
 
     @override
     def mesh_axes(self) -> Mapping[str, int]:
@@ -120,6 +123,7 @@ class ContextParallel(SequenceStrategy):
         return register_ring()
 
 
+@dataclass(eq=False, kw_only=True)
 class Ulysses(SequenceStrategy):
     """Split every row over ranks; before attention exchange positions for heads, and back after it.
 
@@ -137,9 +141,7 @@ class Ulysses(SequenceStrategy):
     stage = Stage.ULYSSES
     axis = "ulysses"
 
-    def __init__(self, size: int, *, overlap: bool = False, validate_batches: bool = False) -> None:
-        super().__init__(size, validate_batches=validate_batches)
-        self.overlap = overlap
+    overlap: bool = False
 
     @override
     def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:

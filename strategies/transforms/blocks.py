@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from typing_extensions import override
 from veomni.batch.forward_call import bind_call
 from veomni.compat.attention_kernels import attention_operations
 from veomni.compat.modules import compile_in_place
-from veomni.errors import ConfigError
+from veomni.config.section import Validated
 from veomni.logging import create_logger
 from veomni.strategies.base import SetupContext, Stage, Strategy
 from veomni.strategies.transforms.float64 import keep_float64
@@ -32,7 +33,8 @@ Recompute = Literal["full", "selective"]
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 
 
-class ActivationCheckpointing(Strategy):
+@dataclass(eq=False)
+class ActivationCheckpointing(Validated, Strategy):
     """Recompute the activations of every block in the backward.
 
     Args:
@@ -43,10 +45,7 @@ class ActivationCheckpointing(Strategy):
     name = "activation_checkpointing"
     stage = Stage.RECOMPUTATION
 
-    def __init__(self, mode: Recompute = "full") -> None:
-        if mode not in ("full", "selective"):
-            raise ConfigError(f"activation checkpointing has no mode {mode!r}", "use full or selective")
-        self.mode = mode
+    mode: Recompute = "full"
 
     @override
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:

@@ -65,5 +65,5 @@ def test_single_refuses_several_ranks():
 
 
 def test_fsdp1_refuses_unknown_sharding():
-    with pytest.raises(LayoutError, match="no sharding 'zero9'"):
+    with pytest.raises(ConfigError, match=r"FSDP1\.sharding is 'zero9'"):
         FSDP1(sharding="zero9")

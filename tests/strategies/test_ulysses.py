@@ -11,7 +11,7 @@ from tests.models.tiny import tiny_config
 from tests.parity.layouts import beside
 from veomni.batch.forward_call import ForwardCall, SequenceGroups, forward_call
 from veomni.batch.split import SequenceShard
-from veomni.errors import DataError, LayoutError, ModelError
+from veomni.errors import ConfigError, DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.ops.attention.ulysses import UlyssesAttention
@@ -56,7 +56,7 @@ def test_a_world_it_does_not_divide_is_refused_before_any_process_group():
 
 
 def test_a_size_below_one_is_refused():
-    with pytest.raises(LayoutError, match="size 0"):
+    with pytest.raises(ConfigError, match=r"Ulysses\.size is 0"):
         Ulysses(0)
 
 
@@ -84,7 +84,7 @@ def test_a_ring_needs_no_heads_that_divide():
 
 
 def test_a_ring_of_no_ranks_is_refused():
-    with pytest.raises(LayoutError, match="size 0"):
+    with pytest.raises(ConfigError, match=r"ContextParallel\.size is 0"):
         ContextParallel(0)
 
 

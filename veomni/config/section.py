@@ -78,8 +78,23 @@ def checked(section: type[S], options: Mapping[str, Any]) -> S:
     try:
         return section.model_validate({key: list(v) if isinstance(v, tuple) else v for key, v in options.items()})
     except ValidationError as error:
-        raise_problems(explain(error, section, {}), section.configures[0] if section.configures else section.__name__)
+        owner = section.configures[0] if section.configures else section.__name__
+        found = explain(error, section, {})
+        raise_problems((each._replace(problem=f"{owner}.{each.problem}") for each in found), owner)
         raise
+
+
+class Validated:
+    """A dataclass whose values must be what their annotations allow, in Python as in a configuration.
+
+    Raises:
+        ConfigError: a value has another type or range.
+    """
+
+    def __post_init__(self) -> None:
+        component: Any = type(self)
+        section = section_of(component)
+        checked(section, {name: getattr(self, name) for name in section.model_fields})
 
 
 def options_of(

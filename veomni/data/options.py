@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from veomni.batch.split import WHOLE_ROWS, SequenceShard
-from veomni.config.section import checked, section_of
+from veomni.config.section import Validated
 from veomni.errors import LayoutError
 from veomni.logging import create_logger
 
@@ -16,20 +16,6 @@ logger = create_logger(__name__)
 
 Sampling = Literal["sample", "token"]
 StoppingStrategy = Literal["repeat", "first_exhausted", "all_exhausted", "once"]
-
-
-@dataclass(frozen=True)
-class Validated:
-    """Options whose values must be what their annotations allow, in Python as in a configuration.
-
-    Raises:
-        ConfigError: a value has another type or range.
-    """
-
-    def __post_init__(self) -> None:
-        component: Any = type(self)
-        section = section_of(component)
-        checked(section, {name: getattr(self, name) for name in section.model_fields})
 
 
 @dataclass(frozen=True)
