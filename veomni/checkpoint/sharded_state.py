@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from veomni.errors import CheckpointError
 
 WEIGHTS = "weights"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_IMPLEMENTATION = ("fused", "foreach")
-"""Options of an optimizer that choose a kernel: what fits this run's devices and layout, not those of the saved one."""
+# Options of an optimizer that choose a kernel: what fits this run's devices and layout, not those of the saved one.
+_KERNELS = re.compile(r"optimizer\.param_groups\..*\.(fused|foreach)")
 
 
 def sharded_state(model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def own_cause(error: BaseException, rank: int) -> str | None:
 
 def load_table(table: dict[str, Any], directory: Path) -> None:
     """Read a table in place, whatever layout wrote it; CheckpointError names what differs in names or shapes."""
-    wanted = {name: value for name, value in table.items() if not _chooses_kernel(name)}
+    wanted = {name: value for name, value in table.items() if not _KERNELS.fullmatch(name)}
     _check_match(wanted, SafeReader(directory).read_metadata().state_dict_metadata, directory)
     try:
         load(wanted, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=not dist.is_initialized())
@@ -115,10 +116,6 @@ def read_model_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             table = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
             load(table, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=True)
             yield name.removeprefix("model."), table[name]
-
-
-def _chooses_kernel(name: str) -> bool:
-    return name.startswith("optimizer.param_groups.") and name.rpartition(".")[2] in _IMPLEMENTATION
 
 
 def _check_match(table: dict[str, Any], saved: dict[str, Any], directory: Path) -> None:

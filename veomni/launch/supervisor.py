@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from veomni.errors import LaunchError
-from veomni.launch.environment import Environment
-from veomni.launch.rank_end import RankEnd, judge
-from veomni.launch.rank_process import RankProcess
+from veomni.errors import EXIT_PREEMPTED, LaunchError
+from veomni.launch.environment import SUPERVISOR_VARIABLE, Environment
+from veomni.launch.rank_end import DIRECTORY_VARIABLE, RankEnd, found_failure, judge
 from veomni.launch.signals import URGENT, handled
 from veomni.logging import create_logger
 
+_EXEC_RANK = str(Path(__file__).with_name("exec_rank.py"))
 _FORWARDED = (*URGENT, signal.SIGUSR1, signal.SIGHUP)
 _GRACE_SECONDS = 5.0
 _KILL_SECONDS = 4.0  # grace and this together stay below the ten seconds in which all ranks must be gone
@@ -40,11 +42,11 @@ def supervise(first: Environment, command: list[str]) -> int:
         failures = Path(stack.enter_context(scratch))
         first = replace(first, kind="child", master_port=first.master_port or stack.enter_context(_held_port()))
         logger.info("starting %d ranks on this node", first.local_world_size)
-        ranks: list[RankProcess] = []
+        ranks: list[_RankProcess] = []
         try:
             for number in range(first.local_world_size):
                 place = replace(first, rank=first.rank + number, local_rank=number)
-                ranks.append(RankProcess(place, command, failures))
+                ranks.append(_RankProcess(place, command, failures))
         except OSError as error:
             for started in ranks:
                 started.stop(signal.SIGKILL)
@@ -57,10 +59,61 @@ def supervise(first: Environment, command: list[str]) -> int:
     return verdict.exit_code
 
 
+class _RankProcess:
+    """A rank at ``place``, from its start to its end; it is killed when this process dies.
+
+    Its failure is left in the directory ``failures``.
+    """
+
+    def __init__(self, place: Environment, command: list[str], failures: Path) -> None:
+        self._place, self._failures = place, failures
+        self._stopped = False
+        self._end: RankEnd | None = None
+        threads = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+        own = {DIRECTORY_VARIABLE: str(failures), SUPERVISOR_VARIABLE: str(os.getpid())}
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-I", "-S", _EXEC_RANK, str(os.getpid()), *command],
+            env={"OMP_NUM_THREADS": str(threads), **os.environ, **place.variables(), **own},
+            stdin=subprocess.DEVNULL,  # several ranks reading one terminal would steal each other's lines
+            start_new_session=True,
+        )
+        self._pid = self._process.pid
+
+    def poll(self) -> RankEnd | None:
+        """Return how the rank ended; None while it runs."""
+        if self._end is not None:
+            return self._end
+        state = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if state is None:
+            return None
+        if not (state.si_code == os.CLD_EXITED and state.si_status in (0, EXIT_PREEMPTED)):
+            # Before the rank is reaped, so that no other process can have its number yet.
+            self._signal_group(signal.SIGKILL)
+        seen, status = time.time(), self._process.wait()
+        failure = found_failure(self._failures, self._place.local_rank)
+        self._end = RankEnd(self._place.rank, self._pid, status, self._stopped, seen, failure)
+        return self._end
+
+    def forward(self, number: int) -> None:
+        """Send a signal to the rank alone: its data workers must live on until it has saved."""
+        if self.poll() is None:
+            os.kill(self._pid, number)
+
+    def stop(self, number: int) -> None:
+        """End the rank, because another one has failed: SIGTERM goes to it alone, SIGKILL to all it has started too."""
+        if self.poll() is None:
+            self._stopped = True
+            self._signal_group(number) if number == signal.SIGKILL else os.kill(self._pid, number)
+
+    def _signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, number)
+
+
 class _Supervisor:
     """Waits for ``ranks``; signals to pass on arrive in ``arrived``."""
 
-    def __init__(self, ranks: Sequence[RankProcess], arrived: deque[int]) -> None:
+    def __init__(self, ranks: Sequence[_RankProcess], arrived: deque[int]) -> None:
         self._ranks, self._arrived = ranks, arrived
         self._stop_requested = False
         self._kill_at: float | None = None

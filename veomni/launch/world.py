@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,15 +107,6 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks; collective."""
         dist.barrier()
-
-    @contextmanager
-    def rank_zero_first(self) -> Iterator[None]:
-        """Run the body on rank 0, then on the others: for work whose result rank 0 leaves on disk; collective."""
-        if not self.is_rank_zero:
-            self.barrier()
-        yield
-        if self.is_rank_zero:
-            self.barrier()
 
     def leave(self) -> None:
         """Put the process back as it was before :meth:`launch`."""

@@ -58,14 +58,10 @@ def run_cases(
 ) -> list[list[Any] | RankFailed]:
     """Run cases one after the other on the same forked ranks; return what every rank returned, or how a case failed.
 
-    A case that fails ends its ranks, and those behind it run on new ones. Inside, ``RANK``, ``WORLD_SIZE``,
-    ``LOCAL_RANK`` and ``MASTER_*`` are set, as torchrun sets them, so that a ``Launcher`` joins.
-
-    Args:
-        cases: What every rank runs; anything that a fork inherits, closures too. Results travel by pickle.
-        world_size: Number of ranks.
-        init: Make the gloo group first; False leaves it to the cases, as for those that launch a ``Launcher``.
-        timeout: Seconds after which a rank that has not finished a case is killed.
+    A case that fails, or takes longer than ``timeout`` seconds, ends its ranks, and those behind it run on new ones.
+    Cases are anything that a fork inherits, closures too; results travel by pickle. ``RANK``, ``WORLD_SIZE``,
+    ``LOCAL_RANK`` and ``MASTER_*`` are set, as torchrun sets them, so that a ``Launcher`` joins; for those that launch
+    one, ``init`` is False, and no gloo group is made first.
     """
     found: list[list[Any] | RankFailed] = []
     while len(found) < len(cases):

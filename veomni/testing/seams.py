@@ -15,7 +15,6 @@ from typing import Any
 from veomni.batch.counts import token_weight
 from veomni.batch.documents import token_mask
 from veomni.batch.fields import shift_left
-from veomni.batch.split import split_fields
 from veomni.launcher import Launcher
 from veomni.loop.losses import shared_loss
 from veomni.loop.sync import sync_step
@@ -24,7 +23,7 @@ from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
 from veomni.moe.load import LoadCounter
 from veomni.ops.experts.forward import expert_rows
-from veomni.ops.experts.permute import combine_rows, permute_tokens
+from veomni.ops.experts.permute import combine_rows
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies import DDP, FSDP1
 from veomni.strategies.expert_parallel import average_over
@@ -83,7 +82,6 @@ STEP_LOSS = Seam(Launcher.global_loss)
 DATA_PARALLEL = Seam(Launcher.data_parallel)
 LABEL_SHIFT = Seam(shift_left)
 DOCUMENTS = Seam(documents_of)
-ROW_SPLIT = Seam(split_fields)
 TOKEN_MASK = Seam(token_mask)
 
 # Parameters and gradients
@@ -96,7 +94,6 @@ GRADIENT_SHARDING = Seam(sharding_of)
 EXPERT_AVERAGE = Seam(average_over)
 
 # Experts and their routers
-EXPERT_DISPATCH = Seam(permute_tokens)
 EXPERT_ROWS = Seam(expert_rows)
 EXPERT_COMBINE = Seam(combine_rows)
 EXPERT_LOAD = Seam(LoadCounter.reduce)

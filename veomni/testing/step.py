@@ -42,15 +42,9 @@ def train_step(
 ) -> Outcome:
     """Run one step; what every rank of :func:`veomni.testing.ranks.run_ranks` calls, with ``init=False``.
 
-    Args:
-        config: The configuration of a transformers causal model.
-        strategies: Makes the launcher's strategies.
-        rows: The global batch; None is :func:`veomni.testing.documents.global_rows`.
-        accumulation: Micro-batches of a rank.
-        max_norm: What gradients are clipped to.
-        weights: As ``build_model`` takes them; so is ``attention``.
-        attention: The attention backend.
-        options: Others of the launcher's, or of ``setup_model``; float64 on CPUs is the default.
+    ``strategies`` makes the launcher's; ``rows`` are the global batch, those of :func:`global_rows` by default, in
+    ``accumulation`` micro-batches on each rank; ``weights`` and ``attention`` are as ``build_model`` takes them.
+    ``options`` are the launcher's, or those of ``setup_model``; float64 on CPUs is the default.
     """
     setup = {name: options.pop(name) for name in _OF_SETUP if name in options}
     launcher = Launcher(
@@ -86,14 +80,9 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
 def prove(
     config: Any, strategies: Callable[[], Any], world_size: int, *, precision: str = "fp64", **options: Any
 ) -> None:
-    """Assert that a step on a layout is the oracle's: loss, gradient norm and every parameter's gradient.
+    """Assert that a step on ``world_size`` ranks is the oracle's: loss, gradient norm and every parameter's gradient.
 
-    Args:
-        config: The configuration of a small transformers causal model.
-        strategies: Makes the strategies on each rank.
-        world_size: Ranks; 12 rows are dealt to the data ranks among them.
-        precision: "fp64", "fp32" or "bf16".
-        options: As :func:`train_step` takes them.
+    ``config`` is of a small transformers causal model; ``options`` are those of :func:`train_step`.
     """
     run = partial(train_step, config, strategies, precision=precision, **options)
     truth = truth_of(config, options.get("rows"), weights=options.get("weights", "random"))
