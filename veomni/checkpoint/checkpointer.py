@@ -67,7 +67,8 @@ class Checkpointer:
             raise CheckpointError(f"keep_last is {keep_last}", "keep at least 2 checkpoints")
         self.directory, self.keep_last, self.verify_hash = Path(directory), keep_last, verify_hash
         self._signature = dict(signature or {})
-        self.rank, self.world_size = _rank_and_size()
+        joined = dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         self._async = async_save
         self._group = dist.new_group(backend="gloo") if async_save and self.world_size > 1 else None
         self._pending: Future[None] | None = None
@@ -80,11 +81,21 @@ class Checkpointer:
                 lock = directories.lock_directory(self.directory)
         except CheckpointError as error:
             failure = error
-        if failure := _first_problem(failure):
+        if failure := self._first_problem(failure):
             raise failure
         if self.rank == 0 and (left := directories.remove_leftovers(self.directory)):
             logger.warning("removed what an interrupted save left: %s", ", ".join(sorted(left)))
         return lock
+
+    def _gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Return every rank's ``value``, in order of rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=group)
+        return values
+
+    def _first_problem(self, problem: Any | None, group: dist.ProcessGroup | None = None) -> Any | None:
+        return next((found for found in self._gather(problem, group) if found is not None), None)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"global_step_{step}"
@@ -104,7 +115,7 @@ class Checkpointer:
         """
         self.wait()
         final = self._path(step)
-        if _from_rank_zero(final.exists()):
+        if self._gather(final.exists())[0]:
             damage = self._problem(final)
             if damage is None:
                 logger.warning_rank0("%s is there already and stays: step %s is not saved", final, step)
@@ -113,10 +124,10 @@ class Checkpointer:
                 if self.rank == 0:  # a run fell back from it, and has now come past
                     logger.warning("%s is damaged (%s): it is kept as %s", final, damage, directories.set_aside(final))
         table = sharded_state.sharded_state(*_model_and_optimizer(state))
-        others = {name: _whole_state(part) for name, part in state.items() if name not in _SHARDED}
+        others = {name: self._whole_state(part) for name, part in state.items() if name not in _SHARDED}
         with self._together(step):
             contents = self._encoded(others)
-        temporary = final.with_name(f"{final.name}.tmp-{_from_rank_zero(uuid.uuid4().hex[:12])}")
+        temporary = final.with_name(f"{final.name}.tmp-{self._gather(uuid.uuid4().hex[:12])[0]}")
         if not self._async:
             self._write(table, contents, temporary, step)
             return
@@ -138,12 +149,16 @@ class Checkpointer:
             yield
         except (Exception, CheckpointException) as error:  # PyTorch's is a BaseException
             problem = sharded_state.own_cause(error, self.rank)
-        problem = _first_problem(problem, self._group)
+        problem = self._first_problem(problem, self._group)
         if problem is None:
             return
         if self.rank == 0 and temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailedError(f"the checkpoint of step {step} was not written ({problem}); earlier ones are intact")
+
+    def _whole_state(self, part: Any) -> Any:
+        state = part.state_dict()
+        return part.merge_states(self._gather(state)) if hasattr(part, "merge_states") else state
 
     def _encoded(self, states: Mapping[str, Any]) -> dict[str, bytes]:
         """Return the contents of this rank's files, by name."""
@@ -163,7 +178,7 @@ class Checkpointer:
             metadata = [f"{WEIGHTS}/.metadata"] if self.rank == 0 else []
             shards = [f"{WEIGHTS}/{path.name}" for path in (temporary / WEIGHTS).glob(f"__{self.rank}_*")]
             files = {name: describe_file(temporary / name) for name in (*contents, *metadata, *shards)}
-        described = _gather(files, self._group)
+        described = self._gather(files, self._group)
         with self._together(step, temporary):
             if self.rank == 0:
                 self._publish(dict(ChainMap(*described)), temporary, step)
@@ -194,7 +209,7 @@ class Checkpointer:
 
         They are of an abandoned run: this one could not save those steps, and ``load_latest`` would take them.
         """
-        newer = [found for found in _from_rank_zero(self.steps()) if found > step]
+        newer = [found for found in self._gather(self.steps())[0] if found > step]
         if newer:
             problem = f"{self._path(newer[0])} is newer than step {step}, where this run starts"
             fix = "give another directory, move the newer checkpoints away, or use resume: auto"
@@ -203,7 +218,7 @@ class Checkpointer:
     def load_latest(self, state: Mapping[str, Any]) -> int | None:
         """Load the newest checkpoint whose manifest verifies, and return its step; None when there is none."""
         self.wait()
-        for step in _from_rank_zero(self.steps()):
+        for step in self._gather(self.steps())[0]:
             directory = self._path(step)
             problem = self._problem(directory)
             if problem is None:
@@ -250,8 +265,8 @@ class Checkpointer:
     def _problem(self, directory: Path) -> str | None:
         """Return what is wrong with a checkpoint, the same on all ranks, which share out the files."""
         if self.verify_hash:
-            return _first_problem(content_problem(directory, self.rank, self.world_size))
-        return _first_problem(structure_problem(directory))
+            return self._first_problem(content_problem(directory, self.rank, self.world_size))
+        return self._first_problem(structure_problem(directory))
 
     def close(self) -> None:
         """Finish, and let other jobs use the directory; raises what :meth:`wait` raises."""
@@ -262,11 +277,6 @@ class Checkpointer:
                 self._lock.release()
 
 
-def _whole_state(part: Any) -> Any:
-    state = part.state_dict()
-    return part.merge_states(_gather(state)) if hasattr(part, "merge_states") else state
-
-
 def _model_and_optimizer(state: Mapping[str, Any]) -> tuple[nn.Module | None, Optimizer | None]:
     model, optimizer = state.get("model"), state.get("optimizer")
     for name, part, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
@@ -274,26 +284,3 @@ def _model_and_optimizer(state: Mapping[str, Any]) -> tuple[nn.Module | None, Op
             fix = f"give one {kind.__name__} under {name!r}, and other objects with a state_dict names of their own"
             raise CheckpointError(f"state[{name!r}] is a {type(part).__name__}", fix)
     return model, optimizer
-
-
-def _rank_and_size() -> tuple[int, int]:
-    """Return this rank and the number of ranks; (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return every rank's ``value``, in order of rank."""
-    values: list[Any] = [value] * _rank_and_size()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _from_rank_zero(value: Any) -> Any:
-    """Return rank 0's ``value`` on all ranks."""
-    return _gather(value)[0]
-
-
-def _first_problem(problem: Any | None, group: dist.ProcessGroup | None = None) -> Any | None:
-    """Return the first rank's ``problem``, or None when no rank has one."""
-    return next((found for found in _gather(problem, group) if found is not None), None)

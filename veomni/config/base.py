@@ -38,10 +38,7 @@ class Section(BaseModel):
         return component(**given)
 
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
-        """Yield what is wrong with this section beside the others; files, devices and the model are not looked at.
-
-        ``world`` is the number of ranks over all nodes; None while that is not known.
-        """
+        """Yield what is wrong with this section beside the others, on ``world`` ranks, or on any number; no files."""
         return iter(())
 
     def path_problems(self) -> Iterator[Problem]:

@@ -11,6 +11,8 @@ from veomni.config.keys import all_keys
 from veomni.errors import ConfigError, InputError
 from veomni.registry import did_you_mean
 
+_WANTED = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "string_type": "a string, in quotes"}
+
 
 class Problem(NamedTuple):
     """One thing that is wrong, what to do about it, and the Python argument it is about, if any."""
@@ -82,14 +84,8 @@ def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
 
 
 def _wanted(item: Mapping[str, Any]) -> str:
-    if item["type"] in ("model_type", "dict_type"):
-        return "a mapping of keys"
-    message = str(item["msg"])
-    for start in ("Input should be ", "Value should "):
-        message = message.removeprefix(start)
-    if item["type"] == "string_type":
-        return "a string, in quotes"
-    return message[:1].lower() + message[1:]
+    message = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value should ")
+    return _WANTED.get(item["type"], message[:1].lower() + message[1:])
 
 
 def _shown(value: object) -> str:

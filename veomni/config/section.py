@@ -40,7 +40,7 @@ class ComponentSection(Section):
     def build(self, *args: Any, **given: Any) -> Any:
         """Return the component of ``args``, of those arguments of ``given`` that it takes, and of these options."""
         component = type(self).component
-        taken = parameters_of(component).keys() & given.keys()
+        taken = inspect.signature(component).parameters.keys() & given.keys()
         return component(*args, **{key: given[key] for key in taken}, **self.arguments())
 
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
@@ -68,7 +68,8 @@ def section_of(
     given: dict[str, Any] = dict(_fields(component, supplied))
     if name is not None:
         given = {"name": (Literal[name], Field(default=name, description="Which one it is.")), **given}
-    made = create_model(f"{component.__name__}Section", __base__=base, __doc__=_summary(component), **given)
+    summary = (inspect.getdoc(component) or component.__name__).partition("\n")[0]
+    made = create_model(f"{component.__name__}Section", __base__=base, __doc__=summary, **given)
     made.component, made.chosen, made.configures = component, name or "", (component.__name__, *base.configures)
     return made
 
@@ -113,15 +114,10 @@ def options_of(
     return made
 
 
-def parameters_of(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments that a component takes, by name."""
-    return inspect.signature(component).parameters
-
-
 def _fields(component: Callable[..., Any], supplied: Iterable[str]) -> Iterator[tuple[str, tuple[Any, FieldInfo]]]:
     described = describe_arguments(component)
     scope = {**vars(typing), **vars(sys.modules[component.__module__])}
-    for parameter in parameters_of(component).values():
+    for parameter in inspect.signature(component).parameters.values():
         if parameter.name in supplied or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         kind = _plain(_evaluated(parameter.annotation, scope))
@@ -134,10 +130,10 @@ def _fields(component: Callable[..., Any], supplied: Iterable[str]) -> Iterator[
 
 
 def _default(parameter: inspect.Parameter) -> Any:
-    default = parameter.default
+    default = ... if parameter.default is parameter.empty else parameter.default
     if isinstance(default, Path):
         return str(default)
-    return ... if default is parameter.empty else list(default) if isinstance(default, (tuple, frozenset)) else default
+    return list(default) if isinstance(default, (tuple, frozenset)) else default
 
 
 def _evaluated(annotation: Any, scope: Mapping[str, Any]) -> Any:
@@ -182,7 +178,3 @@ def describe_arguments(component: Callable[..., Any]) -> dict[str, str]:
             for name, text in zip(parts[::2], parts[1::2], strict=True):
                 found.setdefault(name, _ROLE.sub(r"\1", " ".join(text.split())).replace("``", ""))
     return found
-
-
-def _summary(component: Callable[..., Any]) -> str:
-    return (inspect.getdoc(component) or component.__name__).partition("\n")[0]

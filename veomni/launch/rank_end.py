@@ -83,10 +83,7 @@ def _file(directory: Path, local_rank: int) -> Path:
 
 
 class RankEnd(NamedTuple):
-    """How one rank ended: its status as :mod:`subprocess` gives it, and when the end was seen, since the epoch.
-
-    ``stopped`` is whether it was stopped because another rank had failed.
-    """
+    """How one rank ended, its status as of :mod:`subprocess`; ``stopped`` is because another rank had failed."""
 
     rank: int
     pid: int

@@ -1,7 +1,4 @@
-"""Slurm's environment: the rank of an ``srun`` task, without asking ``scontrol``.
-
-The variables are described in the "OUTPUT ENVIRONMENT VARIABLES" sections of ``man srun`` and ``man sbatch``.
-"""
+"""The rank of an ``srun`` task, from the output environment variables in ``man srun`` and ``man sbatch``."""
 
 from __future__ import annotations
 

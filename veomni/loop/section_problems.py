@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from veomni.accelerators.base import Accelerator
 from veomni.config.problems import Problem
-from veomni.config.section import parameters_of
 from veomni.errors import InputError
 from veomni.strategies.select import mesh_dims
 
@@ -46,7 +46,7 @@ def layout_problems(train: TrainSection, world: int) -> Iterator[Problem]:
     if train.tensor_parallel_size > 1:
         problem = f"train.tensor_parallel_size is {train.tensor_parallel_size}: there is no tensor parallelism yet"
         yield Problem(problem, "set it to 1")
-    elif train.data_parallel_replicate_size > 1 and "replicate" not in parameters_of(train.strategy.component):
+    elif train.data_parallel_replicate_size > 1 and "replicate" not in signature(train.strategy.component).parameters:
         problem = f"train.data_parallel_replicate_size {train.data_parallel_replicate_size} has no meaning with "
         problem += f"train.data_parallel_mode {train.data_parallel_mode}"
         yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")

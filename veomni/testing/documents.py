@@ -17,10 +17,7 @@ ROWS = 12
 
 @dataclass
 class Document:
-    """Tokens and unshifted labels, int64 ``[length]`` (``IGNORE`` where no loss is taken), and the weights of labels.
-
-    Weights are float32 ``[length]``; None weighs all labels 1.
-    """
+    """One document ``[length]``: labels are unshifted, ``IGNORE`` where no loss is taken; weights of None are all 1."""
 
     tokens: Tensor
     labels: Tensor
