@@ -31,7 +31,7 @@ def exists(key: str, path: str) -> Iterator[Problem]:
 
 
 def is_directory(key: str, path: str, hint: str) -> Iterator[Problem]:
-    """Yield why what ``key`` names is no directory; ``hint`` says what belongs there."""
+    """Yield why what ``key`` names is no directory; ``hint`` is what belongs there."""
     if os.path.isfile(path):
         yield Problem(f"{key}: {path} is a file", f"give the directory ({hint})")
     elif not os.path.isdir(path):
