@@ -14,6 +14,8 @@ from functools import partial
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.models.tiny import tiny_config
 from tests.pairwise import Matrix
@@ -23,6 +25,7 @@ from veomni.checkpoint import Checkpointer, read_model_tensors
 from veomni.checkpoint.checkpointer import SaveFailedError
 from veomni.checkpoint.manifest import describe_file
 from veomni.checkpoint.safe_storage import MetadataUnpickler
+from veomni.checkpoint.sharded_state import in_host_memory
 from veomni.errors import CheckpointError
 from veomni.launcher import Launcher
 from veomni.models import build_model
@@ -91,6 +94,24 @@ def test_any_layout_loads_what_any_other_saved(unbroken, resumed, number):
     found = resumed(number)
     for name, expected in unbroken.items():
         assert (found[name] - expected).norm() / expected.norm() < 1e-11, name
+
+
+def copied_then_changed():
+    model = torch.nn.Linear(4, 6, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    table = {"model.weight": model.weight, "optimizer.exp_avg": torch.ones(3), "optimizer.betas": (0.9, 0.99)}
+    before = model.weight.full_tensor().clone()
+    copies = in_host_memory(table)
+    with torch.no_grad():
+        model.weight.to_local().zero_()
+        table["optimizer.exp_avg"].zero_()
+    kept = copies["model.weight"]
+    same = kept.placements == model.weight.placements and torch.equal(kept.full_tensor(), before)
+    return same, copies["optimizer.exp_avg"].tolist(), copies["optimizer.betas"]
+
+
+def test_what_a_background_save_writes_is_a_copy():
+    assert run_ranks(copied_then_changed, 2) == [(True, [1.0, 1.0, 1.0], (0.9, 0.99))] * 2
 
 
 class Counter:

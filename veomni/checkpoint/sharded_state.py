@@ -58,6 +58,7 @@ def restore(model: nn.Module | None, optimizer: Optimizer | None, table: dict[st
         set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=_OPTIONS)
 
 
+@torch.no_grad()
 def in_host_memory(table: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a table in host memory, which is pinned where it comes from a CUDA device."""
     copies = dict(table)
