@@ -132,11 +132,8 @@ def _place(mesh: DeviceMesh | None, axis: int | None) -> tuple[int, int, Process
 class MatrixOwners:
     """Gather matrices at their owners, work on them there, and give every rank its shards of the results.
 
-    Args:
-        holders: The ranks that take part; all of them construct this with the same matrices, and call :meth:`run`.
-        matrices: What this rank has a part of.
-        device: Where matrices are sent and worked on.
-        dtype: The dtype they are sent in.
+    All ranks of ``holders`` construct this with the same matrices, and call :meth:`run`. They are sent and worked on in
+    ``dtype``, on ``device``.
     """
 
     def __init__(self, holders: Holders, matrices: Sequence[Matrix], device: torch.device, dtype: torch.dtype) -> None:
@@ -146,12 +143,7 @@ class MatrixOwners:
         self.rounds = list(_share_out(matrices, self.replicas, self.ranks))
 
     def run(self, read: Callable[[Matrix], Tensor], work: Work) -> Iterator[tuple[Matrix, Tensor]]:
-        """Yield this rank's shard of every result.
-
-        Args:
-            read: Returns this rank's shard of a matrix, on any device.
-            work: What is done to whole matrices.
-        """
+        """Yield this rank's shard of what ``work`` does to every matrix; ``read`` returns its shard, on any device."""
         rounds = [_Round(self, owned) for owned in self.rounds]
         for first in rounds[:1]:
             first.dispatch(read)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,6 @@ class MultiOptimizer(Optimizer):
     Args:
         members: Optimizers by name, each over parameters of its own.
 
-    Attributes:
-        members: The same.
-
     Raises:
         ModelError: there is no member, or two of them hold the same parameter.
     """
@@ -39,9 +35,8 @@ class MultiOptimizer(Optimizer):
         self.members = dict(members)
         held = Counter(parameter for group in self.param_groups for parameter in group["params"])
         if not held or max(held.values()) > 1:
-            raise ModelError(
-                f"the optimizers {', '.join(self.members)} share parameters, or have none", "give each its own"
-            )
+            names = ", ".join(self.members)
+            raise ModelError(f"the optimizers {names} share parameters, or have none", "give each its own")
         super().__init__(self.param_groups, {})
 
     @property
@@ -75,47 +70,37 @@ class MultiOptimizer(Optimizer):
         if not any(param_group is group for group in self.param_groups):
             raise ModelError("a MultiOptimizer has no groups of its own", "add the group to one of its members")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step every member; ``closure``, which computes the loss and the gradients, is called once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for member in self.members.values():
             member.step()
         return loss
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all parameters."""
         for member in self.members.values():
             member.zero_grad(set_to_none=set_to_none)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give every member its part of what :meth:`state_dict` returned.
+        """Give every member its part of what ``state_dict`` returned.
 
         Raises:
             CheckpointError: the groups are not those of the members.
         """
-        groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in groups] != sizes:
+        groups = list(state_dict["param_groups"])
+        saved, sizes = ([len(group["params"]) for group in each] for each in (groups, self.param_groups))
+        if saved != sizes:
             raise CheckpointError(
-                f"the optimizer's state has groups of {[len(group['params']) for group in groups]} parameters, this "
-                f"run has {sizes}",
+                f"the optimizer's state has groups of {saved} parameters, this run has {sizes}",
                 "load it by name, as checkpoints do, or build the optimizer as in the run that saved it",
             )
         for member in self.members.values():
-            own, groups = groups[: len(member.param_groups)], groups[len(member.param_groups) :]
-            keys = set(chain.from_iterable(group["params"] for group in own))
+            own = [groups.pop(0) for _ in member.param_groups]
+            keys = {key for group in own for key in group["params"]}
             kept = {key: value for key, value in state_dict["state"].items() if key in keys}
             member.load_state_dict({"state": kept, "param_groups": own})
 
@@ -127,16 +112,13 @@ class MultiLRScheduler:
 
     Args:
         schedulers: Schedules by name, each over an optimizer of its own.
-
-    Attributes:
-        schedulers: The same.
     """
 
     def __init__(self, schedulers: Mapping[str, LRScheduler]) -> None:
         self.schedulers = dict(schedulers)
 
     def step(self) -> None:
-        """Go on to the next step's rates; to be called after ``optimizer.step()``."""
+        """Move on to the next step's rates; to be called after ``optimizer.step()``."""
         for scheduler in self.schedulers.values():
             scheduler.step()
 
@@ -149,7 +131,7 @@ class MultiLRScheduler:
         return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned.
 
         Raises:
             CheckpointError: the schedules have other names.
@@ -166,22 +148,18 @@ class MultiLRScheduler:
 def members_by_mesh(
     groups: Iterable[Mapping[str, Any]], factory: Callable[[list[dict[str, Any]]], Optimizer]
 ) -> dict[str, Optimizer]:
-    """Return an optimizer for each device mesh that parameters live on, by the names of its axes.
+    """Return what ``factory`` makes of the groups on each device mesh, by the names of its axes.
 
-    Args:
-        groups: Groups of parameters; each is split where its parameters live on several meshes.
-        factory: Makes an optimizer of groups whose parameters are all on one mesh.
-
-    Returns:
-        Optimizers called "unsharded", "fsdp", "ep_fsdp.ep" and the like, in the order of the parameters.
+    A group is split where its parameters live on several meshes. Optimizers are called "unsharded", "fsdp",
+    "ep_fsdp.ep" and the like, in the order of the parameters.
     """
-    by_mesh: dict[DeviceMesh | None, list[dict[str, Any]]] = {}
+    by_mesh: dict[DeviceMesh | None, list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
-        parts: dict[DeviceMesh | None, list[Tensor]] = {}
+        parts: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
-            parts.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+            parts[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
         for mesh, parameters in parts.items():
-            by_mesh.setdefault(mesh, []).append({**group, "params": parameters})
+            by_mesh[mesh].append({**group, "params": parameters})
     members: dict[str, Optimizer] = {}
     for mesh, part in by_mesh.items():
         name = "unsharded" if mesh is None else ".".join(mesh.mesh_dim_names or ("sharded",))

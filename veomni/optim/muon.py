@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,12 @@ _ADAMW_RMS = 0.2
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Push all singular values of every matrix towards 1, and keep its singular vectors.
+    """Push all singular values of every matrix of ``[batch, rows, columns]`` towards 1, and keep its singular vectors.
 
     Each matrix is divided by its Frobenius norm, then ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` is repeated
     (Newton-Schulz), which maps every singular value ``s`` to ``a s + b s^3 + c s^5``. The coefficients are Jordan's
     (https://kellerjordan.github.io/posts/muon/): five steps bring values from 0.003 up to between 0.68 and 1.21. A
     matrix of zeros stays one.
-
-    Args:
-        matrices: ``[batch, rows, columns]``, in the format to compute in.
-        steps: Repetitions.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -86,11 +82,6 @@ class Muon(Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of matrices.
-
-        Raises:
-            ModelError: they are none, or on another mesh than the others.
-        """
         super().add_param_group(param_group)
         for parameter in self._parameters():
             if parameter.ndim not in (2, 3):
@@ -107,20 +98,12 @@ class Muon(Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters; collective where they are sharded."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         trained = self._with_gradient()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in trained]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,7 +16,7 @@ from veomni.errors import ModelError
 from veomni.optim.groups import Groups, NamedParameters, is_fsdp1
 from veomni.optim.multi import members_by_mesh
 from veomni.optim.muon import Muon
-from veomni.optim.optimizer import OPTIMIZERS, Beta, OptimizerRecipe, adamw
+from veomni.optim.optimizer import OPTIMIZERS, Beta, OptimizerRecipe, Positive, Rate, adamw
 from veomni.parallel.wrappers import plain_name
 
 _NO_MATRICES = (
@@ -42,29 +42,17 @@ class MuonWithAdamW(OptimizerRecipe):
     """
 
     def __init__(
-        self,
-        *,
-        lr: Annotated[float, Ge(0.0)] = 3e-4,
-        betas: tuple[Beta, Beta] = (0.9, 0.95),
-        eps: Annotated[float, Gt(0.0)] = 1e-8,
-        matrix_lr: Annotated[float, Ge(0.0)] | None = None,
-        momentum: Annotated[float, Ge(0.0), Lt(1.0)] = 0.95,
-        nesterov: bool = True,
-        ns_steps: Annotated[int, Ge(1), Le(99)] = 5,
-        exclude: Sequence[str] = (),
-        fused: bool | None = None,
-    ) -> None:
+        self, *, lr: Rate = 3e-4, betas: tuple[Beta, Beta] = (0.9, 0.95), eps: Positive = 1e-8,
+        matrix_lr: Rate | None = None, momentum: Beta = 0.95, nesterov: bool = True,
+        ns_steps: Annotated[int, Ge(1), Le(99)] = 5, exclude: Sequence[str] = (), fused: bool | None = None,
+    ) -> None:  # fmt: skip
         self._adamw = partial(adamw, lr=lr, betas=betas, eps=eps, fused=fused)
         matrix_lr = lr if matrix_lr is None else matrix_lr
         self._muon = partial(Muon, lr=matrix_lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
         self._exclude = exclude
 
     def members(self, model: nn.Module, groups: Groups) -> Mapping[str, Optimizer]:
-        """Return Muon and AdamW for each mesh, called "muon.fsdp", "adamw.fsdp" and the like.
-
-        Raises:
-            ModelError: the model has no matrices that Muon can use.
-        """
+        """Return Muon and AdamW for each mesh, called "muon.fsdp", "adamw.fsdp" and the like."""
         if is_fsdp1(model):
             raise ModelError(
                 "muon needs the rows and columns of matrices, and FSDP1 keeps flat pieces of them",

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Any, cast
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
@@ -24,7 +24,9 @@ logger = create_logger(__name__)
 
 _FUSED_DEVICES = {"cpu", "cuda"}
 
+Rate = Annotated[float, Ge(0.0)]
 Beta = Annotated[float, Ge(0.0), Lt(1.0)]
+Positive = Annotated[float, Gt(0.0)]
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer", group="veomni.optimizers", home="veomni.optim")
 """Name to an optimizer class, a function of groups of parameters and options, or an :class:`OptimizerRecipe`."""
@@ -46,17 +48,15 @@ class OptimizerRecipe(ABC):
 class OptimizerSection(ComponentSection):
     """The optimizer and its groups."""
 
-    weight_decay: float = Field(
-        default=0.1, ge=0.0, description="Decoupled weight decay (AdamW, Muon), or L2 penalty (SGD)."
-    )
-    no_decay: list[str] = Field(
-        default=list(NO_DECAY), description="Glob patterns of parameter names that weight_decay leaves alone."
-    )
-    lr_scale: dict[str, Annotated[float, Gt(0.0)]] = Field(
-        default_factory=dict,
-        description="Glob patterns of parameter or module names to factors of lr, such as {model.visual: 0.1}; of "
-        "several that match a parameter the last counts.",
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled weight decay (AdamW, Muon), or L2 penalty (SGD)."""
+    no_decay: list[str] = Field(default=list(NO_DECAY))
+    """Glob patterns of parameter names that weight_decay leaves alone."""
+    lr_scale: dict[str, Positive] = Field(default_factory=dict)
+    """Glob patterns of parameter or module names to factors of lr, such as {model.visual: 0.1}; of several that match a
+    parameter the last counts."""
 
     def build(self, model: nn.Module) -> Optimizer:
         """Return the optimizer of a model that a strategy has taken over."""
@@ -77,14 +77,9 @@ class OptimizerSection(ComponentSection):
 
 
 def build_optimizer(
-    model: nn.Module,
-    name: str | Callable[..., Any] = "adamw",
-    *,
-    weight_decay: float = 0.1,
-    no_decay: Sequence[str] = NO_DECAY,
-    lr_scale: Mapping[str, float] | None = None,
-    **options: Any,
-) -> Optimizer:
+    model: nn.Module, name: str | Callable[..., Any] = "adamw", *, weight_decay: float = 0.1,
+    no_decay: Sequence[str] = NO_DECAY, lr_scale: Mapping[str, float] | None = None, **options: Any,
+) -> Optimizer:  # fmt: skip
     """Return the optimizer of a model that a strategy has taken over.
 
     Parameters that live on several device meshes get an optimizer for each mesh, behind one
@@ -111,13 +106,9 @@ def build_optimizer(
 
 @OPTIMIZERS.register("adamw")
 def adamw(
-    params: Groups,
-    *,
-    lr: Annotated[float, Ge(0.0)] = 3e-4,
-    betas: tuple[Beta, Beta] = (0.9, 0.95),
-    eps: Annotated[float, Gt(0.0)] = 1e-8,
+    params: Groups, *, lr: Rate = 3e-4, betas: tuple[Beta, Beta] = (0.9, 0.95), eps: Positive = 1e-8,
     fused: bool | None = None,
-) -> Optimizer:
+) -> Optimizer:  # fmt: skip
     """Adam with decoupled weight decay.
 
     Args:
@@ -132,13 +123,7 @@ def adamw(
 
 
 @OPTIMIZERS.register("sgd")
-def sgd(
-    params: Groups,
-    *,
-    lr: Annotated[float, Ge(0.0)] = 3e-4,
-    momentum: Annotated[float, Ge(0.0), Lt(1.0)] = 0.9,
-    fused: bool | None = None,
-) -> Optimizer:
+def sgd(params: Groups, *, lr: Rate = 3e-4, momentum: Beta = 0.9, fused: bool | None = None) -> Optimizer:
     """Stochastic gradient descent.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,15 +45,12 @@ class SchedulerSection(ComponentSection):
 
     configures = ("build_scheduler",)
 
-    warmup_steps: int | None = Field(
-        default=None, ge=0, description="Steps of linear warm-up; null follows warmup_ratio."
-    )
-    warmup_ratio: float | None = Field(
-        default=None,
-        ge=0.0,
-        le=1.0,
-        description="Warm-up as a share of all steps; null with warmup_steps null is no warm-up.",
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up; null follows warmup_ratio."""
+    warmup_ratio: Share | None = None
+    """Warm-up as a share of all steps; null with warmup_steps null is no warm-up."""
 
     def build(self, optimizer: Optimizer, total_steps: int) -> LRScheduler:
         """Return the schedule over a run of ``total_steps``; see :func:`build_scheduler`."""
@@ -172,11 +169,9 @@ class WarmupStableDecay(Linear):
     """
 
     def __init__(
-        self,
-        min_lr_ratio: Share = 0.0,
-        decay_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 0.1,
+        self, min_lr_ratio: Share = 0.0, decay_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 0.1,
         decay_shape: Literal["linear", "cosine", "sqrt"] = "linear",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(min_lr_ratio)
         self.curve, self.ratio = decay_shape, decay_ratio
 
