@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -21,6 +23,12 @@ def did_you_mean(name: str, known: list[str], otherwise: str = "") -> str:
         if near
         else otherwise or f"use one of: {', '.join(sorted(known)) or 'none registered'}"
     )
+
+
+@functools.cache
+def _entry_points(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Read once per path: every look-up would read the metadata of all installed packages."""
+    return {point.name: point for point in entry_points(group=group)}
 
 
 class Registry(Generic[T]):
@@ -83,7 +91,7 @@ class Registry(Generic[T]):
             importlib.import_module(self._home)
 
     def _points(self) -> dict[str, EntryPoint]:
-        return {} if self.group is None else {point.name: point for point in entry_points(group=self.group)}
+        return {} if self.group is None else _entry_points(self.group, tuple(sys.path))
 
     def __contains__(self, name: object) -> bool:
         self._import_home()
