@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,8 @@ from annotated_types import Ge, Lt
 from torch.optim import Optimizer
 
 from veomni.accelerators import CPU
-from veomni.data.builtin_types import Plaintext
+from veomni.data import Tokens
+from veomni.data.data_type import Plaintext
 from veomni.data.sources.formats import RecordFormat
 from veomni.loggers import Logger
 from veomni.ops.attention.backends import AttentionBackend
@@ -116,7 +116,7 @@ class Reversed(Plaintext):
 
     def encode(self, documents, schema, tokenizer, template):
         encoded = super().encode(documents, schema, tokenizer, template)
-        return [replace(one, ids=one.ids[::-1][self.skip :]) for one in encoded]
+        return [[Tokens(tokens.ids[::-1][self.skip :])] for [tokens] in encoded]
 
 
 class ScaledAttention(AttentionBackend):

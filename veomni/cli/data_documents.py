@@ -67,10 +67,10 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
 
 
 def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> PlannedDocument:
-    [encoded] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
-    ids = torch.tensor(encoded.ids)
-    weights = torch.ones(len(ids)) if encoded.weights is None else torch.tensor(encoded.weights)
-    return PlannedDocument(ids, weights, document.where, [])
+    [documents] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
+    weights = [torch.ones(len(one)) if one.weights is None else torch.from_numpy(one.weights) for one in documents]
+    ids = torch.cat([torch.from_numpy(one.ids) for one in documents])
+    return PlannedDocument(ids, torch.cat(weights), document.where, [])
 
 
 def _show_media(document: PlannedDocument, console: Console, family: Family) -> None:

@@ -2,7 +2,6 @@
 
 from veomni.data.data_type import DATA_TYPES as DATA_TYPES
 from veomni.data.data_type import DataType as DataType
-from veomni.data.data_type import Encoded as Encoded
 from veomni.data.loading.build_dataloader import build_dataloader as build_dataloader
 from veomni.data.loading.encoder import Encoder as Encoder
 from veomni.data.loading.packed_loader import PackedLoader as PackedLoader
@@ -12,7 +11,6 @@ from veomni.data.options import BatchShape as BatchShape
 from veomni.data.options import Order as Order
 from veomni.data.options import Packing as Packing
 from veomni.data.options import Workers as Workers
-from veomni.data.protocols import Loader as Loader
 from veomni.data.sources.cache import build_once as build_once
 from veomni.data.sources.corpora import CORPORA as CORPORA
 from veomni.data.sources.corpora import PYTHON_STDLIB as PYTHON_STDLIB
@@ -26,3 +24,4 @@ from veomni.data.sources.schema import RecordSchema as RecordSchema
 from veomni.data.text.byte_bpe import cached_byte_bpe as cached_byte_bpe
 from veomni.data.text.byte_bpe import train_byte_bpe as train_byte_bpe
 from veomni.data.text.chat_templates import CHAT_TEMPLATES as CHAT_TEMPLATES
+from veomni.data.text.tokens import Tokens as Tokens

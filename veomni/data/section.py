@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from typing_extensions import override
 
 from veomni.config.base import PathText, Section
@@ -37,14 +37,24 @@ Form = Annotated[ComponentSection, Choice(FORMATS)]
 class SourceSection(Section):
     """A source of a mixture; what is null is taken from the keys of the same name in ``data``."""
 
-    path: Paths = Field(description="As data.train_path.")
-    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="What metrics and messages call it.")
-    weight: float = Field(default=1.0, ge=0, description="Its share of the mixture, relative to the others'.")
-    data_type: Chosen | None = Field(default=None, description="What its records become.")
-    format: Form | None = Field(default=None, description="How its records hold conversations.")
-    text_key: str | None = Field(default=None, min_length=1, description="Field of the text.")
-    messages_key: str | None = Field(default=None, min_length=1, description="Field of the messages.")
-    eval_path: PathText | None = Field(default=None, description="Its held-out data, evaluated under its name.")
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    path: Paths
+    """As data.train_path."""
+    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$")
+    """What metrics and messages call it."""
+    weight: float = Field(1.0, ge=0)
+    """Its share of the mixture, relative to the others'."""
+    data_type: Chosen | None = None
+    """What its records become."""
+    format: Form | None = None
+    """How its records hold conversations."""
+    text_key: str | None = Field(None, min_length=1)
+    """Field of the text."""
+    messages_key: str | None = Field(None, min_length=1)
+    """Field of the messages."""
+    eval_path: PathText | None = None
+    """Its held-out data, evaluated under its name."""
 
     def schema_beside(self, schema: RecordSchema) -> RecordSchema:
         """Return what its records hold, where ``schema`` is that of the other sources."""
@@ -66,6 +76,8 @@ _OPTIONS: Any = options_of(
 class DataSection(_OPTIONS):
     """Sources, templates and packing. Paths are relative to the working directory."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     train_path: Paths | None = Field(
         default=None,
         description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "
@@ -77,10 +89,10 @@ class DataSection(_OPTIONS):
         description="Instead of train_path: what is mixed, each with path, name, weight, eval_path, and, where they "
         "differ from those here, data_type, format, text_key and messages_key. Read as a stream.",
     )
-    streaming: bool = Field(
-        default=False, description="Read blocks of files as they are needed; false indexes all records first."
-    )
-    eval_path: PathText | None = Field(default=None, description="Held-out data, read as train_path is.")
+    streaming: bool = False
+    """Read blocks of files as they are needed; false indexes all records first."""
+    eval_path: PathText | None = None
+    """Held-out data, read as train_path is."""
     data_type: Chosen = configured(
         "plaintext",
         "plaintext supervises every token; conversation applies a chat template, supervises replies; multimodal does "
@@ -91,13 +103,10 @@ class DataSection(_OPTIONS):
         "How records hold conversations: {messages: [{role, content}]}, ShareGPT's {conversations: [{from, value}]}, "
         "or Alpaca's {instruction, input, output}.",
     )
-    media: MediaSection = Field(
-        default=MediaSection(),
-        description="Images, videos and audio clips of conversations (data.data_type multimodal).",
-    )
-    cache_dir: PathText | None = Field(
-        default=None, description="Where tokenized data is kept between runs; null keeps it in ~/.cache/veomni."
-    )
+    media: MediaSection = MediaSection()
+    """Images, videos and audio clips of conversations (data.data_type multimodal)."""
+    cache_dir: PathText | None = None
+    """Where tokenized data is kept between runs; null keeps it in ~/.cache/veomni."""
 
     @property
     def types(self) -> list[DataType]:
@@ -111,22 +120,15 @@ class DataSection(_OPTIONS):
         return any(one.has_media for one in self.types)
 
     def open(self, seed: int) -> tuple[DocumentStream, DocumentStream | None]:
-        """Return the training documents, indexed or as a stream, and the held-out ones, or None.
-
-        Args:
-            seed: Decides which documents ``eval_fraction`` holds out.
-        """
+        """Return the documents to train on and those held out; ``seed`` decides which ``eval_fraction`` holds out."""
         schema = self.make(RecordSchema, data_type=self.data_type.build(), format=self.format.build())
         sources = [DataSource(self.train_path, schema=schema)] if self.train_path else []
-        held_out_sources = []
-        for source in self.sources:
-            own = source.schema_beside(schema)
-            sources.append(DataSource(source.path, source.name, source.weight, own))
-            if source.eval_path is not None:
-                held_out_sources.append(DataSource(source.eval_path, source.name, schema=own))
+        named = [(one, one.schema_beside(schema)) for one in self.sources]
+        sources += [one.make(DataSource, schema=own) for one, own in named]
+        evaluated = [DataSource(one.eval_path, one.name, schema=own) for one, own in named if one.eval_path]
         held_out: DocumentStream | None = None
-        if held_out_sources:
-            held_out = build_mixture(held_out_sources, streaming=False, cache_dir=self.cache_dir)
+        if evaluated:
+            held_out = build_mixture(evaluated, streaming=False, cache_dir=self.cache_dir)
         elif self.eval_path is not None:
             held_out, _ = build_dataset(self.eval_path, schema, cache_dir=self.cache_dir)
         if self.sources or self.streaming:
@@ -138,32 +140,20 @@ class DataSection(_OPTIONS):
     def build_loader(
         self, config: Any, dataset: DocumentStream, tokenizer: Any, launcher: Launcher, *, train: bool
     ) -> PackedLoader | StreamLoader:
-        """Return the loader of this rank's micro-batches.
+        """Return the loader of this rank's micro-batches of a dataset that :meth:`open` returned.
 
-        Args:
-            config: The whole configuration.
-            dataset: From :meth:`open`.
-            tokenizer: From ``config.model.build_tokenizer``.
-            launcher: Launched; gives the rank's place.
-            train: False for held-out data.
+        ``config`` is the whole configuration; ``launcher``, which was launched, gives the rank's place.
         """
         section, (rank, size) = config.train, launcher.data_parallel
         repeats = self.stopping_strategy == "repeat" or not (self.streaming or self.sources)
         epochs = None if section.max_steps is not None and repeats else section.num_train_epochs
         media = any(source.schema.type.has_media for source in dataset.sources)
-        shape = self.make(
-            BatchShape, micro_batch_size=section.micro_batch_size, global_batch_size=section.global_batch_size,
-            rank=rank, size=size, shard=launcher.sequence_shard,
-        )  # fmt: skip
-        return build_dataloader(
-            dataset,
-            self.media.build_encoder(config, tokenizer) if media else self.make(Encoder, tokenizer=tokenizer),
-            packing=self.make(Packing),
-            order=self.make(Order, seed=section.seed, epochs=epochs, held_out=not train),
-            shape=shape,
-            workers=self.make(Workers),
-            cache_dir=self.cache_dir,
-        )
+        encoder = self.media.build_encoder(config, tokenizer) if media else self.make(Encoder, tokenizer=tokenizer)
+        order = self.make(Order, seed=section.seed, epochs=epochs, held_out=not train)
+        sizes = {"micro_batch_size": section.micro_batch_size, "global_batch_size": section.global_batch_size}
+        shape = self.make(BatchShape, **sizes, rank=rank, size=size, shard=launcher.sequence_shard)
+        parts = {"packing": self.make(Packing), "order": order, "shape": shape, "workers": self.make(Workers)}
+        return build_dataloader(dataset, encoder, **parts, cache_dir=self.cache_dir)
 
     @override
     def path_problems(self) -> Iterator[Problem]:

@@ -54,20 +54,14 @@ def mask_audio_padding(adapter: ModelAdapter, owner: nn.Module) -> None:
         adapter.hook(convolution, silence(layer))
 
 
-class EncodeAudio:
-    """``get_audio_features`` of Qwen2-Audio: mel features ``[clips, mels, frames]`` to ``[tokens, hidden]``."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def __call__(self, input_features: Tensor, feature_attention_mask: Tensor) -> Any:
-        """Encode all clips, and keep the features that are not of padding."""
-        encoder = self.owner.audio_tower
-        output, features = encode_padded_audio(encoder, input_features.to(encoder.dtype), feature_attention_mask)
-        hidden = self.owner.multi_modal_projector(output.last_hidden_state)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
-        output.last_hidden_state = hidden[places < features[:, None]]
-        return output
+def encode_audio(owner: Any, input_features: Tensor, feature_attention_mask: Tensor) -> Any:
+    """Do what ``get_audio_features`` does in other models: ``[clips, mels, frames]`` to features of tokens."""
+    encoder = owner.audio_tower
+    output, features = encode_padded_audio(encoder, input_features.to(encoder.dtype), feature_attention_mask)
+    hidden = owner.multi_modal_projector(output.last_hidden_state)
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    output.last_hidden_state = hidden[places < features[:, None]]
+    return output
 
 
 class PlaceAudio(InputPass):
@@ -91,10 +85,9 @@ class PlaceAudio(InputPass):
         features = output.last_hidden_state
         places = tokens == self.owner.config.audio_token_id
         if int(places.sum()) != len(features):
-            raise DataError(
-                f"the batch has {int(places.sum())} audio placeholders for {len(features)} audio features",
-                "give each audio clip as many placeholder tokens as it has features (its processor does)",
-            )
+            problem = f"the batch has {int(places.sum())} audio placeholders for {len(features)} audio features"
+            fix = "give each audio clip as many placeholder tokens as it has features (its processor does)"
+            raise DataError(problem, fix)
         embeds = embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.dtype))
         call.kwargs |= dict.fromkeys(("input_ids", "input_features", "feature_attention_mask"))
         call.kwargs["inputs_embeds"] = embeds

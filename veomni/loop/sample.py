@@ -32,7 +32,7 @@ def show_sample(
 
     from veomni.data.text.chat_templates import find_chat_template
 
-    if documents is None:
+    if documents is None or documents.schema.type.has_media:
         return
     tokenizer, schema = AutoTokenizer.from_pretrained(directory), documents.schema
     if schema.type.renders:

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.data.multimodal.files import bomb, image_bytes, opened, pixels, png
 from veomni.data.multimodal.images import load_image, upright_size
 from veomni.data.multimodal.limits import MediaLimits
-from veomni.data.multimodal.processor_rules import smart_resize, smart_resize_frames
+from veomni.data.multimodal.processor_rules import smart_resize
 from veomni.errors import MediaError
 
 RGB = pixels()
@@ -203,9 +203,9 @@ def test_smart_resize_of_frames_is_that_of_transformers(frames, bounds):
             size = expected(frames, height, width, **given)
         except ValueError:
             with pytest.raises(ValueError, match="200 times"):
-                smart_resize_frames(frames, height, width, **given)
+                smart_resize(height, width, frames=frames, enlarge=True, **given)
         else:
-            assert smart_resize_frames(frames, height, width, **given) == size
+            assert smart_resize(height, width, frames=frames, enlarge=True, **given) == size
 
 
 def test_jpeg_is_close_to_the_original():

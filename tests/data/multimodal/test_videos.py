@@ -11,8 +11,7 @@ from PIL import Image
 from tests.data.multimodal.families import VIDEOS, family_for, oracle, tokenizer_of, transform_for
 from tests.data.multimodal.files import image_bytes, moving, tone, video_bytes
 from veomni.data.multimodal.limits import MediaLimits
-from veomni.data.multimodal.patches import patchify, resize_frames
-from veomni.data.multimodal.pixels import Normalization
+from veomni.data.multimodal.pixels import Normalization, patchify, resize_frames
 from veomni.data.multimodal.processor_rules import at_seconds, between_ends, evenly_by_rate, from_middles
 from veomni.data.multimodal.videos import VideoReading, load_video
 from veomni.data.sources.records import Document

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from PIL.Image import Image
 from torch import Tensor
 
+from veomni.data.multimodal.audio_clip import AudioClip
 from veomni.data.multimodal.frames import VideoDecoder
 from veomni.data.multimodal.pixels import PixelList
 from veomni.data.multimodal.processor_rules import Size
+from veomni.data.multimodal.videos import Video
 from veomni.errors import ModelError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-    from veomni.data.multimodal.audio_clip import AudioClip
-    from veomni.data.multimodal.videos import Video
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,7 @@ class MediaFeatures:
     """What becomes of one image, video or audio clip.
 
     Attributes:
-        tensors: By the names that the model takes; those of several items are concatenated along the first axis.
-            Pixels may still be 8-bit ones.
+        tensors: By the names that the model takes; those of several items are joined along the first axis.
         text: Takes the place of the placeholder in the rendered conversation.
         source: What the features were made of, for messages.
     """
@@ -124,11 +122,7 @@ class Family:
         return int(self.feature_extractor.sampling_rate)
 
     def token(self, name: str) -> str:
-        """Return the token whose id the model's configuration holds under ``name``.
-
-        Raises:
-            ModelError: the configuration has no such id, or the tokenizer no such token.
-        """
+        """Return the token whose id the model's configuration holds under ``name``; ModelError if there is none."""
         index = getattr(self.config, name, None)
         token = None if index is None else self.tokenizer.convert_ids_to_tokens(index)
         if not isinstance(token, str):

@@ -6,16 +6,14 @@ import io
 import os
 import warnings
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from veomni.data.multimodal.limits import DEFAULT_LIMITS, MediaLimits, unusable
 from veomni.errors import MediaError
 from veomni.logging import create_logger
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 logger = create_logger(__name__)
 
@@ -31,7 +29,7 @@ _WHITE = (255, 255, 255, 255)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF
 
 
-def load_image(content: bytes | Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> Image:
+def load_image(content: bytes | Image.Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """Return an image as RGB: turned as its EXIF orientation says, transparency on white, of an animation the first.
 
     16-bit grey is scaled to 8 bits. Colour profiles are not applied, as in transformers' processors. ``content`` is a
@@ -51,7 +49,7 @@ def load_image(content: bytes | Image, name: str, limits: MediaLimits = DEFAULT_
     return _to_rgb(_upright(image, ours=isinstance(content, bytes)), name)
 
 
-def upright_size(content: bytes | Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+def upright_size(content: bytes | Image.Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
     """Return width and height of what :func:`load_image` returns, from the header where that says it.
 
     Raises:
@@ -75,14 +73,11 @@ def _in_header(form: str | None, content: bytes) -> bool:
     return form in ("JPEG", "MPO", "WEBP")
 
 
-def _open(content: bytes, name: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    known = _known_formats()
+def _open(content: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits decide, with an error
-            return Image.open(io.BytesIO(content), formats=known)
+            return Image.open(io.BytesIO(content), formats=_known_formats())
     except UnidentifiedImageError as error:
         raise unusable(f"{name}: {_instead(content)}, no image") from error
     except Image.DecompressionBombError as error:
@@ -93,8 +88,6 @@ def _open(content: bytes, name: str) -> Image:
 
 @lru_cache(maxsize=1)
 def _known_formats() -> list[str]:
-    from PIL import Image
-
     Image.init()
     if "PILLOW_BLOCKS_MAX" not in os.environ:
         # Pillow would give the memory of every image back, and the system would clear it for the next one.
@@ -109,9 +102,7 @@ def _instead(content: bytes) -> str:
     return next(named, f"a file that begins with {content[:8]!r}")
 
 
-def _upright(image: Image, *, ours: bool) -> Image:
-    from PIL import ImageOps
-
+def _upright(image: Image.Image, *, ours: bool) -> Image.Image:
     try:
         if not ours:
             return ImageOps.exif_transpose(image)
@@ -122,9 +113,7 @@ def _upright(image: Image, *, ours: bool) -> Image:
         return image
 
 
-def _to_rgb(image: Image, name: str) -> Image:
-    from PIL import Image
-
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         if image.mode.startswith("I") or image.mode == "F":
             return _from_numbers(image, name)
@@ -136,10 +125,8 @@ def _to_rgb(image: Image, name: str) -> Image:
         raise unusable(f"{name}: mode {image.mode} cannot become RGB ({_reason(error)})") from error
 
 
-def _from_numbers(image: Image, name: str) -> Image:
+def _from_numbers(image: Image.Image, name: str) -> Image.Image:
     """Scale 16 bits to 8; Pillow itself would cut everything above 255 off."""
-    from PIL import Image
-
     numbers: Any = np.asarray(image)
     if image.mode == "F" or numbers.min() < 0 or numbers.max() > 0xFFFF:
         problem = f"{name}: {image.mode!r} pixels from {numbers.min()} to {numbers.max()} have no known range"

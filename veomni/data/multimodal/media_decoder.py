@@ -23,13 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PlannedMedia:
-    """An image, video or audio clip whose tokens are known.
-
-    Attributes:
-        item: Where it is.
-        text: Takes the place of its placeholder.
-        features: What becomes of it, where that had to be made to know the text.
-    """
+    """An image, video or audio clip whose tokens are known, and its features if these were needed to know them."""
 
     item: MediaItem
     text: str
@@ -38,35 +32,21 @@ class PlannedMedia:
 
 @dataclass
 class MediaDecoder:
-    """Makes features of images, videos and audio clips.
-
-    Attributes:
-        family: What the model makes of media.
-        reader: Gets their bytes.
-        cache: Keeps features between epochs and runs.
-    """
+    """Makes features of images, videos and audio clips, which ``cache`` keeps between epochs and runs."""
 
     family: Family
     reader: MediaReader
     cache: FeatureCache | None = None
 
     def plan(self, item: MediaItem) -> PlannedMedia:
-        """Return an item with its text: of an image the header is enough, others are decoded.
-
-        Raises:
-            MediaError: it cannot be used, as far as was looked.
-        """
+        """Return an item with its text: of an image the header is enough, others are decoded (MediaError: unusable)."""
         if item.kind not in self.family.placeholders:
             problem = f"{item.where}: {self.family.config.model_type} models take no {item.kind}"
             raise MediaError(problem, "remove the record")
         return _named(item, self._planned)
 
     def decode(self, planned: PlannedMedia) -> PlannedMedia:
-        """Return an item with its features.
-
-        Raises:
-            MediaError: it cannot be used, or is another one than when it was planned.
-        """
+        """Return an item with its features (MediaError: unusable, or another one than when it was planned)."""
         if planned.features is not None:
             return planned
         features = _named(planned.item, self._features)

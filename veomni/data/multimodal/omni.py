@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import Image
+
 from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.qwen_audio import Qwen2Audio
 from veomni.families.omni import DECODERS, ENCODERS
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedConfig
 
 

@@ -1,4 +1,7 @@
-"""8-bit pixels on their way to the model: an eighth of what they become is kept, cached and sent between processes."""
+"""8-bit pixels on their way to the model: resized, cut into patches, and normalized last.
+
+So an eighth of what they become is kept, cached and sent between processes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from veomni.data.multimodal.processor_rules import Size
 
 _CHUNK = 1 << 18  # values that are normalized at once: they stay in the processor's cache
 
@@ -92,3 +98,29 @@ def tiles(values: Tensor, normalization: Normalization) -> PixelList:
 def as_tensor(value: Tensor | PixelList) -> Tensor:
     """Return what a model takes."""
     return value.normalized() if isinstance(value, PixelList) else value
+
+
+def resize_frames(frames: Tensor, size: Size) -> Tensor:
+    """Resize uint8 ``[frames, 3, height, width]`` bicubically with antialiasing, as torchvision does.
+
+    Pillow's result differs by rounding, and at hard edges by what it cuts off between its two passes.
+    """
+    if frames.shape[-2:] == size:
+        return frames.contiguous()
+    return F.interpolate(frames.contiguous(), size, mode="bicubic", antialias=True)
+
+
+def patchify(frames: Tensor, *, patch: int, merge: int, frames_per_patch: int) -> tuple[Tensor, Tensor]:
+    """Cut frames ``[frames, channels, height, width]``, sides multiples of ``patch * merge``, as transformers does.
+
+    The last frame is repeated to fill a patch. Returns ``[patches, channels, frames_per_patch, patch * patch]``, those
+    that become one token as neighbours, and the patches in time, height and width, int64 ``[1, 3]``.
+    """
+    short = -len(frames) % frames_per_patch
+    frames = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)]) if short else frames
+    count, channels, height, width = frames.shape
+    time, rows, columns = count // frames_per_patch, height // patch, width // patch
+    split = (time, frames_per_patch, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+    patches = frames.reshape(split).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    shape = (time * rows * columns, channels, frames_per_patch, patch * patch)
+    return patches.reshape(shape), torch.tensor([[time, rows, columns]])

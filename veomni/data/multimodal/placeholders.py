@@ -14,11 +14,8 @@ def expand_placeholders(
 ) -> Rendered:
     """Put text in the place of placeholders, and move what is supervised along.
 
-    Args:
-        rendered: A conversation with one placeholder per item.
-        tokens: The placeholder of each kind of media.
-        texts: What takes the places of each kind's placeholders, in order.
-        where: Names the conversation, for messages.
+    ``rendered`` has one placeholder per item: of each kind of media the one in ``tokens``, which the ``texts`` of that
+    kind replace in order.
 
     Raises:
         DataError: there are more placeholders of a kind than items, or fewer.

@@ -53,34 +53,19 @@ def from_middles(total: int, *, count: int) -> list[int]:
     return torch.arange(total / count / 2, total, total / count).int().tolist()
 
 
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> Size:
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, frames: int = 1,
+    temporal_factor: int = 1, enlarge: bool = False,
+) -> Size:  # fmt: skip
     """Return the size nearest to ``height`` x ``width`` with sides that are multiples of ``factor``.
 
-    The area is brought within ``min_pixels`` and ``max_pixels``, keeping the aspect ratio as well as multiples allow.
-    Halves round to even, as Python's ``round`` does; every detail is that of transformers' Qwen2-VL image processor.
+    The pixels of all frames together are brought within ``min_pixels`` and ``max_pixels``, keeping the aspect ratio as
+    well as multiples allow. Halves round to even, as Python's ``round`` does; every detail is that of transformers'
+    Qwen2-VL, Qwen3-VL and GLM-4V processors.
 
-    Raises:
-        ValueError: one side is more than 200 times the other.
-    """
-    bounds = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels, "temporal_factor": 1}
-    return smart_resize_frames(1, height, width, **bounds, enlarge=False)
-
-
-def smart_resize_frames(
-    frames: int, height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, temporal_factor: int,
-    enlarge: bool = True,
-) -> Size:  # fmt: skip
-    """Return a frame's size where the bounds are for the pixels of all frames together (Qwen3-VL, GLM-4V).
-
-    Args:
-        frames: Number of frames; an image counts as ``temporal_factor`` frames there.
-        height: Of a frame.
-        width: Of a frame.
-        factor: Both sides become multiples of it.
-        min_pixels: Least pixels of all frames.
-        max_pixels: Most pixels of all frames.
-        temporal_factor: Frames that share a patch: their number is rounded to its multiples.
-        enlarge: Bring both sides to ``factor`` first, where one is shorter.
+    Qwen3-VL and GLM-4V bound all ``frames`` of a video together, their number rounded to multiples of the
+    ``temporal_factor`` that share a patch; there both sides are brought to ``factor`` first, where one is shorter
+    (``enlarge``).
 
     Raises:
         ValueError: one side is more than 200 times the other.

@@ -1,7 +1,7 @@
 """The processors of a model: from the files beside its weights, or made for its configuration where there are none.
 
-transformers' image processors for Pillow give the same pixels on any machine, with torchvision or without. Its video
-processors need torchvision, so their settings are read from the same files and frames go through ``patches.py``.
+transformers' image processors for Pillow give the same pixels on any machine. Its video processors need torchvision:
+their settings are read from the same files, and frames go through ``pixels.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any
 
-import transformers
 from annotated_types import Ge, Gt
 
 from veomni.data.multimodal.family import Family
@@ -78,44 +77,33 @@ def build_family(
     """
     settings = settings or MediaSettings()
     config = getattr(config, "thinker_config", config)
-    family = _family_of(config.model_type)
-    return family(
-        config,
-        tokenizer,
-        _image_processor(family, config, directory, settings),
-        _feature_extractor(config, directory),
-        _video_settings(family, config, directory, settings),
-        settings.use_audio_in_video,
-        usable_decoder(settings.video_decoder),
-    )
+    path = family_record(config).media
+    if not path:
+        known = ", ".join(sorted(name for name, record in RECORDS.items() if record.media))
+        fix = f"register a FamilyRecord(media=...); known: {known}"
+        raise ConfigError(f"no multimodal family is known for {config.model_type!r} models", fix)
+    family: type[Family] = resolve_name(path)
+    image_processor = _image_processor(family, config, directory, settings)
+    extractor, video = _feature_extractor(config, directory), _video_settings(family, config, directory, settings)
+    decoder = usable_decoder(settings.video_decoder)
+    return family(config, tokenizer, image_processor, extractor, video, settings.use_audio_in_video, decoder)
 
 
 def settings_of(family: Family) -> dict[str, Any]:
     """Return everything that decides what a family makes of an item, in a form JSON can hold."""
-    processors = [one.to_dict() for one in (family.image_processor, family.feature_extractor) if one is not None]
     ids = {key: value for key, value in family.config.to_dict().items() if key.endswith("_id")}
-    facts = {
-        "family": type(family).__name__, "model": ids, "placeholders": family.placeholders, "processors": processors,
-        "video": dict(family.video_settings), "use_audio_in_video": family.use_audio_in_video,
-        "video_decoder": family.video_decoder,
-    }  # fmt: skip
-    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
-    return found
-
-
-def _family_of(model_type: str) -> type[Family]:
-    path = family_record(model_type).media
-    if not path:
-        known = ", ".join(sorted(name for name, record in RECORDS.items() if record.media))
-        fix = f"register a FamilyRecord(media=...); known: {known}"
-        raise ConfigError(f"no multimodal family is known for {model_type!r} models", fix)
-    found: type[Family] = resolve_name(path)
+    own = {name: value for name, value in vars(family).items() if name not in ("config", "tokenizer")}
+    facts = {"family": type(family).__name__, "model": ids, **own}
+    plain = json.dumps(facts, default=lambda one: one.to_dict() if hasattr(one, "to_dict") else str(one))
+    found: dict[str, Any] = json.loads(plain)
     return found
 
 
 def _image_processor(
     family: type[Family], config: PreTrainedConfig, directory: str | Path | None, settings: MediaSettings
 ) -> Any:
+    import transformers
+
     default = family.image_processor_of(config)
     if default is None:
         return None
@@ -133,14 +121,16 @@ def _image_processor(
 
 
 def _feature_extractor(config: PreTrainedConfig, directory: str | Path | None) -> Any:
+    from transformers import WhisperFeatureExtractor
+
     audio = getattr(config, "audio_config", None)
     if audio is None:
         return None
     values = _file(directory, "feature_extractor")
     if "feature_size" in values:
-        return transformers.WhisperFeatureExtractor.from_dict(values)
+        return WhisperFeatureExtractor.from_dict(values)
     seconds = family_record(audio).audio_seconds
-    extractor = transformers.WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=seconds)
+    extractor = WhisperFeatureExtractor(feature_size=audio.num_mel_bins, chunk_length=seconds)
     if family_record(audio).padded_audio:
         extractor.nb_max_frames = 2 * audio.max_source_positions
         extractor.n_samples = extractor.nb_max_frames * extractor.hop_length

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from veomni.data.multimodal.audio_clip import AudioClip
 from veomni.data.multimodal.family import Family, MediaFeatures
 from veomni.data.multimodal.limits import unusable
 from veomni.errors import MediaError
-
-if TYPE_CHECKING:
-    from veomni.data.multimodal.audio_clip import AudioClip
 
 
 class Qwen2Audio(Family):

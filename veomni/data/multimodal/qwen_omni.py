@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from veomni.data.multimodal.audio_clip import AudioClip
 from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.pixels import as_tensor
 from veomni.data.multimodal.qwen_audio import at_least_one, halved_twice, mel_features
 from veomni.data.multimodal.qwen_vl import Qwen2VL
-
-if TYPE_CHECKING:
-    from veomni.data.multimodal.audio_clip import AudioClip
-    from veomni.data.multimodal.videos import Video
+from veomni.data.multimodal.videos import Video
 
 
 class Qwen25Omni(Qwen2VL):

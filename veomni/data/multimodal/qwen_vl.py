@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from veomni.data.multimodal import processor_rules as rules
 from veomni.data.multimodal.family import Family, MediaFeatures
-from veomni.data.multimodal.patches import image_patches, patchify
-from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels
-from veomni.data.multimodal.processor_rules import (
-    Size,
-    at_seconds,
-    between_ends,
-    evenly_by_rate,
-    smart_resize,
-    smart_resize_frames,
-)
+from veomni.data.multimodal.pixels import Normalization, PixelList, Pixels, patchify
+from veomni.data.multimodal.processor_rules import Size
+from veomni.data.multimodal.videos import Video
 from veomni.errors import ModelError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from veomni.data.multimodal.videos import Video
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -53,16 +44,15 @@ class Qwen2VL(Family):
         The processor's steps with its settings, but the pixels stay 8-bit until they are normalized in a batch.
         """
         processor = self.image_processor
-        patch, merge, frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
         height, width = self._image_size(image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), processor.resample)
-        cut = image_patches(image, patch=patch, merge=merge)
-        pixels = Pixels(cut, (len(cut), 3 * frames * patch * patch), Normalization.of(processor))
-        grid = torch.tensor([[1, height // patch, width // patch]])
-        return MediaFeatures(
-            {"pixel_values": PixelList([pixels]), "image_grid_thw": grid}, self._image_tokens(len(cut))
-        )
+        planes = np.stack([np.asarray(band) for band in image.split()])  # faster than to pick every third byte
+        patch, merge = processor.patch_size, processor.merge_size
+        patches, grid = patchify(torch.from_numpy(planes)[None], patch=patch, merge=merge, frames_per_patch=1)
+        shape = (len(patches), 3 * processor.temporal_patch_size * patch * patch)
+        pixels = PixelList([Pixels(patches.numpy(), shape, Normalization.of(processor))])
+        return MediaFeatures({"pixel_values": pixels, "image_grid_thw": grid}, self._image_tokens(len(patches)))
 
     def image_text(self, width: int, height: int) -> str:
         """Return a token for each square of patches."""
@@ -78,12 +68,12 @@ class Qwen2VL(Family):
 
     def _resized(self, height: int, width: int, **bounds: Any) -> Size:
         """Return the size of an image; raises ValueError for one more than 200 times as long as wide."""
-        return smart_resize(height, width, **bounds)
+        return rules.smart_resize(height, width, **bounds)
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return frames at ``fps`` per second, within ``min_frames`` and ``max_frames``."""
         multiple = self.video_settings["temporal_patch_size"]
-        return evenly_by_rate(frames, fps, **self._rates(), multiple=multiple)
+        return rules.evenly_by_rate(frames, fps, **self._rates(), multiple=multiple)
 
     def _rates(self) -> dict[str, Any]:
         video = self.video_settings
@@ -96,7 +86,7 @@ class Qwen2VL(Family):
             budget = int(video["max_video_tokens"] * bounds["factor"] ** 2 * 0.9)
             share = min(bounds["max_pixels"], budget * video["temporal_patch_size"] // frames)
             bounds["max_pixels"] = max(share, int(bounds["min_pixels"] * 1.05))
-        return smart_resize(height, width, **bounds)
+        return rules.smart_resize(height, width, **bounds)
 
     def video(self, video: Video) -> MediaFeatures:
         """Return ``pixel_values_videos`` ``[patches, values]``, ``video_grid_thw`` ``[1, 3]`` and what times need."""
@@ -146,7 +136,7 @@ class Qwen3VL(Qwen2VL):
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return frames at ``fps`` per second from the first to the last, within ``min_frames`` and ``max_frames``."""
-        return between_ends(frames, fps, **self._rates())
+        return rules.between_ends(frames, fps, **self._rates())
 
     def frame_size(self, frames: int, height: int, width: int) -> Size:
         """Return the size of a frame that keeps the video within its pixel bounds."""
@@ -155,7 +145,8 @@ class Qwen3VL(Qwen2VL):
         if video.get("cap_pixels_per_frame"):
             share = min(video["max_video_tokens"] * bounds["factor"] ** 2, bounds["max_pixels"] // frames)
             bounds["max_pixels"] = max(share, int(bounds["min_pixels"] * 1.05)) * frames
-        return smart_resize_frames(max(frames, together), height, width, **bounds, temporal_factor=together)
+        bounds |= {"frames": max(frames, together), "temporal_factor": together, "enlarge": True}
+        return rules.smart_resize(height, width, **bounds)
 
     def video_text(self, video: Video, grid: Tensor) -> str:
         """Return, for each pair of frames, the mean of their seconds and their placeholders between start and end."""
@@ -183,19 +174,18 @@ class Glm4V(Qwen2VL):
     def _resized(self, height: int, width: int, **bounds: Any) -> Size:
         """Return the size of an image, which counts as a patch of frames."""
         frames = self.image_processor.temporal_patch_size
-        return smart_resize_frames(frames, height, width, **bounds, temporal_factor=frames)
+        return rules.smart_resize(height, width, **bounds, frames=frames, temporal_factor=frames, enlarge=True)
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return the frames at ``fps`` per second; of a video longer than ``max_duration``, as many as of that."""
         video = self.video_settings
-        return at_seconds(frames, fps, wanted_fps=video["fps"], max_seconds=video["max_duration"])
+        return rules.at_seconds(frames, fps, wanted_fps=video["fps"], max_seconds=video["max_duration"])
 
     def frame_size(self, frames: int, height: int, width: int) -> Size:
         """Return the size of a frame that keeps the video within its pixel bounds."""
         video = self.video_settings
-        return smart_resize_frames(
-            frames, height, width, **_bounds(video), temporal_factor=video["temporal_patch_size"]
-        )
+        bounds = _bounds(video) | {"frames": frames, "temporal_factor": video["temporal_patch_size"], "enlarge": True}
+        return rules.smart_resize(height, width, **bounds)
 
     def video_text(self, video: Video, grid: Tensor) -> str:
         """Return, for each pair of frames, its image placeholders between start and end, and the whole second."""

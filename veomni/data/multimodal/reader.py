@@ -69,7 +69,14 @@ class MediaReader:
             if not head.lower().endswith(";base64"):
                 raise MediaError(f"{head[:40]}: a data URL that is not base64", "encode it as base64")
             return head[:40], self._decode(head[:40], body)
-        return text, self._from_url(text) if _URL.match(text) else self._from_file(text)
+        if not _URL.match(text):
+            return text, self._from_file(text)
+        if text.lower().startswith("file:"):
+            raise MediaError(f"{text[:100]}: file URLs are not read", "give a path within root", "MediaReader.root")
+        if self.fetch is None:
+            fix = "download it, or allow its host"
+            raise MediaError(f"{text[:100]}: URLs are not allowed", fix, "Fetch.url_hosts")
+        return text, self.fetch(text)
 
     def _from_object(self, reference: Mapping[str, Any]) -> tuple[str, bytes]:
         path = reference.get("path")
@@ -91,14 +98,6 @@ class MediaReader:
             return base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise MediaError(f"{name}: not base64 ({error})", "encode it again") from error
-
-    def _from_url(self, url: str) -> bytes:
-        shown = url[:100]
-        if url.lower().startswith("file:"):
-            raise MediaError(f"{shown}: file URLs are not read", "give a path within root", "MediaReader.root")
-        if self.fetch is None:
-            raise MediaError(f"{shown}: URLs are not allowed", "download it, or allow its host", "Fetch.url_hosts")
-        return self.fetch(url)
 
     def _from_file(self, text: str) -> bytes:
         root = self.root.resolve()

@@ -72,17 +72,18 @@ class SkipBadMedia:
 class MediaSamples:
     """Makes samples of conversations with media, whose records hold them in the field ``messages``.
 
+    Conversations longer than a row are dropped where ``on_overflow`` is ``drop``; media are never cut.
+
     Args:
         transform: From a record to a model's inputs.
         collator: Packs them.
         schemas: What the records of each source hold.
-        on_overflow: What happens to conversations longer than a row: ``error`` or ``drop``; under the other policies,
-            which are for texts, they are errors.
+        on_overflow: ``error`` or ``drop``; the other policies are for ``texts``.
         texts: Makes samples of the sources without media.
         skipping: Leaves records out whose media cannot be used; None makes them errors.
 
     Raises:
-        ConfigError: conversations with media cannot be cut.
+        ConfigError: conversations with media would be cut.
     """
 
     together = 1
@@ -98,11 +99,7 @@ class MediaSamples:
         self._schemas, self._texts, self._drops = schemas, texts, on_overflow == "drop"
 
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Tokenize records, and see how large their media are.
-
-        Raises:
-            DataError: a record cannot be used, or is too long where that is an error.
-        """
+        """Tokenize records, and look how large their media are (DataError: unusable, or too long)."""
         if self._texts is not None and not self._schemas[source].type.has_media:
             return self._texts.make(documents, source)
         return [self._made(document) for document in documents]
@@ -129,11 +126,7 @@ class MediaSamples:
         return family.media_tokens(media.text) * (1 if media.item.kind == "audio" else family.patches_per_token)
 
     def complete(self, sample: Sample) -> Sample | None:
-        """Decode a sample's media; None if it is left out for them.
-
-        Raises:
-            MediaError: one of them cannot be used, where that is an error.
-        """
+        """Decode a sample's media; None if it is left out for them."""
         planned = sample.piece.content
         if not isinstance(planned, PlannedDocument):  # a text
             return sample
@@ -154,9 +147,7 @@ class MediaSamples:
     def _documents(self, sample: Sample) -> list[dict[str, Any]]:
         if self._schemas[sample.ref.source].type.has_media:
             content = sample.piece.content.items()
-            found = [
-                {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in content}
-            ]
+            found = [{name: torch.from_numpy(one) if isinstance(one, np.ndarray) else one for name, one in content}]
         else:
             found = [self._text(document) for document in sample.piece.content]
         if len(self._schemas) > 1:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from typing_extensions import override
 
 from veomni.config.problems import Problem
@@ -33,17 +33,14 @@ _OPTIONS: Any = options_of(
 class MediaSection(_OPTIONS):
     """Where media are, how large they may be, and what the model sees; null keeps what the model's files say."""
 
-    url_hosts: list[str] = Field(
-        default=[],
-        description="Hosts that media are fetched from (.example.com allows all below it); empty allows no URLs.",
-    )
-    on_bad_media: Literal["error", "skip"] = Field(
-        default="error",
-        description="What happens to a record with media that cannot be used: skip leaves it out and says so.",
-    )
-    cache_gib: float = Field(
-        default=0.0, ge=0, description="Size in GiB of the cache of decoded media below data.cache_dir; 0 keeps none."
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    url_hosts: list[str] = Field([])
+    """Hosts that media are fetched from (.example.com allows all below it); empty allows no URLs."""
+    on_bad_media: Literal["error", "skip"] = "error"
+    """What happens to a record with media that cannot be used: skip leaves it out and says so."""
+    cache_gib: float = Field(0.0, ge=0)
+    """Size in GiB of the cache of decoded media below data.cache_dir; 0 keeps none."""
 
     @override
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:

@@ -2,53 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+from PIL.Image import Image
 from torch import Tensor
 
 from veomni.data.multimodal.family import Family, MediaFeatures
-from veomni.data.multimodal.pixels import Normalization, PixelList, tiles
+from veomni.data.multimodal.pixels import Normalization, tiles
 from veomni.data.multimodal.processor_rules import Size, from_middles
 from veomni.data.multimodal.qwen_vl import CLIP_MEAN, CLIP_STD
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from veomni.data.multimodal.videos import Video
+from veomni.data.multimodal.videos import Video
 
 
-class Llava(Family):
-    """LLaVA 1.5: as many tokens as the tower has patches; its first feature is the class, unless all are taken."""
+class Tiled(Family):
+    """Families whose image processor makes tiles of one size."""
+
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def image(self, image: Image) -> MediaFeatures:
+        """Return ``pixel_values`` ``[tiles, 3, height, width]``, still to be rescaled and normalized."""
+        made: Any = self.image_processor(
+            images=[image], do_rescale=False, do_normalize=False, return_tensors="pt", **self.options
+        )
+        pixels = tiles(made["pixel_values"], Normalization.of(self.image_processor))
+        return MediaFeatures({"pixel_values": pixels}, self.text_of(pixels.shape))
+
+    def text_of(self, shape: Sequence[int]) -> str:
+        """Return the text of an image of which the pixels have a shape."""
+        raise NotImplementedError
+
+
+class Llava(Tiled):
+    """LLaVA 1.5: as many tokens as the encoder has patches; its first feature is the class, unless all are taken."""
 
     default_processor = "CLIPImageProcessor"
 
     def __post_init__(self) -> None:
         self.placeholders = {"image": self.token("image_token_id")}
 
-    def image(self, image: Image) -> MediaFeatures:
-        """Return ``pixel_values`` ``[1, 3, height, width]``."""
-        pixels = _pixels(self.image_processor, image)
-        return MediaFeatures({"pixel_values": pixels}, self._tokens(*pixels.shape[-2:]))
-
     def image_text(self, width: int, height: int) -> str | None:
         """Return the text of an image's features: the same for all, if the processor makes all equally large."""
         processor = self.image_processor
         size = processor.crop_size if processor.do_center_crop else processor.size
-        return self._tokens(size.height, size.width) if size and size.height and size.width else None
+        return self.text_of((size.height, size.width)) if size and size.height and size.width else None
 
-    def _tokens(self, height: int, width: int) -> str:
-        tower = self.config.vision_config
-        tokens = (height // tower.patch_size) * (width // tower.patch_size)
+    def text_of(self, shape: Sequence[int]) -> str:
+        """Return a token for each patch."""
+        encoder = self.config.vision_config
+        tokens = (shape[-2] // encoder.patch_size) * (shape[-1] // encoder.patch_size)
         if self.config.vision_feature_select_strategy == "full":
-            tokens += tower.model_type == "clip_vision_model"
+            tokens += encoder.model_type == "clip_vision_model"
         return self.placeholders["image"] * tokens
 
 
-class InternVL(Family):
+class InternVL(Tiled):
     """InternVL 3: an image is cut into tiles, a video is a tile per frame; both are ``pixel_values``."""
 
     default_processor = "GotOcr2ImageProcessor"
+    options: ClassVar[Mapping[str, Any]] = {"crop_to_patches": True}
     video_defaults: ClassVar[Mapping[str, Any]] = {
         "size": {"height": 448, "width": 448}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "num_frames": 8
     }  # fmt: skip
@@ -59,15 +71,14 @@ class InternVL(Family):
         self._start = getattr(known, "start_image_token", "<img>")
         self._end = getattr(known, "end_image_token", "</img>")
 
-    def image(self, image: Image) -> MediaFeatures:
-        """Return ``pixel_values`` ``[tiles, 3, height, width]``."""
-        pixels = _pixels(self.image_processor, image, crop_to_patches=True)
-        return MediaFeatures({"pixel_values": pixels}, self._tiles(pixels.shape[0]))
-
     def image_text(self, width: int, height: int) -> str:
         """Return the text of an image's features: its shape decides into how many tiles it is cut."""
-        processor = self.image_processor
-        return self._tiles(processor.get_number_of_image_patches(height, width, {"crop_to_patches": True}))
+        return self.text_of([self.image_processor.get_number_of_image_patches(height, width, dict(self.options))])
+
+    def text_of(self, shape: Sequence[int]) -> str:
+        """Return the tokens of all tiles between start and end."""
+        tokens = self.config.image_seq_length * shape[0]
+        return f"{self._start}{self.placeholders['image'] * tokens}{self._end}"
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return the middles of ``num_frames`` equal parts."""
@@ -82,15 +93,11 @@ class InternVL(Family):
         """Return ``pixel_values`` ``[frames, 3, height, width]``."""
         settings = self.video_settings
         pixels = tiles(video.frames, Normalization.of_frames(settings["image_mean"], settings["image_std"]))
-        text = "\n".join(f"Frame{number}: {self._tiles(1)}" for number in range(1, pixels.shape[0] + 1))
+        text = "\n".join(f"Frame{number}: {self.text_of([1])}" for number in range(1, pixels.shape[0] + 1))
         return MediaFeatures({"pixel_values": pixels}, text)
 
-    def _tiles(self, count: int) -> str:
-        tokens = self.config.image_seq_length * count
-        return f"{self._start}{self.placeholders['image'] * tokens}{self._end}"
 
-
-class Gemma3(Family):
+class Gemma3(Tiled):
     """Gemma 3: the placeholder is the token that begins an image; crops of a long image follow it."""
 
     default_processor = "Gemma3ImageProcessor"
@@ -99,20 +106,16 @@ class Gemma3(Family):
         self._start, self._token, self._end = (self.token(f"{name}_token_id") for name in ("boi", "image", "eoi"))
         self.placeholders = {"image": self._start}
 
-    def image(self, image: Image) -> MediaFeatures:
-        """Return ``pixel_values`` ``[1 + crops, 3, height, width]``."""
-        pixels = _pixels(self.image_processor, image)
-        return MediaFeatures({"pixel_values": pixels}, self._whole_and(pixels.shape[0] - 1))
-
     def image_text(self, width: int, height: int) -> str | None:
         """Return the text of an image's features: without crops it is the same for all."""
-        return None if self.image_processor.do_pan_and_scan else self._whole_and(0)
+        return None if self.image_processor.do_pan_and_scan else self.text_of([1])
 
-    def _whole_and(self, crops: int) -> str:
+    def text_of(self, shape: Sequence[int]) -> str:
+        """Return the tokens of the whole image, then of its crops."""
         whole = f"\n\n{self._start}{self._token * self.config.mm_tokens_per_image}{self._end}\n\n"
-        if not crops:
+        if shape[0] == 1:
             return whole
-        cut = " ".join([whole] * crops)
+        cut = " ".join([whole] * (shape[0] - 1))
         return f"Here is the original image {whole} and here are some crops to help you see better {cut}"
 
     @property
@@ -123,9 +126,3 @@ class Gemma3(Family):
     def per_token(self, ids: Tensor) -> dict[str, Tensor]:
         """Return ``token_type_ids``: 1 for images."""
         return {"token_type_ids": (ids == self.id_of(self._token)).long()}
-
-
-def _pixels(processor: Any, image: Image, **options: Any) -> PixelList:
-    """Return what a processor makes of an image, but for rescaling and normalizing."""
-    made: Any = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt", **options)
-    return tiles(made["pixel_values"], Normalization.of(processor))

@@ -1,7 +1,6 @@
-"""From a record to a model's inputs: first its tokens, then its media, decoded when they are wanted.
+"""From a record to a model's inputs: first its tokens, by which a stream fills rows, then its media when they leave.
 
-A stream knows from the first step which documents fill a row, and takes the second for those alone: media that wait
-for a row are references, or files as they are, never pixels.
+So media that wait for a row are references, or files as they are, never pixels.
 """
 
 from __future__ import annotations
@@ -41,13 +40,12 @@ CompactSample = dict[str, Tensor | PixelList]
 
 @dataclass(frozen=True)
 class PlannedDocument:
-    """A conversation whose tokens are known.
+    """A conversation whose tokens are known, its media in order.
 
     Attributes:
         ids: int32 ``[seq]``.
         weights: float32 ``[seq]``: the weight of each token's loss, 0 for those that stand for features.
         where: File and record.
-        media: In order.
     """
 
     ids: Tensor
@@ -91,12 +89,7 @@ class MultimodalTransform:
         return {key: as_tensor(value) for key, value in sample.items()}
 
     def plan(self, document: Document) -> PlannedDocument:
-        """Return a conversation's tokens; of images, only the headers are read.
-
-        Raises:
-            MediaError: an image, video or audio clip cannot be used, as far as was looked.
-            DataError: the conversation cannot.
-        """
+        """Return a conversation's tokens; of images, only the headers are read. Raises as a call does."""
         conversation, items = media_conversation(document, self.messages_key)
         numbered = enumerate(conversation.messages, 1)
         messages = [self._message(message, f"{document.where}, message {number}") for number, message in numbered]
@@ -112,11 +105,7 @@ class MultimodalTransform:
         return PlannedDocument(ids, supervised, document.where, media)
 
     def decode(self, planned: PlannedDocument) -> PlannedDocument:
-        """Return a conversation with the features of its media.
-
-        Raises:
-            MediaError: an image, video or audio clip cannot be used, or is another one than when it was planned.
-        """
+        """Return a conversation with the features of its media (MediaError: see :meth:`MediaDecoder.decode`)."""
         return replace(planned, media=[self.media.decode(one) for one in planned.media])
 
     def compact_sample(self, planned: PlannedDocument) -> CompactSample:

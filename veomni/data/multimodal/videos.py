@@ -12,15 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veomni.data.multimodal import frames as decoders
 from veomni.data.multimodal.audio_clip import AudioClip, mono
-from veomni.data.multimodal.frames import (
-    TorchcodecCannotError,
-    VideoDecoder,
-    pyav_frames,
-    torchcodec_frames,
-)
 from veomni.data.multimodal.limits import DEFAULT_LIMITS, MediaLimits, unusable
-from veomni.data.multimodal.patches import resize_frames
+from veomni.data.multimodal.pixels import resize_frames
 from veomni.data.multimodal.processor_rules import Size
 from veomni.errors import MissingExtraError
 from veomni.logging import create_logger
@@ -38,14 +33,9 @@ _FORMATS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,
 
 @dataclass(frozen=True)
 class Video:
-    """Frames of a video.
+    """Frames of a video, uint8 ``[frames, 3, height, width]``, out of a file of ``total`` at ``fps`` per second.
 
-    Attributes:
-        frames: uint8 ``[frames, 3, height, width]``.
-        indices: Which frames of the file they are, ascending; the last may be there twice.
-        total: Frames of the file.
-        fps: Frames per second of the file.
-        audio: The audio track, or None.
+    ``indices`` are their places in the file, ascending; the last may be there twice.
     """
 
     frames: Tensor
@@ -73,13 +63,13 @@ class VideoReading:
         sample: From number of frames and frames per second to the frames that are seen.
         size: From number of frames seen, height and width to the size of a frame.
         audio_rate: Samples per second of the audio clip; None leaves it out.
-        decoder: Decoder of the frames; see :func:`~veomni.data.multimodal.frames.usable_decoder`.
+        decoder: Of the frames.
     """
 
     sample: Callable[[int, float], Sequence[int]]
     size: Callable[[int, int, int], Size]
     audio_rate: int | None = None
-    decoder: VideoDecoder = "pyav"
+    decoder: decoders.VideoDecoder = "pyav"
 
 
 def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLimits = DEFAULT_LIMITS) -> Video:
@@ -154,14 +144,14 @@ def _frames(
     wanted = set(indices)
     found: dict[int, Tensor] | None = None
     if reading.decoder == "torchcodec":
-        decoded = torchcodec_frames(content, container.streams.video[0], total, wanted)
+        decoded = decoders.torchcodec_frames(content, container.streams.video[0], total, wanted)
         try:
             found = {index: resized(pixels) for index, pixels in decoded}
-        except TorchcodecCannotError as reason:
+        except decoders.TorchcodecCannotError as reason:
             logger.warning_once("some videos are decoded by PyAV, torchcodec cannot: %s", reason)
     if found is None:
         container.seek(0)
-        found = {index: resized(pixels) for index, pixels in pyav_frames(container, name, wanted)}
+        found = {index: resized(pixels) for index, pixels in decoders.pyav_frames(container, name, wanted)}
     missing = sorted(wanted - found.keys())
     if missing:
         raise unusable(f"{name}: frame {missing[0] + 1} and what follows cannot be decoded")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from veomni.batch.fields import IGNORE_INDEX
-from veomni.data.data_type import Encoded
 from veomni.data.sources.records import Document, field_of, is_weight
+from veomni.data.text.tokens import Tokens
 from veomni.errors import DataError
 
 TOKEN_KEYS = ("input_ids", "labels", "loss_weights")
 """Fields of a record."""
 
 
-def given_tokens(document: Document, vocabulary: int) -> Encoded:
+def given_tokens(document: Document, vocabulary: int) -> Tokens:
     """Return the ids of a record, supervised where ``labels`` are not ``IGNORE_INDEX``, with their weights.
 
     Raises:
@@ -25,7 +25,7 @@ def given_tokens(document: Document, vocabulary: int) -> Encoded:
         raise DataError(problem, "use the tokenizer that made the ids", field="build_tokenizer.path")
     weights = _given_weights(document, len(ids))
     if document.record.get("labels") is None:
-        return Encoded(ids, weights)
+        return Tokens.of(ids, weights)
     labels = _integers(document, "labels", document.record["labels"])
     if len(labels) != len(ids):
         raise DataError(f"{document.where}: {len(labels)} labels for {len(ids)} input_ids", "give each token one")
@@ -34,7 +34,8 @@ def given_tokens(document: Document, vocabulary: int) -> Encoded:
             problem = f"{document.where}: label {at} is {label}, neither its token {token} nor {IGNORE_INDEX}"
             raise DataError(problem, "labels are not shifted: the model does that")
     given = weights or [1.0] * len(ids)
-    return Encoded(ids, [0.0 if label == IGNORE_INDEX else weight for label, weight in zip(labels, given, strict=True)])
+    weighed = [0.0 if label == IGNORE_INDEX else weight for label, weight in zip(labels, given, strict=True)]
+    return Tokens.of(ids, weighed)
 
 
 def _given_weights(document: Document, count: int) -> list[float] | None:

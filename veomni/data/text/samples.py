@@ -12,7 +12,6 @@ from torch import Tensor
 
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
-from veomni.data.data_type import Encoded
 from veomni.data.options import Packing
 from veomni.data.packing.rows import pack_rows
 from veomni.data.sources.records import Document
@@ -153,22 +152,22 @@ class TextSamples:
         encoded = schema.type.encode(documents, schema, self._tokenizer, self._chat_template)
         return [self._cut(one, document.where) for one, document in zip(encoded, documents, strict=True)]
 
-    def _cut(self, encoded: Encoded, where: str) -> Made:
-        whole = Tokens.of(encoded.ids, encoded.weights)
-        documents = [whole] if encoded.first is None else [whole[: encoded.first], whole[encoded.first :]]
+    def _cut(self, documents: Sequence[Tokens], where: str) -> Made:
         if min(map(len, documents)) < 2:  # nothing follows the first token
             return Made([])
         capacity, policy = self._packing.max_seq_len, self._packing.on_overflow
-        if len(whole) <= capacity:
+        length = sum(map(len, documents))
+        if length <= capacity:
             return Made([_piece(documents)])
         if policy == "error":
-            raise_overflow(where, len(whole), capacity)
+            raise_overflow(where, length, capacity)
         if policy == "drop":
             return Made([])
         if policy == "truncate":
             kept = [document[: capacity // len(documents)] for document in documents]
-            return Made([_piece(kept)], len(whole) - sum(map(len, kept)))
-        return Made([_piece([whole[start : start + capacity]]) for start in range(0, len(whole), capacity)])
+            return Made([_piece(kept)], length - sum(map(len, kept)))
+        [whole] = documents
+        return Made([_piece([whole[start : start + capacity]]) for start in range(0, length, capacity)])
 
     def complete(self, sample: Sample) -> Sample:
         """Return a sample, which is complete."""

@@ -144,9 +144,9 @@ def _encoded(
     schema = dataset.schema
     for start in range(0, len(dataset), _BATCH):
         documents = [dataset[index] for index in range(start, min(start + _BATCH, len(dataset)))]
-        for index, encoded in enumerate(schema.type.encode(documents, schema, tokenizer, template), start):
-            if len(encoded.ids) > 1:
-                yield index, Tokens.of(encoded.ids, encoded.weights)
+        for index, [tokens] in enumerate(schema.type.encode(documents, schema, tokenizer, template), start):
+            if len(tokens) > 1:
+                yield index, tokens
 
 
 def _problem(directory: Path) -> str | None:

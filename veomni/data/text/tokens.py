@@ -26,7 +26,7 @@ class Tokens:
     weights: NDArray[Any] | None = None
 
     @classmethod
-    def of(cls, ids: Sequence[int], weights: Sequence[float] | None) -> Tokens:
+    def of(cls, ids: Sequence[int], weights: Sequence[float] | None = None) -> Tokens:
         """Return ids of 32 bits, and weights as bool where in float32 each is 0 or 1."""
         if weights is None:
             return cls(np.array(ids, np.int32))

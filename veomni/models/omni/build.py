@@ -54,9 +54,7 @@ class OmniConfig(PreTrainedConfig):
 
 
 def _part(values: Any) -> Any:
-    if values is None or not isinstance(values, dict):
-        return values
-    return config_class(values["model_type"]).from_dict(values)
+    return config_class(values["model_type"]).from_dict(values) if isinstance(values, dict) else values
 
 
 def build_omni_model(
@@ -89,14 +87,9 @@ def build_omni_model(
     for name, token in (("image_encoder", image_token_id), ("audio_encoder", audio_token_id)):
         if name in given and token is None:
             raise ModelError(f"the {name} was given no placeholder token", f"set {name.split('_')[0]}_token_id")
-    config = OmniConfig(
-        text_config=configs["foundation"],
-        vision_config=configs.get("image_encoder"),
-        audio_config=configs.get("audio_encoder"),
-        decoders={name: dict(values) for name, values in (decoders or {}).items()},
-        image_token_id=image_token_id,
-        audio_token_id=audio_token_id,
-    )
+    values = {name: dict(options) for name, options in (decoders or {}).items()}
+    parts = (configs["foundation"], configs.get("image_encoder"), configs.get("audio_encoder"))
+    config = OmniConfig(*parts, values, image_token_id, audio_token_id)
     model = build_model(config, attention=attention, weights="random")
     directories = {name: find_directory(source) for name, source in given.items()}
     adapter = ModelAdapter.of(model)

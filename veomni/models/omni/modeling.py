@@ -1,8 +1,6 @@
-"""A model composed of encoders, a language foundation and decoders.
+"""A model of encoders, whose features go to their placeholders, a language foundation, and decoders of its states.
 
-Features of an encoder are projected and take the places of their placeholder tokens in the foundation's embeddings;
-decoders are trained on its hidden states. Methods have the names of those of transformers' vision-language models, so
-that shared rows and ranks without an image are handled in the same way.
+Methods are named as in transformers' vision-language models: shared rows and absent media are then handled alike.
 """
 
 from __future__ import annotations
@@ -84,19 +82,17 @@ class OmniModel(PreTrainedModel):
                 joined[key] += tuple(f"{name}.{inner}" for inner in getattr(plan, key))
         return ParallelPlan(**joined)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         """Return the foundation's."""
-        embeddings: nn.Module = self.foundation.get_input_embeddings()
-        return embeddings
+        return self.foundation.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
         """Return the foundation's."""
         return self.foundation.get_output_embeddings()
 
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
         """Return the foundation without its head: the text part."""
-        body: nn.Module = self.foundation.base_model
-        return body
+        return self.foundation.base_model
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Any:
         """Return projected features in ``pooler_output``, ``[tokens, hidden]`` for each image."""
@@ -117,9 +113,7 @@ class OmniModel(PreTrainedModel):
         places = input_ids == token
         if int(places.sum()) != len(features):
             problem = f"the batch has {int(places.sum())} placeholders (token {token}) for {len(features)} features"
-            raise DataError(
-                problem, "give each image and audio clip as many placeholders as its encoder makes features"
-            )
+            raise DataError(problem, "give each item as many placeholders as its encoder makes features")
         return places.unsqueeze(-1)
 
     def forward(
@@ -137,17 +131,9 @@ class OmniModel(PreTrainedModel):
     ) -> OmniOutput:
         """Return losses and logits.
 
-        Args:
-            input_ids: ``[batch, seq]``.
-            position_ids: ``[batch, seq]``.
-            attention_mask: As the foundation takes it.
-            labels: ``[batch, seq]``, unshifted.
-            pixel_values: As the image encoder takes them.
-            image_grid_thw: Sizes of images given as patches, ``[images, 3]``.
-            input_features: As the audio encoder takes them.
-            feature_attention_mask: Which frames hold audio, ``[clips, frames]``.
-            past_key_values: As the foundation takes it.
-            kwargs: The decoders' keys; the rest goes to the foundation.
+        Tokens, positions and unshifted labels are ``[batch, seq]``; media and their sizes are what the encoders take,
+        the mask and the cache what the foundation takes. ``kwargs`` hold the decoders' keys; the rest is the
+        foundation's.
         """
         if input_ids is None:
             raise ModelError("a composed model got no input_ids", "give token ids; inputs_embeds is not supported")

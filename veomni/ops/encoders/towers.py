@@ -10,7 +10,8 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ class TowerKind:
         modality: "image", "video" or "audio".
         method: The owner's method that encodes.
         values: Its argument with pixels or mel features.
-        sizes: Its argument with one row per item, ``[items, ...]``: grids, or masks of frames; None where ``values``
-            itself has an entry per item.
+        sizes: Its argument with a row per item, grids or masks of frames; None where ``values`` has an entry per item.
         patches: ``values`` is ``[patches, channels]``, with ``sizes`` as (frames, height, width) of every item.
         token: The configuration's name of the placeholder token.
         token_type: The modality's number in ``mm_token_type_ids``, where modalities share a placeholder token.
@@ -61,16 +61,16 @@ class Items:
         kind: The modality.
         values: ``[patches, channels]`` or ``[items, ...]``.
         sizes: ``[items, 3]`` or ``[items, frames]``; None where there are none.
-        grids: Frames, height and width of each item in patches; empty where ``values`` has an entry per item.
     """
 
     kind: TowerKind
     values: Tensor
     sizes: Tensor | None
-    grids: list[list[int]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.grids = self.sizes.tolist() if self.kind.patches and self.sizes is not None else []
+    @cached_property
+    def grids(self) -> list[list[int]]:
+        """Frames, height and width of each item in patches; empty where ``values`` has an entry per item."""
+        return self.sizes.tolist() if self.kind.patches and self.sizes is not None else []
 
     @property
     def lengths(self) -> list[int]:
@@ -91,9 +91,7 @@ class Items:
         """The cost of encoding each item, in patches: quadratic in a frame for attention, linear for the rest."""
         if not self.kind.patches:
             return [item.numel() for item in self.values]
-        return [
-            frames * (height * width) ** 2 // 1024 + frames * height * width for frames, height, width in self.grids
-        ]
+        return [time * (rows * columns) ** 2 // 1024 + time * rows * columns for time, rows, columns in self.grids]
 
 
 class TowerCall:

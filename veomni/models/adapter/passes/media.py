@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veomni.batch.forward_call import ForwardCall
-from veomni.families.encoders import (
-    EncodeAudio,
-    PlaceAudio,
-    mask_audio_padding,
-    merges_audio_in_forward,
-    unread_parameters,
-)
+from veomni.families import encoders
 from veomni.families.record import family_record
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
@@ -48,9 +42,9 @@ def prepare_towers(model: nn.Module) -> None:
     adapter = ModelAdapter.of(model)
     if owner is None or adapter.towers:
         return
-    merges = merges_audio_in_forward(owner)
+    merges = encoders.merges_audio_in_forward(owner)
     if merges:
-        adapter.patch(owner, "get_audio_features", EncodeAudio(owner))
+        adapter.patch(owner, "get_audio_features", partial(encoders.encode_audio, owner))
     calls = {kind.modality: call for kind in _kinds(owner) if (call := _tower_call(owner, kind)) is not None}
     adapter.towers = calls
     for call in calls.values():
@@ -61,8 +55,8 @@ def prepare_towers(model: nn.Module) -> None:
         adapter.add(distinguish, on=owner)
     adapter.add(FillIn(owner, calls), on=owner)
     if merges:
-        adapter.add(PlaceAudio(owner), on=owner)
-    mask_audio_padding(adapter, owner)
+        adapter.add(encoders.PlaceAudio(owner), on=owner)
+    encoders.mask_audio_padding(adapter, owner)
     add_fractions(adapter)
     _freeze_unread(adapter, owner)
 
@@ -160,7 +154,7 @@ def _item(kind: TowerKind, shape: tuple[int, ...], sizes: Tensor | None, device:
 
 def _freeze_unread(adapter: ModelAdapter, owner: nn.Module) -> None:
     # They never get a gradient, which DistributedDataParallel would wait for; frozen, they cost no optimizer state.
-    unread = {id(parameter) for parameter in unread_parameters(owner)}
+    unread = {id(parameter) for parameter in encoders.unread_parameters(owner)}
     named = [name for name, each in adapter.model.named_parameters() if id(each) in unread and each.requires_grad]
     _require_grad(adapter.model, named, False)
     adapter.on_remove(partial(_require_grad, adapter.model, named, True))
