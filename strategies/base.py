@@ -1,7 +1,6 @@
-"""The contract of a strategy: what it needs of the mesh, and what it does to a model, a batch and the gradients.
+"""The contract of a strategy. Strategies compose: one holds the parameters, others split sequences or experts.
 
-Strategies compose. Exactly one of them holds the parameters (:class:`ParameterStrategy`); others split sequences,
-experts or tensors beside it, or transform the model. They read a :class:`ParallelPlan` and never a model's name.
+They may also transform the model, of which they read a :class:`ParallelPlan` and never the name.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.registry import Registry
 from veomni.strategies.grad_norm import sharded_grad_norm
+
+SetUp = TypeVar("SetUp")
 
 if TYPE_CHECKING:
     from veomni.models.adapter.adapter import ModelAdapter
@@ -72,9 +73,6 @@ class SetupContext:
         return {parameter for module in self.placed.values() for parameter in module.parameters()}
 
 
-SetUp = TypeVar("SetUp")
-
-
 def set_up_as(kind: type[SetUp], model: nn.Module) -> SetUp:
     """Return ``model``, which a strategy's ``parallelize`` made an instance of ``kind``.
 
@@ -95,11 +93,7 @@ class Strategy(ABC):
     """One way of spreading work over ranks, or one transform of the model that ranks work on.
 
     A third-party strategy subclasses this (or :class:`ParameterStrategy`) and names itself in the entry-point group
-    ``veomni.strategies``.
-
-    Attributes:
-        stage: When it transforms the model.
-        requires: Traits (``veomni.models.traits``) that the model must have.
+    ``veomni.strategies``. ``requires`` are traits (``veomni.models.traits``) that the model must have.
     """
 
     name: ClassVar[str]
@@ -107,7 +101,7 @@ class Strategy(ABC):
     requires: ClassVar[tuple[type[Trait], ...]] = ()
 
     def mesh_axes(self) -> Mapping[str, int]:
-        """Return the mesh axes this strategy needs and their sizes; -1 is "the rest of the world"."""
+        """Return the sizes of the mesh axes that it needs; -1 is "the rest of the world"."""
         return {}
 
     def check(self, world_size: int) -> None:

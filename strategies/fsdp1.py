@@ -66,13 +66,16 @@ class FSDP1(Validated, ParameterStrategy):
                 context.materialize(module, name)  # FSDP1 materialises only modules that have parameters
         for name, module in context.placed.items():  # FSDP1 ignores them
             context.materialize(module, name)
+        if self.cpu_offload and context.device.type == "cpu":  # FSDP1 would pin the memory, which needs an accelerator
+            logger.info_rank0("cpu_offload changes nothing here: parameters of a CPU run are in host memory already")
+        formats = MixedPrecision(context.precision.compute, context.precision.reduce, cast_root_forward_inputs=True)
         wrapped = FullyShardedDataParallel(
             model,
             device_mesh=context.state.parameter_mesh,
             sharding_strategy=_STRATEGIES[self.sharding, self.replicate > 1],
             auto_wrap_policy=_wrap_policy(model, context),
-            mixed_precision=_mixed_precision(context),
-            cpu_offload=CPUOffload(offload_params=self._offloads(context)),
+            mixed_precision=formats if context.precision.mixed else None,
+            cpu_offload=CPUOffload(offload_params=self.cpu_offload and context.device.type != "cpu"),
             forward_prefetch=self.forward_prefetch,
             device_id=context.device,
             param_init_fn=lambda module: context.materialize(module, names[id(module)]),
@@ -81,12 +84,6 @@ class FSDP1(Validated, ParameterStrategy):
         )
         wrapped.register_forward_hook(free_without_backward)
         return wrapped
-
-    def _offloads(self, context: SetupContext) -> bool:
-        if self.cpu_offload and context.device.type == "cpu":  # FSDP1 would pin the memory, which needs an accelerator
-            logger.info_rank0("cpu_offload changes nothing here: parameters of a CPU run are in host memory already")
-            return False
-        return self.cpu_offload
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -98,13 +95,6 @@ class FSDP1(Validated, ParameterStrategy):
         """Sum the squares of this rank's shards over the shard group; replicas hold the same and are not summed."""
         wrapped = set_up_as(FullyShardedDataParallel, model)
         return sharded_grad_norm(wrapped.parameters(), self._device, self._state.group("fsdp"))
-
-
-def _mixed_precision(context: SetupContext) -> MixedPrecision | None:
-    precision = context.precision
-    if not precision.mixed:
-        return None
-    return MixedPrecision(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_root_forward_inputs=True)
 
 
 def _wrap_policy(model: nn.Module, context: SetupContext) -> CustomPolicy:

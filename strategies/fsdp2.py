@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -68,20 +68,18 @@ class FSDP2(Validated, ParameterStrategy):
         return model
 
     @override
-    def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        return self._sync_on_last(set_up_as(FSDPModule, model), last)
-
     @contextmanager
-    def _sync_on_last(self, model: FSDPModule, last: bool) -> Iterator[None]:
-        model.set_requires_gradient_sync(last)
-        model.set_is_last_backward(last)
+    def grad_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        sharded = set_up_as(FSDPModule, model)
+        sharded.set_requires_gradient_sync(last)
+        sharded.set_is_last_backward(last)
         if not self.reshard_after_backward:
-            model.set_reshard_after_backward(last)
+            sharded.set_reshard_after_backward(last)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(True)
-            model.set_is_last_backward(True)
+            sharded.set_requires_gradient_sync(True)
+            sharded.set_is_last_backward(True)
 
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:

@@ -23,12 +23,8 @@ def sharded_grad_norm(
     """Return the global gradient norm of DTensor and plain parameters, over any mix of meshes and placements.
 
     Groups are formed from the parameters, not from the gradients a rank happens to have, and only scalars are
-    exchanged: every rank runs the same collectives. Replicated mesh axes are not summed over.
-
-    Args:
-        parameters: The parameters; those that are frozen do not count.
-        device: Of the collectives and the result.
-        flat: Ranks that plain parameters are sharded over; None where every rank holds them whole.
+    exchanged: every rank runs the same collectives. Replicated mesh axes are not summed over, frozen parameters do not
+    count. ``flat`` are the ranks that plain parameters are sharded over; None where every rank holds them whole.
     """
     groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
     wide = torch.float32

@@ -10,10 +10,7 @@ from veomni.strategies.base import STRATEGIES, ParameterStrategy, Strategy
 
 
 def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strategy]:
-    """Return strategy objects, in the order of their stages.
-
-    Args:
-        choice: An object, several, a registered name ("fsdp2", or an entry point's), or "auto".
+    """Return the strategies of an object, several, a registered name or "auto", in the order of their stages.
 
     Raises:
         ConfigError: no strategy has that name.
@@ -34,10 +31,8 @@ def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:
     owners = [strategy for strategy in strategies if isinstance(strategy, ParameterStrategy)]
     if len(owners) != 1:
         found = ", ".join(owner.name for owner in owners) or "none"
-        raise LayoutError(
-            f"exactly one strategy must hold the parameters; these do: {found}",
-            "give one of Single, DDP, FSDP1 and FSDP2, and others beside it",
-        )
+        problem = f"exactly one strategy must hold the parameters; these do: {found}"
+        raise LayoutError(problem, "give one of Single, DDP, FSDP1 and FSDP2, and others beside it")
     return owners[0]
 
 

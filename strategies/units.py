@@ -74,7 +74,7 @@ class OneBuffer:
         self._input: Tensor | None = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the input again for the output of its size and dtype; else a new buffer."""
+        """Return the input again, for an output of its size and dtype; else a new buffer."""
         buffer, self._input = self._input, None
         if buffer is not None and list(buffer.shape) == list(size) and buffer.dtype is dtype:
             return buffer

@@ -1,7 +1,4 @@
-"""Transforms of every block: activations recomputed in the backward, and compilation.
-
-Compiled block by block, the same graph serves every layer, and sharding hooks stay outside of it.
-"""
+"""Transforms of every block: activations recomputed in the backward, and compilation."""
 
 from __future__ import annotations
 
@@ -90,7 +87,10 @@ class _SaveEverySecondMatmul:
 
 
 class Compile(Strategy):
-    """Compile every block with ``torch.compile``, each at its first call. An fp64 run stays uncompiled."""
+    """Compile every block with ``torch.compile``, each at its first call. An fp64 run stays uncompiled.
+
+    Block by block, the same graph serves every layer, and sharding hooks stay outside of it.
+    """
 
     name = "compile"
     stage = Stage.COMPILATION

@@ -49,11 +49,7 @@ PRECISIONS = {
 
 
 def select_precision(name: str, *, reduce: str = "fp32") -> Precision:
-    """Return the precision called ``name``.
-
-    Args:
-        name: "fp64", "fp32" or "bf16".
-        reduce: What bf16 runs sum gradients in: "fp32", or "bf16" to halve the traffic; other runs ignore it.
+    """Return the precision "fp64", "fp32" or "bf16"; the last may ``reduce`` gradients in bf16, for half the traffic.
 
     Raises:
         ConfigError: there is no such precision.

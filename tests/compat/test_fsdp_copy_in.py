@@ -11,8 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-from veomni.compat import sharding
-from veomni.compat.sharding import copy_gradients, install_copy_in
+from veomni.compat.sharding import copy_gradients, replace_copy_in
 from veomni.testing.ranks import run_ranks
 
 SHAPES = [(8, 3), (4,), (12, 2, 5), (4, 1)]
@@ -38,8 +37,7 @@ def test_casts():
 
 
 def count_copies(calls):
-    sharding.copy_gradients = lambda *args: (calls.append(len(args[0])), copy_gradients(*args))
-    install_copy_in()
+    replace_copy_in(lambda *args: (calls.append(len(args[0])), copy_gradients(*args)))
     model = nn.Linear(4, 4)
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     model(torch.ones(1, 4)).sum().backward()

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 def install() -> None:
     """Change functions of torch for all models, without a change of results; calling it again changes nothing."""
+    from torch.utils.checkpoint import SAC_IGNORED_OPS
+
     from veomni.compat import modules, sharding
 
-    sharding.install_copy_in()
-    modules.ignore_profiler_marks()
+    sharding.replace_copy_in(sharding.copy_gradients)
+    SAC_IGNORED_OPS.update(modules.profiler_marks())
 
 
 def uninstall() -> None:
     """Put back torch's own."""
+    from torch.utils.checkpoint import SAC_IGNORED_OPS
+
     from veomni.compat import modules, sharding
 
-    sharding.uninstall_copy_in()
-    modules.count_profiler_marks()
+    sharding.replace_copy_in(sharding.TORCH_COPY_IN)
+    SAC_IGNORED_OPS.difference_update(modules.profiler_marks())

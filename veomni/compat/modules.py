@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 
 def in_backward() -> bool:
@@ -36,19 +35,10 @@ def clear_hooks(copy: nn.Module) -> None:
         module._forward_pre_hooks.clear()
 
 
-def _profiler_marks() -> set[Any]:
-    packets = torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit
-    return {getattr(packet, overload) for packet in packets for overload in packet.overloads()}
-
-
-def ignore_profiler_marks() -> None:
-    """Leave the profiler's marks, which have no result, out of what selective activation checkpointing counts.
+def profiler_marks() -> set[Any]:
+    """Return the profiler's marks, which have no result, for selective activation checkpointing not to count.
 
     FSDP2 marks what it does inside a recomputed block, and does other things in a recomputation than in the forward.
     """
-    SAC_IGNORED_OPS.update(_profiler_marks())
-
-
-def count_profiler_marks() -> None:
-    """Count them, as PyTorch does."""
-    SAC_IGNORED_OPS.difference_update(_profiler_marks())
+    packets = torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit
+    return {getattr(packet, overload) for packet in packets for overload in packet.overloads()}

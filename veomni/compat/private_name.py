@@ -18,14 +18,12 @@ class PrivateName:
         reason: What it is used for.
         without: What happens under a release that lacks it.
         parameters: The parameters that are passed, by name.
-        since: The first release that has it, where that is not the oldest supported one.
     """
 
     path: str
     reason: str
     without: str
     parameters: tuple[str, ...] = ()
-    since: str | None = None
 
     def resolve(self) -> Any:
         """Return the object.

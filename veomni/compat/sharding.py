@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.nn.parallel import DistributedDataParallel
 
 HYBRID_SHARD_GRAD_OP = ShardingStrategy._HYBRID_SHARD_ZERO2
-_copy_in = _fsdp_collectives.foreach_reduce_scatter_copy_in
+TORCH_COPY_IN = _fsdp_collectives.foreach_reduce_scatter_copy_in
 
 
 def ignore_parameters(model: nn.Module, parameters: Set[nn.Parameter]) -> None:
@@ -33,14 +33,9 @@ def free_without_backward(model: nn.Module, args: Any, output: Any) -> None:
             _reshard(unit, handle, free_unsharded_flat_param=True)
 
 
-def install_copy_in() -> None:
-    """Make FSDP2 copy gradients with :func:`copy_gradients` from now on, in all models."""
-    _fsdp_collectives.foreach_reduce_scatter_copy_in = copy_gradients
-
-
-def uninstall_copy_in() -> None:
-    """Make FSDP2 copy gradients as PyTorch does."""
-    _fsdp_collectives.foreach_reduce_scatter_copy_in = _copy_in
+def replace_copy_in(copy: Callable[..., None]) -> None:
+    """Make FSDP2 copy gradients into the buffer it reduces with ``copy`` from now on, in all models."""
+    _fsdp_collectives.foreach_reduce_scatter_copy_in = copy
 
 
 def copy_gradients(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, world_size: int) -> None:
@@ -48,12 +43,7 @@ def copy_gradients(unsharded_grads: list[Tensor], reduce_scatter_input: Tensor, 
 
     PyTorch copies all of a unit's gradients with one kernel, by tables with an entry for every few kilobytes that the
     host writes at each call: for the experts of one layer (128 x 4.7 M parameters, one H200) it took 12 ms, in which
-    the device was idle, and the kernel took twice the time of plain copies.
-
-    Args:
-        unsharded_grads: Gradients; their first dimension is what ranks share.
-        reduce_scatter_input: One dimension, of another dtype, maybe; of equal parts for the ranks.
-        world_size: Ranks that share the parameters.
+    the device was idle, and the kernel took twice the time of plain copies. The buffer may have another dtype.
     """
     parts = reduce_scatter_input.view(world_size, -1)
     if any(grad.ndim == 0 or grad.shape[0] % world_size for grad in unsharded_grads):

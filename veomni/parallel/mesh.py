@@ -40,9 +40,9 @@ VIEWS = {
 class ParallelDims:
     """Sizes of the mesh axes; at most one of ``dp_replicate`` and ``dp_shard`` may be -1, "the rest of the world".
 
-    Experts have no axis of their own: they divide the ranks of ``fsdp``, or where more ranks share them than that, the
-    ranks of ``loss``. With ``ep`` neighbours share experts; with ``ep_strided`` ranks that are far apart, so that each
-    expert is gathered inside a node and tokens are exchanged between nodes.
+    Experts have no axis of their own: they divide the ranks of ``fsdp``, or, if more ranks share them, those of
+    ``loss``. With ``ep`` neighbours share experts; with ``ep_strided`` ranks that are far apart, so that each expert is
+    gathered inside a node and tokens are exchanged between nodes.
     """
 
     pp: int = 1
@@ -184,14 +184,9 @@ def _mesh(device_type: str, **sizes: int) -> DeviceMesh:
 
 
 def init_process_group(device: torch.device, backend: str, *, rank: int, world_size: int, timeout: timedelta) -> None:
-    """Make the process group of all ranks, for tensors on the CPU and on ``device``; one that is there stays.
+    """Make the process group of all ranks, for tensors on the CPU (over gloo) and on ``device`` (over ``backend``).
 
-    Args:
-        device: Where this rank computes.
-        backend: Of tensors on it; those on the CPU go over gloo.
-        rank: This process's place.
-        world_size: Number of processes.
-        timeout: How long a collective waits for the other ranks.
+    One that is there stays.
     """
     if dist.is_initialized():
         return

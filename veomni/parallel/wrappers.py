@@ -33,9 +33,7 @@ def plain_name(name: str) -> str:
 def fsdp1_parameters(model: nn.Module, *, rank0_only: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield FSDP1's parameters in their own shapes, one unit at a time: valid until the next one; collective.
 
-    Args:
-        model: The model, wrapped by FSDP1 as a whole or in parts.
-        rank0_only: Gather on rank 0 only; other ranks see what they have.
+    With ``rank0_only`` they are gathered on rank 0; other ranks get what they have.
     """
     for path, unit in list(model.named_modules()):
         if not isinstance(unit, FullyShardedDataParallel):

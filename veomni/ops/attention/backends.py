@@ -35,10 +35,10 @@ class AttentionBackend:
 
     @property
     def function(self) -> Callable[..., Any] | None:
-        """What transformers' attention interface calls: ``f(module, query, key, value, mask, **options)``.
+        """What transformers' attention interface calls; None where transformers, or this package, registers it.
 
-        Query, key and value are ``[batch, heads, seq, head_dim]``, the output ``[batch, seq, heads, head_dim]``. None
-        where transformers, or this package, registers it.
+        It is ``f(module, query, key, value, mask, **options)``, with query ``[batch, heads, seq, head_dim]``, key and
+        value ``[batch, kv_heads, seq, head_dim]``, and returns ``[batch, seq, heads, head_dim]``, and None for weights.
         """
         return None
 
@@ -47,26 +47,19 @@ class AttentionBackend:
         """Yield why this backend cannot run in a configuration: another precision or device."""
         precision, device = config.train.precision, config.train.accelerator.chosen
         if precision not in cls.precisions:
-            yield Problem(
-                f"model.attention {cls.name} does not compute in {precision}",
-                f"use one of {', '.join(_alternatives(precision))}, or train.precision {cls.precisions[-1]}",
-            )
+            others = ", ".join(name for name in ATTENTION if precision in ATTENTION.get(name).precisions)
+            problem = f"model.attention {cls.name} does not compute in {precision}"
+            yield Problem(problem, f"use one of {others}, or train.precision {cls.precisions[-1]}")
         elif device != "auto" and cls.devices is not None and device not in cls.devices:
             yield Problem(f"model.attention {cls.name} does not run on accelerator {device}", "use auto, eager or sdpa")
 
 
-def _alternatives(precision: str) -> list[str]:
-    return [name for name in ATTENTION if precision in ATTENTION.get(name).precisions]
-
-
-def _built_in(name: str, precisions: tuple[str, ...], devices: tuple[str, ...] | None) -> None:
-    facts = {"__doc__": f"{name}.", "__module__": __name__, "name": name, "precisions": precisions, "devices": devices}
-    ATTENTION.register(name)(type(name, (AttentionBackend,), facts))
-
-
-_ACCELERATED = ("cuda", "npu")
-for _name in ("auto", "eager", "sdpa"):
-    _built_in(_name, ("fp64", "fp32", "bf16"), None)
-_built_in("flex_attention", ("fp32", "bf16"), None)
-for _name in ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"):
-    _built_in(_name, ("bf16",), _ACCELERATED)
+_KERNELS = {"precisions": ("bf16",), "devices": ("cuda", "npu")}
+_BUILT_IN: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("auto", "eager", "sdpa")},
+    "flex_attention": {"precisions": ("fp32", "bf16")},
+    **dict.fromkeys(("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"), _KERNELS),
+}
+for _name, _facts in _BUILT_IN.items():
+    _own = {"__doc__": f"{_name}.", "__module__": __name__, "name": _name, **_facts}
+    ATTENTION.register(_name)(type(_name, (AttentionBackend,), _own))

@@ -80,24 +80,17 @@ def attend(block: Block) -> tuple[Tensor, Tensor]:
 def attend_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor) -> Gradients:
     """Return what a part of the keys adds to the gradients of queries, and the gradients of its keys and values.
 
-    Args:
-        block: The part.
-        grad: Gradient of the output over all keys, ``[batch, heads, q, value_head_dim]``.
-        output: The output over all keys, in the format of the queries.
-        lse: The lse over all keys, ``[batch, heads, q]``; minus infinity for a query that sees nothing at all.
+    ``output``, its gradient ``grad`` and ``lse`` are those over all keys, in the shapes that :func:`attend` returns;
+    the output is in the format of the queries.
     """
     _, backward = _KERNELS[block.kernel]
     return backward(block, grad, output, lse)
 
 
 def merge_into(total: Tensor, total_lse: Tensor, output: Tensor, lse: Tensor) -> None:
-    """Add a part to the sum of others, in place.
+    """Add a part's output and lse to the sum of others, in place.
 
-    Args:
-        total: ``[batch, heads, q, value_head_dim]`` in the format of accumulation; zero before the first part.
-        total_lse: ``[batch, heads, q]``; minus infinity before the first part.
-        output: The part's output.
-        lse: The part's lse.
+    Before the first part ``total`` is zero, in the format of accumulation, and ``total_lse`` minus infinity.
     """
     together = torch.logaddexp(total_lse, lse)
     origin = _finite(together, 0.0)
@@ -109,9 +102,6 @@ def merge_into(total: Tensor, total_lse: Tensor, output: Tensor, lse: Tensor) ->
 def _finite(lse: Tensor, instead: float) -> Tensor:
     """Replace the lse of queries that see nothing, whose difference to itself is not a number."""
     return lse.masked_fill(lse == -torch.inf, instead)
-
-
-# ---------------------------------------------------------------- in plain operations
 
 
 def _scores(block: Block, query: Tensor, key: Tensor) -> Tensor:
@@ -149,13 +139,9 @@ def _math_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor) -> G
     return grad_query, grad_scores.mT @ _by_key_head(query, key), weights.mT @ rows
 
 
-# ---------------------------------------------------------------- in kernels of GPUs
-
-
 def _flash(block: Block) -> tuple[Tensor, Tensor]:
-    output, lse, *_ = kernels.FLASH(
-        block.query, block.key, block.value, 0.0, block.causal, False, scale=block.scale
-    )  # fmt: skip
+    tensors = block.query, block.key, block.value
+    output, lse, *_ = kernels.FLASH(*tensors, 0.0, block.causal, False, scale=block.scale)
     return output, lse
 
 
@@ -172,10 +158,8 @@ def _flash_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor) -> 
 
 def _efficient(block: Block) -> tuple[Tensor, Tensor]:
     query, mask = block.query, block.mask
-    output, lse, *_ = kernels.EFFICIENT(
-        query, _repeated(block.key, query), _repeated(block.value, query), _bias(block), True, 0.0, block.causal,
-        scale=block.scale,
-    )  # fmt: skip
+    key, value = _repeated(block.key, query), _repeated(block.value, query)
+    output, lse, *_ = kernels.EFFICIENT(query, key, value, _bias(block), True, 0.0, block.causal, scale=block.scale)
     lse = lse[..., : query.shape[2]]  # the kernel's may be longer
     if mask is None:
         return output, lse

@@ -67,16 +67,8 @@ def ring_attention(
 ) -> Tensor:
     """Attend over whole rows, of which each rank of the ring holds two chunks (``zigzag_chunks``).
 
-    Args:
-        query: ``[batch, heads, seq / C, head_dim]``.
-        key: ``[batch, kv_heads, seq / C, head_dim]``; ``kv_heads`` divides ``heads``.
-        value: ``[batch, kv_heads, seq / C, value_head_dim]``.
-        rule: What sees what.
-        group: The ranks of the ring.
-        scale: Factor on the scores.
-
-    Returns:
-        ``[batch, heads, seq / C, value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros.
+    Query, key and value are those of a :class:`Block` of ``seq / C`` positions; the result is ``[batch, heads, seq / C,
+    value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros.
 
     Raises:
         LayoutError: a rank's positions are not two chunks of the same length.
@@ -140,7 +132,6 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _forward(ring: _Ring, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return output ``[batch, heads, local, value_head_dim]`` and lse ``[batch, heads, local]``."""
     dtype = wide_dtype(query.dtype)
     output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=dtype)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
@@ -181,23 +172,12 @@ def attend_on_ring(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskRule | Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend over whole rows, on the ring of the current call; in transformers' signature.
+    """Attend over whole rows, on the ring of the current call; see ``AttentionBackend.function``.
 
-    Args:
-        module: The attention module.
-        query: As for :func:`ring_attention`; so are ``key`` and ``value``.
-        key: Keys of this rank's positions.
-        value: Values of this rank's positions.
-        attention_mask: The rule that the maker registered beside this made.
-        scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
-        dropout: Must be 0 in training.
-        kwargs: What other backends take; windows and document boundaries are in the rule already.
-
-    Returns:
-        ``[batch, seq / C, heads, value_head_dim]`` and None in place of weights.
+    The mask is the rule that the maker registered beside this made: windows and document boundaries are in it.
 
     Raises:
-        ModelError: an option of the model is unsupported.
+        ModelError: an option of the model (dropout in training, sinks, soft caps) is unsupported.
     """
     if not isinstance(attention_mask, MaskRule):
         given = "no mask rule" if attention_mask is None else "a mask of the model's own"

@@ -54,18 +54,11 @@ class UlyssesAttention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Attend over the whole sequence.
+        """Attend over the whole sequence; see ``AttentionBackend.function``.
 
-        Args:
-            module: The attention module.
-            query: ``[batch, heads, seq / P, head_dim]``.
-            key: ``[batch, kv_heads, seq / P, head_dim]``; repeated where ``kv_heads`` is no multiple of P.
-            value: Like ``key``; its head_dim may differ.
-            attention_mask: For the whole sequence, ``[batch or 1, heads or 1, seq, seq]``, or None.
-            kwargs: What the backend takes. Sinks are cut to this rank's heads; cu_seqlens are those of the whole rows.
-
-        Returns:
-            ``[batch, seq / P, heads, head_dim]`` and None in place of weights.
+        Queries, keys and values are of ``seq / P`` positions; key heads are repeated where P does not divide them. The
+        mask, ``[batch or 1, heads or 1, seq, seq]`` or None, and cu_seqlens are of whole rows. Sinks are cut to this
+        rank's heads.
 
         Raises:
             ModelError: heads do not divide, or the model passes something that cannot be split with certainty.

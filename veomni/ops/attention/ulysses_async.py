@@ -30,12 +30,7 @@ _FIX = "leave Ulysses.overlap out", "Ulysses.overlap"
 
 
 def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttribute) -> None:
-    """Make every attention module of a text model exchange heads asynchronously.
-
-    Args:
-        model: The text model, or the text part of a larger one.
-        group: The ranks that exchange sequence for heads.
-        patch: Replaces an attribute of a module.
+    """Make every attention module of a text model, or of the text part of a larger one, exchange heads asynchronously.
 
     Raises:
         ModelError: an attention module is not of the standard form; names it and says why.

@@ -25,12 +25,12 @@ def varlen_attention(
     scaling: float | None = None, dropout: float = 0.0, cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend within each document of packed rows.
+    """Attend within each document of packed rows; see ``AttentionBackend.function``.
 
     Args:
         module: The attention module; its ``is_causal`` decides the mask.
-        query: ``[batch, heads, seq, head_dim]``.
-        key: ``[batch, kv_heads, seq, head_dim]``; ``kv_heads`` divides ``heads``.
+        query: In transformers' layout; so are ``key`` and ``value``.
+        key: Its heads divide those of ``query``.
         value: Like ``key``.
         attention_mask: Must be None: boundaries come from ``cu_seq_lens_q``.
         scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
@@ -39,9 +39,6 @@ def varlen_attention(
         max_length_q: An upper bound of the longest document.
         kwargs: What other backends take: ``sliding_window``, how many positions back, itself included, a token sees.
             Sinks and soft caps are unsupported.
-
-    Returns:
-        ``[batch, seq, heads, head_dim]`` and None in place of weights.
     """
     _check_options(attention_mask, dropout if module.training else 0.0, kwargs)
     query, key, value = in_autocast_dtype(query, key, value)

@@ -37,13 +37,10 @@ def group_of(axis: Literal["ulysses", "ring"]) -> ProcessGroup:
 def register_whole_rows(
     name: str, axis: Literal["ulysses", "ring"], attention: Callable[..., Any], make_mask: Callable[..., Any]
 ) -> str:
-    """Make an attention known to transformers, and return its name.
+    """Register an attention with transformers under ``name``, and return that.
 
-    Args:
-        name: Its name.
-        axis: The ranks that share the rows.
-        attention: What is called with this rank's queries, keys and values, and a mask.
-        make_mask: A mask maker of transformers; it is called for the positions of all these ranks.
+    It is called with this rank's queries, keys and values; ``make_mask``, a mask maker of transformers, for the
+    positions of all ranks on ``axis``.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -30,12 +30,9 @@ class Splits(NamedTuple):
 
 
 def all_to_all(tensor: Tensor, splits: Splits | None, group: ProcessGroup) -> Tensor:
-    """Send rows to the ranks of a group and return the rows received, in the order of the ranks.
+    """Send rows to the ranks of a group and return the rows received, both in the order of the ranks.
 
-    Args:
-        tensor: ``[rows, ...]``, the rows for one rank behind those for the other.
-        splits: Rows for each rank and from each; None divides the rows evenly.
-        group: The ranks.
+    ``splits`` are the rows for each rank and from each; None divides them evenly.
     """
     return AsyncAllToAll.start(tensor, splits, group, async_op=False).wait()
 

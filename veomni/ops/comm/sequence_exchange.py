@@ -24,26 +24,14 @@ from veomni.ops.comm.all_to_all import all_to_all
 def gather_seq_scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """Give each rank all positions of its share of the heads, for several tensors in one exchange.
 
-    Args:
-        tensors: Each ``[batch, seq / P, heads, head_dim]``; heads (a multiple of P) and head_dim may differ.
-        group: The ranks that share the sequence.
-
-    Returns:
-        Each ``[batch, seq, heads / P, head_dim]``; views of one buffer where ``batch`` is 1.
+    From ``[batch, seq / P, heads, head_dim]``, whose heads (a multiple of P) and head_dim may differ, to
+    ``[batch, seq, heads / P, head_dim]``; views of one buffer where ``batch`` is 1.
     """
     return list(_SeqForHeads.apply(group, True, *tensors))
 
 
 def gather_heads_scatter_seq(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """Give each rank all heads of its share of the positions: the way back.
-
-    Args:
-        tensor: ``[batch, seq, heads / P, head_dim]``; seq a multiple of P.
-        group: The ranks that share the sequence.
-
-    Returns:
-        ``[batch, seq / P, heads, head_dim]``.
-    """
+    """Give each rank all heads of its share of the positions, ``[batch, seq / P, heads, head_dim]``: the way back."""
     result: Tensor = _SeqForHeads.apply(group, False, tensor)[0]
     return result
 
@@ -66,13 +54,11 @@ class _SeqForHeads(torch.autograd.Function):
 
 
 def _send_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """``[batch, seq / P, heads, head_dim]`` to ``[batch, seq, heads / P, head_dim]``."""
     parts = [tensor.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4) for tensor in tensors]
     return [part.transpose(0, 1).flatten(1, 2) for part in _exchange(parts, group)]
 
 
 def _send_rows(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """``[batch, seq, heads / P, head_dim]`` to ``[batch, seq / P, heads, head_dim]``."""
     parts = [tensor.unflatten(1, (group.size(), -1)).transpose(0, 1) for tensor in tensors]
     return [part.permute(1, 2, 0, 3, 4).flatten(2, 3) for part in _exchange(parts, group)]
 
