@@ -66,10 +66,9 @@ class Checkpointer:
         if keep_last < 2:
             raise CheckpointError(f"keep_last is {keep_last}", "keep at least 2 checkpoints")
         self.directory, self.keep_last, self.verify_hash = Path(directory), keep_last, verify_hash
-        self._signature = dict(signature or {})
         joined = dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-        self._async = async_save
+        self._async, self._signature = async_save, dict(signature or {})
         self._group = dist.new_group(backend="gloo") if async_save and self.world_size > 1 else None
         self._pending: Future[None] | None = None
         self._lock = self._take_directory()

@@ -34,12 +34,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     model = build_model(config.model.build_config(), weights="random")
     freeze(model, config.model.freeze)
     dims = mesh_dims(config.train.build_strategies(), world)
-    parts = (
-        _mesh(config, world, dims),
-        _batch(config, world),
-        _flops(config, model),
-        _memory(config, model, dims.size("fsdp")),
-    )
+    parts = _mesh(config, world, dims), _batch(config, world, model), _memory(config, model, dims.size("fsdp"))
     for name, fact in chain(*parts):
         print(f"{name:<28}{fact}")
 
@@ -54,7 +49,7 @@ def _mesh(config: Config, world: int, dims: ParallelDims) -> Iterator[tuple[str,
         yield "experts are spread over", f"{dims.experts} ranks ({placement}), {shards}"
 
 
-def _batch(config: Config, world: int) -> Iterator[tuple[str, str]]:
+def _batch(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str, str]]:
     train, rows = config.train, config.train.global_batch_size
     tokens = rows * config.data.max_seq_len
     micro_batches = f"{train.micro_batch_size} rows x {train.micro_batches(world)} micro-batches"
@@ -62,9 +57,6 @@ def _batch(config: Config, world: int) -> Iterator[tuple[str, str]]:
     yield "tokens per step", f"{tokens:,} = {rows} rows x {config.data.max_seq_len}"
     if train.max_steps is not None:
         yield "tokens in all", f"{tokens * train.max_steps:,} in {train.max_steps} steps"
-
-
-def _flops(config: Config, model: nn.Module) -> Iterator[tuple[str, str]]:
     counter = FlopsCounter.from_model(model)
     if counter is not None:
         flops = counter.step_flops([config.data.max_seq_len] * config.train.global_batch_size)

@@ -66,8 +66,8 @@ class Choice:
 
     def section(self, name: str) -> type[ComponentSection]:
         """Return the section of the component called ``name``."""
-        shown = None if self.sibling else name
-        return section_of(self.registry.get(name), name=shown, supplied=frozenset(self.supplied), base=self.base)
+        shown, supplied = None if self.sibling else name, frozenset(self.supplied)
+        return section_of(self.registry.get(name), name=shown, supplied=supplied, base=self.base)
 
     def sections(self) -> dict[str, type[Section]]:
         """Return the sections of all components that can be chosen; packages that cannot be imported are left out."""

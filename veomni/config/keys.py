@@ -10,10 +10,7 @@ from pydantic.fields import FieldInfo
 
 
 def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every key and its field, groups before what is in them.
-
-    Keys that only some of a registry's components have are described with the names of those components.
-    """
+    """Yield every key and its field, groups first; those of some components only are described with their names."""
     for name, field in schema.model_fields.items():
         key = f"{prefix}{name}"
         yield key, field

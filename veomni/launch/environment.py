@@ -45,8 +45,7 @@ class Environment:
 
     def variables(self) -> dict[str, str]:
         """Return the variables that ``torch.distributed``'s ``env://`` rendezvous and the loggers read."""
-        names = ("rank", "local_rank", "world_size", "local_world_size", "master_addr", "master_port")
-        return {name.upper(): str(getattr(self, name)) for name in names}
+        return {name.upper(): str(value) for name, value in vars(self).items() if name not in ("node_rank", "kind")}
 
 
 SINGLE = Environment(0, 0, 1, 1, 0, "127.0.0.1", 0, "single")

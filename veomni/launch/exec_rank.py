@@ -1,7 +1,7 @@
 """Become a rank that cannot outlive its supervisor: ``python exec_rank.py SUPERVISOR_PID PROGRAM ARGS...``.
 
-The kernel kills this process when its parent dies: Linux keeps that request across execve (``man 2 PR_SET_PDEATHSIG``),
-so at no moment can a rank be orphaned. Run as a file, without site-packages: it costs about 15 ms.
+Linux kills this process when its parent dies, and keeps that request across execve (``man 2 PR_SET_PDEATHSIG``).
+Run as a file, without site-packages: it costs about 15 ms.
 """
 
 import ctypes

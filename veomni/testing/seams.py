@@ -9,8 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from veomni.batch.counts import token_weight
 from veomni.batch.documents import token_mask
@@ -30,8 +29,7 @@ from veomni.strategies.expert_parallel import average_over
 from veomni.strategies.grad_norm import sharded_grad_norm, sharding_of
 
 
-@dataclass(frozen=True)
-class Seam:
+class Seam(NamedTuple):
     """One place; ``target`` is the function, the method or the property itself."""
 
     target: Any
