@@ -11,7 +11,6 @@ from tests.moe.test_balance import OPTIONS, agrees, truth
 from tests.moe.test_bias import RATE, moved, steps
 from tests.moe.test_load import truth as load_truth
 from tests.parity.layouts import LAYOUTS
-from veomni.moe.bias import move_bias
 from veomni.testing import seams
 from veomni.testing.ranks import run_ranks
 from veomni.testing.seams import replaced
@@ -67,7 +66,7 @@ def bias_moved_with_every_micro_batch(see, controller, router, routing, training
     if training:
         load = torch.bincount(routing.indices.flatten(), minlength=router.experts)
         dist.all_reduce(load)
-        move_bias(router, load, RATE)
+        router.move_bias(load, RATE)
 
 
 def bias_moved_by_own_load(reduce, load, group):

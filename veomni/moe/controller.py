@@ -1,7 +1,6 @@
 """What happens to the routers of one model in a step: count, balance, check, move the bias.
 
-The order within a step: :meth:`RouterController.begin_step`, then for every micro-batch a forward inside
-:meth:`~RouterController.micro_batch` and :meth:`~RouterController.before_backward`; at the end ``end_step``.
+The order: ``begin_step``, for every micro-batch a forward inside ``micro_batch`` and ``before_backward``, ``end_step``.
 """
 
 from __future__ import annotations
@@ -13,37 +12,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.compat.modules import in_backward
 from veomni.errors import ModelError, NonFiniteError
 from veomni.logging import create_logger
-from veomni.moe.bias import check_sharded_bias, move_bias
-from veomni.moe.load import ExpertLoad, LoadCounter
+from veomni.moe.load import ExpertLoad, LoadCounter, RouterStatistics
 from veomni.moe.options import MoEOptions
 from veomni.moe.routers import Router, RouterHook, Routers, RoutingDecision
 from veomni.moe.scoring import balance_gradient, z_gradient
-from veomni.moe.statistics import RouterStatistics
 from veomni.parallel.mesh import ParallelState
 
 logger = create_logger(__name__)
 
 
 class RouterController(RouterHook):
-    """Balances and reports the routers of one model.
+    """Balances and reports the routers of one model, which are hooked.
 
     Attributes:
         found: All routers of the model.
         routers: Those whose decisions can be read; at least one.
-        load: The load of all experts in the last step; None before the first.
-
-    Args:
-        found: The routers, hooked.
         options: How they are balanced; ``aux_loss_coef`` is a number.
-        state: The mesh.
-        device: Where the model runs.
-        dtype: What losses are summed in.
+        load: The load of all experts in the last step; None before the first.
     """
 
     def __init__(
@@ -67,16 +59,17 @@ class RouterController(RouterHook):
         return self._micro.mask
 
     def check(self, model: nn.Module) -> None:
-        """Check what sharding decides.
-
-        Args:
-            model: The model to call, with its wrapper.
+        """Check what sharding decides, on the model with its wrapper.
 
         Raises:
-            ModelError: a correction bias cannot be moved.
+            ModelError: a correction bias cannot be moved: it has become a part of FSDP1's flat parameters.
         """
         for router in self.routers if self.options.bias_update_rate else ():
-            check_sharded_bias(router, model)
+            if isinstance(router.bias_values, nn.Parameter) and isinstance(model, FullyShardedDataParallel):
+                raise ModelError(
+                    f"the correction bias of {router.name} is a parameter, and fsdp1 flattens parameters",
+                    "use FSDP2, or aux_loss_coef instead of bias_update_rate",
+                )
 
     # ---------------------------------------------------------------- one step
 
@@ -96,9 +89,7 @@ class RouterController(RouterHook):
     def count_first(self, micro_batches: Iterable[MicroBatch], run: Callable[..., Any]) -> None:
         """Count the load of the whole step in a forward of its own: the loss compares experts over all its tokens.
 
-        Args:
-            micro_batches: Those of the step.
-            run: The model; what is random in it must be drawn again alike afterwards.
+        ``run`` calls the model on one; what is random in it must be drawn again alike afterwards.
         """
         logger.warning_once(
             "the load-balancing loss is one of the whole step: its %s micro-batches run forward once more, to count; "
@@ -152,7 +143,7 @@ class RouterController(RouterHook):
         loads = tuple(load.clone() for load in self._step.by_router())
         for router, load in zip(self.routers, loads, strict=True):
             if self.options.bias_update_rate:
-                move_bias(router, load, self.options.bias_update_rate)
+                router.move_bias(load, self.options.bias_update_rate)
         self.load = ExpertLoad(tuple(router.name for router in self.routers), loads)
 
     def metrics(self) -> dict[str, Tensor]:

@@ -27,12 +27,7 @@ def install_controller(
 ) -> RouterController | None:
     """Hook the routers of a model and put their controller into its adapter; a model without any has none.
 
-    Args:
-        model: The model, before it is recomputed, compiled and sharded.
-        options: How routers are balanced and reported.
-        state: The mesh.
-        device: Where the model will run.
-        dtype: What losses are summed in.
+    The model is not recomputed, compiled or sharded yet, and will run on ``device``; losses are summed in ``dtype``.
 
     Raises:
         ModelError: an option cannot be applied to this model.

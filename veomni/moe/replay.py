@@ -1,8 +1,7 @@
-"""Record which experts a forward chose, and make another forward choose them again.
+"""Record which experts a forward chose, and make another forward choose them again, as reinforcement learning needs.
 
-Reinforcement learning needs it: between the engine that sampled a text and the model that is trained on it, rounding
-alone sends some tokens to other experts (arXiv:2510.11370). Only the choice is replayed; the weights of the chosen
-experts are computed from the logits, so that gradients reach the router.
+Between the engine that sampled a text and the model that is trained on it, rounding alone sends some tokens to other
+experts (arXiv:2510.11370). The weights of the chosen ones follow from the logits, so that gradients reach the router.
 """
 
 from __future__ import annotations
@@ -74,12 +73,8 @@ class RoutingLog:
             shard: Which positions of every row it holds (``launcher.sequence_shard``).
             batch_sizes: The rows of every forward; the layout must divide their length.
         """
-        return RoutingLog(
-            [
-                {name: _cut(indices, shard, rows) for name, indices in forward.items()}
-                for forward, rows in zip(self.forwards, batch_sizes, strict=True)
-            ]
-        )
+        forwards = zip(self.forwards, batch_sizes, strict=True)
+        return RoutingLog([{name: _cut(x, shard, rows) for name, x in forward.items()} for forward, rows in forwards])
 
 
 def _cut(indices: Tensor, shard: SequenceShard, rows: int) -> Tensor:

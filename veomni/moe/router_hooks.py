@@ -1,8 +1,6 @@
-"""Hooks between a router and its experts: one operation, opaque to ``torch.compile``.
+"""Hooks between a router and its experts: one operation, opaque to ``torch.compile``, since hooks change between steps.
 
-Which hooks there are, and what they count or replay, changes from step to step; a compiled block must not break its
-graph or be compiled again for it. So the router's output passes through a custom operation, which calls the hooks when
-it runs. Its backward gives the logits, which nothing uses after the choice was made, the gradients of losses on them.
+Its backward gives the logits, which nothing uses after the choice was made, the gradients of losses on them.
 """
 
 from __future__ import annotations

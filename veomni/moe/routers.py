@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from veomni.models.traits.verdict import Verdict
 from veomni.models.transformers_api.experts import router_logits
@@ -64,6 +66,27 @@ class Router(RouterFinding):
     index: int
     bias: tuple[nn.Module, str] | None
     hooks: list[RouterHook] = field(default_factory=list)
+
+    @property
+    def bias_values(self) -> Tensor:
+        """The correction bias, ``[experts]`` in some shape; only where there is one."""
+        assert self.bias is not None
+        values: Tensor = getattr(*self.bias)
+        return values
+
+    @torch.no_grad()
+    def move_bias(self, assignments: Tensor, rate: float) -> None:
+        """Add ``rate`` to the bias of experts with less than the mean load, and take it from those with more.
+
+        It balances without a loss (arXiv:2408.15664, section 3). ``assignments``, int64 ``[experts]``, are the tokens
+        sent to each expert in the step, over all ranks.
+        """
+        bias = self.bias_values
+        below_mean = (assignments.sum() - assignments * len(assignments)).sign()  # in integers, so that equal is equal
+        step = (rate * below_mean.to(bias.dtype)).view(bias.shape).to(bias.device)
+        if isinstance(bias, DTensor):
+            step = distribute_tensor(step, bias.device_mesh, bias.placements, src_data_rank=None)
+        bias.add_(step)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""How a router turns logits into the weights of the experts it chose, and the gradients of losses on its logits.
+"""How a router turns logits into weights of experts: a score, a division by their sum or none, and a factor.
 
-transformers' routers differ in three things only: the function that makes scores of logits, whether the chosen scores
-are divided by their sum, and a constant factor. Gradients are written out: they are computed inside a backward.
+Gradients are written out: they are computed inside a backward.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Whole matrices out of shards and back: every matrix is gathered by one rank, and no rank gathers them all.
 
-Ranks that hold shards of the same matrices share them out by cost, the most expensive first, each to the rank that has
-least to do. The owner receives the shards by all-to-all, works on the whole matrix and sends shards of the result back.
-Replicas (HSDP) share the matrices out as well, and broadcast the results to one another. What is sent depends on shapes
-and meshes only, in rounds of bounded size, the next of which is in flight while a rank works on the one before.
+The owner receives the shards by all-to-all, works on the whole matrix and sends shards of the result back; replicas
+(HSDP) broadcast theirs to one another. Rounds of bounded size overlap: one is in flight while a rank works on another.
 """
 
 from __future__ import annotations

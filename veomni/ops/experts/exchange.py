@@ -1,20 +1,13 @@
-"""Experts that are spread over ranks: tokens are dispatched to them and their results combined.
+"""Experts that are spread over ranks: all-to-alls dispatch tokens to them, and combine the results; none is dropped.
 
-Every rank of the group holds ``num_experts / P`` experts of a layer, in order. Its tokens are sorted by expert, sent to
-the ranks that hold those (one all-to-all of counts, one of rows), sorted there by local expert, run, and sent back the
-same way; each token's results are weighted and summed where it came from. No token is dropped, however uneven the
-choice. Gradients are the exact ones of the whole computation: those of an expert are the sum over all tokens that any
-rank of the group sent it.
-
-With several chunks, one chunk's tokens are in flight while the experts run on another's; the backward mirrors it. The
-idea is that of the VeOmni paper (arXiv:2508.02317) and of COMET (arXiv:2502.19811).
+With several chunks, one chunk's tokens are in flight while the experts run on another's; the backward mirrors it, as in
+the VeOmni paper (arXiv:2508.02317) and COMET (arXiv:2502.19811).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -80,13 +73,13 @@ class Dispatch:
     """Tokens sent to their experts chunk by chunk; the first chunk is in flight."""
 
     def __init__(self, hidden: Tensor, top_k_index: Tensor, num_experts: int, exchange: ExpertExchange) -> None:
+        group = exchange.group
         parts = zip(hidden.chunk(exchange.chunks), top_k_index.chunk(exchange.chunks), strict=True)
-        self.chunks = [_Chunk(tokens, index, num_experts) for tokens, index in parts]
-        counts = torch.stack([chunk.routing.counts for chunk in self.chunks]).unflatten(1, (exchange.group.size(), -1))
-        received = all_to_all(counts.transpose(0, 1).contiguous(), None, exchange.group).transpose(0, 1)
-        layouts = _fixed_layouts if exchange.fixed_size else _exact_layouts
-        for chunk, layout in zip(self.chunks, layouts(self.chunks, counts, received, exchange.group), strict=True):
-            chunk.layout = layout
+        self.chunks = [_Chunk(tokens, index, num_experts, group) for tokens, index in parts]
+        # Rows for each expert of each rank, and from each rank for each of this one's: [chunks, P, local_experts].
+        counts = torch.stack([chunk.routing.counts for chunk in self.chunks]).unflatten(1, (group.size(), -1))
+        received = all_to_all(counts.transpose(0, 1).contiguous(), None, group).transpose(0, 1)
+        (_fix_sizes if exchange.fixed_size else _fit_sizes)(self.chunks, counts.sum(2), received)
         self.chunks[0].dispatch()
 
     def combine(self, weights: Tensor, run: RunExperts) -> Tensor:
@@ -107,105 +100,81 @@ class Dispatch:
         self.chunks[0].exchange.wait()
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How the rows of a chunk lie in the buffers that are sent.
-
-    Attributes:
-        group: The ranks.
-        offsets: Where each local expert's rows end once they are sorted, int32 ``[local_experts]``.
-        by_expert: Of every sorted row, its place among those that arrived; and the inverse.
-        rows: This rank's rows; the last of them are not sent where a token was sent to no expert.
-        splits: Rows sent to each rank and received from each, or None where all buffers have one size.
-        slots: Places of this rank's rows in the buffer that is sent (behind it: not sent), or None where they fill it.
-        room: Rows of that buffer.
-    """
-
-    group: ProcessGroup
-    offsets: Tensor
-    by_expert: Tensor
-    inverse: Tensor
-    rows: int
-    splits: Splits | None
-    slots: Tensor | None
-    room: int
-
-    @classmethod
-    def of(
-        cls, group: ProcessGroup, arriving: Tensor, experts: Tensor, rows: int, splits: Splits | None,
-        slots: Tensor | None = None, room: int = 0,
-    ) -> Self:  # fmt: skip
-        """Return the layout that sorts ``arriving`` rows, of ``experts`` in the order of arrival, by expert."""
-        offsets, by_expert = arriving.sum(0).cumsum(0).to(torch.int32), experts.argsort(stable=True)
-        return cls(group, offsets, by_expert, inverse_of(by_expert), rows, splits, slots, room)
-
-    def pack(self, rows: Tensor) -> Tensor:
-        """Put this rank's rows, sorted by expert, into the buffer that is sent."""
-        if self.slots is None:
-            return rows.narrow(0, 0, sum(self.splits.sent if self.splits else ()))
-        return rows.new_zeros(self.room + 1, rows.shape[1]).index_copy(0, self.slots, rows)[:-1]
-
-    def unpack(self, buffer: Tensor) -> Tensor:
-        """Take this rank's rows, sorted by expert, from where they arrived; those of no expert are zeros."""
-        if self.slots is None:
-            return F.pad(buffer, (0, 0, 0, self.rows - len(buffer))) if len(buffer) < self.rows else buffer
-        return F.pad(buffer, (0, 0, 0, 1)).index_select(0, self.slots)
-
-
-# Counts of rows are int64 [chunks, P, local_experts]: those for each expert of each rank, and those from each rank.
-
-
-def _exact_layouts(
-    chunks: Sequence[_Chunk], counts: Tensor, received: Tensor, group: ProcessGroup
-) -> Iterator[_Layout]:
-    """Yield buffers of exactly the rows that are sent. Their sizes are read by the host, for all chunks at once."""
-    sizes = zip(*torch.stack([counts.sum(2), received.sum(2)]).tolist(), strict=True)
-    for chunk, arriving, (sent, arrived) in zip(chunks, received, sizes, strict=True):
-        segments = arriving.flatten()
-        experts = torch.arange(len(segments), device=segments.device) % arriving.shape[1]
-        experts = experts.repeat_interleave(segments, output_size=sum(arrived))
-        yield _Layout.of(group, arriving, experts, chunk.index.numel(), Splits(sent, arrived))
-
-
-def _fixed_layouts(
-    chunks: Sequence[_Chunk], counts: Tensor, received: Tensor, group: ProcessGroup
-) -> Iterator[_Layout]:
-    """Yield buffers with room for the most rows a rank could get; rows that are not there sort behind all experts."""
-    _, ranks, local = received.shape
-    for chunk, sent, arriving in zip(chunks, counts.sum(2), received, strict=True):
-        tokens, top_k = chunk.index.shape
-        rows, room = tokens * top_k, tokens * min(top_k, local)
-        places = torch.arange(room, device=received.device).expand(ranks, room).contiguous()
-        experts = torch.searchsorted(arriving.cumsum(1), places, right=True)
-        row, ends = torch.arange(rows, device=sent.device), sent.cumsum(0)
-        rank_of_row = torch.searchsorted(ends, row, right=True)
-        starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
-        slots = (rank_of_row * room + row - starts[rank_of_row]).clamp(max=ranks * room)
-        yield _Layout.of(group, arriving, experts.flatten(), rows, None, slots, ranks * room)
-
-
 class _Chunk:
     """A chunk of tokens ``[tokens, hidden]`` for experts ``[tokens, k]``: dispatched, run, combined."""
 
-    layout: _Layout
     exchange: AsyncAllToAll
 
-    def __init__(self, tokens: Tensor, index: Tensor, num_experts: int) -> None:
-        self.tokens, self.index = tokens, index
+    def __init__(self, tokens: Tensor, index: Tensor, num_experts: int, group: ProcessGroup) -> None:
+        self.tokens, self.index, self.group = tokens, index, group
         self.routing: Routing = route(index, num_experts)
 
+    def lay_out(
+        self,
+        arriving: Tensor,
+        experts: Tensor,
+        splits: Splits | None = None,
+        slots: Tensor | None = None,
+        room: int = 0,
+    ) -> None:
+        """Set how the rows lie in the buffers that are exchanged.
+
+        Args:
+            arriving: Rows from each rank for each local expert, ``[P, local_experts]``.
+            experts: The local expert of every row that arrives; ``local_experts`` where there is none.
+            splits: Rows sent to each rank and received from each, or None where all buffers have one size.
+            slots: Places of this rank's rows in the buffer that is sent; behind it: not sent; None where they fill it.
+            room: Rows of that buffer.
+        """
+        self.offsets, self.by_expert = arriving.sum(0).cumsum(0).to(torch.int32), experts.argsort(stable=True)
+        self.inverse = inverse_of(self.by_expert)
+        self.splits, self.slots, self.room = splits, slots, room
+
     def dispatch(self) -> None:
-        """Send the rows to the ranks of their experts."""
-        rows, layout = permute_tokens(self.tokens, self.routing), self.layout
-        self.exchange = AsyncAllToAll.start(layout.pack(rows), layout.splits, layout.group)
+        """Send the rows to the ranks of their experts; those of no expert, sorted last, stay."""
+        rows = permute_tokens(self.tokens, self.routing)
+        if self.slots is None:
+            rows = rows.narrow(0, 0, sum(self.splits.sent if self.splits else ()))
+        else:
+            rows = rows.new_zeros(self.room + 1, rows.shape[1]).index_copy(0, self.slots, rows)[:-1]
+        self.exchange = AsyncAllToAll.start(rows, self.splits, self.group)
 
     def run_experts(self, run: RunExperts) -> None:
         """Run this rank's experts on the rows received and send the results back."""
-        layout = self.layout
-        rows = gather_rows(self.exchange.wait(), layout.by_expert, layout.inverse)
-        results = gather_rows(run(rows, layout.offsets), layout.inverse, layout.by_expert)
-        self.exchange = AsyncAllToAll.start(results, layout.splits and layout.splits.back(), layout.group)
+        rows = gather_rows(self.exchange.wait(), self.by_expert, self.inverse)
+        results = gather_rows(run(rows, self.offsets), self.inverse, self.by_expert)
+        self.exchange = AsyncAllToAll.start(results, self.splits and self.splits.back(), self.group)
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Return each token's sum, weighted by ``[tokens, k]``."""
-        return combine_rows(self.layout.unpack(self.exchange.wait()), self.routing, weights)
+        """Return each token's sum, weighted by ``[tokens, k]``; results of no expert are zeros."""
+        results = self.exchange.wait()
+        if self.slots is not None:
+            results = F.pad(results, (0, 0, 0, 1)).index_select(0, self.slots)
+        elif len(results) < self.index.numel():
+            results = F.pad(results, (0, 0, 0, self.index.numel() - len(results)))
+        return combine_rows(results, self.routing, weights)
+
+
+def _fit_sizes(chunks: Sequence[_Chunk], sent: Tensor, received: Tensor) -> None:
+    """Exchange exactly the rows there are. Their sizes are read by the host, for all chunks at once."""
+    sizes = zip(*torch.stack([sent, received.sum(2)]).tolist(), strict=True)
+    for chunk, arriving, (to_ranks, from_ranks) in zip(chunks, received, sizes, strict=True):
+        ranks, local = arriving.shape
+        experts = torch.arange(local, device=arriving.device).repeat(ranks)
+        experts = experts.repeat_interleave(arriving.flatten(), output_size=sum(from_ranks))
+        chunk.lay_out(arriving, experts, Splits(to_ranks, from_ranks))
+
+
+def _fix_sizes(chunks: Sequence[_Chunk], sent: Tensor, received: Tensor) -> None:
+    """Exchange as many rows as a rank could get; those that are not there sort behind all experts."""
+    _, ranks, local = received.shape
+    for chunk, to_ranks, arriving in zip(chunks, sent, received, strict=True):
+        tokens, top_k = chunk.index.shape
+        room = tokens * min(top_k, local)
+        places = torch.arange(room, device=sent.device).expand(ranks, room).contiguous()
+        experts = torch.searchsorted(arriving.cumsum(1), places, right=True)
+        row, ends = torch.arange(tokens * top_k, device=sent.device), to_ranks.cumsum(0)
+        rank_of_row = torch.searchsorted(ends, row, right=True)
+        starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
+        slots = (rank_of_row * room + row - starts[rank_of_row]).clamp(max=ranks * room)
+        chunk.lay_out(arriving, experts.flatten(), None, slots, ranks * room)

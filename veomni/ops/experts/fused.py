@@ -1,8 +1,7 @@
-"""The two halves of an expert, each one operation, with as few saved tensors as their gradients allow.
+"""The two halves of an expert, each an operation that saves neither sorted rows nor activations for its gradients.
 
-``expert_up`` keeps its input and not the sorted copy of it; ``expert_down`` keeps what the first product gave and not
-the activation, which is computed again in the backward. Two halves and not one, so that a recomputed block computes the
-first only. Routing weights act between the products: the same sum as behind them, over fewer channels.
+Two and not one, so that a recomputed block computes the first only. Routing weights act between the products: the same
+sum as behind them, over fewer channels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Cross-entropy fused with the projection to the vocabulary: the logits of all tokens never exist at once.
 
-Gradients of the hidden states and of the weight are computed during the forward, chunk by chunk, as in Liger Kernel's
-fused linear cross-entropy (Hsu et al., 2024, arXiv:2410.10989); the backward only scales them.
+The forward computes gradients chunk by chunk, as Liger Kernel's does (arXiv:2410.10989); the backward only scales them.
 """
 
 from __future__ import annotations
