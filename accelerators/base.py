@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ ACCELERATORS: Registry[Callable[[], Accelerator]] = Registry(
 """Accelerators by the names that configurations use."""
 
 
-class Accelerator(ABC):
+class Accelerator:
     """Facts about one family of devices, from ``torch.<device_type>``, which has the same functions for all of them.
 
     A third-party accelerator subclasses this and names itself in the entry-point group ``veomni.accelerators``.
@@ -28,12 +27,14 @@ class Accelerator(ABC):
         name: What a configuration calls it.
         device_type: ``torch.device.type`` of its devices.
         backend: The collective backend of its devices.
+        unavailable: What is wrong where none of its devices is there, and the fix.
         supports_pinned_memory: Whether copies from page-locked host memory to a device overlap with compute.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     backend: ClassVar[str]
+    unavailable: ClassVar[tuple[str, str]] = ("no device is visible", "use accelerator cpu")
     supports_pinned_memory: ClassVar[bool] = True
 
     @classmethod
@@ -52,13 +53,15 @@ class Accelerator(ABC):
         return int(cls.module().device_count())
 
     @classmethod
-    @abstractmethod
     def require(cls) -> None:
         """Check that the family can be used.
 
         Raises:
             DeviceError: it cannot; the message says what to install or change.
         """
+        problem, fix = cls.unavailable
+        if not cls.module().is_available():
+            raise DeviceError(f"accelerator {cls.name}: {problem}", fix)
 
     def device(self, local_rank: int) -> torch.device:
         """Return the device of the process with this rank on its node."""

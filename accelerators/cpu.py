@@ -23,11 +23,6 @@ class CPU(Accelerator):
     experts_backends = ("loop", "grouped_mm")
 
     @override
-    @classmethod
-    def require(cls) -> None:
-        return None
-
-    @override
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
 

@@ -17,6 +17,10 @@ class CUDA(Accelerator):
     name = "cuda"
     device_type = "cuda"
     backend = "nccl"
+    unavailable = (
+        "no GPU is visible",
+        "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use accelerator cpu",
+    )
 
     @override
     @classmethod
@@ -26,11 +30,7 @@ class CUDA(Accelerator):
                 f"accelerator cuda: this PyTorch ({torch.__version__}) was built without CUDA",
                 "install a CUDA or ROCm build of torch, or use accelerator cpu",
             )
-        if not cls.is_available():
-            raise DeviceError(
-                "accelerator cuda: no GPU is visible",
-                "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use accelerator cpu",
-            )
+        super().require()
 
     @property
     @override

@@ -19,6 +19,10 @@ class NPU(Accelerator):
     device_type = "npu"
     backend = "hccl"
     experts_backends = ("npu", "loop")
+    unavailable = (
+        "no Ascend device is visible",
+        "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or use accelerator cpu",
+    )
 
     @override
     @classmethod
@@ -41,12 +45,3 @@ class NPU(Accelerator):
             return super().is_available()
         except (DeviceError, MissingExtraError):
             return False
-
-    @override
-    @classmethod
-    def require(cls) -> None:
-        if not bool(cls.module().is_available()):
-            raise DeviceError(
-                "accelerator npu: no Ascend device is visible",
-                "check the driver (npu-smi info) and ASCEND_RT_VISIBLE_DEVICES, or use accelerator cpu",
-            )

@@ -101,10 +101,7 @@ class ExpertParallel(Validated, Strategy):
     def _exchange_of(self, adapter: ModelAdapter, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")
         experts = int(adapter.model.get_submodule(name).num_experts)  # type: ignore[arg-type]
-
-        def dispatch(hidden: Tensor, index: Tensor) -> Dispatch:
-            return Dispatch(hidden, index, experts, plain)
-
+        dispatch = partial(Dispatch, num_experts=experts, exchange=plain)
         shared = shared_experts_beside(adapter.model, name, dispatch, adapter.patch)
         return replace(plain, shared=shared)
 

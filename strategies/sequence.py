@@ -89,7 +89,8 @@ class SequenceStrategy(Validated, Strategy):
             )
         if adapter.sequence is None:
             adapter.patch(model, UNSPLIT_ATTENTION, backend)
-            adapter.sequence = _groups(state)
+            ulysses, ring = (state.group(axis) if state.size(axis) > 1 else None for axis in ("ulysses", "cp"))
+            adapter.sequence = SequenceGroups(state.sequence_shard, state.group("sequence"), ulysses, ring)
             share_towers(adapter, adapter.sequence)
         use_attention(model, self.install(adapter, backend, state))
 
@@ -154,11 +155,6 @@ class Ulysses(SequenceStrategy):
         if self.overlap:
             overlap_projections(text_part(adapter.model), state.group("ulysses"), adapter.patch)
         return register_ulysses(backend)
-
-
-def _groups(state: ParallelState) -> SequenceGroups:
-    ulysses, ring = (state.group(axis) if state.size(axis) > 1 else None for axis in ("ulysses", "cp"))
-    return SequenceGroups(state.sequence_shard, state.group("sequence"), ulysses, ring)
 
 
 def _check_same_rows(digest: int, state: ParallelState) -> None:

@@ -81,9 +81,7 @@ class OneBuffer:
         self._input = torch.empty(tuple(size), dtype=dtype, device=device)
         return self._input
 
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> None:
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **options: Any) -> None:
         """Leave values where they are; copy them only to another buffer."""
         if output_tensor is not input_tensor:
             output_tensor.copy_(input_tensor)

@@ -62,13 +62,7 @@ def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The rank that encodes each item.
-
-    Attributes:
-        sizes: Of every rank's items, int64 ``[items, columns]``.
-        lengths: Rows of values of every rank's items.
-        places: The rank that encodes each.
-    """
+    """Sizes, int64 ``[items, columns]``, rows of values and encoding rank of every rank's items."""
 
     sizes: list[Tensor]
     lengths: list[list[int]]

@@ -32,15 +32,10 @@ class Float64Throughout(TorchDispatchMode):
 
     depth = 0
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._places = _SamplingPlaces()
-        self._default = torch.get_default_dtype()
-
     def __enter__(self) -> Self:
         Float64Throughout.depth += 1
+        self._places, self._default = _SamplingPlaces(), torch.get_default_dtype()
         self._places.__enter__()
-        self._default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         super().__enter__()
         return self

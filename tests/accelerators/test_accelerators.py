@@ -157,7 +157,8 @@ def test_peak_flops_are_known_or_none(name, tera):
     assert peak_flops_by_name(name, torch.float64) is None
 
 
-def test_the_contract_names_nothing_a_family_leaves_open():
+def test_a_family_names_itself_its_devices_and_its_collectives():
     for family in (CPU, CUDA, NPU):
         assert issubclass(family, Accelerator)
-        assert not family.__abstractmethods__
+        assert family.name == family.device_type
+        assert family.backend

@@ -117,8 +117,13 @@ class _Ring:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: _Ring) -> Tensor:
+        dtype = wide_dtype(query.dtype)
+        output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=dtype)
+        lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
         with torch.autocast(query.device.type, enabled=False):
-            output, lse = _forward(ring, query, key, value)
+            for blocks in ring.rounds(query, key, value):
+                for queries, _, block in blocks:
+                    merge_into(output[:, :, queries], lse[:, :, queries], *attend(block))
         output = output.to(query.dtype)
         ctx.ring = ring
         ctx.save_for_backward(query, key, value, output, lse)
@@ -129,16 +134,6 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grads[0].device.type, enabled=False):
             return *_backward(ctx.ring, grads[0], *ctx.saved_tensors), None
-
-
-def _forward(ring: _Ring, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = wide_dtype(query.dtype)
-    output = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=dtype)
-    lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-    for blocks in ring.rounds(query, key, value):
-        for queries, _, block in blocks:
-            merge_into(output[:, :, queries], lse[:, :, queries], *attend(block))
-    return output, lse
 
 
 def _backward(

@@ -27,18 +27,9 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend within each document of packed rows; see ``AttentionBackend.function``.
 
-    Args:
-        module: The attention module; its ``is_causal`` decides the mask.
-        query: In transformers' layout; so are ``key`` and ``value``.
-        key: Its heads divide those of ``query``.
-        value: Like ``key``.
-        attention_mask: Must be None: boundaries come from ``cu_seq_lens_q``.
-        scaling: Factor on the scores; ``head_dim ** -0.5`` when None.
-        dropout: Must be 0: the kernel has none.
-        cu_seq_lens_q: int32 ``[documents + 1]`` over the flattened rows; None makes every row one document.
-        max_length_q: An upper bound of the longest document.
-        kwargs: What other backends take: ``sliding_window``, how many positions back, itself included, a token sees.
-            Sinks and soft caps are unsupported.
+    Boundaries are ``cu_seq_lens_q``, int32 ``[documents + 1]`` over the flattened rows; None makes every row one
+    document. No document is longer than ``max_length_q``; a token sees ``sliding_window`` positions back, itself
+    included. A mask, dropout in training, sinks and soft caps are unsupported.
     """
     _check_options(attention_mask, dropout if module.training else 0.0, kwargs)
     query, key, value = in_autocast_dtype(query, key, value)
