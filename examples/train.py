@@ -27,11 +27,8 @@ def main() -> None:
     answers = config.data.has_media  # also evaluate which answers are right, word for word
 
     train = config.train
-    model = launcher.setup_model(  # meta -> sharded -> weights, block by block
-        config.build_model(tokenizer),
-        fused_loss=train.fused_loss,
-        router=train.router.build(),
-        broadcast_weights=train.broadcast_weights,
+    model = train.make(  # meta -> sharded -> weights, block by block
+        launcher.setup_model, model=config.build_model(tokenizer), router=train.router.build()
     )
     optimizer = train.optimizer.build(model)  # one for each mesh, behind a single step()
     steps = config.total_steps(loader)

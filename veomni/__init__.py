@@ -1,77 +1,53 @@
 """VeOmni: PyTorch-native components for training language, vision-language and omni models, without a trainer."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from veomni.version import __version__
+from veomni.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from veomni.data import build_dataloader, build_dataset
-    from veomni.launch import entrypoint
-    from veomni.launcher import Launcher
-    from veomni.logging import create_logger
-    from veomni.loop.checkpoint_schedule import CheckpointSchedule
-    from veomni.loop.reporter import Reporter
-    from veomni.loop.sample import show_sample
-    from veomni.models import build_config, build_model, build_processor, build_tokenizer
-    from veomni.optim import build_scheduler
-    from veomni.parallel.mesh import ParallelDims, get_parallel_state
-    from veomni.run_config import Config, load_config, save_args
-    from veomni.strategies import DDP, FSDP1, FSDP2, ContextParallel, Single, Ulysses
+    from veomni.data import build_dataloader as build_dataloader
+    from veomni.data import build_dataset as build_dataset
+    from veomni.launch import entrypoint as entrypoint
+    from veomni.launcher import Launcher as Launcher
+    from veomni.logging import create_logger as create_logger
+    from veomni.loop.checkpoint_schedule import CheckpointSchedule as CheckpointSchedule
+    from veomni.loop.reporter import Reporter as Reporter
+    from veomni.loop.sample import show_sample as show_sample
+    from veomni.models import build_config as build_config
+    from veomni.models import build_model as build_model
+    from veomni.models import build_processor as build_processor
+    from veomni.models import build_tokenizer as build_tokenizer
+    from veomni.optim import build_scheduler as build_scheduler
+    from veomni.parallel.mesh import ParallelDims as ParallelDims
+    from veomni.parallel.mesh import get_parallel_state as get_parallel_state
+    from veomni.run_config import Config as Config
+    from veomni.run_config import load_config as load_config
+    from veomni.run_config import save_args as save_args
+    from veomni.strategies import DDP as DDP
+    from veomni.strategies import FSDP1 as FSDP1
+    from veomni.strategies import FSDP2 as FSDP2
+    from veomni.strategies import ContextParallel as ContextParallel
+    from veomni.strategies import Single as Single
+    from veomni.strategies import Ulysses as Ulysses
 
 # Importing a name imports its module, and nothing before that: `import veomni` stays as cheap as `import torch`.
-_HOMES = {
-    "CheckpointSchedule": "veomni.loop.checkpoint_schedule",
-    "Config": "veomni.run_config",
-    "Launcher": "veomni.launcher",
-    "ParallelDims": "veomni.parallel.mesh",
-    "Reporter": "veomni.loop.reporter",
-    "build_config": "veomni.models",
-    "build_dataloader": "veomni.data",
-    "build_dataset": "veomni.data",
-    "build_model": "veomni.models",
-    "build_processor": "veomni.models",
-    "build_scheduler": "veomni.optim",
-    "build_tokenizer": "veomni.models",
-    "create_logger": "veomni.logging",
-    "entrypoint": "veomni.launch",
-    "get_parallel_state": "veomni.parallel.mesh",
-    "load_config": "veomni.run_config",
-    "save_args": "veomni.run_config",
-    "show_sample": "veomni.loop.sample",
-    **dict.fromkeys(("DDP", "FSDP1", "FSDP2", "ContextParallel", "Single", "Ulysses"), "veomni.strategies"),
+_NAMES = {
+    "veomni.data": "build_dataloader build_dataset",
+    "veomni.launch": "entrypoint",
+    "veomni.launcher": "Launcher",
+    "veomni.logging": "create_logger",
+    "veomni.loop.checkpoint_schedule": "CheckpointSchedule",
+    "veomni.loop.reporter": "Reporter",
+    "veomni.loop.sample": "show_sample",
+    "veomni.models": "build_config build_model build_processor build_tokenizer",
+    "veomni.optim": "build_scheduler",
+    "veomni.parallel.mesh": "ParallelDims get_parallel_state",
+    "veomni.run_config": "Config load_config save_args",
+    "veomni.strategies": "DDP FSDP1 FSDP2 ContextParallel Single Ulysses",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 _MODULES = ("accelerators", "data", "loggers", "models", "moe", "optim", "strategies", "testing")
-
-__all__ = [
-    "DDP",
-    "FSDP1",
-    "FSDP2",
-    "CheckpointSchedule",
-    "Config",
-    "ContextParallel",
-    "Launcher",
-    "ParallelDims",
-    "Reporter",
-    "Single",
-    "Ulysses",
-    "__version__",
-    "build_config",
-    "build_dataloader",
-    "build_dataset",
-    "build_model",
-    "build_processor",
-    "build_scheduler",
-    "build_tokenizer",
-    "create_logger",
-    "entrypoint",
-    "get_parallel_state",
-    "load_config",
-    "save_args",
-    "show_sample",
-]
 
 
 def __getattr__(name: str) -> Any:
@@ -86,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES])
+    return sorted(["__version__", *_HOMES, *_MODULES])

@@ -3,8 +3,6 @@
 Exit codes follow ``sysexits.h`` where it has a fitting one: 70 is EX_SOFTWARE, 75 EX_TEMPFAIL, 78 EX_CONFIG.
 """
 
-from __future__ import annotations
-
 EXIT_FAULT = 70
 EXIT_PREEMPTED = 75
 EXIT_BAD_INPUT = 78
@@ -17,7 +15,7 @@ class VeOmniError(Exception):
 
 
 class InputError(VeOmniError):
-    """Something the user gave cannot work: names the thing, and says what to do about it.
+    """Something the user gave cannot work.
 
     Args:
         problem: What is wrong, naming the key, file or value.
@@ -29,13 +27,11 @@ class InputError(VeOmniError):
     exit_code = EXIT_BAD_INPUT
 
     def __init__(self, problem: str, fix: str, field: str = "") -> None:
-        super().__init__(f"{problem}\n  fix: {fix}")
-        self.problem = problem
-        self.fix = fix
-        self.field = field
+        super().__init__(problem, fix, field)
+        self.problem, self.fix, self.field = problem, fix, field
 
-    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
-        return type(self), (self.problem, self.fix, self.field)
+    def __str__(self) -> str:
+        return f"{self.problem}\n  fix: {self.fix}"
 
 
 class ConfigError(InputError):
@@ -75,16 +71,11 @@ class CheckpointError(InputError):
 
 
 class MissingExtraError(InputError):
-    """An optional package is needed.
+    """An optional ``package``, which an ``extra`` of veomni installs, is needed."""
 
-    Args:
-        package: What could not be imported.
-        extra: The extra of veomni that installs it.
-    """
-
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed", f"pip install 'veomni[{extra}]'")
-        self.package, self.extra = package, extra
+    def __init__(self, package: str, extra: str, field: str = "") -> None:
+        super().__init__(f"{package} is not installed", f"pip install 'veomni[{extra}]'", field)
+        self.args = (package, extra, field)  # what it is pickled by
 
     @classmethod
     def check(cls, package: str, extra: str) -> None:
@@ -94,9 +85,6 @@ class MissingExtraError(InputError):
         if not RequirementCache(module=package):
             raise cls(package, extra)
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, ...]]:
-        return type(self), (self.package, self.extra)
-
 
 class NonFiniteError(VeOmniError):
-    """A gradient norm or loss is not finite; no parameter was changed by the step."""
+    """A gradient norm, a loss, router logits or parameters are not finite."""

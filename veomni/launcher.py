@@ -1,17 +1,13 @@
-"""The launcher: the few verbs a training loop calls. It delegates; every decision belongs to a strategy.
-
-``examples/minimal.py`` is a whole loop.
-"""
-
-from __future__ import annotations
+"""The launcher: the few verbs a training loop calls. It delegates; every decision belongs to a strategy."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import torch.distributed as dist
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -30,25 +26,22 @@ from veomni.loop.randomness import RandomState, seed_process, use_deterministic_
 from veomni.loop.reporter import Reporter
 from veomni.loop.step import ModelStep, Step, Weight, check_gradients
 from veomni.loop.step_reader import StepReader, last_step
+from veomni.moe import MoEOptions
 from veomni.strategies import ParameterStrategy, Strategy
 from veomni.strategies.base import sync_gradients
 from veomni.strategies.select import parameter_strategy, select_strategies
 from veomni.strategies.transforms.precision import Precision, select_precision
 
-if TYPE_CHECKING:
-    from veomni.moe import MoEOptions
-
 logger = create_logger(__name__)
 
 
 class Launcher(World):
-    """Compose strategies and an accelerator, and give a training loop its verbs.
+    """Compose strategies and an accelerator, and give a training loop its verbs (``examples/minimal.py``).
 
     Verbs that say "collective" must be called on all ranks.
 
     Args:
-        strategy: A strategy, the name of one, or several that compose, transforms of the model as activation
-            checkpointing among them; "auto" is FSDP2.
+        strategy: A strategy, its name, or several that compose, transforms of the model among them; "auto" is FSDP2.
         accelerator: An accelerator, the name of one, or "auto".
         precision: "fp64", "fp32" or "bf16" (bf16 compute over fp32 master weights and fp32 gradient reduction).
         devices: Processes on this node; None takes every device, or one process on a CPU.
@@ -68,9 +61,9 @@ class Launcher(World):
         precision: str | Precision = "fp32",
         devices: int | None = None,
         backend: str = "auto",
-        seed: int = 0,
+        seed: Annotated[int, Ge(0), Lt(2**63)] = 0,
         deterministic: bool = False,
-        timeout_seconds: float = 1800.0,
+        timeout_seconds: Annotated[float, Gt(0)] = 1800.0,
         reporter: Reporter | None = None,
         checkpoints: CheckpointSchedule | None = None,
     ) -> None:
@@ -95,7 +88,7 @@ class Launcher(World):
 
     def setup_model(self, model: nn.Module, *, fused_loss: bool = True, router: MoEOptions | None = None,
                     broadcast_weights: bool = False) -> nn.Module:  # fmt: skip
-        """Shard ``model``, give it its weights and return the module to call; collective.
+        """Shard a model, give it its weights and return the module to call; collective.
 
         Args:
             model: From ``build_model`` (on the meta device), or any module, which keeps the values of rank 0.
@@ -110,10 +103,8 @@ class Launcher(World):
     def setup_optimizer(self, model: nn.Module, factory: Callable[..., Optimizer], **options: Any) -> Optimizer:
         """Return ``factory`` applied to the trainable parameters of what :meth:`setup_model` returned.
 
-        Args:
-            model: What :meth:`setup_model` returned; each of its meshes gets an optimizer in a ``MultiOptimizer``.
-            factory: An optimizer class.
-            options: What the factory takes; and ``no_decay`` and ``lr_scale`` of :func:`~veomni.optim.build_optimizer`.
+        Each of its meshes gets an optimizer in a ``MultiOptimizer``. ``options`` are what the factory takes, and
+        ``no_decay`` and ``lr_scale`` of :func:`~veomni.optim.build_optimizer`.
         """
         from veomni.optim import build_optimizer
 
@@ -126,10 +117,8 @@ class Launcher(World):
     def setup_dataloader(self, loader: DataLoader[Any], *, accumulate: int = 1, epochs: int = 1) -> StepLoader:
         """Return the steps of any torch loader for :meth:`track`, sharded over data ranks and resumable.
 
-        Args:
-            loader: As for one process; what it collates is one micro-batch.
-            accumulate: Micro-batches of a step on each rank.
-            epochs: Epochs of one iteration; 1 for an iterable dataset.
+        The loader is as for one process; what it collates is a micro-batch, and ``accumulate`` of them are a step of
+        each rank. One iteration has so many ``epochs``; 1 for an iterable dataset.
         """
         return step_loader(loader, self.data_parallel, seed=self.seed, accumulate=accumulate, epochs=epochs)
 
@@ -137,11 +126,8 @@ class Launcher(World):
         """Yield one optimizer step at a time until the data or ``max_steps`` ends; collective.
 
         A rank without a batch ends the loop on all ranks. So does a signal to any rank, after the current step has been
-        saved by :meth:`checkpoint`; the process then exits with 75.
-
-        Args:
-            loader: Yields the list of this data rank's micro-batches of a step; ``MicroBatch.of`` names the kinds.
-            max_steps: The last step of the whole run, counted from 1.
+        saved by :meth:`checkpoint`; the process then exits with 75. The loader yields lists of this data rank's
+        micro-batches (``MicroBatch.of`` names the kinds); ``max_steps`` is the last step of the run, counted from 1.
 
         Raises:
             LoopError: a micro-batch of the last step was not backpropagated; or the loader yields no lists (DataError).
@@ -169,12 +155,10 @@ class Launcher(World):
     def accumulate(self, model: nn.Module, step: Step, *, weight: Weight | None = None) -> Iterator[MicroBatch]:
         """Yield the step's micro-batches on the device; gradients are exchanged in the last one's backward only.
 
-        Args:
-            model: What :meth:`setup_model` returned; several may be accumulated on in one loop, also interleaved.
-            step: What :meth:`track` yielded.
-            weight: Returns what the loss of a micro-batch averages over, a number; the call is then collective. None is
-                the (weighted) supervised tokens for causal language models, whose loss shifts labels by one, the labels
-                that are not -100 for other models, and the rows where there are no labels.
+        Several models may be accumulated on in one loop, also interleaved. ``weight`` returns what the loss of a
+        micro-batch averages over, a number; the call is then collective. None is the (weighted) supervised tokens for
+        causal language models, whose loss shifts labels by one, the labels that are not -100 for other models, and the
+        rows where there are no labels.
         """
         if not isinstance(step, Step):
             raise LoopError(f"accumulate() was given a {type(step).__name__}", "give it what launcher.track yields")
@@ -184,10 +168,8 @@ class Launcher(World):
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add this micro-batch's gradients, and those of its routers' losses; every loop must use this call.
 
-        Args:
-            loss: The mean over what the micro-batch weighs (see :meth:`accumulate`). Of a composed model its
-                ``losses`` by component, each the mean over its own tokens, whose sum is optimized.
-            micro: What the loss was computed on, from :meth:`accumulate`.
+        The loss is the mean over what the micro-batch weighs (see :meth:`accumulate`); of a composed model, its
+        ``losses`` by component, each the mean over its own tokens, whose sum is optimized.
 
         Raises:
             NonFiniteError: logits of a router are not finite; raised on all ranks.
@@ -245,7 +227,7 @@ class Launcher(World):
         ``eval_loss_NAME`` for each decoder of a composed model.
 
         Args:
-            model: What :meth:`setup_model` returned.
+            model: From :meth:`setup_model`.
             loader: Gives every rank the same number of micro-batches, in lists.
             answers: Also return ``eval_accuracy``, the share of documents answered right to the last token.
             loss: ``loss(model, micro)`` returns the mean loss of a micro-batch, or means by name, returned as

@@ -1,7 +1,5 @@
 """Loggers that know their rank: one clear line from rank 0, or one line per process, never a flood."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -36,25 +34,19 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
             self.warning_rank0("%s", text)
 
 
-class _RankFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.rank = current_rank()
-        return True
-
-
-def _root() -> logging.Logger:
-    root = logging.getLogger("veomni")
-    if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.addFilter(_RankFilter())
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
-        root.addHandler(handler)
-        root.setLevel(os.environ.get("VEOMNI_LOG_LEVEL", "INFO"))
-        root.propagate = False
-    return root
+def _with_rank(record: logging.LogRecord) -> bool:
+    record.rank = current_rank()
+    return True
 
 
 def create_logger(name: str) -> RankLogger:
     """Return a logger under ``veomni`` for a module's ``__name__`` (scripts' ``__main__`` included)."""
-    _root()
+    root = logging.getLogger("veomni")
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.addFilter(_with_rank)
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("VEOMNI_LOG_LEVEL", "INFO"))
+        root.propagate = False
     return RankLogger(logging.getLogger(name if name.startswith("veomni") else f"veomni.{name}"))

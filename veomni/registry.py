@@ -1,7 +1,5 @@
 """Named tables of components: this package's own, and those that installed packages bring as entry points."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib
@@ -18,11 +16,9 @@ T = TypeVar("T")
 def did_you_mean(name: str, known: list[str], otherwise: str = "") -> str:
     """Return the fix for an unknown ``name``: the nearest known one, else ``otherwise``, or all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return (
-        f"did you mean {near[0]!r}?"
-        if near
-        else otherwise or f"use one of: {', '.join(sorted(known)) or 'none registered'}"
-    )
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return otherwise or f"use one of: {', '.join(sorted(known)) or 'none registered'}"
 
 
 @functools.cache
@@ -32,33 +28,20 @@ def _entry_points(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
 
 
 class Registry(Generic[T]):
-    """Map names to components.
+    """Map names to components: ``@OPTIMIZERS.register("adamw")`` above a class or function.
 
     Args:
         kind: What the entries are, for messages ("model config", "optimizer").
         group: Entry-point group in which other packages name theirs; None takes registered ones only.
         home: Module that registers the built-in entries when it is imported; imported at the first look-up.
-
-    Example::
-
-        OPTIMIZERS = Registry("optimizer", group="veomni.optimizers", home="veomni.optim")
-
-        @OPTIMIZERS.register("adamw")
-        def adamw(...): ...
     """
 
     def __init__(self, kind: str, *, group: str | None = None, home: str | None = None) -> None:
-        self.kind = kind
-        self.group = group
-        self._home = home
+        self.kind, self.group, self._home = kind, group, home
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters its target under ``name``.
-
-        Raises:
-            ConfigError: ``name`` is taken by something else.
-        """
+        """Return a decorator that enters its target under ``name``, which nothing else may have."""
 
         def decorate(entry: T) -> T:
             if self._entries.get(name, entry) is not entry:
@@ -74,32 +57,31 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: nothing has that name, or the package that provides it cannot be imported.
         """
-        self._import_home()
-        if name in self._entries:
-            return self._entries[name]
-        points = self._points()
-        if name not in points:
-            raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(name, list(self)))
+        known = self._known()
+        if name not in known:
+            raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(name, list(known)))
+        found = known[name]
+        if not isinstance(found, EntryPoint):
+            return found
         try:
-            return points[name].load()
+            loaded: T = found.load()
         except (ImportError, AttributeError) as error:
-            problem = f"{self.kind} {name!r} cannot be loaded from {points[name].value}: {error}"
+            problem = f"{self.kind} {name!r} cannot be loaded from {found.value}: {error}"
             raise ConfigError(problem, "fix or uninstall the package that provides it") from error
+        return loaded
 
-    def _import_home(self) -> None:
+    def _known(self) -> dict[str, T | EntryPoint]:
         if self._home is not None:
             importlib.import_module(self._home)
-
-    def _points(self) -> dict[str, EntryPoint]:
-        return {} if self.group is None else _entry_points(self.group, tuple(sys.path))
+        points = {} if self.group is None else _entry_points(self.group, tuple(sys.path))
+        own: dict[str, T | EntryPoint] = dict(self._entries)
+        return own | {name: point for name, point in points.items() if name not in own}
 
     def __contains__(self, name: object) -> bool:
-        self._import_home()
-        return name in self._entries or name in self._points()
+        return name in self._known()
 
     def __iter__(self) -> Iterator[str]:
-        self._import_home()
-        return iter({**self._entries, **self._points()})
+        return iter(self._known())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._known())

@@ -15,7 +15,7 @@ from veomni.config.keys import all_keys
 from veomni.errors import LayoutError
 from veomni.run_config import Config, load_config
 
-ABOVE = ("veomni/config/", "veomni/cli/", "veomni/run_config.py")
+ABOVE = ("veomni/config/", "veomni/cli/", "veomni/run_config/")
 KEYS = re.compile(rf"(?<![\w.])({'|'.join(re.escape(key) for key in sorted(all_keys(Config)) if '.' in key)})(?![\w.])")
 
 ARGUMENT = r"(?:[A-Z]\w*[a-z]\w*|build_\w+)\.[a-z_]+"

@@ -259,7 +259,7 @@ BAD_LOOPS = {
     unreduced_loss: (LoopError, r"a tensor of shape \[3, 2\] for a loss"),
     number_for_a_loss: (LoopError, "given float for a loss"),
     foreign_micro_batch: (LoopError, "of no step"),
-    batch_for_a_step: (LoopError, "accumulate.. was given a tuple"),
+    batch_for_a_step: (LoopError, "accumulate.. was given a list"),
     unknown_model: (LoopError, "no model"),
     unweighted: (LoopError, "sum to 0"),
     negative_weight: (LoopError, "sum to nan.*\n.*0 or more"),
@@ -291,13 +291,22 @@ def uneven_evaluation():
     launcher.launch()
     model = launcher.setup_model(Plain())
     held_out = [[{"x": torch.ones(1, 2)}] * (1 + launcher.rank)]
-    with pytest.raises(LoopError, match="1 to 2 micro-batches"):
+    with pytest.raises(LoopError, match=f"rank {launcher.rank} has {1 + launcher.rank} micro-batches in step 1"):
         launcher.evaluate(model, held_out, loss=lambda model, micro: loss_of(model, micro))
     launcher.close()
 
 
-def test_ranks_evaluate_equally_many_micro_batches():
-    run_ranks(uneven_evaluation, 2, init=False, timeout=30)
+def uneven_steps():
+    launcher = Launcher("fsdp2", accelerator="cpu", backend="gloo")
+    launcher.launch()
+    with pytest.raises(LoopError, match=f"rank {launcher.rank} has {1 + launcher.rank} micro-batches in step 1"):
+        next(launcher.track([[{"x": torch.ones(1, 2)}] * (1 + launcher.rank)]))
+    launcher.close()
+
+
+@pytest.mark.parametrize("body", [uneven_evaluation, uneven_steps])
+def test_ranks_have_equally_many_micro_batches(body):
+    run_ranks(body, 2, init=False, timeout=30)
 
 
 def steps_of_a_list():

@@ -1,7 +1,5 @@
 """What the loss of a micro-batch is a mean over."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,11 +47,7 @@ def label_count(micro: MicroBatch) -> int:
 
 
 def row_count(micro: MicroBatch) -> int:
-    """Return the number of rows: what the loader counted, or the length of the first tensor that has one.
-
-    Raises:
-        DataError: there is no tensor.
-    """
+    """Return the number of rows: what the loader counted, or the length of the first tensor; else a DataError."""
     if micro.samples is not None:
         return micro.samples
     length = next(

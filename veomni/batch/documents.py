@@ -1,10 +1,8 @@
 """The rows of a micro-batch: their documents, their padding, and which of their positions this rank holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ class RowLayout:
     position_fractions: Tensor | None = None
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> RowLayout:
+    def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> Self:
         """Return the layout of a batch that has none: every row is one document, padded where its mask is 0."""
         return cls(_lengths_of(inputs), position_fractions=position_fractions)
 
@@ -52,10 +50,6 @@ def _lengths_of(inputs: Mapping[str, Any]) -> tuple[int, ...]:
 
 def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
     """Return which of this rank's positions hold a token, bool ``[batch, seq]``; None where all of them do.
-
-    Args:
-        inputs: The model's arguments, of whole rows or of this rank's shard.
-        rows: Their layout.
 
     Raises:
         DataError: rows are padded, and it is not known where.
@@ -79,7 +73,8 @@ def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
 def document_numbers(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor:
     """Return which of the batch's documents each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding.
 
-    Arguments and errors are those of :func:`token_mask`.
+    Raises:
+        DataError: rows are padded, and it is not known where.
     """
     batch, held = row_shape(inputs)
     length, lengths = held * rows.shard.size, rows.document_lengths

@@ -1,10 +1,7 @@
 """The fields of a micro-batch: how each is packed, padded and split over ranks, and which part of a batch holds it.
 
-One table, complete at import. A field that is not in it is passed to the model unchanged, and rejected where it would
-have to be packed or split.
+A field that is not in the table is passed to the model unchanged, and rejected where it would be packed or split.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass

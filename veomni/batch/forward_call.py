@@ -1,10 +1,7 @@
 """The forward that a model is in: what attention, masks, encoders and losses read and a model does not pass on.
 
-The functions that are registered with transformers are constant and read :func:`current_call`. So models with other
-sequence groups, a teacher and a student say, live in one process.
+Functions registered with transformers are constant and read :func:`current_call`: models with other groups may coexist.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +20,9 @@ from veomni.errors import ModelError
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """The ranks that share the rows of a model.
+    """The ranks that share the rows of a model: all, those that exchange sequence for heads, and those of the ring.
 
-    Attributes:
-        shard: Which positions of every row this rank holds.
-        ranks: All ranks that share a row.
-        ulysses: Those of them that exchange sequence for heads; None without Ulysses.
-        ring: Those of them that send keys and values round; None without context parallelism.
+    ``ulysses`` is None without Ulysses, ``ring`` without context parallelism.
     """
 
     shard: SequenceShard

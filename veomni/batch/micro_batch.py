@@ -1,7 +1,4 @@
-"""One forward and backward: what a loader yields a list of for every optimizer step.
-
-``inputs`` are keyword arguments of the model, in transformers' names; :class:`MicroBatch` describes those of text.
-"""
+"""One forward and backward: what a loader yields a list of for every optimizer step."""
 
 from __future__ import annotations
 
@@ -53,8 +50,8 @@ class Origin:
     """Where the documents of a micro-batch come from.
 
     Attributes:
-        document_ids: Of a stream, epoch and place of each document: ``"0/train.jsonl, byte 0"``. Of a document in
-            pieces, the piece is part of it; of a preference pair, which side it is.
+        document_ids: Of a stream, epoch and place of each document, ``"0/train.jsonl, byte 0"``, and which piece or
+            which side of a preference pair it is.
         document_sources: Of a mixture, the index in ``source_names`` of each document's source.
         source_names: Names of the mixture's sources, the same in every batch.
     """
@@ -68,13 +65,13 @@ class Origin:
 class MicroBatch:
     """One forward and backward: ``model(*micro.args, **micro.inputs)``.
 
-    Of packed text, ``input_ids``, ``labels`` and ``position_ids`` are int64 ``[batch, seq]``; positions restart at 0
-    with every document; labels are unshifted, ``IGNORE_INDEX`` at unsupervised tokens and at the first token of every
-    document. ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32 ``[documents + 1]``, are offsets into the ``batch * seq``
-    flattened tokens of whole rows, the padded tail of a row being one more document; ``max_length_q`` and
-    ``max_length_k``, int, an upper bound of the longest. They are left out where every row is one document: dense
-    kernels are faster then. Where ranks share a row (``veomni/batch/split.py``), the first three hold this rank's
-    shard, and ``shift_labels``, shifted on the whole row, is what the loss is taken on.
+    Inputs have transformers' names. Of packed text, ``input_ids``, ``labels`` and ``position_ids`` are int64
+    ``[batch, seq]``; positions restart at 0 with every document; labels are unshifted, ``IGNORE_INDEX`` at unsupervised
+    tokens and at the first token of every document. ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32 ``[documents + 1]``,
+    are offsets into the ``batch * seq`` flattened tokens of whole rows, the padded tail of a row being one more
+    document; ``max_length_q`` and ``max_length_k``, int, an upper bound of the longest. They are left out where every
+    row is one document: dense kernels are faster then. Where ranks share a row (``veomni/batch/split.py``), the first
+    three hold this rank's shard, and ``shift_labels``, shifted on the whole row, is what the loss is taken on.
 
     Attributes:
         inputs: The model's keyword arguments, and nothing else.
@@ -118,11 +115,9 @@ class MicroBatch:
     def of(cls, batch: Any, *, samples: int | None = None) -> MicroBatch:
         """Return what a loader yields for one forward as a micro-batch.
 
-        Args:
-            batch: A micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do
-                not take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or
-                one such argument: a tensor, nested or not, or an object with a method ``to(device)``.
-            samples: How many samples were collated into it, if that is known; 0 marks a filler.
+        That is a micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do not
+        take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or one such
+        argument: a tensor, nested or not, or an object with a method ``to(device)``.
 
         Raises:
             DataError: it is none of these.
@@ -145,10 +140,7 @@ class MicroBatch:
     def of_fields(cls, values: Mapping[str, Any], rows: RowLayout | None = None, **others: Any) -> MicroBatch:
         """Return a micro-batch of fields by name, each held where the table of fields says.
 
-        Args:
-            values: Fields by name.
-            rows: Layout of its rows; None takes every row for one document.
-            others: Further attributes (``origin``).
+        Where ``rows`` is None, every row is one document. ``others`` are further attributes.
         """
         held: dict[str, dict[str, Any]] = {"inputs": {}, "targets": {}, "rows": {}}
         for name, value in values.items():
@@ -159,10 +151,10 @@ class MicroBatch:
 
     @staticmethod
     def of_call(kwargs: Mapping[str, Any]) -> MicroBatch | None:
-        """Return rows, targets and origin of the micro-batch that a model is called with; None for other arguments.
+        """Return the micro-batch that a model is called with, without its inputs; None for other arguments.
 
-        The tensors hold them. So the layout of rows reaches every model that is called with them, a teacher as well as
-        the trained model, without being an argument; several may be in use at a time. It has no ``inputs`` of its own.
+        The tensors hold it. So the layout of rows reaches every model that is called with them, a teacher as well as
+        the trained model, without being an argument; several may be in use at a time.
         """
         tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
         return next((getattr(tensor, _LAYOUT) for tensor in tensors if hasattr(tensor, _LAYOUT)), None)
@@ -214,11 +206,7 @@ class MicroBatch:
         return self.map(_Pinnable, lambda value: value.pin_memory())
 
     def split(self, shard: SequenceShard) -> MicroBatch:
-        """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`.
-
-        Raises:
-            DataError: rows cannot be split; or they already are, in another way.
-        """
+        """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`."""
         if shard == self.rows.shard:
             return self
         if self.rows.shard.size > 1 or self.args:
@@ -240,4 +228,6 @@ def _named(batch: Any) -> dict[str, Any] | None:
         return None
     if is_dataclass(batch) and not isinstance(batch, type):
         return {one.name: getattr(batch, one.name) for one in fields(batch)}
-    return batch._asdict() if isinstance(batch, tuple) and hasattr(batch, "_asdict") else None
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return {name: getattr(batch, name) for name in batch._fields}
+    return None

@@ -1,10 +1,4 @@
-"""Cut rows into the shards of the ranks that share them (Ulysses, context parallelism).
-
-Everything that needs a whole row happens before the cut: labels are shifted, document boundaries found, rows padded. It
-runs in a loader's worker, so that only this rank's shard is sent on, or in the launcher, for batches of other loaders.
-"""
-
-from __future__ import annotations
+"""Cut rows into the shards of the ranks that share them (Ulysses, context parallelism)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,13 +58,11 @@ WHOLE_ROWS = SequenceShard()
 def split_fields(fields: Mapping[str, Any], shard: SequenceShard) -> dict[str, Any]:
     """Return this rank's shard of the fields of whole rows.
 
+    What needs a whole row happens before the cut. It runs in a loader's worker, or in the launcher for other loaders.
     Tensors of one entry per token are cut; ``shift_labels`` holds the labels shifted on the whole row, and so does
     ``labels``; ``loss_weights`` are shifted with them; ``cu_seq_lens_q`` and ``cu_seq_lens_k`` stay those of the whole
-    rows, with a padded tail as one more document, and are left out where every row is one document.
-
-    Args:
-        fields: By name; position ids may be ``[axes, batch, seq]``.
-        shard: Which positions this rank holds.
+    rows, with a padded tail as one more document, and are left out where every row is one document. Position ids may be
+    ``[axes, batch, seq]``.
 
     Raises:
         DataError: there is a padding mask, a row is shorter than the number of ranks, or an unknown tensor has an entry
@@ -88,11 +80,7 @@ def split_fields(fields: Mapping[str, Any], shard: SequenceShard) -> dict[str, A
 
 
 def row_shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of rows and of positions of each.
-
-    Raises:
-        DataError: it holds no token sequence.
-    """
+    """Return the number of rows and of positions of each; a DataError where there is no token sequence."""
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
             return int(inputs[name].shape[0]), int(inputs[name].shape[1])

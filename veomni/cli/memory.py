@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veomni.loop.section import TrainSection
 from veomni.models import derive_plan
 from veomni.optim import OptimizerSection, hidden_matrices
+from veomni.run_config.train import TrainSection
 from veomni.strategies.transforms.precision import Precision, select_precision
 
 

@@ -1,7 +1,5 @@
 """The contract of a logger, and the group that keeps one failing backend from stopping a run."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,9 +10,6 @@ from veomni.registry import Registry
 logger = create_logger(__name__)
 
 Metrics = Mapping[str, float | int | None]
-
-LOGGERS: Registry[Callable[..., Logger]] = Registry("logger", group="veomni.loggers", home="veomni.loggers")
-"""Loggers by the names that configurations use; each is called with the run's ``output_dir`` and its options."""
 
 
 class Logger(ABC):
@@ -50,6 +45,10 @@ class Logger(ABC):
     def finalize(self, status: str) -> None:
         """Write what is buffered and close; the run is "finished", "preempted" or "failed"."""
         return
+
+
+LOGGERS: Registry[Callable[..., Logger]] = Registry("logger", group="veomni.loggers", home="veomni.loggers")
+"""Loggers by the names that configurations use; each is called with the run's ``output_dir`` and its options."""
 
 
 class LoggerGroup:

@@ -1,7 +1,5 @@
 """Files with a line of JSON per step, complete on disk as soon as the step is, and cut back when a run resumes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Configuration without its secrets: what may leave the machine."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

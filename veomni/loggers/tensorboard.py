@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 
 @LOGGERS.register("tensorboard")
 class TensorBoardLogger(Logger):
-    """Write metrics to ``<output_dir>/tensorboard``, and the configuration, without its secrets, as text.
-
-    Args:
-        output_dir: The run's directory.
-
-    Raises:
-        MissingExtraError: tensorboard is not installed.
-    """
+    """Write metrics to ``<output_dir>/tensorboard``, and the configuration, without its secrets, as text."""
 
     name = "tensorboard"
 

@@ -1,7 +1,5 @@
 """Weights & Biases, online or in a folder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property

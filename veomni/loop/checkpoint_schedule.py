@@ -34,9 +34,6 @@ class CheckpointSchedule:
         async_save: Write in the background while training continues.
         verify_hash: Compare every file with the manifest's hash before loading.
         signature: What must be the same in the run that resumes (sizes of the model, say).
-
-    Raises:
-        CheckpointError: ``resume`` is a path, and there is no ``directory``.
     """
 
     def __init__(
@@ -68,11 +65,7 @@ class CheckpointSchedule:
         return None if self.directory is None else Checkpointer(self.directory, **self._options)
 
     def save_if_due(self, state: Mapping[str, Any], step: int) -> None:
-        """Save ``state`` after ``step`` when the schedule says so; collective.
-
-        Raises:
-            NonFiniteError: a parameter is not finite on some rank; raised on all ranks, and nothing is saved.
-        """
+        """Save ``state`` when it is due, unless a parameter is not finite (NonFiniteError); collective."""
         regular = self.save_steps is not None and step % self.save_steps == 0
         if step == self._saved or not (regular or self.stopping or (self.last and self.save_final)):
             return
@@ -84,11 +77,7 @@ class CheckpointSchedule:
         self._saved = step
 
     def resume(self, state: Mapping[str, Any]) -> int:
-        """Load what to continue from into ``state`` and return its step; 0 when there is nothing; collective.
-
-        Raises:
-            CheckpointError: the checkpoint asked for cannot be loaded, or the directory holds those of later steps.
-        """
+        """Load what to continue from into ``state`` and return its step; 0 when there is nothing; collective."""
         if self._checkpointer is None:
             return 0
         if self.resume_from == "auto":

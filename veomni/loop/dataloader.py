@@ -1,7 +1,5 @@
 """Any torch ``DataLoader`` as a loader of optimizer steps: dealt to data ranks, accumulated, resumable."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +19,10 @@ StepLoader = SampledSteps | StreamedSteps
 def step_loader(
     loader: DataLoader[Any], parallel: tuple[int, int], *, seed: int, accumulate: int = 1, epochs: int = 1
 ) -> StepLoader:
-    """Return the steps of ``loader``, see ``Launcher.setup_dataloader``.
+    """Return the steps of a loader with any dataset, sampler, ``collate_fn`` and workers.
 
-    Args:
-        loader: Over a map-style or iterable dataset, with any sampler, ``collate_fn`` and workers.
-        parallel: This process's place among the data ranks, and their number.
-        seed: Of the order.
-        accumulate: Micro-batches of a step on each rank.
-        epochs: Epochs of one iteration; 1 for an iterable dataset.
+    Arguments are those of ``Launcher.setup_dataloader``; ``parallel`` is this process's place among the data ranks, and
+    their number.
 
     Raises:
         InputError: it is no torch loader, a number is below 1, or ``epochs`` is above 1 for an iterable dataset.

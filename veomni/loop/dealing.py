@@ -1,7 +1,5 @@
 """How the samples of a torch ``DataLoader`` are dealt to data ranks, in one order that all of them draw."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +42,7 @@ class Deal:
 
 
 def drawn(sampler: Iterable[Any], dataset: Any, seed: int, epoch: int) -> Sequence[Any]:
-    """Return all that a sampler yields, a function of (seed, epoch): the same on every rank.
-
-    A ``DistributedSampler`` is replaced by the sampler of the whole dataset that it deals out.
-    """
+    """Return all that a sampler yields, of a ``DistributedSampler`` over the whole dataset, by (seed, epoch) alone."""
     if isinstance(sampler, DistributedSampler):
         sampler = RandomSampler(dataset) if sampler.shuffle else SequentialSampler(dataset)
     if isinstance(sampler, SequentialSampler):
@@ -85,11 +80,7 @@ def is_ready(loader: DataLoader[Any]) -> bool:
 
 
 def check_same_data(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Reject the state of other data, or of another order of them.
-
-    Raises:
-        CheckpointError: names what differs.
-    """
+    """Raise a CheckpointError that names what differs, where a state is that of other data or another order of them."""
     saved = dict(state.get("data", {}))
     changed = [f"{name} ({saved.get(name)!r} then, {now[name]!r} now)" for name in now if saved.get(name) != now[name]]
     if changed:

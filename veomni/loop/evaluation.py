@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,12 @@ from veomni.errors import LoopError, ModelError
 from veomni.launch.world import World
 from veomni.loop.losses import loss_context
 from veomni.loop.step import forward
-from veomni.loop.step_reader import listed, shard
-from veomni.loop.sync import extremes
+from veomni.loop.step_reader import StepReader
 from veomni.models.adapter.adapter import ModelAdapter
+from veomni.models.adapter.passes.loss_context import LossContext, Predictions
 
 if TYPE_CHECKING:
     from veomni.metrics.mean import WeightedMean
-    from veomni.models.adapter.passes.loss_context import LossContext, Predictions
 
 Measure = Callable[[nn.Module, MicroBatch], Tensor | Mapping[str, Tensor]]
 """Runs a model on a micro-batch and returns means over it: its loss, or numbers by name ("loss", "accuracy")."""
@@ -33,50 +32,28 @@ Measure = Callable[[nn.Module, MicroBatch], Tensor | Mapping[str, Tensor]]
 def evaluate(
     model: nn.Module, loader: Iterable[Any], world: World, *, answers: bool, measure: Measure | None
 ) -> dict[str, float]:
-    """Return means over a held-out loader; see ``Launcher.evaluate``."""
+    """See ``Launcher.evaluate``."""
     evaluation, training = Evaluation(model, world, answers=answers, measure=measure), model.training
+    reader, steps = StepReader(loader, world), 0
     model.eval()
     try:
-        for micro in _micro_batches(loader):
-            evaluation.add(shard(micro, world))
+        while step := reader.read(steps + 1):
+            steps += 1
+            for micro in step.micro_batches:
+                evaluation.add(micro)
     finally:
         model.train(training)
+    if not steps:
+        raise LoopError("evaluate() was given an empty loader", "give it held-out data")
     return evaluation.compute()
 
 
-def _micro_batches(loader: Iterable[Any]) -> Iterator[MicroBatch]:
-    """Yield micro-batches, equally many on all ranks: every forward is collective."""
-    batches, read = iter(loader), False
-    while True:
-        micro_batches = listed(next(batches, []))
-        fewest, most = extremes(len(micro_batches))
-        if fewest < most:
-            raise LoopError(
-                f"evaluate() got {fewest:g} to {most:g} micro-batches from the loaders of different ranks",
-                "give every rank as many, as launcher.setup_dataloader and build_dataloader do",
-            )
-        if not most and not read:
-            raise LoopError("evaluate() was given an empty loader", "give it held-out data")
-        only_fillers = getattr(loader, "exhausted", False) and all(micro.is_empty for micro in micro_batches)
-        if not most or extremes(only_fillers)[0]:
-            return
-        yield from micro_batches
-        read = True
-
-
 class Evaluation:
-    """Adds up losses and correct answers.
+    """Adds up losses and correct answers; the arguments are those of ``Launcher.evaluate``."""
 
-    Args:
-        model: What ``Launcher.setup_model`` returned.
-        world: The mesh, and where losses are.
-        answers: Whether answers are counted.
-        measure: Computes the numbers instead of the model's own loss.
-    """
-
-    def __init__(self, model: nn.Module, world: World, *, answers: bool, measure: Measure | None = None) -> None:
+    def __init__(self, model: nn.Module, world: World, *, answers: bool, measure: Measure | None) -> None:
         self._model, self._state, self._device = model, world.state, world.device
-        self._answers, self._measure = answers, measure
+        self._answers, self._measure = answers, measure or model_losses
         self._shifts = ModelAdapter.of(model).loss is not None
         self._sources: tuple[str, ...] = ()
         self._means: dict[str, WeightedMean] = {}
@@ -90,23 +67,16 @@ class Evaluation:
         self._means[name].update(value, weight, groups)
 
     def add(self, held: MicroBatch) -> None:
-        """Run the model on a micro-batch, and add its numbers.
-
-        Args:
-            held: This rank's shard, on the CPU.
-
-        Raises:
-            ModelError: answers are counted, and the model computes its loss itself; or it or ``measure`` returns none.
-        """
+        """Run the model on this rank's shard of a micro-batch, which is on the CPU, and add its numbers."""
         sources = tuple(sources_of([held]))
         self._sources = sources if len(sources) > 1 else ()
         micro = held.to(self._device)
         with loss_context(self._model, micro) as context:
             context.predicts = self._answers
-            found = self._measured(micro) if self._measure is not None else self._losses(forward(self._model, micro))
+            found = self._measure(self._model, micro)
         weight = token_weight(held) if self._shifts else label_count(held)
-        tokens = {} if self._measure is not None else component_tokens(held.inputs)
-        for name, mean in found.items():
+        tokens = component_tokens(held.inputs) if self._measure is model_losses else {}
+        for name, mean in _by_name(found).items():
             self._add(name, mean, tokens.get(name.removeprefix("loss_"), weight))
         if self._sources and context.by_source is not None:
             losses, weights = context.by_source.sums
@@ -114,30 +84,10 @@ class Evaluation:
         if self._answers:
             self._count_answers(held, context)
 
-    def _measured(self, micro: MicroBatch) -> dict[str, Tensor]:
-        assert self._measure is not None
-        found = self._measure(self._model, micro)
-        if not isinstance(found, (Tensor, Mapping)) or (isinstance(found, Tensor) and found.numel() != 1):
-            given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ModelError(f"evaluate's loss= returned {given}", "return a mean, a 0-d tensor, or means by name")
-        return {"loss": found} if isinstance(found, Tensor) else dict(found)
-
-    def _losses(self, output: Any) -> dict[str, Tensor]:
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            raise ModelError(
-                f"{type(self._model).__name__} returned no loss to evaluate",
-                "give the data labels, or give evaluate(..., loss=function(model, micro))",
-            )
-        components = getattr(output, "losses", {"text": loss})
-        return {"loss" if name == "text" else f"loss_{name}": each for name, each in components.items()}
-
     def _count_answers(self, held: MicroBatch, context: LossContext) -> None:
         if context.predictions is None:
-            raise ModelError(
-                f"predictions of {type(self._model).__name__} are unavailable: it computes its loss itself",
-                "evaluate without answers",
-            )
+            problem = f"predictions of {type(self._model).__name__} are unavailable: it computes its loss itself"
+            raise ModelError(problem, "evaluate without answers")
         wrong, supervised = self._count_tokens(held, context.predictions)
         sources = held.origin.document_sources if self._sources else [0] * len(wrong)
         groups = torch.tensor(sources, dtype=torch.int64, device=self._device)
@@ -155,7 +105,7 @@ class Evaluation:
         return counts
 
     def compute(self) -> dict[str, float]:
-        """Return the means as ``eval_NAME``, equal on all ranks; see ``Launcher.evaluate``; collective."""
+        """Return the means as ``eval_NAME``, equal on all ranks; collective."""
         order = sorted(self._means, key=lambda name: (name != "loss", name))
         means = {name: self._means[name].compute().tolist() for name in order}
         by_source = {"loss": means.pop("source_loss", [])[1:], "accuracy": means.get("accuracy", [])[1:]}
@@ -165,3 +115,23 @@ class Evaluation:
         for name, values in by_source.items():
             metrics |= {f"eval_{name}/{source}": value for source, value in zip(self._sources, values, strict=False)}
         return metrics
+
+
+def model_losses(model: nn.Module, micro: MicroBatch) -> dict[str, Tensor]:
+    """Return the loss of a model's output, "loss", and those of its other components as "loss_NAME"."""
+    output = forward(model, micro)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        problem = f"{type(model).__name__} returned no loss to evaluate"
+        raise ModelError(problem, "give the data labels, or give evaluate(..., loss=function(model, micro))")
+    components = getattr(output, "losses", {"text": loss})
+    return {"loss" if name == "text" else f"loss_{name}": each for name, each in components.items()}
+
+
+def _by_name(found: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(found, Mapping):
+        return found
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ModelError(f"evaluate's loss= returned {given}", "return a mean, a 0-d tensor, or means by name")
+    return {"loss": found}

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def loss_context(model: nn.Module, micro: MicroBatch) -> Iterator[LossContext]:
-    """Provide the loss of ``model``, inside the context, with what the model does not pass on to it.
-
-    Raises:
-        ModelError: tokens have weights, and the model computes its loss itself.
-    """
+    """Provide the loss of ``model``, inside the context, with what the model does not pass on to it."""
     loss = ModelAdapter.of(model).loss
     if loss is None:
         if micro.targets.loss_weights is not None:
@@ -57,10 +53,8 @@ def _share(name: str, loss: Tensor, micro: MicroBatch, step: ModelStep) -> Tenso
     """Return a loss times the micro-batch's share of what the component's loss is the mean over."""
     key = f"components.{name}"
     if name != "text" and key not in step.totals:
-        raise ModelError(
-            f"loss {name!r} has no token count",
-            "register a field with Field(counts=...) that counts its tokens (veomni/batch/fields.py)",
-        )
+        fix = "register a field with Field(counts=...) that counts its tokens (veomni/batch/fields.py)"
+        raise ModelError(f"loss {name!r} has no token count", fix)
     mine = micro.weight if name == "text" else component_tokens(micro.inputs)[name]
     if not mine:  # the mean over nothing may be NaN
         return loss.nan_to_num() * 0.0

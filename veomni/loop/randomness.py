@@ -1,7 +1,5 @@
 """Seeds and random states of one process: Python, NumPy, PyTorch's CPU generator and the device's."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator
@@ -33,11 +31,7 @@ def use_deterministic_algorithms() -> None:
 
 
 class RandomState:
-    """This process's generators as something with a ``state_dict`` of tensors and plain values, for a checkpoint.
-
-    Args:
-        accelerator: Whose device generator is part of it.
-    """
+    """This process's generators, the accelerator's among them, with a ``state_dict`` of tensors and plain values."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

@@ -1,11 +1,9 @@
 """Reports of a run: header, progress, ``metrics.jsonl`` and other loggers, times and FLOPs, plot and summary."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from annotated_types import Ge
 from torch import Tensor, nn
@@ -15,12 +13,10 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import LoopError
 from veomni.loggers import JsonlLogger, Logger, LoggerGroup
 from veomni.logging import create_logger, current_rank
+from veomni.loop.step import Step
 from veomni.metrics import FlopsCounter, Progress, StepFlops, Throughput, plot_expert_load, plot_loss
-
-if TYPE_CHECKING:
-    from veomni.loop.step import Step
-    from veomni.moe import ExpertLoad
-    from veomni.strategies.transforms.precision import Precision
+from veomni.moe import ExpertLoad
+from veomni.strategies.transforms.precision import Precision
 
 logger = create_logger(__name__)
 
@@ -95,11 +91,7 @@ class Reporter:
             self._progress = Progress(total, step)
 
     def report(self, metrics: Mapping[str, float | int | Tensor | None]) -> None:
-        """Send the numbers of the current step to the progress bar and the loggers.
-
-        Raises:
-            LoopError: there is no step yet, or a micro-batch of it was not backpropagated.
-        """
+        """Send the numbers of the current step, which must be complete, to the progress bar and the loggers."""
         step = self.step
         if step is None:
             raise LoopError("log() was called before the first step", "call it inside the loop over launcher.track")

@@ -9,23 +9,12 @@ if TYPE_CHECKING:
     from veomni.data import IndexedDataset
 
 
-def show_sample(
-    directory: Path | str,
-    documents: IndexedDataset | None,
-    *,
-    chat_template: str | None = None,
-    max_new_tokens: int = 100,
-) -> None:
-    """Print a prompt of the middle held-out document, and what the model generates from it; for one rank to call.
+def show_sample(directory: Path | str, documents: IndexedDataset | None, *, chat_template: str | None = None) -> None:
+    """Print a prompt of the middle held-out document, and what the exported model in ``directory`` generates from it.
 
-    The prompt of a conversation is all but its last message, through the chat template; that of a text is some lines
-    before its middle. Of other data, of media and of streams nothing is printed.
-
-    Args:
-        directory: An exported language model with its tokenizer.
-        documents: The held-out documents.
-        chat_template: Name of a chat template, or the template; None takes the tokenizer's.
-        max_new_tokens: Longest answer.
+    The prompt of a conversation is all but its last message, through the chat template (a name, or the template; None
+    takes the tokenizer's); that of a text is some lines before its middle. Of other data, of media and of streams
+    nothing is printed. For one rank to call.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -45,6 +34,6 @@ def show_sample(
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     torch.manual_seed(0)
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.4, top_p=0.9)
+    tokens = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.4, top_p=0.9)
     generated = tokenizer.decode(tokens[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"--- held out, from {document.where}:\n{prompt}\n--- {directory} continues:\n{generated}", flush=True)

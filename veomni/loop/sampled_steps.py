@@ -1,8 +1,7 @@
 """Steps of a torch ``DataLoader`` over a map-style dataset: samples, or ready batches, in an order all ranks share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -15,16 +14,11 @@ from veomni.loop.dealing import Deal, check_same_data, drawn, is_ready, options_
 class SampledSteps:
     """Yields, per optimizer step, this data rank's list of micro-batches.
 
-    The sampler (or batch sampler) is drawn from (seed, epoch), the same on all ranks; a step takes the next
-    ``batch_size * accumulate * size`` samples, and rank r every ``size``-th of them. So every sample comes once per
-    epoch, and steps of equal size hold the same samples on any number of ranks. The last step of an epoch is shorter
-    unless ``drop_last``; a rank without a sample in it gets a filler of weight 0.
-
-    The sampler is finite, and draws from torch's generator, Python's, or one of its own. ``epoch`` counts the epochs
-    completed; ``epochs`` are those of one iteration.
-
-    Raises:
-        DataError: an epoch has not enough samples for a step.
+    The (batch) sampler, which is finite and draws from torch's generator, Python's, or one of its own, is drawn from
+    (seed, epoch), the same on all ranks; a step takes the next ``batch_size * accumulate * size`` samples, and rank r
+    every ``size``-th of them. So every sample comes once per epoch, and steps of equal size hold the same samples on
+    any number of ranks. The last step of an epoch is shorter unless ``drop_last``; a rank without a sample in it gets a
+    filler of weight 0. ``epoch`` counts the epochs completed; ``epochs`` are those of one iteration.
     """
 
     exhausted = False
@@ -104,11 +98,7 @@ class SampledSteps:
         return {"epoch": self.epoch, "done": self._done, "data": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the last step received when ``state`` was taken, also on another number of ranks.
-
-        Raises:
-            CheckpointError: the state belongs to other data, or to another order of them.
-        """
+        """Continue after the last step received when ``state`` was taken, also on another number of ranks."""
         check_same_data(state, self._fingerprint)
         self.epoch, self._done = int(state["epoch"]), int(state["done"])
 
@@ -117,11 +107,11 @@ class SampledSteps:
         return {"kind": "batches" if self._ready else "samples", "length": len(self._units), "seed": self._seed}
 
 
+@dataclass
 class _Plan:
     """The sampler of the rebuilt loader: starts at the current position whenever an iteration starts."""
 
-    def __init__(self, indices: Callable[[], Iterator[Any]]) -> None:
-        self._indices = indices
+    indices: Callable[[], Iterator[Any]]
 
     def __iter__(self) -> Iterator[Any]:
-        return self._indices()
+        return self.indices()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from veomni.loop.losses import loss_context, shared_loss
 from veomni.loop.randomness import same_draws_after
 from veomni.loop.sync import sync_step
 from veomni.models.adapter.adapter import ModelAdapter
-
-if TYPE_CHECKING:
-    from veomni.moe import ExpertLoad, RouterController
+from veomni.moe import ExpertLoad, RouterController
 
 Weight = Callable[[MicroBatch], float]
 """Returns what the loss of a micro-batch is a mean over: its share of the step's mean is in proportion."""
@@ -30,32 +28,25 @@ Weight = Callable[[MicroBatch], float]
 GradSync = Callable[[nn.Module, bool], AbstractContextManager[None]]
 
 
+@dataclass(eq=False)
 class Step:
     """All micro-batches of one optimizer step on this rank; what ``Launcher.track`` yields.
 
-    Args:
+    Attributes:
         index: The optimizer step, counted from 1 over the whole run.
         micro_batches: This rank's shards, on the CPU.
         totals: What the ranks agreed on: the sums of :func:`~veomni.loop.step_reader.counts_of`.
-        world: The process it is taken in.
+        world: The ranks.
         stopping: Whether a process was signalled to stop before it.
-
-    Attributes:
         models: What each model that was accumulated on made of it.
     """
 
-    def __init__(
-        self,
-        index: int,
-        micro_batches: Sequence[MicroBatch],
-        totals: Mapping[str, float],
-        world: World,
-        *,
-        stopping: bool = False,
-    ) -> None:
-        self.index, self.micro_batches, self.totals, self.world = index, tuple(micro_batches), totals, world
-        self.stopping = stopping
-        self.models: dict[nn.Module, ModelStep] = {}
+    index: int
+    micro_batches: Sequence[MicroBatch]
+    totals: Mapping[str, float]
+    world: World
+    stopping: bool = False
+    models: dict[nn.Module, ModelStep] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         fix = "iterate over launcher.accumulate(model, step), or step.micro_batches"
@@ -70,11 +61,7 @@ class Step:
         return self.models[model]
 
     def of(self, model: nn.Module | None = None) -> ModelStep:
-        """Return the step of a model; None is the only one.
-
-        Raises:
-            LoopError: it was not accumulated on; or there are several, and none is named.
-        """
+        """Return the step of a model, or of the only one; a LoopError where it was not accumulated on."""
         if model is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if model is not None and model in self.models:
@@ -96,11 +83,7 @@ class Step:
         return [load for load in loads if load is not None]
 
     def check_complete(self) -> None:
-        """Check that every micro-batch of every model was backpropagated.
-
-        Raises:
-            LoopError: one was not.
-        """
+        """Raise a LoopError if a micro-batch of a model was not backpropagated."""
         for each in self.models.values():
             each.check_complete()
 
@@ -110,7 +93,7 @@ class ModelStep:
 
     Attributes:
         total: What the step's loss is a mean over: the weights of all micro-batches of all ranks.
-        loss: This rank's share of the step's mean loss, summed by :meth:`backward`; a 0-d tensor on the device.
+        loss: This rank's share of the step's mean loss; a 0-d tensor on the device.
         losses: The same by component of a composed model.
         source_sums: Of a mixture, the summed losses of this rank's supervised tokens, each times its weight, and summed
             weights, by source; ``[2, sources]`` on the device; None where the model computes its loss itself.
@@ -194,7 +177,7 @@ class ModelStep:
             raise LoopError(problem, "add its losses, and call launcher.backward once for their sum")
 
     def check_complete(self) -> None:
-        """Check that every micro-batch was backpropagated; see :meth:`Step.check_complete`."""
+        """See :meth:`Step.check_complete`."""
         count, missing = len(self.micro_batches), len(self.micro_batches) - len(self._backpropagated)
         if missing:
             raise LoopError(
@@ -205,11 +188,7 @@ class ModelStep:
 
 
 def check_gradients(optimizer: Optimizer, *_: Any) -> None:
-    """Check, before an optimizer's step, that a parameter has a gradient.
-
-    Raises:
-        LoopError: none has.
-    """
+    """Raise a LoopError if an optimizer is about to step, and no parameter has a gradient."""
     if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
         problem = "optimizer.step() was called, and no parameter has a gradient"
         raise LoopError(problem, "accumulate before it: for micro in launcher.accumulate(model, step)")

@@ -1,7 +1,5 @@
 """Reads the steps of a loader, each agreed on by all ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +11,7 @@ from torch.utils.data import DataLoader
 from veomni.batch.counts import label_count, row_count, token_weight
 from veomni.batch.fields import component_tokens
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import DataError, InputError, NonFiniteError
+from veomni.errors import DataError, InputError, LoopError, NonFiniteError
 from veomni.launch.world import World
 from veomni.logging import create_logger
 from veomni.loop.step import Step
@@ -29,24 +27,18 @@ class StepReader:
     One reduction per step ends uneven data together, gives the sums that gradients are normalised by, and turns a
     signal to any one process, or a loss that is not finite, into a decision of all.
 
-    Args:
-        loader: Yields the list of this data rank's micro-batches of a step.
-        world: The ranks; its strategies split rows that the loader did not split.
-        measure: Counts the FLOPs of micro-batches.
-
     Raises:
         InputError: the loader is a plain torch ``DataLoader``, which yields the same single batches on every rank.
     """
 
     def __init__(
-        self, loader: Iterable[Any], world: World, measure: Callable[[Sequence[MicroBatch]], StepFlops]
+        self, loader: Iterable[Any], world: World, measure: Callable[[Sequence[MicroBatch]], StepFlops] | None = None
     ) -> None:
         if isinstance(loader, DataLoader):
-            raise InputError(
-                "track() iterates over optimizer steps, and got a torch DataLoader, which yields single batches",
-                "track(launcher.setup_dataloader(loader)), with accumulate= micro-batches per step",
-            )
-        self._loader, self._iterator, self._world, self._measure = loader, iter(loader), world, measure
+            problem = "steps are read from a torch DataLoader, which yields single batches"
+            raise InputError(problem, "launcher.setup_dataloader(loader), with accumulate= micro-batches per step")
+        self._loader, self._iterator, self._world = loader, iter(loader), world
+        self._measure = measure or (lambda micro_batches: StepFlops(0.0, 0.0))
         self._nonfinite = torch.zeros((), device=world.device)
         # The host reads this copy without waiting for the device: it may be late by steps, and never wrong.
         self._nonfinite_host = torch.zeros((), pin_memory=world.accelerator.supports_pinned_memory)
@@ -55,6 +47,7 @@ class StepReader:
         """Return the next step of all ranks, to be called ``index``; None where a rank has no more; collective.
 
         Raises:
+            LoopError: ranks have different numbers of micro-batches.
             NonFiniteError: the loss of an earlier step was not finite on some rank; raised on all ranks.
         """
         batch, world = next(self._iterator, None), self._world
@@ -65,29 +58,29 @@ class StepReader:
             "ready": ready, "stop": world.signal.requested, "nonfinite": bool(self._nonfinite_host),
             "exhausted": exhausted and all(micro.is_empty for micro in micro_batches),
         }  # fmt: skip
+        length = {"length": len(micro_batches), "squared_length": len(micro_batches) ** 2}
         counts = counts_of(micro_batches, self._measure(micro_batches), world.state.size("sequence"))
-        sums = sync_step({**decisions, **counts})
+        sums = sync_step({**decisions, **length, **counts})
         self._check_finite(sums["nonfinite"])
         with_batch, ranks = sums["ready"], world.world_size
         if 0 < with_batch < ranks:
             logger.warning_rank0("uneven data: dropped a last batch held by only %d of %s ranks", with_batch, ranks)
         if with_batch < ranks or sums["exhausted"] == ranks:
             return None
+        if sums["squared_length"] * ranks != sums["length"] ** 2:  # ranks would wait for each other in a forward
+            problem = f"rank {world.rank} has {len(micro_batches)} micro-batches in step {index}, and others have not"
+            raise LoopError(problem, "give every rank as many, as setup_dataloader and build_dataloader do")
         return Step(index, micro_batches, sums, world, stopping=sums["stop"] > 0)
 
     def finish(self, step: Step) -> None:
-        """Check that every micro-batch of a step was backpropagated, and take note of losses that are not finite.
-
-        Raises:
-            LoopError: one was not.
-        """
+        """Check that every micro-batch of a step was backpropagated, and take note of losses that are not finite."""
         step.check_complete()
         for each in step.models.values():
             self._nonfinite += (~each.loss.isfinite()).to(self._nonfinite.dtype)
         self._nonfinite_host.copy_(self._nonfinite, non_blocking=True)
 
     def close(self) -> None:
-        """Check the losses of the steps that were read last; raises as :meth:`read`; collective."""
+        """Check the losses of the steps that were read last; collective."""
         self._check_finite(sync_step({"nonfinite": bool(self._nonfinite)})["nonfinite"])
 
     def _check_finite(self, ranks: float) -> None:
@@ -106,11 +99,7 @@ def shard(micro: MicroBatch, world: World) -> MicroBatch:
 
 
 def listed(batch: Any) -> list[MicroBatch]:
-    """Return what a loader yields for one step as micro-batches.
-
-    Raises:
-        DataError: it is not a list of them.
-    """
+    """Return what a loader yields for one step as micro-batches; a DataError where it is no list of them."""
     if not isinstance(batch, (list, tuple)) or any(isinstance(each, (Tensor, str)) for each in batch):
         found = f"a {type(batch).__name__}"
         if isinstance(batch, (list, tuple)) and batch:

@@ -1,7 +1,5 @@
 """Steps of a torch ``DataLoader`` over an iterable dataset: every data rank takes its share of each worker's stream."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -15,11 +13,9 @@ from veomni.loop.dealing import Deal, check_same_data, options_of
 class StreamedSteps:
     """Yields, per optimizer step, this data rank's list of micro-batches; one iteration is an epoch.
 
-    Rank r takes items r, r + size, ... of the stream of each worker. At the end of the data a rank may have fewer
-    items than another: micro-batches that it lacks are fillers of weight 0, copies of its latest.
-
-    With several workers, the dataset splits itself by worker, as torch requires. ``epoch`` counts the epochs completed;
-    ``exhausted`` is true while the step in hand holds nothing but fillers.
+    Rank r takes items r, r + size, ... of the stream of each worker; with several workers, the dataset splits itself by
+    worker, as torch requires. Micro-batches that a rank lacks at the end are fillers of weight 0, copies of its latest;
+    ``exhausted`` is true while the step in hand holds nothing else. ``epoch`` counts the epochs completed.
     """
 
     steps_per_epoch: int | None = None
@@ -79,11 +75,7 @@ class StreamedSteps:
         return {"epoch": self.epoch, "received": received, "next": self._next_worker, "data": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the last step received when ``state`` was taken, also on another number of ranks.
-
-        Raises:
-            CheckpointError: the state is that of another kind of loader, or of another number of workers.
-        """
+        """Continue after the last step received when ``state`` was taken, also on another number of ranks."""
         check_same_data(state, self._fingerprint)
         self.epoch, self._received, self._next_worker = int(state["epoch"]), list(state["received"]), int(state["next"])
 

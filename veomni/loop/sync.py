@@ -1,7 +1,5 @@
 """What all ranks agree on: one small reduction on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -41,11 +41,7 @@ class AttentionShape:
 
 
 def attention_shapes(model: nn.Module, config: Any) -> list[AttentionShape]:
-    """Return the shape of each layer's attention, in order.
-
-    Args:
-        model: A transformers decoder, before sharding; the meta device will do.
-        config: The text part of its configuration.
+    """Return the shape of each layer's attention, in order; ``config`` is the text part of the model's configuration.
 
     Raises:
         UncountableError: a layer does something other than causal softmax attention over all earlier tokens or a

@@ -1,19 +1,21 @@
 """FLOPs of a training step, from the model and the real lengths of its documents: what MFU is made of."""
 
-from __future__ import annotations
-
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from veomni.logging import create_logger
-from veomni.metrics.active_weights import ActiveWeight, active_weights, depth_of
 from veomni.metrics.attention_shapes import UncountableError, attention_shapes
 
 logger = create_logger(__name__)
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 class StepFlops(NamedTuple):
@@ -44,7 +46,7 @@ class FlopsCounter:
         self.linear, self.attention = linear, dict(attention)
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> FlopsCounter | None:
+    def from_model(cls, model: nn.Module) -> Self | None:
         """Derive the counter of a transformers decoder, before it is sharded; the meta device will do.
 
         Freeze parameters before: a frozen weight needs no gradient of its own (2/3 of the FLOPs), and layers in front
@@ -58,16 +60,16 @@ class FlopsCounter:
             return None
 
     @classmethod
-    def _derive(cls, model: nn.Module) -> FlopsCounter:
+    def _derive(cls, model: nn.Module) -> Self:
         if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
             raise UncountableError("it has no transformers configuration")
         config = model.config.get_text_config()  # type: ignore[operator]
-        weights = list(active_weights(model, config))
+        weights = list(_active_weights(model, config))
         first = min((weight.depth for weight in weights if weight.trainable), default=None)
-        linear = sum(2 * weight.active * _passes(weight, first) for weight in weights)
+        linear = sum(2 * weight.active * weight.passes(first) for weight in weights)
         attention: dict[int | None, float] = defaultdict(float)
         for shape in attention_shapes(model, config):
-            passes = 3 if first is not None and depth_of(shape.name, outside=-1) >= first else 1
+            passes = 3 if first is not None and _depth_of(shape.name, outside=-1) >= first else 1
             attention[shape.window] += shape.flops_per_pair * passes
         return cls(float(linear), attention)
 
@@ -81,17 +83,59 @@ class FlopsCounter:
 
 
 def causal_pairs(lengths: Tensor, window: int | None) -> int:
-    """Count the (query, key) pairs of causal attention inside each document.
+    """Count the (query, key) pairs of causal attention inside documents of ``lengths``, int64 ``[documents]``.
 
-    Args:
-        lengths: int64 ``[documents]``.
-        window: Keys a query sees at most, itself included; None is no limit.
+    A ``window`` is the number of keys a query sees at most, itself included.
     """
     head = lengths if window is None else lengths.clamp(max=window)
     beyond = 0 if window is None else (lengths - head) * window
     return int((head * (head + 1) // 2 + beyond).sum())
 
 
-def _passes(weight: ActiveWeight, first: int | None) -> int:
-    """Forward, gradient of the input where anything in front or beside is trained, gradient of the weight."""
-    return 1 + (first is not None and weight.depth >= first) + weight.trainable
+class _ActiveWeight(NamedTuple):
+    """One parameter as one module uses it."""
+
+    depth: int  # the layer it belongs to; -1 in front of the layers, their number behind them
+    active: int  # its numbers that one token is multiplied with; 0 for lookups, norms and biases
+    trainable: bool
+
+    def passes(self, first: int | None) -> int:
+        """Forward, gradient of the input where anything in front or beside is trained, gradient of the weight."""
+        return 1 + (first is not None and self.depth >= first) + self.trainable
+
+
+def _depth_of(name: str, outside: int) -> int:
+    index = _INDEX.search(name)
+    return int(index.group(1)) if index else outside
+
+
+def _active_weights(model: nn.Module, config: Any) -> Iterator[_ActiveWeight]:
+    """Yield every module's own parameters, a tied one once for each module that uses it."""
+    outside = -1
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{key}" if path else key
+            depth = _depth_of(name, outside)
+            outside = config.num_hidden_layers if depth >= 0 else outside
+            yield _ActiveWeight(depth, _active(name, module, tuple(parameter.shape), config), parameter.requires_grad)
+
+
+def _active(name: str, module: nn.Module, shape: tuple[int, ...], config: Any) -> int:
+    key = name.rpartition(".")[2]
+    if len(shape) < 2 or isinstance(module, nn.Embedding) or key.endswith("bias"):
+        return 0
+    count, used = (_first(config, names) for names in (_EXPERT_COUNTS, _EXPERTS_PER_TOKEN))
+    stacked = len(shape) == 3 and shape[0] == count
+    if not stacked and (len(shape) != 2 or key != "weight"):
+        raise UncountableError(f"it has a parameter {name} of shape {list(shape)}")
+    if not stacked and not re.search(r"\bexperts\.\d+\.", name):
+        return shape[0] * shape[1]
+    if used is None or count is None:
+        missing = "a token uses" if used is None else "there are"
+        raise UncountableError(f"its configuration does not say how many experts {missing}, of which {name} is one")
+    return shape[-2] * shape[-1] * used // (1 if stacked else count)  # stacked, or one module per expert
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -1,7 +1,5 @@
 """Means over held-out data. Importing this module imports torchmetrics, which takes seconds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -28,12 +26,9 @@ class WeightedMean(Metric):
 
     @override
     def update(self, values: Tensor | float, weights: Tensor | float, groups: Tensor | None = None) -> None:
-        """Add numbers of this rank.
+        """Add numbers of this rank, ``[n]`` or one, each of a group, int64 ``[n]``; None is the first.
 
-        Args:
-            values: ``[n]`` or one; not read where the weight is 0, as the mean of nothing may be NaN.
-            weights: ``[n]`` or one.
-            groups: The group of each, int64 ``[n]``; None is the first.
+        A number is not read where its weight is 0, as the mean of nothing may be NaN.
         """
         given = (torch.as_tensor(each, dtype=torch.float64, device=self.sums.device) for each in (values, weights))
         number, weight = (each.detach().reshape(-1) for each in given)

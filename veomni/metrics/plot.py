@@ -25,9 +25,7 @@ _MOST_LOAD = 2.0  # times the mean: where the colours end
 def plot_loss(metrics_jsonl: Path, out: Path) -> None:
     """Draw ``loss``, ``eval_loss``, ``grad_norm`` and the metrics that the loop added, over ``step``.
 
-    Args:
-        metrics_jsonl: A line of JSON per step; values that are null or missing, and a torn last line, are left out.
-        out: The image to write; its suffix chooses the format.
+    Values that are null or missing, and a torn last line, are left out. The suffix of ``out`` chooses the format.
     """
     lines = list(_read(metrics_jsonl))
     extra = extra_metrics(dict.fromkeys(name for line in lines for name in line if line[name] is not None))
@@ -50,11 +48,8 @@ def plot_loss(metrics_jsonl: Path, out: Path) -> None:
 def plot_expert_load(expert_load_jsonl: Path, out: Path) -> None:
     """Draw the load of every expert in the last step reported, and its violation over all of them.
 
-    The violation of a layer is ``max load / mean load - 1`` (arXiv:2408.15664, section 4.1).
-
-    Args:
-        expert_load_jsonl: Lines of ``{"step": n, "tokens_per_expert": {router: [tokens of each expert]}}``.
-        out: The image to write; its suffix chooses the format.
+    The violation of a layer is ``max load / mean load - 1`` (arXiv:2408.15664, section 4.1). Lines are
+    ``{"step": n, "tokens_per_expert": {router: [tokens of each expert]}}``.
     """
     lines = list(_read(expert_load_jsonl))
     if not lines:

@@ -1,7 +1,5 @@
 """Progress of a run on rank 0: a bar on a terminal, a line now and then anywhere else."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -9,12 +7,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from veomni.logging import current_rank
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 _COUNT = "step {n_fmt}, {elapsed} elapsed{postfix}"
@@ -42,12 +39,7 @@ class Progress:
 
     Lines are written at the first step, at every tenth of the run (every 10 steps of a run without known end) and at
     the last step; the speed is that of the steps since the line before. While a bar is shown, what ``veomni``'s loggers
-    write to the same terminal goes above it. The last step closes it.
-
-    Args:
-        total: The last step of the run; None when the data decides.
-        initial: Steps done before.
-        stream: Where to show it; None is standard error.
+    write to the same terminal goes above it. The last step, ``total``, closes it; None is not known.
     """
 
     def __init__(self, total: int | None, initial: int = 0, *, stream: TextIO | None = None) -> None:
@@ -62,8 +54,6 @@ class Progress:
             self._show_bar()
 
     def _show_bar(self) -> None:
-        from tqdm import tqdm
-
         self._bar = tqdm(
             total=self._total, initial=self._initial, file=self._stream, dynamic_ncols=_has_width(self._stream),
             bar_format=_COUNT if self._total is None else _BAR, ncols=_WIDTH,
@@ -74,12 +64,10 @@ class Progress:
                 self._redirected.callback(handler.setStream, before)
 
     def update(self, step: int, metrics: Numbers) -> None:
-        """Show that ``step`` is done.
+        """Show that ``step`` is done, with what is known of it.
 
-        Args:
-            step: Counted from 1 over the whole run.
-            metrics: What is shown where it is given and known: ``loss``, ``tokens`` or ``samples`` with
-                ``step_seconds``, ``mfu_causal``, metrics of the loop's own; and those of an evaluation, on a line.
+        That is ``loss``, ``tokens`` or ``samples`` with ``step_seconds``, ``mfu_causal``, metrics of the loop's own;
+        and those of an evaluation, on a line.
         """
         if current_rank() != 0:
             return
@@ -122,8 +110,6 @@ class Progress:
     def _time_left(self, step: int) -> str:
         if self._total is None or step >= self._total:
             return ""
-        from tqdm import tqdm
-
         per_step = (time.perf_counter() - self._start) / (step - self._initial)
         return f", {tqdm.format_interval(per_step * (self._total - step))} left"
 
@@ -136,8 +122,6 @@ class _AboveBar:
         self.flush = stream.flush
 
     def write(self, text: str) -> int:
-        from tqdm import tqdm
-
         with tqdm.external_write_mode(file=self._stream):
             return self._stream.write(text)
 

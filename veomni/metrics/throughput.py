@@ -1,7 +1,5 @@
 """How fast a step was: where its time went, tokens per second, and the share of the devices' peak that was used."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 
@@ -46,16 +44,10 @@ class Throughput:
         self._last = now
 
     def end_step(self, amount: int, flops: StepFlops | None, unit: str = "tokens") -> dict[str, float | int | None]:
-        """Stop the clock and return the step's numbers.
+        """Stop the clock and return the step's numbers, by the columns of ``metrics.jsonl``.
 
-        Args:
-            amount: Tokens of the step over all ranks, without padding, or samples of other data.
-            flops: FLOPs of the step over all ranks; None when the model's are not known.
-            unit: "tokens" or "samples".
-
-        Returns:
-            ``<unit>, <unit>_per_second, step_seconds, mfu_causal, mfu_full, peak_memory_gib``, and
-            ``<section>_seconds`` for ``data``, ``compute``, ``optimizer`` and any other section that was marked.
+        ``amount`` are the tokens of the step over all ranks, without padding, or the "samples" of other data; ``flops``
+        are over all ranks, None when the model's are not known.
         """
         self.mark("optimizer")
         seconds = self._last - self._start - self._sections.get("evaluation", 0.0)

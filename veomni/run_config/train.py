@@ -14,13 +14,14 @@ from veomni.config.base import PathText, Section
 from veomni.config.choice import Choice, Options, check_name, configured
 from veomni.config.paths import is_directory, is_writable
 from veomni.config.problems import Problem
-from veomni.config.section import ComponentSection
+from veomni.config.section import ComponentSection, options_of
+from veomni.launcher import Launcher
 from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.reporter import Reporter
-from veomni.loop.section_problems import contradictions, layout_problems
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
+from veomni.run_config.train_problems import contradictions, layout_problems
 from veomni.strategies import ActivationCheckpointing, Compile, ContextParallel, EncoderBalance, Strategy, Ulysses
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
@@ -38,9 +39,17 @@ _ULYSSES = Options(Ulysses, size="train.ulysses_parallel_size", validate_batches
 _OPTIMIZERS = Choice(OPTIMIZERS, base=OptimizerSection, default="adamw", params="")
 _SCHEDULERS = Choice(SCHEDULERS, base=SchedulerSection, default="cosine")
 _CHECKPOINTS = Options(CheckpointSchedule, directory="train.output_dir", signature="")
+_LOGGERS = Choice(LOGGERS, output_dir="train.output_dir")
 _REPORTS = Options(
     Reporter, output_dir="train.output_dir", loggers="train.loggers", log_every="train.log_every", config=""
 )
+_OPTIONS: Any = options_of(
+    Launcher, Launcher.setup_model, Reporter,
+    supplied=(
+        "strategy", "accelerator", "precision", "devices", "self", "model", "router", "output_dir", "loggers",
+        "progress_bar", "plot", "config",
+    ),
+)  # fmt: skip
 
 
 class EvalSection(Section):
@@ -56,11 +65,11 @@ class ExportSection(Section):
     hf: bool = Field(default=False, description="Write <output_dir>/hf, which transformers' from_pretrained loads.")
 
 
-class TrainSection(Section):
+class TrainSection(_OPTIONS):
     """Layout, arithmetic, length and outputs of a run."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    configures = ("Launcher", "BatchShape")
+    configures = ("Launcher", "setup_model", "BatchShape")
     renames: ClassVar[Mapping[str, str]] = {"ContextParallel.size": "context_parallel_size"}
 
     data_parallel_mode: str = "fsdp2"
@@ -72,9 +81,7 @@ class TrainSection(Section):
     """Ranks that share each matrix product."""
     expert_parallel_size: AxisSize = 1
     """Ranks that share the experts of a mixture-of-experts model."""
-    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured(
-        {}, "How experts on other ranks are reached."
-    )
+    expert_parallel: Annotated[ComponentSection, _EXPERT_OPTIONS] = configured({}, "How tokens reach experts.")
     ulysses_parallel_size: AxisSize = 1
     """Ranks that share each row, exchanging attention heads."""
     ulysses: Annotated[ComponentSection, _ULYSSES] = configured({}, "How Ulysses exchanges heads.")
@@ -94,19 +101,15 @@ class TrainSection(Section):
     """Compile each block with torch.compile."""
     balance_encoders: bool = False
     """Encode whole images, videos and audio on the ranks whose encoders have least to do."""
-    fused_loss: bool = True
-    """Compute the loss in chunks, without holding the logits of a whole row in memory."""
     router: Annotated[ComponentSection, Options(MoEOptions)] = configured({}, "Balancing and reports of MoE layers.")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides initial weights, order of the data and every random draw."""
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps to train for, however often the data is read; null goes by epochs."""
-    num_train_epochs: int = Field(default=1, ge=1)
-    """Passes over the data, when max_steps is null."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Rows per forward on each data rank."""
     global_batch_size: int = Field(ge=1)
     """Rows of data.max_seq_len tokens per optimizer step, over all ranks."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to train for, however often the data is read; null goes by epochs."""
+    num_train_epochs: int = Field(default=1, ge=1)
+    """Passes over the data, when max_steps is null."""
     optimizer: Annotated[OptimizerSection, _OPTIMIZERS] = configured("adamw", "The optimizer, and its options.")
     scheduler: Annotated[SchedulerSection, _SCHEDULERS] = configured("cosine", "The learning rate over time.")
     max_grad_norm: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = 1.0
@@ -115,17 +118,7 @@ class TrainSection(Section):
     """Processes to start on this node; auto is one per accelerator, or cpu_devices without any."""
     cpu_devices: AxisSize = 1
     """Processes that devices: auto starts on a machine without accelerator."""
-    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured(
-        "auto", "Device family; auto takes what is there."
-    )
-    backend: str = "auto"
-    """Collective library (gloo, nccl, hccl); auto is the accelerator's own. gloo lets ranks share one device."""
-    broadcast_weights: bool = False
-    """Rank 0 reads the weights and sends them; false lets every rank read its own shard."""
-    timeout_seconds: float = Field(default=1800.0, gt=0)
-    """Seconds after which a collective operation fails and the run ends."""
-    deterministic: bool = False
-    """Use only kernels that repeat bit for bit, at some cost in speed."""
+    accelerator: Annotated[ComponentSection, Choice(ACCELERATORS)] = configured("auto", "Device family; auto finds it.")
     output_dir: PathText
     """Directory that everything a run writes goes to."""
     checkpoint: Annotated[ComponentSection, _CHECKPOINTS] = configured({}, "Saving and resuming.")
@@ -133,10 +126,8 @@ class TrainSection(Section):
     """What is written at the end."""
     eval: EvalSection = EvalSection()
     """Evaluation on held-out data."""
-    log_every: int = Field(default=1, ge=1)
-    """Steps between lines of metrics."""
     logging: Annotated[ComponentSection, _REPORTS] = configured({}, "What is shown and drawn besides metrics.jsonl.")
-    loggers: list[Annotated[ComponentSection, Choice(LOGGERS, output_dir="train.output_dir")]] = Field(default=[])
+    loggers: list[Annotated[ComponentSection, _LOGGERS]] = Field(default=[])
     """Where metrics go besides metrics.jsonl: wandb, tensorboard or another package's, a name or its mapping."""
 
     @field_validator("precision", mode="before")
@@ -170,12 +161,7 @@ class TrainSection(Section):
         return [*found, *(section.build() for section in self.strategies)]
 
     def local_processes(self, device_type: str, device_count: int) -> int:
-        """Return how many processes this node starts.
-
-        Args:
-            device_type: "cpu", or the accelerator's ``torch.device.type``.
-            device_count: Accelerators on this node.
-        """
+        """Return how many processes a node of so many devices of a type ("cpu", "cuda") starts."""
         if self.devices != "auto":
             return self.devices
         if self.data_parallel_mode == "single":

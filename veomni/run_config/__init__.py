@@ -1,16 +1,12 @@
-"""The configuration of a run: the sections ``model``, ``data`` and ``train``, and what they build together.
-
-A training script reads top to bottom in these calls, and each could as well be replaced by objects built by hand.
-"""
-
-from __future__ import annotations
+"""The configuration of a run: the sections ``model``, ``data`` and ``train``, and what they build together."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationError
+from torch import nn
 
 from veomni.config.base import Section
 from veomni.config.fields import record_keys
@@ -19,16 +15,15 @@ from veomni.config.overrides import USAGE, apply_overrides, parse_argv
 from veomni.config.problems import Problem, explain, raise_problems
 from veomni.config.save import save_args
 from veomni.config.yaml_file import read_yaml
+from veomni.data import DocumentStream, PackedLoader, StreamLoader
 from veomni.data.section import DataSection
 from veomni.errors import ConfigError, LayoutError
-from veomni.loop.section import TrainSection
+from veomni.launch import detect_environment
+from veomni.launcher import Launcher
 from veomni.models.build.section import ModelSection
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from veomni.data import DocumentStream, PackedLoader, StreamLoader
-    from veomni.launcher import Launcher
+from veomni.run_config.train import TrainSection
+from veomni.strategies.select import mesh_dims
+from veomni.strategies.transforms.precision import select_precision
 
 __all__ = ["Config", "check_layout", "load_config", "save_args"]
 
@@ -62,14 +57,11 @@ class Config(Section):
     """Keys of earlier versions, and what replaces them: named in the message that rejects them."""
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Return the configuration in a YAML file, with overrides applied and the keys checked against each other.
 
-        Files and directories that it names are not looked at.
-
-        Args:
-            path: The YAML file.
-            overrides: Values by dotted key, such as ``{"train.max_steps": 20}``.
+        Overrides are values by dotted key, such as ``{"train.max_steps": 20}``. Files and directories that the
+        configuration names are not looked at.
 
         Raises:
             ConfigError: naming every key that is wrong, where it was given, and the fix.
@@ -89,30 +81,26 @@ class Config(Section):
 
     def build_launcher(self) -> Launcher:
         """Return a launcher for the ``train`` section, its layout checked; nothing is started yet."""
-        from veomni.launch import detect_environment
-        from veomni.launcher import Launcher
-        from veomni.strategies.transforms.precision import select_precision
-
         train, joined = self.train, detect_environment()
         accelerator = train.accelerator.build()
         accelerator.require()
         devices = train.local_processes(accelerator.device_type, accelerator.device_count())
-        check_layout(self, devices if joined is None else joined.world_size)
-        self._check_shares()
+        world = devices if joined is None else joined.world_size
+        check_layout(self, world)
+        strategies, facts = train.build_strategies(), self.model.build_config().get_text_config().to_dict()
+        for strategy in strategies:
+            strategy.check_model(facts, self.data.max_seq_len, mesh_dims(strategies, world))
         output_dir = Path(train.output_dir)
         loggers = [section.build(output_dir=output_dir) for section in train.loggers]
         reporter = train.logging.build(
             output_dir=output_dir, loggers=loggers, log_every=train.log_every, config=self.model_dump(mode="json")
         )
-        return Launcher(
-            train.build_strategies(),
+        return train.make(
+            Launcher,
+            strategy=strategies,
             accelerator=accelerator,
             precision=select_precision(train.precision, reduce=train.reduce_dtype),
             devices=None if joined is not None and train.devices == "auto" else devices,
-            backend=train.backend,
-            seed=train.seed,
-            deterministic=train.deterministic,
-            timeout_seconds=train.timeout_seconds,
             reporter=reporter,
             checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
         )
@@ -139,20 +127,12 @@ class Config(Section):
         return self.data.build_loader(self, dataset, tokenizer, launcher, train=train)
 
     def build_model(self, tokenizer: Any) -> nn.Module:
-        """Return the model of the ``model`` section, on the meta device.
-
-        Raises:
-            ConfigError: the tokenizer has tokens the model has no embedding for, or rows are longer than its positions.
-        """
+        """Return the model of the ``model`` section, on the meta device, that fits the tokenizer and the rows."""
         self.model.check_fit(self.model.build_config(), tokenizer, self.data.max_seq_len)
         return self.model.build()
 
     def total_steps(self, loader: PackedLoader | StreamLoader) -> int:
-        """Return the optimizer steps of the whole run.
-
-        Raises:
-            ConfigError: the data is read as a stream of unknown length, and ``train.max_steps`` is null.
-        """
+        """Return the optimizer steps of the whole run."""
         if self.train.max_steps:
             return self.train.max_steps
         if loader.steps_per_epoch is None:
@@ -168,46 +148,9 @@ class Config(Section):
         tokenizer.save_pretrained(output_dir / "model_assets")
         unwrap(model).config.save_pretrained(output_dir / "model_assets")  # type: ignore[union-attr, operator]
 
-    def _check_shares(self) -> None:
-        """Check heads, rows and experts that ranks would share, before any rank is started.
-
-        Raises:
-            LayoutError: they cannot be shared.
-        """
-        from veomni.batch.split import SequenceShard
-        from veomni.ops.attention.ulysses import check_heads
-
-        train = self.train
-        shard = SequenceShard(train.ulysses_parallel_size, 0, train.context_parallel_size, 0)
-        if shard.size > 1 and self.data.max_seq_len < shard.multiple:
-            raise LayoutError(
-                f"data.max_seq_len {self.data.max_seq_len} is too short for {shard.size} ranks per row "
-                f"(train.ulysses_parallel_size {shard.ulysses} x train.context_parallel_size {shard.cp})",
-                f"set data.max_seq_len to at least {shard.multiple}",
-            )
-        if shard.size == train.expert_parallel_size == 1:
-            return
-        facts = self.model.build_config().get_text_config().to_dict()
-        if facts.get("num_attention_heads"):  # in some models they differ by layer: setup_model checks each
-            check_heads(facts["num_attention_heads"], shard.ulysses)
-        experts = next((facts[key] for key in _EXPERTS if facts.get(key)), None)
-        if experts is not None and experts % train.expert_parallel_size:  # other models: setup_model checks
-            divisors = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
-            raise LayoutError(
-                f"train.expert_parallel_size {train.expert_parallel_size} does not divide the {experts} experts",
-                f"use one of {divisors}",
-            )
-
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Check mesh axes and batch sizes against the number of ranks, before any of them is started.
-
-    Args:
-        config: The configuration.
-        world_size: Ranks over all nodes.
+    """Check mesh axes and batch sizes against the number of ranks over all nodes, before any of them is started.
 
     Raises:
         LayoutError: they do not fit; names every key, and the fix.

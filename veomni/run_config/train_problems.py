@@ -12,7 +12,7 @@ from veomni.errors import InputError
 from veomni.strategies.select import mesh_dims
 
 if TYPE_CHECKING:
-    from veomni.loop.section import TrainSection
+    from veomni.run_config.train import TrainSection
 
 _SIZES = ("data_parallel_replicate_size", "tensor_parallel_size", "ulysses_parallel_size", "context_parallel_size")
 
@@ -25,10 +25,10 @@ def contradictions(train: TrainSection) -> Iterator[Problem]:
             "set train.devices to 1, or train.data_parallel_mode to ddp, fsdp1 or fsdp2",
         )
     family = train.accelerator.component
-    backends = ("auto", getattr(family, "backend", ""), "gloo")
+    backends = dict.fromkeys(("auto", getattr(family, "backend", ""), "gloo"))
     if isinstance(family, type) and issubclass(family, Accelerator) and train.backend not in backends:
         problem = f"train.backend {train.backend} does not serve train.accelerator {family.name}"
-        yield Problem(problem, f"use {' or '.join(dict.fromkeys(backends))}")
+        yield Problem(problem, f"use {' or '.join(backends)}")
     if train.reduce_dtype == "bf16" and train.precision != "bf16":
         problem = f"train.reduce_dtype bf16 has no meaning with train.precision {train.precision}"
         yield Problem(problem, "leave it out, or set train.precision to bf16")
@@ -42,37 +42,34 @@ def contradictions(train: TrainSection) -> Iterator[Problem]:
 
 def layout_problems(train: TrainSection, world: int) -> Iterator[Problem]:
     """Yield the first thing that keeps ``world`` ranks from being laid out."""
-    product = train.data_parallel_replicate_size * train.ranks_per_row
+    replicas, product = train.data_parallel_replicate_size, train.data_parallel_replicate_size * train.ranks_per_row
     if train.tensor_parallel_size > 1:
         problem = f"train.tensor_parallel_size is {train.tensor_parallel_size}: there is no tensor parallelism yet"
         yield Problem(problem, "set it to 1")
-    elif train.data_parallel_replicate_size > 1 and "replicate" not in signature(train.strategy.component).parameters:
-        problem = f"train.data_parallel_replicate_size {train.data_parallel_replicate_size} has no meaning with "
+    elif replicas > 1 and "replicate" not in signature(train.strategy.component).parameters:
+        problem = f"train.data_parallel_replicate_size {replicas} has no meaning with "
         problem += f"train.data_parallel_mode {train.data_parallel_mode}"
         yield Problem(problem, "set it to 1, or use fsdp1 or fsdp2")
     elif world % product:
         sizes = " x ".join(f"train.{key} {getattr(train, key)}" for key in _SIZES)
-        yield Problem(
-            f"the {world} ranks are not a multiple of {product} = {sizes}",
-            f"start a multiple of {product} ranks (train.devices), or change the sizes",
-        )
+        problem = f"the {world} ranks are not a multiple of {product} = {sizes}"
+        yield Problem(problem, f"start a multiple of {product} ranks (train.devices), or change the sizes")
     else:
-        try:
-            strategies = train.build_strategies()
-            for strategy in strategies:
-                strategy.check(world)
-            mesh_dims(strategies, world)
-        except InputError as error:
-            yield Problem(error.problem, error.fix, error.field)
-        else:
-            yield from _batch_problems(train, world)
+        yield from _problems_of_objects(train, world)
 
 
-def _batch_problems(train: TrainSection, world: int) -> Iterator[Problem]:
-    ranks = train.data_ranks(world)
-    rows = train.micro_batch_size * ranks
+def _problems_of_objects(train: TrainSection, world: int) -> Iterator[Problem]:
+    try:
+        strategies = train.build_strategies()
+        for strategy in strategies:
+            strategy.check(world)
+        mesh_dims(strategies, world)
+    except InputError as error:
+        yield Problem(error.problem, error.fix, error.field)
+        return
+    rows = train.micro_batch_size * train.data_ranks(world)
     if train.global_batch_size % rows:
         problem = f"train.global_batch_size {train.global_batch_size} is not a multiple of {rows} = "
-        problem += f"train.micro_batch_size {train.micro_batch_size} x {ranks} data ranks"
+        problem += f"train.micro_batch_size {train.micro_batch_size} x {train.data_ranks(world)} data ranks"
         above = -(-train.global_batch_size // rows) * rows
         yield Problem(problem, f"set train.global_batch_size to {above}, or change train.micro_batch_size")
