@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from veomni.data.sources.records import Document, Message, field_of
+from veomni.data.sources.records import Document, Message, field_of, from_json, text_of
 from veomni.errors import DataError
 from veomni.registry import Registry
 
@@ -30,12 +29,7 @@ class RecordFormat:
     def messages(self, document: Document, key: str) -> Any:
         """Return the messages of a record, ``[{role, content}, ...]``; they are validated when they are read.
 
-        Args:
-            document: The record.
-            key: ``messages_key`` of the schema.
-
-        Raises:
-            DataError: a field is missing or malformed.
+        The ``key`` is the schema's ``messages_key``. Raises DataError where a field is missing or malformed.
         """
         raise NotImplementedError
 
@@ -90,34 +84,28 @@ class Alpaca(RecordFormat):
 
     @override
     def messages(self, document: Document, key: str) -> Any:
-        question, answer = _text(document, "instruction", True), _text(document, "output", True)
-        given = _text(document, "input", False)
-        messages: list[Message] = []
+        question, answer = (text_of(document, name, "RecordSchema.format") for name in ("instruction", "output"))
+        given = _optional(document, "input")
         history = document.record.get("history") or []
-        for number, pair in enumerate(history if isinstance(history, list) else [history], start=1):
-            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise DataError(f"{document.where}: history {number} is no pair", "write [question, answer]")
-            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        messages += [
-            {"role": "user", "content": f"{question}\n{given}" if given else question},
-            {"role": "assistant", "content": answer},
+        turns = [
+            *(history if isinstance(history, list) else [history]),
+            (question + (f"\n{given}" if given else ""), answer),
         ]
+        messages: list[Message] = []
+        for number, turn in enumerate(turns, start=1):
+            if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+                raise DataError(f"{document.where}: history {number} is no pair", "write [question, answer]")
+            messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
         return _with_system(document, messages)
 
 
 def _with_system(document: Document, messages: list[Message]) -> list[Message]:
-    system = _text(document, "system", False)
+    system = _optional(document, "system")
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _text(document: Document, key: str, required: bool) -> str:
-    value = field_of(document, key, "RecordSchema.format") if required else document.record.get(key)
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise DataError(f"{document.where}: field {key!r} is {kind}, not text", "make it a string")
-    return value
+def _optional(document: Document, key: str) -> str:
+    return "" if document.record.get(key) is None else text_of(document, key)
 
 
 def _turn(turn: Any, where: str) -> Message:
@@ -128,13 +116,7 @@ def _turn(turn: Any, where: str) -> Message:
         raise DataError(f"{where}: unknown speaker {turn['from']!r}", f"use one of: {', '.join(_SPEAKERS)}")
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
     if role == "function_call":
-        return {**rest, "role": "assistant", "tool_calls": _calls(turn["value"], where)}
+        calls = from_json(turn["value"], f"{where}: the function call is not JSON", "write {name, arguments}")
+        calls = calls if isinstance(calls, list) else [{"function": calls}]
+        return {**rest, "role": "assistant", "tool_calls": calls}
     return {**rest, "role": role, "content": turn["value"]}
-
-
-def _calls(value: Any, where: str) -> list[Any]:
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise DataError(f"{where}: the function call is not JSON: {error}", "write {name, arguments}") from error
-    return calls if isinstance(calls, list) else [{"function": calls}]

@@ -14,7 +14,7 @@ from veomni.families.omni import DECODERS
 KINDS = tuple(MEDIA_KEYS)
 """``image``, ``video`` and ``audio``."""
 
-_MARKS = re.compile("|".join(f"<{kind}>" for kind in KINDS))
+_MARKS = re.compile(f"(<(?:{'|'.join(KINDS)})>)")
 _REFERENCES = ("url", "path", "bytes", "base64")
 
 
@@ -78,8 +78,7 @@ def texts_of(document: Document, key: str) -> list[str]:
 
 def _column(document: Document, kind: str) -> list[Any]:
     value = document.record.get(MEDIA_KEYS[kind])
-    if value is None:
-        return []
+    value = [] if value is None else value
     if not isinstance(value, list):
         raise DataError(f"{document.where}: field {MEDIA_KEYS[kind]!r} is no list", "make it a list of paths")
     return list(value)
@@ -88,8 +87,8 @@ def _column(document: Document, kind: str) -> list[Any]:
 def _check_used(document: Document, columns: Mapping[str, list[Any]]) -> None:
     for kind, left in columns.items():
         if left:
-            total, places = len(document.record[MEDIA_KEYS[kind]]), len(document.record[MEDIA_KEYS[kind]]) - len(left)
-            problem = f"{document.where}: {total} {MEDIA_KEYS[kind]}, and the messages have a place for {places}"
+            key, total = MEDIA_KEYS[kind], len(document.record[MEDIA_KEYS[kind]])
+            problem = f"{document.where}: {total} {key}, and the messages have a place for {total - len(left)}"
             raise DataError(problem, f"write <{kind}> in a message for each, or remove what is too many")
 
 
@@ -102,26 +101,17 @@ def _parts(content: Any, where: str, columns: dict[str, list[Any]], items: list[
     parts = []
     for part in content:
         kind, value = _kind(part, where)
-        if kind == "text":
-            parts.append({"type": "text", "text": value})
-            continue
-        if value is None:
-            value = _next(kind, columns, where)
-        items.append(MediaItem(kind, value, where))
-        parts.append({"type": kind})
+        if kind != "text":
+            items.append(MediaItem(kind, _next(kind, columns, where) if value is None else value, where))
+        parts.append({"type": kind, "text": value} if kind == "text" else {"type": kind})
     if not parts:
         raise DataError(f"{where}: the content is an empty list", "give it a part, or a string")
     return parts
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    at = 0
-    for mark in _MARKS.finditer(text):
-        parts += [{"type": "text", "text": text[at : mark.start()]}, {"type": mark.group()[1:-1]}]
-        at = mark.end()
-    parts.append({"type": "text", "text": text[at:]})
-    return [part for part in parts if part.get("text") != ""]
+    pieces = enumerate(_MARKS.split(text))  # text and marks by turns
+    return [{"type": piece[1:-1]} if at % 2 else {"type": "text", "text": piece} for at, piece in pieces if piece]
 
 
 def _next(kind: str, columns: dict[str, list[Any]], where: str) -> Any:
@@ -150,8 +140,5 @@ def _kind(part: Any, where: str) -> tuple[str, Any]:
         raise DataError(f"{where}: a part of unknown type {part['type']!r}", f"use one of: {known}")
     if part["type"] == "input_audio":  # OpenAI's form of an audio clip
         return kind, {"base64": given.get("input_audio", {}).get("data")}
-    for name in (kind, f"{kind}_url"):
-        if name in given:
-            return kind, given[name]
-    found = {name: given[name] for name in _REFERENCES if name in given}
-    return kind, found or None
+    references = {name: given[name] for name in _REFERENCES if name in given}
+    return kind, given.get(kind, given.get(f"{kind}_url", references or None))

@@ -11,6 +11,12 @@ from veomni.errors import DataError
 
 Message = dict[str, Any]
 
+TOOLS_KEY = "tools"
+"""Field of a record that holds the functions of a conversation."""
+
+MEDIA_KEYS = {"image": "images", "video": "videos", "audio": "audios"}
+"""Kinds of media, and the fields of a record that list those marked by ``<image>`` and so on in its messages."""
+
 # Roles, and those they may follow; None is the start of the conversation.
 _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "system": (None,),
@@ -19,27 +25,13 @@ _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-
-
-TOOLS_KEY = "tools"
-"""Field of a record that holds the functions of a conversation."""
-
-MEDIA_KEYS = {"image": "images", "video": "videos", "audio": "audios"}
-"""Kinds of media, and the fields of a record that list those marked by ``<image>`` and so on in its messages."""
-
 _HEAVIEST = 3.4028234663852886e38  # of float32
-
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # its names in templates and data sets
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages, and the functions they may call.
-
-    Attributes:
-        messages: In order; fields that are null are left out.
-        tools: JSON schemas of functions, as chat templates take them.
-    """
+    """Checked messages, without fields that are null, and the JSON schemas of functions they may call."""
 
     messages: list[Message]
     tools: list[Any] = field(default_factory=list)
@@ -47,64 +39,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """A record and where it came from.
-
-    Attributes:
-        record: Field names to values.
-        where: File and record, for messages: ``"train.jsonl, line 12"``.
-    """
+    """A record, and its file and place for messages: ``"train.jsonl, line 12"``."""
 
     record: Mapping[str, Any]
     where: str
-
-
-def text_of(document: Document, key: str) -> str:
-    """Return the text in field ``key``.
-
-    Raises:
-        DataError: the field is missing, null or not text.
-    """
-    value = field_of(document, key, "RecordSchema.text_key")
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise DataError(
-            f"{document.where}: field {key!r} is {kind}, not text", "make it a string, or remove the record"
-        )
-    return value
-
-
-def conversation_of(document: Document, key: str) -> Conversation:
-    """Return the conversation in field ``key`` with the functions in field ``tools``, if there is one.
-
-    Raises:
-        DataError: the field is missing or no list of messages, a role is unknown or out of order, or no message is the
-            assistant's;
-            or a message or a tool is malformed.
-    """
-    return Conversation(messages_of(document, key), _tools(document))
-
-
-def messages_of(document: Document, key: str) -> list[Message]:
-    """Return the messages in field ``key``, without the fields that are null.
-
-    Raises:
-        DataError: the field is missing or no list of messages, a role is unknown or out of order, or no message is the
-            assistant's.
-    """
-    value = field_of(document, key, "RecordSchema.messages_key")
-    if not isinstance(value, list):
-        raise DataError(f"{document.where}: field {key!r} is not a list", "make it a list of {role, content}")
-    if not value:
-        raise DataError(f"{document.where}: the conversation is empty", "remove the record")
-    messages: list[Message] = []
-    for number, message in enumerate(value, start=1):
-        where = f"{document.where}, message {number}"
-        messages.append(_message(message, messages[-1]["role"] if messages else None, where))
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError(
-            f"{document.where}: no message is the assistant's, so nothing is supervised", "remove the record"
-        )
-    return messages
 
 
 class MissingFieldError(DataError):
@@ -124,6 +62,67 @@ def field_of(document: Document, key: str, option: str) -> Any:
     return document.record[key]
 
 
+def text_of(document: Document, key: str, option: str = "RecordSchema.text_key") -> str:
+    """Return the text in field ``key``, which ``option`` chooses.
+
+    Raises:
+        DataError: the field is missing, null or not text.
+    """
+    value = field_of(document, key, option)
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        fix = "make it a string, or remove the record"
+        raise DataError(f"{document.where}: field {key!r} is {kind}, not text", fix)
+    return value
+
+
+def from_json(value: Any, problem: str, fix: str) -> Any:
+    """Return what a text holds as JSON; other values unchanged.
+
+    Raises:
+        DataError: the text is not JSON.
+    """
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{problem}: {error}", fix) from error
+
+
+def conversation_of(document: Document, key: str) -> Conversation:
+    """Return the conversation in field ``key`` with the functions in field ``tools``, if there is one.
+
+    Raises:
+        DataError: as for :func:`messages_of`, or a tool is malformed.
+    """
+    tools = document.record.get(TOOLS_KEY) or []
+    tools = from_json(tools, f"{document.where}: field 'tools' is not JSON", "make it a list") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{document.where}: field 'tools' is no list of objects", "give the functions' JSON schemas")
+    return Conversation(messages_of(document, key), tools)
+
+
+def messages_of(document: Document, key: str) -> list[Message]:
+    """Return the messages in field ``key``, without the fields that are null.
+
+    Raises:
+        DataError: the field is missing or no list of messages, a role is unknown or out of order, a message is
+            malformed, or none is the assistant's.
+    """
+    value = field_of(document, key, "RecordSchema.messages_key")
+    if not isinstance(value, list):
+        raise DataError(f"{document.where}: field {key!r} is not a list", "make it a list of {role, content}")
+    if not value:
+        raise DataError(f"{document.where}: the conversation is empty", "remove the record")
+    messages: list[Message] = []
+    for number, message in enumerate(value, start=1):
+        previous = messages[-1]["role"] if messages else None
+        messages.append(_message(message, previous, f"{document.where}, message {number}"))
+    if all(message["role"] != "assistant" for message in messages):
+        problem = f"{document.where}: no message is the assistant's, so nothing is supervised"
+        raise DataError(problem, "remove the record")
+    return messages
+
+
 def is_weight(value: Any) -> bool:
     """Whether a value is a valid weight in the loss: a finite number that is not negative."""
     return isinstance(value, int | float) and 0 <= value <= _HEAVIEST
@@ -132,14 +131,7 @@ def is_weight(value: Any) -> bool:
 def _message(message: Any, previous: str | None, where: str) -> Message:
     if not isinstance(message, Mapping) or "role" not in message:
         raise DataError(f"{where}: not an object with a role and a content", "write {role: ..., content: ...}")
-    role = message["role"]
-    if role not in _MAY_FOLLOW:
-        raise DataError(f"{where}: unknown role {role!r}", f"use one of: {', '.join(_MAY_FOLLOW)}")
-    if previous not in _MAY_FOLLOW[role]:
-        place = f"after {previous!r}" if previous else "first"
-        raise DataError(
-            f"{where}: role {role!r} cannot come {place}", "order: [system], then user and assistant in turn"
-        )
+    _check_role(message["role"], previous, where)
     given = {key: value for key, value in message.items() if value is not None}
     if not isinstance(given.get("content", ""), str):
         raise DataError(f"{where}: content is {type(given['content']).__name__}, not text", "make it a string")
@@ -147,64 +139,53 @@ def _message(message: Any, previous: str | None, where: str) -> Message:
         del given["tool_calls"]  # an empty list, as tables have where others call
     if "content" not in given and "tool_calls" not in given:
         raise DataError(f"{where}: no content", "give it a string as content")
-    return _with_thinking(_with_calls(_with_weight(given, where), where), where)
+    _check_weight(given, where)
+    return given | _calls(given, where) | _thinking(given, where)
 
 
-def _with_weight(message: Message, where: str) -> Message:
-    weight = message.get("weight")
-    if weight is None:
-        return message
+def _check_role(role: Any, previous: str | None, where: str) -> None:
+    if not isinstance(role, str) or role not in _MAY_FOLLOW:
+        raise DataError(f"{where}: unknown role {role!r}", f"use one of: {', '.join(_MAY_FOLLOW)}")
+    if previous not in _MAY_FOLLOW[role]:
+        place = f"after {previous!r}" if previous else "first"
+        fix = "order: [system], then user and assistant in turn"
+        raise DataError(f"{where}: role {role!r} cannot come {place}", fix)
+
+
+def _check_weight(message: Message, where: str) -> None:
+    weight = message.get("weight", 1)
     if not is_weight(weight):
         raise DataError(f"{where}: weight {weight!r}", "use 0 (the message is not supervised) or a positive number")
-    if message["role"] != "assistant":
+    if "weight" in message and message["role"] != "assistant":
         raise DataError(f"{where}: a weight, and only the assistant's messages are supervised", "remove the weight")
-    return message
 
 
-def _with_calls(message: Message, where: str) -> Message:
-    """Return a message with the arguments of its calls as objects, which templates expect; OpenAI's API has text."""
+def _calls(message: Message, where: str) -> Message:
+    """Return calls with their arguments as objects, which templates expect; OpenAI's API has text."""
     calls = message.get("tool_calls")
     if calls is None:
-        return message
+        return {}
     if message["role"] != "assistant" or not isinstance(calls, list):
         raise DataError(f"{where}: tool_calls are a list in a message of the assistant", "correct the message")
-    return {**message, "tool_calls": [_call(call, where) for call in calls]}
+    return {"tool_calls": [_call(call, where) for call in calls]}
 
 
 def _call(call: Any, where: str) -> Any:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call without the name of a function", "write {function: {name, arguments}}")
-    arguments = function.get("arguments", {})
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as error:
-        raise DataError(
-            f"{where}: the arguments of {function['name']} are not JSON: {error}", "correct them"
-        ) from error
+    what = f"{where}: the arguments of {function['name']} are"
+    arguments = from_json(function.get("arguments", {}), f"{what} not JSON", "correct them")
     if not isinstance(arguments, Mapping):
-        raise DataError(f"{where}: the arguments of {function['name']} are no object", "write {name: value, ...}")
+        raise DataError(f"{what} no object", "write {name: value, ...}")
     return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}
 
 
-def _with_thinking(message: Message, where: str) -> Message:
-    """Return a message with its thinking under the names that templates read."""
+def _thinking(message: Message, where: str) -> Message:
+    """Return thinking under the names that templates read."""
     found = [message[key] for key in _THINKING if key in message]
     if not found:
-        return message
+        return {}
     if not isinstance(found[0], str) or message["role"] != "assistant":
         raise DataError(f"{where}: thinking is text in a message of the assistant", "correct the message")
-    return {**message, "reasoning_content": found[0], "thinking": found[0]}
-
-
-def _tools(document: Document) -> list[Any]:
-    value = document.record.get(TOOLS_KEY)
-    try:
-        value = json.loads(value) if isinstance(value, str) and value else value
-    except ValueError as error:
-        raise DataError(f"{document.where}: field 'tools' is not JSON: {error}", "make it a list") from error
-    if not value:
-        return []
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise DataError(f"{document.where}: field 'tools' is no list of objects", "give the functions' JSON schemas")
-    return value
+    return {"reasoning_content": found[0], "thinking": found[0]}
