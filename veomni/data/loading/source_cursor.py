@@ -151,8 +151,9 @@ class SourceCursor:
         documents = [self.source.schema.converted(document) for _, document in found]
         made = self.plan.samples.make(documents, self.index)
         for (place, document), one in zip(found, made, strict=True):
-            refs = (Ref(self.index, *place, piece) for piece in range(len(one.pieces)))
-            samples = [Sample(piece, ref, document.where) for piece, ref in zip(one.pieces, refs, strict=True)]
+            refs = (Ref(self.index, *place, number) for number in range(len(one.pieces)))
+            samples = [Sample(**vars(piece), ref=ref, where=document.where)
+                       for piece, ref in zip(one.pieces, refs, strict=True)]  # fmt: skip
             yield _Read(place, samples, one.lost)
 
     def _useless(self, verb: str) -> DataError:

@@ -92,7 +92,7 @@ class StreamLoader(ResumableLoader):
         size, found = self.shape.micro_batch_size, []
         names = tuple(source.name for source in self.plan.sources)
         if self.shape.balance:
-            rows = [rows[index] for index in by_cost([sum(sample.piece.cost for sample in row) for row in rows])]
+            rows = [rows[index] for index in by_cost([sum(sample.cost for sample in row) for row in rows])]
         for start in range(0, len(rows), size):
             batch = self.plan.samples.collate(rows[start : start + size])
             found.append(self._pinned(replace(batch, origin=replace(batch.origin, source_names=names))))

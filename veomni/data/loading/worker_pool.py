@@ -79,19 +79,17 @@ class WorkerPool(Generic[T]):
 
 
 def _arrays(made: Any) -> Any:
-    if not isinstance(made, MicroBatch):
-        return made
-    return made.map(Tensor, Tensor.numpy)
+    return made.map(Tensor, Tensor.numpy) if isinstance(made, MicroBatch) else made
 
 
 def _tensors(made: Any) -> Any:
-    if not isinstance(made, MicroBatch):
-        return made
-    return made.map(np.ndarray, torch.from_numpy)
+    return made.map(np.ndarray, torch.from_numpy) if isinstance(made, MicroBatch) else made
 
 
 def _start(worker: int) -> None:
-    _ignore_signals()
+    # Signals are sent to the whole process group: the training process saves first, and then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_rank, daemon=True).start()
 
 
@@ -101,12 +99,6 @@ def _end_with_the_rank() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _ignore_signals() -> None:
-    # They are sent to the whole process group: the training process saves first, and then ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

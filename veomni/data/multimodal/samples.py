@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from torch import Tensor
+from typing_extensions import override
 
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.micro_batch import MicroBatch
@@ -20,7 +21,7 @@ from veomni.data.multimodal.transform import CompactSample, MultimodalTransform,
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
-from veomni.data.text.samples import Made, Piece, Row, Sample, TextSamples, name_documents
+from veomni.data.text.samples import Made, Piece, Row, Sample, SampleMaker, TextSamples, name_documents
 from veomni.data.text.tokens import Tokens
 from veomni.errors import ConfigError, DataError, MediaError
 from veomni.logging import create_logger
@@ -69,7 +70,7 @@ class SkipBadMedia:
             return None
 
 
-class MediaSamples:
+class MediaSamples(SampleMaker):
     """Makes samples of conversations with media, whose records hold them in the field ``messages``.
 
     Conversations longer than a row are dropped where ``on_overflow`` is ``drop``; media are never cut.
@@ -86,8 +87,6 @@ class MediaSamples:
         ConfigError: conversations with media would be cut.
     """
 
-    together = 1
-
     def __init__(
         self, transform: MultimodalTransform, collator: MultimodalCollator, schemas: Sequence[RecordSchema],
         on_overflow: str = "error", texts: TextSamples | None = None, skipping: SkipBadMedia | None = None,
@@ -98,6 +97,7 @@ class MediaSamples:
         self._transform, self._collator, self._skipping = transform, collator, skipping
         self._schemas, self._texts, self._drops = schemas, texts, on_overflow == "drop"
 
+    @override
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
         """Tokenize records, and look how large their media are (DataError: unusable, or too long)."""
         if self._texts is not None and not self._schemas[source].type.has_media:
@@ -125,20 +125,22 @@ class MediaSamples:
         family = self._transform.family
         return family.media_tokens(media.text) * (1 if media.item.kind == "audio" else family.patches_per_token)
 
+    @override
     def complete(self, sample: Sample) -> Sample | None:
         """Decode a sample's media; None if it is left out for them."""
-        planned = sample.piece.content
+        planned = sample.content
         if not isinstance(planned, PlannedDocument):  # a text
             return sample
         made = self._kept(self._decoded, planned)
         if made is None:
             return None
         arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in made.items()}
-        return replace(sample, piece=sample.piece._replace(content=arrays))
+        return replace(sample, content=arrays)
 
     def _decoded(self, planned: PlannedDocument) -> CompactSample:
         return self._transform.compact_sample(self._transform.decode(planned))
 
+    @override
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows; here pixels are normalized, each written once."""
         packed = [[document for sample in row for document in self._documents(sample)] for row in rows]
@@ -146,10 +148,10 @@ class MediaSamples:
 
     def _documents(self, sample: Sample) -> list[dict[str, Any]]:
         if self._schemas[sample.ref.source].type.has_media:
-            content = sample.piece.content.items()
+            content = sample.content.items()
             found = [{name: torch.from_numpy(one) if isinstance(one, np.ndarray) else one for name, one in content}]
         else:
-            found = [self._text(document) for document in sample.piece.content]
+            found = [self._text(document) for document in sample.content]
         if len(self._schemas) > 1:
             for document in found:
                 document["source_ids"] = torch.full_like(document["input_ids"], sample.ref.source)

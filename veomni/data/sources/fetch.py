@@ -36,13 +36,9 @@ class Fetch:
     """
 
     def __init__(
-        self,
-        hosts: Iterable[str],
-        *,
-        max_bytes: int,
-        timeout: Annotated[float, Gt(0.0)] = 30.0,
+        self, hosts: Iterable[str], *, max_bytes: int, timeout: Annotated[float, Gt(0.0)] = 30.0,
         private: Iterable[str] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.hosts = tuple(host.lower().rstrip(".") for host in hosts)
         self.max_bytes, self.timeout = max_bytes, timeout
         self._private = frozenset(host.lower() for host in private)
@@ -65,7 +61,7 @@ class Fetch:
     def _checked(self, url: str) -> SplitResult:
         try:
             parts = urlsplit(url)
-            host, _ = parts.hostname or "", parts.port
+            host, _ = (parts.hostname or "").rstrip("."), parts.port
         except ValueError as error:
             raise MediaError(f"{url[:100]!r} is no URL: {error}", "fix the record") from error
         shown = _shown(parts)
@@ -73,16 +69,13 @@ class Fetch:
             raise MediaError(f"{shown}: {parts.scheme} URLs are not read", "use https, or a path")
         if parts.username is not None or not host or any(ord(char) <= 32 for char in url):
             raise MediaError(f"{shown}: not a plain URL of a host", "write https://host/path")
-        host = host.rstrip(".")
         if not any(host == allowed or (allowed.startswith(".") and host.endswith(allowed)) for allowed in self.hosts):
-            raise MediaError(
-                f"{shown}: the host {host} is not allowed",
-                "add it to the allowed hosts, or download it",
-                "Fetch.url_hosts",
-            )
+            fix = "add it to the allowed hosts, or download it"
+            raise MediaError(f"{shown}: the host {host} is not allowed", fix, "Fetch.url_hosts")
         return parts
 
     def _get(self, parts: SplitResult, shown: str, deadline: float) -> tuple[str | None, bytes]:
+        """Return where the content has moved, or None and the content."""
         try:
             connection = self._connected(parts, shown, deadline)
         except OSError as error:
@@ -103,33 +96,31 @@ class Fetch:
 
     def _connected(self, parts: SplitResult, shown: str, deadline: float) -> http.client.HTTPConnection:
         host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for *_, address in found:
-            self._check_public(str(address[0]), host, shown)
+        addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        for address in addresses:
+            number = ipaddress.ip_address(address.partition("%")[0])
+            number = getattr(number, "ipv4_mapped", None) or number
+            if number.is_link_local or number.is_multicast or not (number.is_global or host in self._private):
+                problem = f"{shown}: {host} is {address}, an address inside the network"
+                raise MediaError(problem, "download it, give a path")
+        connection = http.client.HTTPConnection(host, port, timeout=self._left(deadline))
+        connection.sock = socket.create_connection((addresses[0], port), timeout=self._left(deadline))
+        if parts.scheme == "https":
+            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+        return connection
+
+    def _left(self, deadline: float) -> float:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"nothing in {self.timeout:g} s")
-        connection = http.client.HTTPConnection(host, port, timeout=left)
-        plain = socket.create_connection((str(found[0][4][0]), port), timeout=left)
-        connection.sock = plain
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-        return connection
-
-    def _check_public(self, address: str, host: str, shown: str) -> None:
-        number = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(number, "ipv4_mapped", None) or number
-        if mapped.is_link_local or (not mapped.is_global and host not in self._private) or mapped.is_multicast:
-            raise MediaError(f"{shown}: {host} is {address}, an address inside the network", "download it, give a path")
+        return left
 
     def _read(
         self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, shown: str, deadline: float
     ) -> bytes:
         content = bytearray()
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"nothing in {self.timeout:g} s")
+            left = self._left(deadline)
             if connection.sock is not None:
                 connection.sock.settimeout(left)
             part = response.read1(_CHUNK)
@@ -137,9 +128,8 @@ class Fetch:
                 break
             content += part
             if len(content) > self.max_bytes:
-                raise MediaError(
-                    f"{shown}: more than {self.max_bytes} bytes", "raise max_bytes", "MediaLimits.max_bytes"
-                )
+                problem = f"{shown}: more than {self.max_bytes} bytes"
+                raise MediaError(problem, "raise max_bytes", "MediaLimits.max_bytes")
         if response.length:
             raise MediaError(f"{shown}: the connection ended {response.length} bytes early", "try again")
         return bytes(content)

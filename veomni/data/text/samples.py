@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch, Origin
 from veomni.batch.split import SequenceShard
@@ -42,12 +44,12 @@ class Ref(NamedTuple):
     piece: int
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What fits a row: a document, a part of one, or a pair of documents.
 
     Attributes:
-        content: Arrays, which travel between processes; before the sample is complete, what its maker completes it
-            from.
+        content: Arrays, which travel between processes; before a sample is complete, what its maker completes it from.
         lengths: Tokens of its documents.
         media: Tokens that stand for images, videos and audio clips.
         cost: Work that grows with the square: of the documents' tokens and of each image's patches.
@@ -58,67 +60,57 @@ class Piece(NamedTuple):
     media: int
     cost: int
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return sum(self.lengths)
+
 
 class Made(NamedTuple):
-    """What a record became.
-
-    Attributes:
-        pieces: None of them if it is left out.
-        lost: Tokens that were cut off.
-    """
+    """What a record became: pieces, none of them if it is left out, and how many tokens were cut off."""
 
     pieces: list[Piece]
     lost: int = 0
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A piece in a stream.
+class Sample(Piece):
+    """A piece in a stream, with its place there, and file and record for messages."""
 
-    Attributes:
-        piece: What it holds.
-        ref: Where it comes from.
-        where: The same for messages: file and record.
-    """
-
-    piece: Piece
     ref: Ref
     where: str
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return sum(self.piece.lengths)
-
-    @property
-    def media(self) -> int:
-        """Tokens that stand for media."""
-        return self.piece.media
 
 
 Row = list[Sample]
 
 
-class SampleMaker(Protocol):
+class SampleMaker(ABC):
     """Makes pieces of records, and micro-batches of rows of samples.
 
     Attributes:
         together: How many records are best encoded at once.
     """
 
-    together: int
+    together: int = 1
 
+    @abstractmethod
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Return what each record of a source becomes."""
+        """Return what each record of a source becomes.
+
+        Raises:
+            DataError: a record cannot be used, or is too long where that is an error.
+        """
 
     def complete(self, sample: Sample) -> Sample | None:
         """Return a sample that is to leave in a row, with all it holds; None if it cannot be used after all."""
+        return sample
 
+    @abstractmethod
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return a micro-batch of rows of complete samples."""
 
 
-class TextSamples:
+class TextSamples(SampleMaker):
     """Makes samples of texts, conversations, token ids and preference pairs.
 
     Args:
@@ -142,12 +134,8 @@ class TextSamples:
             problem = f"on_overflow split would cut {unsplittable[0]} records apart"
             raise ConfigError(problem, "use error, truncate or drop", "Packing.on_overflow")
 
+    @override
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Tokenize records, and cut what is too long.
-
-        Raises:
-            DataError: a record cannot be used, or is too long where that is an error.
-        """
         schema = self._schemas[source]
         encoded = schema.type.encode(documents, schema, self._tokenizer, self._chat_template)
         return [self._cut(one, document.where) for one, document in zip(encoded, documents, strict=True)]
@@ -169,13 +157,9 @@ class TextSamples:
         [whole] = documents
         return Made([_piece([whole[start : start + capacity]]) for start in range(0, length, capacity)])
 
-    def complete(self, sample: Sample) -> Sample:
-        """Return a sample, which is complete."""
-        return sample
-
+    @override
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
-        """Return a micro-batch of rows."""
-        documents = [[document for sample in row for document in sample.piece.content] for row in rows]
+        documents = [[document for sample in row for document in sample.content] for row in rows]
         batch = name_documents(pack_rows(documents, self._packing.max_seq_len, self._pad), rows)
         if len(self._schemas) > 1:
             batch = replace(batch, targets=replace(batch.targets, source_ids=self._sources_of(rows)))
@@ -198,12 +182,12 @@ def name_documents(batch: MicroBatch, rows: Sequence[Row]) -> MicroBatch:
     """Return a micro-batch with the origin of its documents."""
     samples = [sample for row in rows for sample in row]
     ids = tuple(name for sample in samples for name in _names(sample))
-    sources = tuple(sample.ref.source for sample in samples for _ in sample.piece.lengths)
+    sources = tuple(sample.ref.source for sample in samples for _ in sample.lengths)
     return replace(batch, origin=Origin(ids, sources))
 
 
 def _names(sample: Sample) -> list[str]:
     name = f"{sample.ref.epoch}/{sample.where}" + (f", piece {sample.ref.piece + 1}" if sample.ref.piece else "")
-    if len(sample.piece.lengths) == 1:
+    if len(sample.lengths) == 1:
         return [name]
     return [f"{name}, {side}" for side in ("chosen", "rejected")]
