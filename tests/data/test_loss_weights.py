@@ -7,6 +7,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -130,27 +131,29 @@ def test_documents_are_cut_with_their_weights(on_overflow, streaming, tokenizer,
     assert with_key == {tuple(ids[cut]) for cut in cuts[:2]}, "the last piece has weights of 0 and 1"
 
 
-def entry(folder):
+def on_disk(folder):
+    """The table of a cache's only entry: ids, and what tokens weigh where that is not 1."""
     (found,) = (path for path in (folder / "cache").iterdir() if path.is_dir())
-    return {path.name: path.stat().st_size for path in found.iterdir()}
+    assert {path.name for path in found.iterdir()} == {"tokens.arrow", "checksum"}
+    return pa.ipc.open_file(found / "tokens.arrow").read_all()
 
 
 def test_only_documents_with_weights_are_larger_on_disk(tokenizer, tmp_path):
     kinds = {"none": [3], "zeros": [2, 3], "all": [0, 1, 2, 3]}
-    files = {}
+    tables = {}
     for name, kept in kinds.items():
         rows = [row for number, row in enumerate(records()) if number % 4 in kept]
         (tmp_path / name).mkdir()
         loader_of(tmp_path / name, tokenizer, rows)
-        files[name] = entry(tmp_path / name)
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        assert files[name]["tokens.bin"] == 2 * tokens
-    plain = {"tokens.bin", "offsets.npy", "source.npy", "meta.json"}
-    assert files["none"].keys() == plain
-    assert files["zeros"].keys() == plain | {"supervised.bin"}
-    assert files["all"].keys() == plain | {"supervised.bin", "weights.bin", "weighted.npy"}
-    weighed = sum(len(row["input_ids"]) for row in records() if any(weight != 1 for _, weight in expected(row)))
-    assert files["all"]["weights.bin"] == 4 * weighed
+        tables[name] = on_disk(tmp_path / name)
+        assert tables[name]["ids"].type == pa.large_list(pa.uint16())
+        assert [len(ids) for ids in tables[name]["ids"]] == [len(row["input_ids"]) for row in rows]
+    held = {name: {key: table[key].drop_null() for key in ("supervised", "weights")} for name, table in tables.items()}
+    assert not len(held["none"]["supervised"]) + len(held["none"]["weights"])
+    assert 0 < len(held["zeros"]["supervised"]) < len(tables["zeros"])
+    assert not len(held["zeros"]["weights"])
+    weighed = [row for row in records() if any(weight not in (0, 1) for _, weight in expected(row))]
+    assert [len(one) for one in held["all"]["weights"]] == [len(row["input_ids"]) for row in weighed]
 
 
 def test_sides_of_a_pair_weigh_what_they_say(tokenizer, tmp_path):

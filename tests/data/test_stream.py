@@ -350,7 +350,7 @@ def test_too_few_records_for_the_shards_are_named(tokenizer, tmp_path):
         make_loader(dataset, tokenizer, **options)
     dataset = build_mixture([DataSource(str(path), "few")], streaming=True)
     endless = make_loader(dataset, tokenizer, **options | {"shuffle": False})
-    with pytest.raises(DataError, match=r"source 'few': no record of virtual shard \d of 8 is there"):
+    with pytest.raises(DataError, match=r"source 'few': no record of virtual shard \d of 8 can be used"):
         list(itertools.islice(endless, 9))
     steps = list(make_loader(dataset, tokenizer, epochs=1, **options))
     assert sum(len(micro.origin.document_ids) for step in steps for micro in step) == 3, "a finite stream needs no more"

@@ -6,7 +6,6 @@ import pickle
 import signal
 import time
 
-import numpy as np
 import pytest
 
 from tests.data.conftest import DOCUMENTS, sentence
@@ -25,13 +24,13 @@ def expected(tokenizer):
 
 
 def content(documents):
-    return [documents.tokens[a:b].tolist() for a, b in zip(documents.offsets[:-1], documents.offsets[1:], strict=True)]
+    return [documents.part(index, 0, length).ids.tolist() for index, length in enumerate(documents.lengths)]
 
 
 def test_documents_are_what_the_tokenizer_gives(corpus, tokenizer, tmp_path):
     documents, _ = tokenize(dataset_of(str(corpus)), tokenizer, tmp_path)
     assert content(documents) == expected(tokenizer)
-    assert isinstance(documents.tokens, np.memmap)
+    assert documents.part(3, 2, 2).ids.tolist() == expected(tokenizer)[3][2:4]
     copied = pickle.dumps(documents)
     assert len(copied) < 1000, "workers map the files themselves"
     assert content(pickle.loads(copied)) == expected(tokenizer)
@@ -57,24 +56,24 @@ def test_ranks_that_come_at_once_tokenise_once(corpus, tokenizer, tmp_path):
     assert len(entries(tmp_path / "cache")) == 1
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no meta", "bad meta", "lost file"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no checksum", "bad checksum", "lost file"])
 def test_a_damaged_entry_is_built_again(damage, corpus, tokenizer, tmp_path, caplog):
     dataset = dataset_of(str(corpus))
     tokenize(dataset, tokenizer, tmp_path)
     [entry] = entries(tmp_path)
-    tokens, meta = entry / "tokens.bin", entry / "meta.json"
+    tokens, checksum = entry / "tokens.arrow", entry / "checksum"
     data = tokens.read_bytes()
     match damage:
         case "flip":
             tokens.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
         case "truncate":
             tokens.write_bytes(data[:-2])
-        case "no meta":
-            meta.unlink()
-        case "bad meta":
-            meta.write_text("{")
+        case "no checksum":
+            checksum.unlink()
+        case "bad checksum":
+            checksum.write_text("{")
         case "lost file":
-            (entry / "offsets.npy").unlink()
+            tokens.unlink()
     documents, _ = tokenize(dataset, tokenizer, tmp_path)
     assert content(documents) == expected(tokenizer)
     assert caplog.text.count("is damaged") == 1

@@ -88,8 +88,6 @@ class SourceCursor:
         progress.record = record + 1
         if not read.samples:
             self._count_dropped()
-            if progress.epoch > self._last_used + _EMPTY_EPOCHS:
-                raise self._useless("can be used")
             return []
         progress.samples += 1
         progress.tokens += sum(sample.length for sample in read.samples)
@@ -121,18 +119,18 @@ class SourceCursor:
 
     def _walk(self) -> Iterator[tuple[Place, Document]]:
         """Yield records with their places, epoch after epoch."""
-        epoch, unit, record, empty = self.progress.epoch, self.progress.unit, self.progress.record, 0
+        epoch, unit, record = self.progress.epoch, self.progress.unit, self.progress.record
         while self.limit is None or epoch < self.limit:
-            empty += 1
             for at in range(unit, self._units.of_shard(self.shard)):
                 order, records = self._open(epoch, at)
                 for number in range(record, len(records)):
-                    empty = 0
                     yield (epoch, at, number), records[order[number]]
                 record = 0
             epoch, unit, record = epoch + 1, 0, 0
-            if empty == _EMPTY_EPOCHS:
-                raise self._useless("is there")
+            if epoch - self._last_used > _EMPTY_EPOCHS:
+                name, shards = self.source.name, self.plan.order.stream_shards
+                problem = f"source {name!r}: no record of virtual shard {self.shard} of {shards} can be used"
+                raise DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
 
     def _open(self, epoch: int, unit: int) -> tuple[Sequence[int] | Permutation, Records]:
         """Return the records of a unit and the order in which they are read."""
@@ -155,11 +153,6 @@ class SourceCursor:
             samples = [Sample(**vars(piece), ref=ref, where=document.where)
                        for piece, ref in zip(one.pieces, refs, strict=True)]  # fmt: skip
             yield _Read(place, samples, one.lost)
-
-    def _useless(self, verb: str) -> DataError:
-        shards = self.plan.order.stream_shards
-        problem = f"source {self.source.name!r}: no record of virtual shard {self.shard} of {shards} {verb}"
-        return DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
 
     # ---------------------------------------------------------------- going back
 

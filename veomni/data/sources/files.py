@@ -88,9 +88,7 @@ def _range(file: DataFile, block: int) -> Records:
     found: list[tuple[int, bytes]] = []
     with file.open() as opened:
         opened.seek(max(0, start - 1))
-        if start:
-            opened.readline()  # the end of a line that began before
-        at = opened.tell()
+        at = start - 1 + len(opened.readline()) if start else 0  # behind the end of a line that began before
         while at < start + RANGE_BYTES and (line := opened.readline()):
             if line.strip():
                 found.append((at, line))

@@ -6,7 +6,6 @@ so that a model learns to stop.
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,40 +19,6 @@ if TYPE_CHECKING:
 CHAT_TEMPLATES: Registry[str] = Registry("chat template")
 """Name to Jinja source, as ``tokenizer.chat_template`` holds it."""
 
-_HELPFUL = "You are a helpful assistant."
-_VIRTUAL_HUMAN = (
-    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
-    "visual inputs, as well as generating text and speech."
-)
-_PADS = {
-    "image": "<|vision_start|><|image_pad|><|vision_end|>",
-    "video": "<|vision_start|><|video_pad|><|vision_end|>",
-}
-_CHATML_WITH_MEDIA: dict[str, tuple[str, dict[str, str]]] = {  # what is said first, and what stands for media
-    "qwen-vl": (_HELPFUL, _PADS),
-    "qwen3-vl": ("", _PADS),
-    "qwen2-audio": (_HELPFUL, {"audio": "Audio NUMBER: <|audio_bos|><|AUDIO|><|audio_eos|>\n"}),
-    "qwen-omni": (
-        _VIRTUAL_HUMAN,
-        {
-            "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
-            "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
-            "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
-        },
-    ),
-    "qwen3-omni": ("", {**_PADS, "audio": "<|audio_start|><|audio_pad|><|audio_end|>"}),
-    "omni": (
-        "",
-        {
-            **_PADS,
-            "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
-            "codes": "<|vision_start|><|code_pad|><|vision_end|>",
-            "latents": "<|vision_start|><|latent_pad|><|vision_end|>",
-        },
-    ),
-    "internvl": ("", {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}),
-}
-
 
 def _register_all() -> None:
     sources = {
@@ -62,10 +27,9 @@ def _register_all() -> None:
         if file.name.endswith(".jinja")
     }
     body = sources.pop("_chatml_media")
-    for name, (system, media) in _CHATML_WITH_MEDIA.items():
-        sources[name] = f"{{%- set system = {json.dumps(system)} %}}\n{{%- set media = {json.dumps(media)} %}}\n{body}"
     for name, source in sources.items():
-        CHAT_TEMPLATES.register(name)(source)
+        # A file that only sets the system prompt and what stands for media shares the body of ChatML.
+        CHAT_TEMPLATES.register(name)(f"{source}\n{body}" if source.startswith("{%- set system") else source)
 
 
 _register_all()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +21,31 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
-_FORMAT = 4
-_META = "meta.json"
+_FORMAT = 5
+_TOKENS, _CHECKSUM = "tokens.arrow", "checksum"
 _BATCH = 512  # documents tokenized together, in parallel by the tokenizers library
-_BLOCK = 1 << 20
-_CHECKED_BLOCKS = 64
+_BLOCKS, _BLOCK = 64, 1 << 20  # checked: all of up to 64 MiB
 
 
 class TokenizedDocuments:
-    """Tokenized documents, by index.
+    """Tokenized documents, by index, in one memory-mapped file.
 
-    Pickling sends the path alone, so that a worker maps the files itself.
+    Pickling sends the path alone, so that a worker maps the file itself.
 
     Attributes:
-        offsets: Where each document starts in ``tokens``; int64 ``[documents + 1]``.
+        lengths: Tokens of each document; int64 ``[documents]``.
         source: Index in the dataset of each document (some are skipped); int64 ``[documents]``.
-        tokens: All ids, uint16 or uint32 ``[tokens]``.
     """
 
     def __init__(self, directory: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         self.directory = directory
-        meta = json.loads((directory / _META).read_text())
-        self.offsets: NDArray[np.int64] = np.load(directory / "offsets.npy")
-        self.source: NDArray[np.int64] = np.load(directory / "source.npy")
-        self.tokens: NDArray[Any] = np.memmap(directory / "tokens.bin", dtype=meta["dtype"], mode="r")
-        self._supervised = self._weights = self._weighted = None
-        if "supervised.bin" in meta["files"]:
-            self._supervised = np.memmap(directory / "supervised.bin", dtype=np.bool_, mode="r")
-        if "weights.bin" in meta["files"]:  # of the documents with fractional weights, and where each starts, or -1
-            self._weights = np.memmap(directory / "weights.bin", dtype=np.float32, mode="r")
-            self._weighted = np.load(directory / "weighted.npy")
+        table = pa.ipc.open_file(pa.memory_map(str(directory / _TOKENS))).read_all()
+        self.lengths: NDArray[np.int64] = pc.list_value_length(table["ids"]).to_numpy()
+        self.source: NDArray[np.int64] = table["source"].to_numpy()
+        self._ids, self._supervised, self._weights = (table[name] for name in ("ids", "supervised", "weights"))
 
     def __reduce__(self) -> tuple[type[TokenizedDocuments], tuple[Path]]:
         return type(self), (self.directory,)
@@ -61,18 +53,15 @@ class TokenizedDocuments:
     def __len__(self) -> int:
         return len(self.source)
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document."""
-        return np.diff(self.offsets)
-
     def part(self, document: int, first: int, length: int) -> Tokens:
         """Return ``length`` tokens of a document, from its token ``first`` on."""
-        start = int(self.offsets[document]) + first
-        ids, at = self.tokens[start : start + length], -1 if self._weighted is None else int(self._weighted[document])
-        if self._weights is not None and at >= 0:
-            return Tokens(ids, self._weights[at + first : at + first + length])
-        return Tokens(ids, None if self._supervised is None else self._supervised[start : start + length])
+
+        def values(column: Any) -> Any:
+            found = column[document].values
+            return None if found is None else found.slice(first, length).to_numpy(zero_copy_only=False)
+
+        weights = values(self._weights)
+        return Tokens(values(self._ids), values(self._supervised) if weights is None else weights)
 
 
 def tokenize(
@@ -103,60 +92,38 @@ def tokenize(
 
 
 def _write(directory: Path, dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    started = time.monotonic()
+    import pyarrow as pa
+
+    started, skipped, tokens = time.monotonic(), 0, 0
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    lengths, source, weighted, some_masked = [], [], [], False
-    with ExitStack() as stack:
-        files = (directory / name for name in ("tokens.bin", "supervised.bin", "weights.bin"))
-        ids, supervised, weights = (stack.enter_context(file.open("wb")) for file in files)
-        for index, tokens in _encoded(dataset, tokenizer, template):
-            given = np.ones(len(tokens), np.bool_) if tokens.weights is None else tokens.weights
-            ids.write(tokens.ids.astype(dtype).tobytes())
-            supervised.write((given != 0).tobytes())
-            weighted.append(weights.tell() // given.itemsize if tokens.fractional else -1)
-            weights.write(given.tobytes() if tokens.fractional else b"")
-            some_masked = some_masked or tokens.weights is not None
-            lengths.append(len(tokens))
-            source.append(index)
-    if not lengths:
+    values = {"ids": pa.from_numpy_dtype(dtype), "supervised": pa.bool_(), "weights": pa.float32()}
+    schema = pa.schema({"source": pa.int64()} | {name: pa.large_list(kind) for name, kind in values.items()})
+    with pa.OSFile(str(directory / _TOKENS), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for first in range(0, len(dataset), _BATCH):
+            read = [dataset[index] for index in range(first, min(first + _BATCH, len(dataset)))]
+            encoded = dataset.schema.type.encode(read, dataset.schema, tokenizer, template)
+            kept = {at: one for at, [one] in enumerate(encoded, first) if len(one) > 1}
+            columns = {
+                "source": list(kept),
+                "ids": [one.ids.astype(dtype) for one in kept.values()],
+                "supervised": [None if one.fractional else one.weights for one in kept.values()],
+                "weights": [one.weights if one.fractional else None for one in kept.values()],
+            }
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
+            skipped, tokens = skipped + len(read) - len(kept), tokens + sum(map(len, kept.values()))
+    if not tokens:
         fields = "build_dataset.paths RecordSchema.text_key"
         raise DataError("every document is empty after tokenizing", "check the files and text_key", fields)
-    if not some_masked:
-        (directory / "supervised.bin").unlink()
-    if max(weighted) < 0:
-        (directory / "weights.bin").unlink()
-    else:
-        np.save(directory / "weighted.npy", np.array(weighted, np.int64))
-    np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    np.save(directory / "source.npy", np.array(source, np.int64))
-    sums = {path.name: _checksum(path) for path in sorted(directory.iterdir())}
-    (directory / _META).write_text(json.dumps({"dtype": dtype.name, "files": sums}))
-    if len(lengths) < len(dataset):
-        logger.warning("skipped %s empty documents of %s", len(dataset) - len(lengths), len(dataset))
+    (directory / _CHECKSUM).write_text(sampled_digest(directory / _TOKENS, _BLOCKS, _BLOCK))
+    if skipped:
+        logger.warning("skipped %s documents of %s in which nothing follows the first token", skipped, len(dataset))
     seconds = time.monotonic() - started
-    logger.info("tokenized %s documents, %s tokens, in %.1f s", len(lengths), sum(lengths), seconds)
-
-
-def _encoded(
-    dataset: IndexedDataset, tokenizer: PreTrainedTokenizerBase, template: str
-) -> Iterator[tuple[int, Tokens]]:
-    """Yield index and tokens of the documents in which something follows the first token."""
-    schema = dataset.schema
-    for start in range(0, len(dataset), _BATCH):
-        documents = [dataset[index] for index in range(start, min(start + _BATCH, len(dataset)))]
-        for index, [tokens] in enumerate(schema.type.encode(documents, schema, tokenizer, template), start):
-            if len(tokens) > 1:
-                yield index, tokens
+    logger.info("tokenized %s documents, %s tokens, in %.1f s", len(dataset) - skipped, tokens, seconds)
 
 
 def _problem(directory: Path) -> str | None:
     try:
-        sums = json.loads((directory / _META).read_text())["files"]
-        wrong = [name for name, checksum in sums.items() if _checksum(directory / name) != checksum]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        right = (directory / _CHECKSUM).read_text() == sampled_digest(directory / _TOKENS, _BLOCKS, _BLOCK)
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    return f"{wrong[0]} does not match its checksum" if wrong else None
-
-
-def _checksum(path: Path) -> str:
-    return sampled_digest(path, _CHECKED_BLOCKS, _BLOCK)  # all of it up to 64 MiB
+    return None if right else f"{_TOKENS} does not match its checksum"
