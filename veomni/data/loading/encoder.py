@@ -38,12 +38,7 @@ class Encoder:
     skip_bad_media: SkipBadMedia | None = None
 
     def samples(self, schemas: Sequence[RecordSchema], packing: Packing, shard: SequenceShard) -> SampleMaker:
-        """Return what makes samples of records.
-
-        Args:
-            schemas: What the records of each source hold.
-            packing: Tokens of a row, and what happens to longer documents.
-            shard: The positions of each row that are given out.
+        """Return what makes samples of the records of sources, and micro-batches of the ``shard`` of each row.
 
         Raises:
             ConfigError: there are media and no processor for them, or documents cannot be cut as ``packing`` says.

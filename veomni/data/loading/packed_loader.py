@@ -28,10 +28,6 @@ class PackedLoader(ResumableLoader):
     Of the ``global_batch_size`` rows of a step, rank r of n takes rows r, r + n, ... and cuts them into micro-batches.
     The last step of an epoch is filled with empty rows, so every rank has the same number of micro-batches and no
     sample is left out.
-
-    Args:
-        batches: Makes micro-batches from sample indices.
-        packing, order, shape, workers, fingerprint: See :class:`ResumableLoader`.
     """
 
     steps_per_epoch: int

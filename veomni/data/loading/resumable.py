@@ -19,12 +19,7 @@ class ResumableLoader(ABC):
 
     Iterating continues from the state to the end of the data; a held-out loader reads all its data, once, every time.
 
-    Args:
-        packing: How rows are filled.
-        order: In which order, and how often, the data is read.
-        shape: Rows of a step, and this rank's share of them.
-        workers: Processes that prepare micro-batches.
-        fingerprint: What else the rows depend on, by name: a state is rejected where it differs.
+    A state is rejected where ``fingerprint``, what else the rows depend on by name, differs.
 
     Attributes:
         steps_per_epoch: Optimizer steps of one epoch; None, as the others, where it is unknown before all is read.

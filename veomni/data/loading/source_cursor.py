@@ -54,14 +54,9 @@ class _Read(NamedTuple):
 
 
 class SourceCursor:
-    """Reads a shard's part of a source, some records ahead of what was taken.
+    """Reads a shard's part of the source ``index``, some records ahead of what was taken.
 
-    Args:
-        plan: What the stream is made of.
-        shard: Which shard.
-        index: Which source.
-        limit: Epochs after which nothing comes; None for no end.
-        progress: Where it starts; kept up to date.
+    Nothing comes after ``limit`` epochs. ``progress`` is where it starts, and is kept up to date.
     """
 
     def __init__(self, plan: StreamPlan, shard: int, index: int, limit: int | None, progress: SourceProgress) -> None:
@@ -157,11 +152,7 @@ class SourceCursor:
     # ---------------------------------------------------------------- going back
 
     def read_again(self, refs: Sequence[Ref]) -> dict[Ref, Sample]:
-        """Return the samples that ``refs`` stand for.
-
-        Raises:
-            DataError: the source has changed.
-        """
+        """Return the samples that ``refs`` stand for; raises DataError if the source has changed."""
         found: list[tuple[Place, Document]] = []
         for (epoch, unit), numbers in groupby(sorted({ref[1:4] for ref in refs}), key=lambda place: place[:2]):
             order, records = self._open(epoch, unit)

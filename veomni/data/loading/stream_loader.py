@@ -43,12 +43,6 @@ class StreamLoader(ResumableLoader):
     Shards may end at different times: rows of those that have ended are empty. A rank that does not read all shards
     cannot detect the end of the last one: it continues with empty rows, which :attr:`exhausted` reports, and
     ``Launcher.track`` ends the loop of all ranks together.
-
-    Args:
-        plan: What the stream is made of.
-        shape: Rows of a step, and this rank's share of them.
-        workers: Processes that prepare rows.
-        fingerprint: What the rows depend on beside the plan, by name.
     """
 
     def __init__(self, plan: StreamPlan, shape: BatchShape, workers: Workers, fingerprint: Mapping[str, Any]) -> None:

@@ -44,10 +44,6 @@ class Units:
     """Blocks dealt to virtual shards.
 
     Where there are few blocks for the shards, each is split into several units, so that shards have about equally much.
-
-    Args:
-        blocks: The data.
-        shards: Number of virtual shards.
     """
 
     def __init__(self, blocks: Sequence[Blocks], shards: int) -> None:

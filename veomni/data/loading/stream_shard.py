@@ -21,12 +21,7 @@ from veomni.errors import CheckpointError
 
 
 class StreamShard:
-    """Gives the rows of one virtual shard.
-
-    Args:
-        plan: What the stream is made of.
-        shard: Which shard.
-        state: From :meth:`state_dict`; None starts at the beginning.
+    """Gives the rows of one virtual shard, from a state of :meth:`state_dict` on or from the beginning.
 
     Raises:
         DataError: a source has changed since the state was taken.

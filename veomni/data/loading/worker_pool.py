@@ -31,12 +31,9 @@ class WorkerError(VeOmniError):
 
 
 class WorkerPool(Generic[T]):
-    """An iterator over what worker processes make.
+    """An iterator over what worker processes make, each with a copy of ``dataset``.
 
-    Args:
-        dataset: What makes it; every worker has a copy.
-        requests: Its arguments, read ahead of the loop; None for a dataset that is iterated.
-        workers: Number of processes, how far ahead they work, and how long to wait for them.
+    ``requests`` are the arguments of the dataset, read ahead of the loop; None is for one that is iterated.
     """
 
     def __init__(self, dataset: Dataset[T], requests: Iterator[Any] | None, workers: Workers) -> None:

@@ -21,12 +21,7 @@ Run = tuple[int, int]  # first row, number of rows
 
 @dataclass(frozen=True)
 class Bins:
-    """Rows of samples.
-
-    Attributes:
-        samples: Sample indices, row after row; int64 ``[samples]``.
-        offsets: Where each row starts in ``samples``; int64 ``[rows + 1]``.
-    """
+    """Sample indices row after row, int64 ``[samples]``, and where each row starts, int64 ``[rows + 1]``."""
 
     samples: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -39,9 +34,7 @@ class Bins:
 
 
 def epoch_bins(lengths: NDArray[np.int64], capacity: int, *, pack: bool, shuffle: bool, seed: int, epoch: int) -> Bins:
-    """Return the rows of one epoch, in the order they are read.
-
-    The number of rows depends on ``lengths`` alone, so every epoch has the same number of steps.
+    """Return the rows of one epoch, in the order they are read; their number depends on ``lengths`` alone.
 
     Args:
         lengths: Tokens of each sample, none above ``capacity``.
@@ -65,12 +58,7 @@ def epoch_bins(lengths: NDArray[np.int64], capacity: int, *, pack: bool, shuffle
 
 
 def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Return the row of every sample.
-
-    Args:
-        lengths: Positive, at most ``capacity``; equal lengths are placed in the order given.
-        capacity: Tokens of a row.
-    """
+    """Return the row of every sample of 1 to ``capacity`` tokens; equal lengths are placed in the order given."""
     rows, counts, longest = _Rows(capacity), np.bincount(lengths), lengths.max(initial=0)
     for length in np.flatnonzero(counts)[::-1].tolist():
         count = int(counts[length])

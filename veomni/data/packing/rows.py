@@ -24,15 +24,7 @@ Rows = Sequence[NDArray[np.int64]]
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """Makes a micro-batch from the sample indices of its rows; what loader workers hold.
-
-    Args:
-        documents: The tokens.
-        samples: The pieces of documents that the indices count.
-        capacity: Tokens of a row.
-        pad_token_id: Fills the tail of a row.
-        shard: Which positions of the rows are given out.
-    """
+    """Makes a micro-batch, the ``shard`` of its rows, from the indices of their samples; what loader workers hold."""
 
     def __init__(
         self, documents: TokenizedDocuments, samples: Samples, capacity: int, pad_token_id: int, shard: SequenceShard

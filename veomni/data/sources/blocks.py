@@ -12,12 +12,7 @@ from veomni.data.sources.records import Document
 
 
 class Records:
-    """Records that are made on access.
-
-    Args:
-        count: How many.
-        read: Returns the record of an index.
-    """
+    """Records that are made on access: ``read`` returns that of an index."""
 
     def __init__(self, count: int, read: Callable[[int], Document]) -> None:
         self._count, self._read = count, read
@@ -36,13 +31,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Records in blocks, each opened on its own.
-
-    Attributes:
-        count: How many blocks.
-        open: Returns the records of a block.
-        single: Whether every block is one record; others are split further where there are few.
-    """
+    """Records in ``count`` blocks, each opened on its own; few blocks are split further, unless each is one record."""
 
     count: int
     open: Callable[[int], Records]

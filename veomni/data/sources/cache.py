@@ -34,13 +34,8 @@ def cache_directory(chosen: str | Path | None) -> Path:
 def build_once(directory: Path, build: Callable[[Path], None], problem: Callable[[Path], str | None]) -> None:
     """Make sure ``directory`` holds a good copy; of many processes the first to get the lock builds it.
 
-    It is built beside its place, flushed and renamed: nothing half-written ever has the name ``directory``. No process
-    group is needed.
-
-    Args:
-        directory: Where the result belongs.
-        build: Fills an empty directory.
-        problem: Returns what is wrong with a directory, or None.
+    ``build`` fills an empty directory beside its place, which is then flushed and renamed: nothing half-written has the
+    name ``directory``. ``problem`` returns what is wrong with one, or None. No process group is needed.
     """
     from filelock import FileLock, Timeout
 

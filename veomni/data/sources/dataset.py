@@ -31,12 +31,8 @@ logger = create_logger(__name__)
 class IndexedDataset(DocumentStream):
     """A map-style dataset: ``dataset[i]`` is a :class:`Document`, read on access.
 
-    As a stream, it is one source called ``data``, shuffled record by record; by row groups within Parquet files.
-
-    Args:
-        files: The files it is made of, in order, and their records.
-        indices: Which of their documents belong to it, ascending.
-        schema: What its records hold, and in which fields.
+    It is made of the documents of ``files`` at ``indices``, ascending. As a stream, it is one source called ``data``,
+    shuffled record by record; by row groups within Parquet files.
     """
 
     def __init__(self, files: Sequence[tuple[Path, Records]], indices: NDArray[np.int64], schema: RecordSchema) -> None:
@@ -82,7 +78,7 @@ def build_dataset(
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> tuple[IndexedDataset, IndexedDataset | None]:
-    """Index the records of files, and split off a held-out part.
+    """Index the records of files, and return those to train on and the held-out ones, or None.
 
     Whether a document is held out depends on its index and ``seed`` alone, so appending data moves no document across.
 
@@ -93,9 +89,6 @@ def build_dataset(
         eval_fraction: Expected share of the training documents that is held out.
         seed: Seed of the held-out choice.
         cache_dir: Where copies of remote and compressed files are kept; None for ``$XDG_CACHE_HOME/veomni``.
-
-    Returns:
-        The training dataset, and the held-out one or None.
 
     Raises:
         DataError: a path is missing, empty or unreadable, the first record lacks its field, or a part is empty.

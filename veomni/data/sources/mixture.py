@@ -42,7 +42,7 @@ class DataSource:
 
     @property
     def paths(self) -> list[str]:
-        """Its paths."""
+        """``path`` as a list."""
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
     @property

@@ -40,12 +40,7 @@ class OpenedSource:
 
 
 class DocumentStream:
-    """Documents of one or several sources.
-
-    Args:
-        sources: What is read, each with its weight and the schema of its records.
-        mixing: How the sources become one stream.
-    """
+    """Documents of one or several sources, and how these become one stream."""
 
     def __init__(self, sources: Sequence[OpenedSource], mixing: Mixing) -> None:
         self.sources, self.mixing = sources, mixing

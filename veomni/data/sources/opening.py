@@ -70,11 +70,7 @@ _UNSUPPORTED = frozenset({".csv", ".tsv", ".xlsx", ".xls"})
 
 
 def find_data(path: str, cache_dir: Path) -> list[tuple[DataFile, FileFormat]]:
-    """Return the files that a path stands for, in order, each with its format.
-
-    Args:
-        path: A file, a directory, a saved Hugging Face dataset, a URL, or the name of a built-in corpus.
-        cache_dir: Where built-in corpora are kept.
+    """Return the files that a path stands for, in order, each with its format; corpora are kept in ``cache_dir``.
 
     Raises:
         DataError: nothing is there, or it cannot be used.

@@ -31,10 +31,7 @@ _FORMAT = 2
 def cached_byte_bpe(dataset: DocumentStream, vocab_size: int, cache_dir: str | Path | None = None) -> Path:
     """Return the directory of the tokenizer of :func:`train_byte_bpe` for a dataset, trained if it is not there yet.
 
-    Args:
-        dataset: Where the texts come from.
-        vocab_size: Entries of the vocabulary.
-        cache_dir: Where tokenizers are kept, under a digest of the texts; None for ``$XDG_CACHE_HOME/veomni``.
+    It is kept in ``cache_dir`` under a digest of the texts; None stands for ``$XDG_CACHE_HOME/veomni``.
     """
     cache = cache_directory(cache_dir)
     directory = cache / "tokenizers" / digest([_FORMAT, dataset.fingerprint(cache), vocab_size])
@@ -47,16 +44,10 @@ def cached_byte_bpe(dataset: DocumentStream, vocab_size: int, cache_dir: str | P
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer with the chatml template; the same texts give the same tokenizer.
+    """Train a tokenizer with the chatml template; it ends documents with ``<|endoftext|>`` and pads with ``<|pad|>``.
 
-    Of much text, every second, fourth, ... one is used, so that training takes seconds.
-
-    Args:
-        texts: Training texts, read once.
-        vocab_size: Entries of the vocabulary, special tokens included; fewer are made when the texts are short.
-
-    Returns:
-        A tokenizer with ``<|endoftext|>`` as end of document and ``<|pad|>`` as padding.
+    The same texts give the same tokenizer. They are read once; of much text, every second, fourth, ... one is used, so
+    that training takes seconds. ``vocab_size`` counts special tokens; fewer entries are made when the texts are short.
 
     Raises:
         ConfigError: ``vocab_size`` has no room for the 256 bytes and the special tokens.

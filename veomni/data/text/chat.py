@@ -51,11 +51,7 @@ def render_conversation(
 ) -> Rendered:
     """Return a conversation as text; what the assistant wrote weighs its message's ``weight``, and 0 is not supervised.
 
-    Args:
-        conversation: Checked messages and tools.
-        where: Names the conversation, for messages.
-        tokenizer: Its special tokens are the template's variables.
-        template: Jinja source of the chat template.
+    The ``template`` is Jinja source, whose variables are the tokenizer's special tokens; ``where`` is for messages.
 
     Raises:
         DataError: the template rejects the conversation, has no place for a part of it, or changes what it rendered

@@ -36,11 +36,7 @@ _register_all()
 
 
 def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a template's Jinja source.
-
-    Args:
-        name: A registered name, the path of a Jinja file, or None for the tokenizer's own template.
-        tokenizer: Asked when ``name`` is None.
+    """Return the Jinja source of a registered name, of the path of a file, or for None the tokenizer's own.
 
     Raises:
         DataError: the tokenizer has no template of its own.

@@ -69,13 +69,8 @@ def tokenize(
 ) -> tuple[TokenizedDocuments, dict[str, str]]:
     """Return a dataset's tokenized documents, and the digests they depend on, by name.
 
-    Several processes may call this at once: one tokenizes, no process group is needed.
-
-    Args:
-        dataset: What to tokenize.
-        tokenizer: With what.
-        cache_dir: Where results are kept, under a digest of all they depend on.
-        chat_template: A template's name or file, or None for the tokenizer's own (conversations only).
+    They are kept in ``cache_dir`` under these digests. Several processes may call this at once: one tokenizes, no
+    process group is needed. ``chat_template`` is a name or file, or None for the tokenizer's own (conversations only).
 
     Raises:
         DataError: a document cannot be used, or none has two tokens.
