@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.models.layouts import materialized
 from tests.models.tiny import tiny_config
 from tests.optim.layouts import whole
 from tests.parity.layouts import EXPERT_LAYOUTS, LAYOUTS, vocabulary
+from tests.together import Job, Together
 from veomni.checkpoint import Checkpointer
 from veomni.checkpoint.sharded_state import sharded_state
 from veomni.errors import CheckpointError, ModelError
@@ -67,31 +69,43 @@ def everything(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def unbroken(name: str, directory: Path) -> list[float]:
-    return run_ranks(train, 1, directory, "single", name, 4, load=False, init=False)[0][1]
+CASES = [
+    ("muon", "ep4_chunks", "single"),
+    ("muon", "ep4_chunks", "ep2_fsdp2_4"),
+    ("muon", "ep2_hsdp", "ep4_ulysses2"),
+    ("adamw", "ep4_chunks", "fsdp2_4"),
+    ("adamw", "ep4_chunks", "ep2_ulysses2"),
+    ("adamw", "ep4_chunks", "single"),
+    ("adamw", "ep2_fsdp1_4", "single"),
+    ("adamw", "ep2_fsdp1_4", "ep2_fsdp2_4"),
+    ("adamw", "ep2_fsdp1_hybrid", "ep2_fsdp1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "targets"),
-    [
-        ("muon", "ep4_chunks", ["single", "ep2_fsdp2_4"]),
-        ("adamw", "ep4_chunks", ["fsdp2_4", "ep2_ulysses2", "single"]),
-        ("muon", "ep2_hsdp", ["ep4_ulysses2"]),
-        ("adamw", "ep2_fsdp1_4", ["single", "ep2_fsdp2_4"]),
-        ("adamw", "ep2_fsdp1_hybrid", ["ep2_fsdp1"]),
-    ],
-)
-def test_weights_and_optimizer_are_bitwise_and_the_losses_go_on(tmp_path, tmp_path_factory, name, source, targets):
-    expected = unbroken(name, tmp_path_factory.getbasetemp() / name)
-    saved, before = run_ranks(train, ALL[source][0], tmp_path, source, name, 2, load=False, init=False)[0]
-    for target in targets:
-        for found, after in run_ranks(train, ALL[target][0], tmp_path, target, name, 2, load=True, init=False):
-            assert before + after == pytest.approx(expected, rel=1e-10)
-            assert found.keys() == saved.keys()
-            for key, value in saved.items():
-                same = torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
-                assert same, (target, key)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], tuple[Any, Any, Any]]:
+    """Return a run of four steps, what a layout saves after two, and what another makes of it: each once."""
+    folder = tmp_path_factory.mktemp("experts")
+
+    def job(name: str, source: str, layout: str, steps: int, load: bool) -> Job:
+        return Job(ALL[layout][0], partial(train, folder / f"{name}-{source}", layout, name, steps, load=load))
+
+    whole = {name: job(name, "unbroken", "single", 4, False) for name, _, _ in CASES}
+    saves = {(name, source): job(name, source, source, 2, False) for name, source, _ in CASES}
+    loads = {case: job(*case, 2, True) for case in CASES}
+    saving, loading = Together([*whole.values(), *saves.values()]), Together(list(loads.values()))
+    saved = {key: saving(one)[0] for key, one in {**whole, **saves}.items()}
+    return lambda *case: (saved[case[0]], saved[case[:2]], loading(loads[case]))
+
+
+@pytest.mark.parametrize(("name", "source", "target"), CASES)
+def test_weights_and_optimizer_are_bitwise_and_the_losses_go_on(jobs, name, source, target):
+    (_, expected), (saved, before), resumed = jobs(name, source, target)
+    for found, after in resumed:
+        assert before + after == pytest.approx(expected, rel=1e-10)
+        assert found.keys() == saved.keys()
+        for key, value in saved.items():
+            assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
 
 
 def resume_with(directory: Path, experts: int, *, save: bool) -> None:
