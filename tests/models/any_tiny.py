@@ -146,6 +146,13 @@ def plain_inputs(model_type: str, tokens: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
+def one_of_each_entry(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
+    """Return each list of kinds of layers cut to one of every kind, as if it were the only one."""
+    lists = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
+    found = {name: list(dict.fromkeys(known[name])) for name in lists if known.get(name)}
+    return {name: kinds + kinds[-1:] * (layers - len(kinds)) for name, kinds in found.items()}
+
+
 def any_tiny_config(model_type: str, *, experts: bool = False) -> Any:
     """Return a fresh tiny configuration; deterministic, without dropout.
 
@@ -157,7 +164,7 @@ def any_tiny_config(model_type: str, *, experts: bool = False) -> Any:
 
     config_class = CONFIG_MAPPING[model_type]
     defaults = config_class(**deepcopy(_NEEDED.get(model_type, {})))
-    values = merged(shrunk_values(defaults, layers=3 if experts else 2, jointly=False), _OVERRIDES.get(model_type, {}))
+    values = merged(shrunk_values(defaults, 3 if experts else 2, one_of_each_entry), _OVERRIDES.get(model_type, {}))
     config = config_class(**merged(values, _WITH_EXPERTS.get(model_type, {}) if experts else {}))
     config.use_cache = config.get_text_config(decoder=True).use_cache = False
     return config

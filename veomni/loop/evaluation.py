@@ -78,8 +78,8 @@ class Evaluation:
         tokens = component_tokens(held.inputs) if self._measure is model_losses else {}
         for name, mean in _by_name(found).items():
             self._add(name, mean, tokens.get(name.removeprefix("loss_"), weight))
-        if self._sources and context.by_source is not None:
-            losses, weights = context.by_source.sums
+        if self._sources and context.source_sums is not None:
+            losses, weights = context.source_sums
             self._add("source_loss", losses / weights, weights, torch.arange(len(self._sources), device=self._device))
         if self._answers:
             self._count_answers(held, context)

@@ -157,8 +157,8 @@ class ModelStep:
         share = shared_loss(loss, micro, self)
         self.loss = self.loss + share.detach()
         (share * self._world.state.size("loss")).backward()
-        if self._context.by_source is not None:
-            sums = self._context.by_source.sums
+        if self._context.source_sums is not None:
+            sums = self._context.source_sums
             self.source_sums = sums if self.source_sums is None else self.source_sums + sums
         self._backpropagated.add(micro.index)
         if self.routers is not None and micro.last:

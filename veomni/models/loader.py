@@ -44,11 +44,7 @@ _DECODER = (
 
 
 def config_class(model_type: str) -> type[Any]:
-    """Return the configuration class of a model type.
-
-    Raises:
-        ModelError: nothing is registered under that name and transformers does not know it.
-    """
+    """Return the configuration class of a model type, registered or transformers' own; a ModelError without one."""
     if model_type in MODEL_CONFIG_REGISTRY:
         return MODEL_CONFIG_REGISTRY.get(model_type)()
     from transformers import CONFIG_MAPPING
@@ -62,14 +58,11 @@ def config_class(model_type: str) -> type[Any]:
 
 
 def model_class(config: PreTrainedConfig) -> type[nn.Module]:
-    """Return the class to build for a configuration.
+    """Return the class to build for a configuration; a ModelError where there is none.
 
     The architecture that config.json names is built where transformers has it; otherwise the first head that fits:
     causal language model, multimodal language model, and last the bare body; for encoder-decoders, sequence to
     sequence before all others. A head for the text part alone does not fit a configuration that has more parts.
-
-    Raises:
-        ModelError: no class builds this type.
     """
     import transformers
 

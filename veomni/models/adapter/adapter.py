@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum, auto
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -87,9 +87,6 @@ class _Site:
         return output
 
 
-PassType = TypeVar("PassType", bound=InputPass)
-
-
 class ModelAdapter:
     """Everything that was changed about one model.
 
@@ -133,10 +130,6 @@ class ModelAdapter:
     def passes(self) -> list[InputPass]:
         """All passes: those of the root, then those of modules inside it, each in the order of stages."""
         return [each for site in self._sites for each in site.passes]
-
-    def find(self, kind: type[PassType]) -> PassType | None:
-        """Return the first pass of a class."""
-        return next((each for each in self.passes if isinstance(each, kind)), None)
 
     def add(self, each: InputPass, on: nn.Module | None = None) -> None:
         """Add a pass around the forward of a module, None being the model; of one stage, what came first goes first."""

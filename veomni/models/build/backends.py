@@ -28,9 +28,7 @@ logger = create_logger(__name__)
 def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
     """Give a model whose attention was left open the fastest one that is exact for packed rows.
 
-    Args:
-        model: A model from ``build_model``; other modules are left alone.
-        varlen: Whether the device runs variable-length attention in the precision of the run.
+    ``varlen`` says whether the device runs variable-length attention in the precision of the run.
     """
     if ModelAdapter.of(model).attention_open and varlen:
         if reason := _why_not_varlen(model):
@@ -62,12 +60,9 @@ def _why_not_varlen(model: Any) -> str | None:
 
 
 def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[str]) -> None:
-    """Run mixture-of-experts layers with the fastest backend that computes in the precision of the run.
+    """Run mixture-of-experts layers with the fastest of the device's backends that computes in ``precision``.
 
-    Args:
-        model: Any model; those without experts are left alone.
-        precision: The precision of the run.
-        available: The backends of the device, fastest first.
+    Models without experts are left alone.
 
     Raises:
         ModelError: the requested backend cannot run the model here.

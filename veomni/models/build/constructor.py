@@ -15,12 +15,9 @@ from veomni.models.weights.slots import on_meta
 
 @contextmanager
 def registered_on_meta(keep: Callable[[nn.Module, str], bool] = lambda module, key: False) -> Iterator[None]:
-    """Move each parameter and buffer to the meta device as soon as a module registers it.
+    """Move each parameter and buffer that is not to ``keep`` to the meta device as soon as a module registers it.
 
     ``torch.device("meta")`` does not reach all that constructors call: ``torch.normal``, or tensors from numpy.
-
-    Args:
-        keep: Whether a module's parameter or buffer of that name stays where it is.
     """
 
     def move(module: nn.Module, key: str, value: Tensor | None) -> Any:  # torch's annotations forbid another value
@@ -35,14 +32,8 @@ def registered_on_meta(keep: Callable[[nn.Module, str], bool] = lambda module, k
 def constructor_values(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     """Return values of a transformers model that nothing but its constructor sets, as it sets them on the CPU.
 
-    The model is constructed once more, with nothing in memory but these values and the tensor being registered.
-
-    Args:
-        model: A transformers model, on any device.
-        names: Names of parameters and buffers.
-
-    Returns:
-        Their values by name; those that the class does not construct, or leaves uninitialised, are missing.
+    The model is constructed once more, with nothing in memory but these values and the tensor being registered. Those
+    that the class does not construct, or leaves uninitialised, are missing.
     """
     wanted = {(type(model.get_submodule(path)), key) for path, _, key in (name.rpartition(".") for name in names)}
     keep = registered_on_meta(lambda module, key: (type(module), key) in wanted)

@@ -10,11 +10,9 @@ from veomni.registry import did_you_mean
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Stop gradients of the parameters that match and return their names.
+    """Stop gradients of the parameters that match and return their names; before a strategy shards the model.
 
-    Args:
-        model: The model, before a strategy shards it.
-        patterns: Shell patterns of parameter or module names: ``model.visual`` or ``*.mlp.gate.*``.
+    Patterns are shell patterns of parameter or module names: ``model.visual`` or ``*.mlp.gate.*``.
 
     Raises:
         ModelError: a pattern matches nothing.

@@ -10,14 +10,11 @@ from veomni.parallel.plan import ParallelPlan
 
 
 def derive_plan(model: nn.Module) -> ParallelPlan:
-    """Return the parallel plan of any model.
+    """Return the parallel plan of any model, before a strategy wraps it.
 
     A model's own ``get_parallel_plan()`` wins. Blocks are otherwise, in this order: its gradient-checkpointing layers
     (transformers' repeated layers, those of vision and audio towers included), the classes transformers says must not
     be split, or repeated children of a ``ModuleList``; of nested ones the outermost.
-
-    Args:
-        model: The model, before a strategy wraps it.
     """
     own = getattr(model, "get_parallel_plan", None)
     if callable(own):

@@ -105,11 +105,7 @@ class ModelSection(Section):
         return model
 
     def check_fit(self, architecture: Any, tokenizer: Any, max_seq_len: int) -> None:
-        """Check that the tokens have embeddings and the rows positions.
-
-        Raises:
-            ConfigError: they have not.
-        """
+        """Raise a ConfigError where tokens have no embedding, or rows more tokens than there are positions."""
         text = architecture.get_text_config()
         if len(tokenizer) > text.vocab_size:
             raise ConfigError(

@@ -9,11 +9,7 @@ from veomni.models.loader import MODEL_PROCESSOR_REGISTRY
 
 
 def build_tokenizer(path: str | Path) -> Any:
-    """Return the tokenizer of a model directory (or of a hub name in the local cache).
-
-    Raises:
-        ModelError: there is no such directory, or no tokenizer in it.
-    """
+    """Return the tokenizer of a model directory, or of a hub name in the local cache; a ModelError without one."""
     from transformers import AutoTokenizer
 
     directory = _directory(path)
@@ -25,11 +21,7 @@ def build_tokenizer(path: str | Path) -> Any:
 
 
 def build_processor(path: str | Path) -> Any:
-    """Return the processor of a multimodal model directory: a registered one first, then transformers'.
-
-    Raises:
-        ModelError: there is no such directory, or no processor in it.
-    """
+    """Return the processor of a multimodal model directory, a registered one first; a ModelError without one."""
     from transformers import AutoProcessor
 
     directory, loader = _directory(path), AutoProcessor

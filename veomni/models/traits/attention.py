@@ -40,11 +40,7 @@ calls: ContextVar[int] = ContextVar("veomni_pointwise_calls", default=0)
 def pointwise(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Treat every position separately, and check that a model passes nothing that shards of rows cannot have.
-
-    Raises:
-        ModelError: it does.
-    """
+    """Treat every position separately, and reject what shards of rows cannot have with a ModelError."""
     calls.set(calls.get() + 1)
     name = type(module).__name__
     if query.shape[2] != LENGTH or key.shape[2] != LENGTH:

@@ -58,11 +58,7 @@ class ModelTraits(dict[type[Trait], Verdict]):
             self.examine(Trial(body, model, device), self.deferred)
 
     def require(self, *traits: type[Trait], by: str) -> None:
-        """Check that the model has traits; a deferred one passes until it has been examined.
-
-        Args:
-            traits: What is required.
-            by: What requires it, for the message.
+        """Check that the model has what is required ``by`` something; a deferred trait passes until it is examined.
 
         Raises:
             MissingTraitError: the model lacks one.
@@ -77,12 +73,7 @@ class ModelTraits(dict[type[Trait], Verdict]):
 def examine_model(model: nn.Module, traits: Iterable[type[Trait]]) -> ModelTraits:
     """Examine a model before it is sharded; it is read and never changed, and no other rank takes part.
 
-    Args:
-        model: Any module; its parameters may be on the meta device.
-        traits: What to look for.
-
-    Returns:
-        A verdict for each trait. Those that run the model are deferred where it has no small copy: its own forward was
-        replaced, or it is large and its configuration cannot be shrunk.
+    Traits that run the model are deferred where it has no small copy: its own forward was replaced, or it is large and
+    its configuration cannot be shrunk.
     """
     return ModelTraits().examine(Trial(model), traits)

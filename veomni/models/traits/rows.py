@@ -161,10 +161,10 @@ def _judged(
     influenced = run(changed, positions)
     seen = max(_difference(influenced[places], reference[places], reference) for places in elsewhere)
     if seen > 1:
-        return Verdict(False, mixes, seen)
+        return Verdict(False, mixes)
     rotated = run(tokens.roll(-FIRST), positions.roll(-FIRST))
     moved = _difference(rotated, reference.roll(-FIRST, 0), reference)
-    return Verdict(False, counts, moved) if moved > 1 else Verdict(True, measured=max(seen, moved))
+    return Verdict(False, counts) if moved > 1 else Verdict(True)
 
 
 def _difference(found: Tensor, expected: Tensor, scale: Tensor) -> float:

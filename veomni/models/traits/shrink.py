@@ -1,5 +1,6 @@
 """A configuration of the same kind with small numbers: two layers or one of each kind, narrow, with few experts."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +11,6 @@ from veomni.models.transformers_api.construction import construct_again
 
 VOCAB = 128
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-_PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
 _OWN = "per_layer_config"
 """What some layers have instead of the values of the configuration, by their place."""
 _NAMES: dict[float, str] = {
@@ -40,14 +40,10 @@ _SIZES: dict[str, Any] = {name: size for size, names in _NAMES.items() for name 
 
 
 def shrunk_copy(model: nn.Module, limit: int) -> nn.Module:
-    """Return a small model of the class of ``model`` on the meta device.
-
-    Args:
-        model: A transformers model that its configuration describes.
-        limit: Parameters that the copy has at most.
+    """Return a small model of the class of a transformers model on the meta device.
 
     Raises:
-        ValueError: the model is not what its configuration describes, or no copy is small enough.
+        ValueError: the model is not what its configuration describes, or no copy has at most ``limit`` parameters.
     """
     with torch.device("meta"):
         if _kinds(construct_again(model)) != _kinds(model):
@@ -73,17 +69,28 @@ def shrunk_config(config: Any) -> Any:
     return shrunk
 
 
-def shrunk_values(config: Any, layers: int, *, jointly: bool = True) -> dict[str, Any]:
-    """Return small values for what a configuration, and those inside it, have.
+ByLayer = Callable[[dict[str, Any], int], dict[str, list[Any]]]
+"""From the values of a configuration and a number of layers at least to what there is an entry of for each layer."""
 
-    Args:
-        config: The configuration.
-        layers: How many layers it is to have, where its layers are not of more kinds.
-        jointly: Keep one layer of every combination of what lists say of layers, or one of every entry of each list.
-    """
+
+def of_each_kind(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
+    """Keep one layer of every combination of what a configuration says of its layers."""
+    count = next((known[name] for name in ("num_hidden_layers", *_LAYERS) if known.get(name)), None)
+    lists = {name: value for name, value in known.items() if isinstance(value, list) and len(value) == count}
+    if known.get(_OWN):
+        own = {int(place): changed for place, changed in known[_OWN].items()}
+        lists[_OWN] = [own.get(place) for place in range(count or 0)]
+    entries = [str(entry) for entry in zip(*lists.values(), strict=True)]
+    chosen = [entries.index(entry) for entry in dict.fromkeys(entries)]
+    chosen += chosen[-1:] * (layers - len(chosen))
+    return {name: [value[place] for place in chosen] for name, value in lists.items()}
+
+
+def shrunk_values(config: Any, layers: int, by_layer: ByLayer = of_each_kind) -> dict[str, Any]:
+    """Return small values for what a configuration, and those inside it, have, with ``layers`` at least."""
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    inside = {key: shrunk_values(part, layers, jointly=jointly) for key, part in parts.items() if part is not None}
-    return {**_own_values(config, layers, jointly), **inside}
+    inside = {key: shrunk_values(part, layers, by_layer) for key, part in parts.items() if part is not None}
+    return {**_own_values(config, layers, by_layer), **inside}
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -96,35 +103,28 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return deepcopy({**values, **overrides, **nested})
 
 
-def _own_values(config: Any, layers: int, jointly: bool) -> dict[str, Any]:
+def _own_values(config: Any, layers: int, by_layer: ByLayer) -> dict[str, Any]:
     known = config.to_dict()
     sizes = {**_SIZES, **dict.fromkeys(_LAYERS, layers)}
     names = {name: getattr(config, "attribute_map", {}).get(name, name) for name in sizes}
-    values: dict[str, Any] = {
-        name: size for name, size in sizes.items() if known.get(names[name], known.get(name)) is not None
-    }
+    values = {name: sizes[name] for name, real in names.items() if known.get(real, known.get(name)) is not None}
     if "head_dim" in known:
         values["head_dim"] = _SIZES["head_dim"]
-    values |= {name: 0.0 for name, value in known.items() if _is_dropout(name) and isinstance(value, float)}
+    dropouts = [name for name in known if "drop" in name or name.endswith("jitter_noise")]
+    values |= {name: 0.0 for name in dropouts if isinstance(known[name], float)}
     if known.get("num_key_value_heads") is not None:
         heads = known.get("num_attention_heads") or known.get("num_heads")
         values["num_key_value_heads"] = 4 if known["num_key_value_heads"] == heads else 2
-    by_layer = _by_layer(known, layers) if jointly else _kind_lists(known, layers)
-    if by_layer:
-        values["num_hidden_layers"] = len(list(by_layer.values())[-1])
     if isinstance(known.get("rope_parameters"), dict) and "mrope_section" in known["rope_parameters"]:
         values["rope_parameters"] = {**known["rope_parameters"], "mrope_section": [2, 1, 1]}
-    if _OWN in by_layer:
-        own = {place: _own_sizes(changed) for place, changed in enumerate(by_layer.pop(_OWN)) if changed}
-        values[_OWN] = own
-    return {**values, **by_layer}
+    lists = by_layer(known, layers)
+    if lists:
+        values["num_hidden_layers"] = len(list(lists.values())[-1])
+    own = {place: _doubled(changed) for place, changed in enumerate(lists.pop(_OWN, ())) if changed}
+    return {**values, **lists, **({_OWN: own} if own else {})}
 
 
-def _is_dropout(name: str) -> bool:
-    return "drop" in name or name.endswith("jitter_noise")
-
-
-def _own_sizes(changed: dict[str, Any]) -> dict[str, Any]:
+def _doubled(changed: dict[str, Any]) -> dict[str, Any]:
     """Return what a layer has of its own, twice as large as in other layers."""
     sizes = {name: 2 * _SIZES[name] if name in _SIZES else value for name, value in changed.items()}
     if "num_key_value_heads" in changed:
@@ -132,22 +132,3 @@ def _own_sizes(changed: dict[str, Any]) -> dict[str, Any]:
     if "qk_nope_head_dim" in changed:  # such layers have heads of both parts
         sizes["head_dim"] = sizes["qk_nope_head_dim"] + _SIZES["qk_rope_head_dim"]
     return sizes
-
-
-def _kind_lists(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
-    """Return each list of kinds of layers cut to one of every kind, as if it were the only one."""
-    found = {name: list(dict.fromkeys(known[name])) for name in _PER_LAYER if known.get(name)}
-    return {name: kinds + kinds[-1:] * (layers - len(kinds)) for name, kinds in found.items()}
-
-
-def _by_layer(known: dict[str, Any], layers: int) -> dict[str, list[Any]]:
-    """Return what there is an entry of for each layer, cut to one layer of every combination of entries."""
-    count = next((known[name] for name in ("num_hidden_layers", *_LAYERS) if known.get(name)), None)
-    lists = {name: value for name, value in known.items() if isinstance(value, list) and len(value) == count}
-    if known.get(_OWN):
-        own = {int(place): changed for place, changed in known[_OWN].items()}
-        lists[_OWN] = [own.get(place) for place in range(count or 0)]
-    entries = [str(entry) for entry in zip(*lists.values(), strict=True)]
-    chosen = [entries.index(entry) for entry in dict.fromkeys(entries)]
-    chosen += chosen[-1:] * (layers - len(chosen))
-    return {name: [value[place] for place in chosen] for name, value in lists.items()}

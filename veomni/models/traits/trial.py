@@ -67,11 +67,7 @@ class Trial:
         return torch.tensor(tokens, device=self.device), other
 
     def outputs(self, tokens: Tensor, positions: Tensor, shards: int = 1, **inputs: Any) -> Tensor:
-        """Run one row of int64 ``[seq]``, or what one of ``shards`` ranks has of it.
-
-        Returns:
-            ``[seq, channels]``: logits, or hidden states of a model without a head.
-        """
+        """Run a row of int64 ``[seq]`` that ``shards`` ranks share; returns ``[seq, channels]``, logits if there are any."""
         given = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False, **inputs}
         micro = MicroBatch(given, RowLayout(shard=SequenceShard(shards)))
         output = (self.itself or self.body)(**micro.inputs)
@@ -109,11 +105,7 @@ class Trial:
             use_attention(self.body, installed)
 
     def attempt(self, examine: Callable[[Trial], Verdict], problem: str) -> Verdict:
-        """Return the verdict of ``examine``, which runs the model; the reason is ``problem`` where that does not run.
-
-        Raises:
-            NoCopyError: the copy does not run.
-        """
+        """Return the verdict of ``examine``; a model that does not run has ``problem``, and a copy no verdict."""
         try:
             return examine(self)
         except ModelError as error:

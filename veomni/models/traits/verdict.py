@@ -16,14 +16,12 @@ class Verdict:
     Attributes:
         ok: Whether the model has the trait.
         reason: Why it has not, or on what the verdict rests where that is not a copy of the whole model.
-        measured: The number that decided, where there is one: a relative error.
         found: What was found, where a trait is more than yes or no: a formula, the routers.
         fix: What to change, where that is not the trait's own fix.
     """
 
     ok: bool
     reason: str = ""
-    measured: float | None = None
     found: Any = None
     fix: str = ""
 
@@ -40,11 +38,7 @@ class Trait(Protocol):
     fix: ClassVar[str]
 
     def examine(self, trial: Trial) -> Verdict:
-        """Examine the model of a trial.
-
-        Raises:
-            NoCopyError: it has to be run, and there is no small copy that runs.
-        """
+        """Examine the model of a trial; NoCopyError where it has to be run, and no small copy runs."""
         ...
 
 

@@ -1,15 +1,10 @@
 """What a transformers class or model declares about itself."""
 
-from __future__ import annotations
-
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -28,7 +23,7 @@ def supports_flash_attention(model: nn.Module) -> bool:
     return bool(getattr(model, "_supports_flash_attn", False))
 
 
-def caps_scores(config: PreTrainedConfig) -> bool:
+def caps_scores(config: Any) -> bool:
     """Whether attention scores have a soft cap, as in Gemma 2.
 
     PyTorch's scaled-dot-product attention has none; transformers 5.17 leaves it out silently.
@@ -50,7 +45,7 @@ def layer_classes(model: nn.Module) -> set[str]:
     return set(getattr(model, "_no_split_modules", None) or ())
 
 
-def set_config_flag(config: PreTrainedConfig, name: str, value: Any) -> None:
+def set_config_flag(config: Any, name: str, value: Any) -> None:
     """Set an attribute on a configuration and on its (decoding) text part, where they have it."""
     for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         if hasattr(part, name):

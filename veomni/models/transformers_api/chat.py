@@ -8,7 +8,7 @@ def render_chat(
     tokenizer: Any, messages: Sequence[dict[str, Any]], template: str, tools: Sequence[Any] | None = None,
     *, prompt: bool = False, blocks: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:  # fmt: skip
-    """Render a conversation as ``apply_chat_template`` does, and say where the ``{% generation %}`` blocks are.
+    """Render a conversation as ``apply_chat_template`` does.
 
     Args:
         tokenizer: Its special tokens are the template's variables.
@@ -16,7 +16,7 @@ def render_chat(
         template: Jinja source.
         tools: Descriptions of functions.
         prompt: End with the head of the assistant's next message.
-        blocks: Find the blocks.
+        blocks: Find the ``{% generation %}`` blocks.
 
     Returns:
         The text, and first and last plus one character of every block, in order.

@@ -1,11 +1,9 @@
 """Constructing and initialising transformers models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,22 +11,19 @@ from torch import nn
 from veomni.models.transformers_api.attention import attention_of
 from veomni.models.transformers_api.capabilities import is_pretrained
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-
 LOSS_FUNCTION = "_loss_function"
 """The attribute of an instance in which ``model.loss_function = ...`` is kept; without it, its class's is used."""
 
 
-def construct(model_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+def construct(model_class: Any, config: Any, attention: str) -> nn.Module:
     """Construct a transformers model in float32 on the current default device."""
-    return model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
+    model: nn.Module = model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return model
 
 
-def construct_again(model: nn.Module, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+def construct_again(model: nn.Module, config: Any = None) -> nn.Module:
     """Construct another model of the class of ``model``, and of its configuration unless one is given."""
-    return construct(type(model), config or deepcopy(model.config), attention_of(model))  # type: ignore[arg-type]
+    return construct(type(model), config or deepcopy(model.config), attention_of(model))
 
 
 def initialisers(model: nn.Module) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -67,8 +67,7 @@ class Conversion:
 def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
     """Group a checkpoint's tensor names by the parameters they become, as ``from_pretrained`` does.
 
-    The transforms that matched are kept on the model, so that saving reverts exactly these. Names of any other module
-    stay.
+    The transforms that matched are kept on the model, so that saving reverts exactly these.
     """
     if not is_pretrained(model):
         return _unchanged(names)

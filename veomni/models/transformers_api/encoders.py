@@ -1,30 +1,22 @@
 """Encoders of images, videos and audio, and the positions of what they encode."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veomni.models.transformers_api.masks import bidirectional_mask
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
-def rope_rule(model_class: type[Any], config: PreTrainedConfig) -> Any:
+def rope_rule(model_class: type[Any], config: Any) -> Any:
     """Return an object with a model family's ``get_rope_index`` and nothing else of the model, or None without one.
 
-    Args:
-        model_class: The class that is trained; the method may belong to the body inside it.
-        config: Its configuration.
+    The method may belong to the body inside of ``model_class``.
     """
     from transformers import MODEL_MAPPING
 
@@ -39,14 +31,10 @@ def rope_rule(model_class: type[Any], config: PreTrainedConfig) -> Any:
     return rule
 
 
-def vision_inputs(config: PreTrainedConfig, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def vision_inputs(config: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return what encoders of images and videos derive from sizes alone, by the names that models take it under.
 
     It is computed where sizes are still on the CPU: an encoder would read them back from the accelerator, and wait.
-
-    Args:
-        config: The model's configuration.
-        batch: A micro-batch; without ``image_grid_thw`` and ``video_grid_thw`` there is nothing to compute.
 
     Returns:
         ``image_cu_seqlens`` int32 ``[frames + 1]``, ``image_position_ids`` ``[patches, 2]``, and where attention has
@@ -79,8 +67,7 @@ def _geometry(vision: Any, grid: Tensor) -> dict[str, Tensor]:
 def audio_lengths(encoder: Any) -> Callable[[Tensor], tuple[Tensor | None, Tensor]] | None:
     """Return the function from frames ``[clips]`` to those after the convolutions and to the features of each clip.
 
-    The first are None where the encoder's module has a function of the second alone; the result is None where it has
-    neither.
+    The first are None where the encoder's module has a function of the second alone; None without either function.
     """
     method = getattr(encoder, "_get_feat_extract_output_lengths", None)
     if method is not None:
@@ -95,10 +82,7 @@ def audio_lengths(encoder: Any) -> Callable[[Tensor], tuple[Tensor | None, Tenso
 def encode_padded_audio(encoder: Any, input_features: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
     """Return the output of an encoder of Whisper's family, which does not see padding, and the features of each clip.
 
-    Args:
-        encoder: The encoder.
-        input_features: Mel features ``[clips, mels, frames]``, padded to the encoder's span.
-        mask: Which frames hold audio, ``[clips, frames]``.
+    Mel features are ``[clips, mels, frames]``, padded to the encoder's span; ``mask`` is where frames hold audio.
     """
     frames, features = encoder._get_feat_extract_output_lengths(mask.sum(-1))
     places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=input_features.device)

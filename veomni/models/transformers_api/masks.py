@@ -1,15 +1,10 @@
 """Attention masks: transformers' makers of them and the rules they are made from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def restrict_to_documents(mask_function: Any, documents: Tensor) -> Any:
@@ -50,14 +45,8 @@ def disable_packing_detection(known: Callable[[], bool]) -> None:
 _replaced: set[Callable[..., Any]] = set()
 
 
-def bidirectional_mask(config: PreTrainedConfig, seen: Tensor, dtype: torch.dtype) -> Any:
-    """Return the mask that a tower's attention takes for padded items.
-
-    Args:
-        config: The tower's configuration.
-        seen: Which places hold something, bool ``[items, places]``.
-        dtype: In which the tower computes.
-    """
+def bidirectional_mask(config: Any, seen: Tensor, dtype: torch.dtype) -> Any:
+    """Return the mask of an encoder's attention, of where padded items hold something: bool ``[items, places]``."""
     from transformers.masking_utils import create_bidirectional_mask
 
     stand_in = torch.zeros(*seen.shape, 1, dtype=dtype, device=seen.device)

@@ -51,11 +51,7 @@ class Initializer:
             self._calls.append(_Call(name, run, {storages[key] for key in written.keys if key in storages}))
 
     def values(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-        """Yield full tensors for ``names``, in groups that are to be dropped before the next is made.
-
-        Raises:
-            ModelError: nothing initialises one of them.
-        """
+        """Yield full tensors for ``names``, in groups to be dropped one by one; a ModelError if nothing sets one."""
         wanted = {self._aliases[name]: name for name in names}
         while wanted:
             group, calls = self._group(next(iter(wanted)))

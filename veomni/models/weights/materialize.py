@@ -49,15 +49,7 @@ class Materializer:
         self._made: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def __call__(self, module: nn.Module, prefix: str = "") -> None:
-        """Materialise everything under ``module``.
-
-        Args:
-            module: The model or a part of it, as the strategy left it.
-            prefix: Its name in the model.
-
-        Raises:
-            ModelError: something stays without values; it is named.
-        """
+        """Materialise everything under ``module``, called ``prefix``; a ModelError names what stays without values."""
         fresh: dict[str, Tensor] = {}
         for slot in _meta_slots(module, prefix):
             slot.put(self._storage(slot, fresh))

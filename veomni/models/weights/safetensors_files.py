@@ -109,8 +109,6 @@ class SafetensorsWriter:
         max_shard_size: Bytes per file at most, unless a single tensor is larger.
 
     Attributes:
-        count: Tensors written.
-        total_bytes: Their size.
         dtype: Dtype of the first floating-point tensor; None before there was one.
     """
 

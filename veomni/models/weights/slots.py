@@ -53,11 +53,7 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """Copy a model without its values: every tensor of the copy is on the meta device, ties included.
-
-    Raises:
-        ModelError: the model is sharded.
-    """
+    """Copy a model to the meta device, ties included; a ModelError for one that is sharded already."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if isinstance(tensor, DTensor):

@@ -52,11 +52,9 @@ class WeightStream:
         return self._source(name) is not None
 
     def fill(self, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-        """Copy the values of the named tensors into them.
+        """Copy the values of the named tensors, sharded or not, for which :meth:`provides` is true, into them.
 
-        Args:
-            tensors: Parameters and buffers with storage, sharded or not, for which :meth:`provides` is true.
-            group: Rank 0 reads each tensor and broadcasts it over this group; None: every rank reads its own part.
+        With a ``group``, rank 0 reads each tensor and broadcasts it; otherwise every rank reads its own part.
         """
         wanted = {self._source(name) or name: tensor for name, tensor in tensors.items()}
         for name, tensor in wanted.items():

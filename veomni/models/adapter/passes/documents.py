@@ -26,15 +26,12 @@ _wrapped: set[Callable[..., Any]] = set()
 
 
 def isolate_documents(model: nn.Module) -> None:
-    """Make ``model`` keep the documents of packed rows apart, and reject packed rows where it cannot.
+    """Make a transformers model keep the documents of packed rows apart, and reject packed rows where it cannot.
 
-    Calling it again changes nothing.
-
-    Args:
-        model: A transformers model, whose call must name its arguments; other modules are left alone.
+    Its call must name its arguments. Other modules are left alone; calling it again changes nothing.
     """
     adapter = ModelAdapter.of(model)
-    if is_pretrained(adapter.model) and adapter.find(IsolateDocuments) is None:
+    if is_pretrained(adapter.model) and not any(isinstance(each, IsolateDocuments) for each in adapter.passes):
         _wrap_mask_makers()
         adapter.add(IsolateDocuments(adapter.model))
 
@@ -42,11 +39,8 @@ def isolate_documents(model: nn.Module) -> None:
 class IsolateDocuments(InputPass):
     """Finds the documents of the rows of a call.
 
-    Args:
-        model: A transformers model.
-
     Attributes:
-        unexamined: Whether it keeps documents apart, as far as its layers say; used until it is examined.
+        unexamined: Whether the model keeps documents apart, as far as its layers say; used until it is examined.
     """
 
     stage = Stage.DOCUMENTS
@@ -58,11 +52,7 @@ class IsolateDocuments(InputPass):
         self.unexamined = carried_state(model)
 
     def before(self, call: ForwardCall) -> None:
-        """Set the documents of the call.
-
-        Raises:
-            ModelError: rows are packed, and the model does not keep documents apart.
-        """
+        """Set the documents of the call; a ModelError where rows are packed and the model does not keep them apart."""
         found = documents_of(call.kwargs)
         if found is None:
             return
@@ -73,13 +63,9 @@ class IsolateDocuments(InputPass):
 
 
 def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
-    """Find the documents of the rows that a model is called with.
+    """Return the documents of the rows in a model's arguments; None for padded rows, caches, and one document a row.
 
-    Args:
-        inputs: The model's arguments; ``position_ids`` is ``[batch, seq]``, or ``[axes, batch, seq]`` with text first.
-
-    Returns:
-        The documents, or None where rows are padded, continue a cache, or are whole and one document each.
+    ``position_ids`` are ``[batch, seq]``, or ``[axes, batch, seq]`` with text first.
     """
     positions = inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veomni.batch.fields import IGNORE_INDEX, shift_left
+from veomni.batch.fields import shift_left
 from veomni.batch.micro_batch import MicroBatch
 
 
@@ -24,35 +24,6 @@ class Predictions:
     targets: Tensor
 
 
-class SourceLosses:
-    """Sums the losses of a micro-batch's tokens by their source.
-
-    Args:
-        ids: Source of every token, int64 ``[batch, seq]``, negative in padding; on the device of the loss.
-        sources: Number of sources.
-
-    Attributes:
-        sums: Summed losses, each times its token's weight, and summed weights; ``[2, sources]``, in the losses' dtype.
-    """
-
-    def __init__(self, ids: Tensor, sources: int) -> None:
-        self._ids = ids.flatten().clamp(min=0)  # padding has no source, nor a target
-        self.sums = torch.zeros(2, sources, device=ids.device)
-
-    def add(self, losses: Tensor, targets: Tensor, token_weights: Tensor | None = None) -> None:
-        """Add the losses of a micro-batch.
-
-        Args:
-            losses: ``[tokens]``; zero where there is no target.
-            targets: ``[tokens]``, int64, ``IGNORE_INDEX`` where no loss is taken.
-            token_weights: ``[tokens]``, in the losses' dtype; None weighs every token 1.
-        """
-        kept = (targets != IGNORE_INDEX).to(losses.dtype)
-        if token_weights is not None:
-            kept, losses = kept * token_weights, losses * token_weights
-        self.sums = self.sums.to(losses.dtype).index_add(1, self._ids, torch.stack([losses, kept]))
-
-
 @dataclass
 class LossContext:
     """The context of one micro-batch's loss, on its device.
@@ -60,13 +31,16 @@ class LossContext:
     Attributes:
         token_weights: Weight of each token's loss, ``[batch, seq]``, aligned with the shifted labels; None weighs every
             supervised token 1.
-        by_source: Sums the losses of a mixture's sources; None for other data.
+        source_ids: Source of every token in a mixture, int64 ``[tokens]``; None for other data.
+        source_sums: By source, summed losses, each times its token's weight, and summed weights; ``[2, sources]``, in
+            the dtype of the losses.
         predicts: Whether the loss sets :attr:`predictions`.
         predictions: What was predicted.
     """
 
     token_weights: Tensor | None = None
-    by_source: SourceLosses | None = None
+    source_ids: Tensor | None = None
+    source_sums: Tensor | None = None
     predicts: bool = False
     predictions: Predictions | None = None
 
@@ -78,5 +52,16 @@ class LossContext:
             shifted = "shift_labels" in micro.inputs
             context.token_weights = targets.loss_weights if shifted else shift_left(targets.loss_weights, 1.0)
         if targets.source_ids is not None:
-            context.by_source = SourceLosses(targets.source_ids, len(micro.origin.source_names))
+            context.source_ids = targets.source_ids.flatten().clamp(min=0)  # padding has no source, nor a target
+            context.source_sums = torch.zeros(2, len(micro.origin.source_names), device=targets.source_ids.device)
         return context
+
+    def add_by_source(self, losses: Tensor, kept: Tensor, token_weights: Tensor | None) -> None:
+        """Add the losses of tokens, zero where none is ``kept`` as a target, to those of their sources."""
+        assert self.source_ids is not None
+        assert self.source_sums is not None
+        weights = kept.to(losses.dtype)
+        if token_weights is not None:
+            weights, losses = weights * token_weights, losses * token_weights
+        sums = self.source_sums.to(losses.dtype)
+        self.source_sums = sums.index_add(1, self.source_ids, torch.stack([losses, weights]))

@@ -21,12 +21,7 @@ from veomni.ops.encoders.towers import Encode, Items, TowerKind
 
 
 def share_towers(adapter: ModelAdapter, groups: SequenceGroups) -> None:
-    """Make the encoders of a model work on split rows; a model without encoders is left alone.
-
-    Args:
-        adapter: Of a transformers model whose encoders were prepared (``veomni/models/adapter/passes/media.py``).
-        groups: The ranks that share rows.
-    """
+    """Make the encoders that ``prepare_towers`` found work on rows that ranks share; without any, nothing changes."""
     if not adapter.towers:
         return
     model: Any = adapter.model
@@ -37,11 +32,7 @@ def share_towers(adapter: ModelAdapter, groups: SequenceGroups) -> None:
 
 
 class LocatePlaceholders(InputPass):
-    """Keeps where the tokens of items are in whole rows, and gives models whole rows of ``token_type_ids``.
-
-    Args:
-        groups: The ranks that share rows.
-    """
+    """Keeps where the tokens of items are in whole rows, and gives models whole rows of ``token_type_ids``."""
 
     stage = Stage.SEQUENCE
 

@@ -29,10 +29,8 @@ class TokenMeanLoss:
     gives zero with zero gradients, not NaN. On the fused path the head returns its hidden states, and the projection
     is done in here, which is right only where nothing happens in between: :class:`~veomni.models.traits.FusesHead`.
 
-    Args:
-        head: The projection to the vocabulary when it is fused with the loss, or None.
-
     Attributes:
+        head: The projection to the vocabulary when it is fused with the loss, or None.
         context: What the loss of the current micro-batch depends on beside labels; set by the caller of the model.
     """
 
@@ -55,7 +53,7 @@ class TokenMeanLoss:
         rows, context = logits.flatten(0, -2), self.context
         wide = wide_dtype(rows.dtype)
         weights = None if context.token_weights is None else context.token_weights.reshape(-1).to(wide)
-        each = None if context.by_source is None else torch.empty(len(targets), dtype=wide, device=rows.device)
+        each = None if context.source_ids is None else torch.empty(len(targets), dtype=wide, device=rows.device)
         best = torch.empty_like(targets) if context.predicts else None
         if call.fused:
             assert self.head is not None
@@ -64,9 +62,9 @@ class TokenMeanLoss:
             total = cross_entropy_sum(rows, targets, each, weights, best)
         if best is not None:
             context.predictions = Predictions(best, targets)
-        if context.by_source is not None and each is not None:
-            context.by_source.add(each, targets, weights)
         kept = targets != IGNORE_INDEX
+        if each is not None:
+            context.add_by_source(each, kept, weights)
         if weights is None:
             return total / kept.sum().clamp(min=1)
         weight = weights.where(kept, 0.0).sum()
