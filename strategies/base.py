@@ -19,7 +19,7 @@ from typing_extensions import override
 from veomni.accelerators import Accelerator
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import LoopError
-from veomni.models.traits.verdict import Trait
+from veomni.models.traits.trial import Trait
 from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.parallel.plan import ParallelPlan
 from veomni.registry import Registry

@@ -1,30 +1,15 @@
-"""Which classes a model type stands for: registered ones first, then everything transformers knows.
+"""Which classes a model type stands for: registered ones first, then everything transformers has.
 
-Register a model of your own with functions that import and return its classes, so that registering costs nothing::
-
-    @MODEL_CONFIG_REGISTRY.register("your_model")
-    def register_config():
-        from .configuration_your_model import YourModelConfig
-        return YourModelConfig
-
-    @MODELING_REGISTRY.register("your_model")
-    def register_modeling(architecture):
-        from .modeling_your_model import YourModelForCausalLM
-        return YourModelForCausalLM
+Functions are registered that import and return a class, so that registering costs nothing: ``docs/models.md``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from veomni.errors import ModelError
 from veomni.registry import Registry, did_you_mean
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 MODEL_CONFIG_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model config", home="veomni.models.omni")
 """Model type -> function that returns its configuration class."""
@@ -36,11 +21,7 @@ MODEL_PROCESSOR_REGISTRY: Registry[Callable[[], type[Any]]] = Registry("model pr
 """Model type -> function that returns its processor class."""
 
 _SEQ_TO_SEQ = ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING")
-_DECODER = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-)
+_DECODER = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING")
 
 
 def config_class(model_type: str) -> type[Any]:
@@ -57,7 +38,7 @@ def config_class(model_type: str) -> type[Any]:
     return found
 
 
-def model_class(config: PreTrainedConfig) -> type[nn.Module]:
+def model_class(config: Any) -> type[nn.Module]:
     """Return the class to build for a configuration; a ModelError where there is none.
 
     The architecture that config.json names is built where transformers has it; otherwise the first head that fits:
@@ -73,8 +54,8 @@ def model_class(config: PreTrainedConfig) -> type[nn.Module]:
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         return named
     heads = (*_SEQ_TO_SEQ, *_DECODER) if getattr(config, "is_encoder_decoder", False) else (*_DECODER, *_SEQ_TO_SEQ)
-    for mapping in (getattr(transformers, name, None) for name in (*heads, "MODEL_MAPPING")):
-        found = mapping.get(type(config), None) if mapping is not None else None
+    for name in (*heads, "MODEL_MAPPING"):
+        found = getattr(transformers, name).get(type(config), None)
         chosen: type[nn.Module] | None = found[0] if isinstance(found, tuple) else found
         if chosen is not None and getattr(chosen, "config_class", None) not in config.sub_configs.values():
             return chosen

@@ -40,7 +40,7 @@ def setup_model(
     # What the model computes with
     isolate_documents(model)
     resolve_attention(model, varlen=precision.compute is torch.bfloat16 and accelerator.supports_varlen_attention)
-    resolve_experts(model, precision, accelerator.experts_backends)
+    resolve_experts(model, precision.compute, accelerator.experts_backends)
     _store_in(model, precision.storage)
     _share_values(model)
 

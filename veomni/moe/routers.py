@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from veomni.models.traits.verdict import Verdict
+from veomni.models.traits.trial import Trial, Verdict
 from veomni.models.transformers_api.experts import router_logits
 from veomni.moe.router_trial import RouterFinding, examine_router, kind_of
-
-if TYPE_CHECKING:
-    from veomni.models.traits.trial import Trial
 
 
 @dataclass(frozen=True)

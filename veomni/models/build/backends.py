@@ -1,11 +1,10 @@
 """Which attention and which experts a model computes with, where the choice was left to the library."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
 from veomni.families.record import family_record
@@ -18,9 +17,6 @@ from veomni.ops.attention.varlen import VARLEN, register_attention
 from veomni.ops.experts.backends import choose_backend
 from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import ACTIVATION, find_activation, holds_experts
-
-if TYPE_CHECKING:
-    from veomni.strategies.transforms.precision import Precision
 
 logger = create_logger(__name__)
 
@@ -59,8 +55,8 @@ def _why_not_varlen(model: Any) -> str | None:
     return None if head_dim <= 256 and head_dim % 8 == 0 else f"heads have {head_dim} channels"
 
 
-def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[str]) -> None:
-    """Run mixture-of-experts layers with the fastest of the device's backends that computes in ``precision``.
+def resolve_experts(model: nn.Module, compute: torch.dtype, available: Sequence[str]) -> None:
+    """Run mixture-of-experts layers with the fastest of the device's backends that computes in ``compute``.
 
     Models without experts are left alone.
 
@@ -73,7 +69,7 @@ def resolve_experts(model: nn.Module, precision: Precision, available: Sequence[
     adapter = ModelAdapter.of(model)
     for module in modules:  # now: it cannot be tried out in a compiled forward
         adapter.patch(module, ACTIVATION, find_activation(module))
-    backend = choose_backend(modules, adapter.experts, available, precision.compute)
+    backend = choose_backend(modules, adapter.experts, available, compute)
     name = f"veomni_{backend}"
     register_experts(name, partial(experts_forward, backend=backend))
     model.set_experts_implementation(name)  # type: ignore[operator]

@@ -20,13 +20,13 @@ def derive_plan(model: nn.Module) -> ParallelPlan:
     if callable(own):
         plan: ParallelPlan = own()
         return plan
-    fp32 = {id(module) for name, module in model.named_modules() if _keeps_fp32(model, name, module)}
+    fp32 = {
+        id(module)
+        for name, module in model.named_modules()
+        if any(keeps_fp32(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
+    }
     experts = tuple(name for name, module in model.named_modules() if holds_experts(module))
     return ParallelPlan(_blocks(model), keep_fp32=_outermost(model, lambda module: id(module) in fp32), experts=experts)
-
-
-def _keeps_fp32(model: nn.Module, name: str, module: nn.Module) -> bool:
-    return any(keeps_fp32(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

@@ -44,8 +44,7 @@ class ModelSection(Section):
         description="Keys of the Hugging Face config to replace, such as num_hidden_layers; unknown ones are rejected.",
     )
     tokenizer_path: PathText | None = Field(
-        default=None,
-        description="A tokenizer's directory. null takes the one in model_path or config_path.",
+        default=None, description="A tokenizer's directory. null takes the one in model_path or config_path."
     )
     train_tokenizer_vocab_size: int | None = Field(
         default=None,
@@ -73,11 +72,7 @@ class ModelSection(Section):
 
     @property
     def source(self) -> str:
-        """What names the architecture.
-
-        Raises:
-            ConfigError: nothing does.
-        """
+        """What names the architecture; a ConfigError where nothing does."""
         source = self.config_path or self.model_path
         if source is None:
             raise ConfigError("no model was given", "give a configuration or a directory with weights")
@@ -108,16 +103,13 @@ class ModelSection(Section):
         """Raise a ConfigError where tokens have no embedding, or rows more tokens than there are positions."""
         text = architecture.get_text_config()
         if len(tokenizer) > text.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model embeds {text.vocab_size}",
-                f"set model.config_overrides.vocab_size to {len(tokenizer)}, or use the model's own tokenizer",
-            )
+            problem = f"the tokenizer has {len(tokenizer)} tokens, the model embeds {text.vocab_size}"
+            fix = f"set model.config_overrides.vocab_size to {len(tokenizer)}, or use the model's own tokenizer"
+            raise ConfigError(problem, fix)
         longest = getattr(text, "max_position_embeddings", None)
         if longest is not None and max_seq_len > longest:
-            raise ConfigError(
-                f"data.max_seq_len is {max_seq_len}, the model has {longest} positions",
-                f"set data.max_seq_len to at most {longest}",
-            )
+            problem = f"data.max_seq_len is {max_seq_len}, the model has {longest} positions"
+            raise ConfigError(problem, f"set data.max_seq_len to at most {longest}")
 
     @override
     def path_problems(self) -> Iterator[Problem]:
@@ -130,10 +122,8 @@ class ModelSection(Section):
             yield from exists("model.config_path", path)
         ready = (self.tokenizer_path, self.model_path, self.train_tokenizer_vocab_size)
         if ready == (None, None, None) and not os.path.isdir(path) and not is_cached(path):
-            yield Problem(
-                "no key says where the tokenizer comes from",
-                "set model.tokenizer_path, model.model_path or model.train_tokenizer_vocab_size",
-            )
+            problem = "no key says where the tokenizer comes from"
+            yield Problem(problem, "set model.tokenizer_path, model.model_path or model.train_tokenizer_vocab_size")
 
     @override
     def problems(self, config: Any, world: int | None) -> Iterator[Problem]:
@@ -145,8 +135,7 @@ class ModelSection(Section):
                     problem = f"model.train_tokenizer_vocab_size and model.{key} both give a tokenizer"
                     yield Problem(problem, "set one to null")
         if config.train.broadcast_weights and self.model_path is None:
-            yield Problem(
-                "train.broadcast_weights is true without model.model_path", "set it to false: nothing is read"
-            )
+            problem = "train.broadcast_weights is true without model.model_path"
+            yield Problem(problem, "set it to false: nothing is read")
         if self.experts != "auto":
             yield from EXPERTS.get(self.experts).config_problems(self.experts, config.train)

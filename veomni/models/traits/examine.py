@@ -1,16 +1,14 @@
 """Examine a model once, at set-up; what that takes the values of the model for, when it has them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import nn
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
-from veomni.models.traits.trial import Trial
-from veomni.models.traits.verdict import NoCopyError, Trait, Verdict
+from veomni.models.traits.trial import NoCopyError, Trait, Trial, Verdict
 
 logger = create_logger(__name__)
 
@@ -33,7 +31,7 @@ class ModelTraits(dict[type[Trait], Verdict]):
 
     deferred: tuple[type[Trait], ...] = ()
 
-    def examine(self, trial: Trial, traits: Iterable[type[Trait]]) -> ModelTraits:
+    def examine(self, trial: Trial, traits: Iterable[type[Trait]]) -> Self:
         """Examine the model of a trial, in one random state and without gradients."""
         self.deferred = ()
         with trial.running():
@@ -47,13 +45,7 @@ class ModelTraits(dict[type[Trait], Verdict]):
         return self
 
     def complete(self, model: nn.Module, body: nn.Module, device: torch.device) -> None:
-        """Examine what was deferred on the model itself; collective, and the model is left as it was.
-
-        Args:
-            model: What users call; its parameters have values.
-            body: The module inside that was examined.
-            device: Where the model computes.
-        """
+        """Examine what was deferred on the ``body`` inside of ``model``, once it has values; collective."""
         if self.deferred:
             self.examine(Trial(body, model, device), self.deferred)
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from veomni.models.adapter.adapter import replace_attribute
-from veomni.models.traits.trial import Trial
-from veomni.models.traits.verdict import Verdict
+from veomni.models.traits.trial import Trial, Verdict
 from veomni.models.weights.slots import skeleton_of
 
 
@@ -45,19 +44,18 @@ class _BodyOutput:
 
 
 def _logits_reach_loss(copy: Any) -> bool:
-    returned: list[Tensor] = []
-    received: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def receive(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        received.append(logits)
+        seen.append(logits)
         return logits.sum()
 
     head = copy.get_output_embeddings()
     hidden = torch.zeros(1, 4, head.in_features, dtype=head.weight.dtype, device="meta")
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
-    head.register_forward_hook(lambda module, args, output: returned.append(output))
+    head.register_forward_hook(lambda module, args, output: seen.append(output))
     replace_attribute(copy.base_model, "forward", lambda *args, **kwargs: _BodyOutput(hidden))
     copy.loss_function = receive
     with torch.no_grad():
         copy(input_ids=tokens, labels=tokens)
-    return len(returned) == len(received) == 1 and returned[0] is received[0]
+    return len(seen) == 2 and seen[0] is seen[1]

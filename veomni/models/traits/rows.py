@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.traits.attention import LENGTH, NO_SHARDS, POINTWISE, SHARDS, calls
-from veomni.models.traits.trial import Trial
-from veomni.models.traits.verdict import NoCopyError, Verdict
+from veomni.models.traits.trial import NoCopyError, Trial, Verdict
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.transformers_api.capabilities import is_pretrained
 

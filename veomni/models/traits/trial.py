@@ -1,16 +1,15 @@
-"""A trial: a small copy of a model that traits may run and change, discarded when the examination ends.
+"""Traits of models, and the trial that one is examined in: a small copy that may be run and changed.
 
 The copy is the whole model, or of a large one the same class with a shrunk configuration. A large model that was
 changed after it was built has none; then the model itself is run once it has its values, and is left as it was.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from veomni.batch.split import SequenceShard
 from veomni.errors import ModelError
 from veomni.models.traits.attention import LENGTH, on_cpu, register_attentions
 from veomni.models.traits.shrink import shrunk_copy
-from veomni.models.traits.verdict import NoCopyError, Verdict
 from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.weights.initialize import Initializer
 from veomni.models.weights.slots import skeleton_of, slots
@@ -32,6 +30,27 @@ TINY, SMALL = 1_000_000, 20_000_000
 weights the influence of a token vanishes."""
 _CPU = torch.device("cpu")
 _SPECIAL = ("_token_id", "_token_index")
+
+
+class NoCopyError(Exception):
+    """A trait can be examined on the model itself only; the message says why, unless that is true of any model."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of one examination.
+
+    Attributes:
+        ok: Whether the model has the trait.
+        reason: Why it has not, or on what the verdict rests where that is not a copy of the whole model.
+        found: What was found, where a trait is more than yes or no: a formula, the routers.
+        fix: What to change, where that is not the trait's own fix.
+    """
+
+    ok: bool
+    reason: str = ""
+    found: Any = None
+    fix: str = ""
 
 
 class Trial:
@@ -67,7 +86,7 @@ class Trial:
         return torch.tensor(tokens, device=self.device), other
 
     def outputs(self, tokens: Tensor, positions: Tensor, shards: int = 1, **inputs: Any) -> Tensor:
-        """Run a row of int64 ``[seq]`` that ``shards`` ranks share; returns ``[seq, channels]``, logits if there are any."""
+        """Run a row of int64 ``[seq]`` that ``shards`` ranks share; returns logits or hidden ``[seq, channels]``."""
         given = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False, **inputs}
         micro = MicroBatch(given, RowLayout(shard=SequenceShard(shards)))
         output = (self.itself or self.body)(**micro.inputs)
@@ -104,7 +123,7 @@ class Trial:
         finally:
             use_attention(self.body, installed)
 
-    def attempt(self, examine: Callable[[Trial], Verdict], problem: str) -> Verdict:
+    def attempt(self, examine: Callable[[Self], Verdict], problem: str) -> Verdict:
         """Return the verdict of ``examine``; a model that does not run has ``problem``, and a copy no verdict."""
         try:
             return examine(self)
@@ -115,6 +134,22 @@ class Trial:
             if self.itself is None:
                 raise NoCopyError(reason) from error
             return Verdict(False, reason)
+
+
+class Trait(Protocol):
+    """A property of a model that strategies and passes depend on; an instance holds no state.
+
+    Attributes:
+        says: Completes "a model that ...".
+        fix: What to change where a model lacks it.
+    """
+
+    says: ClassVar[str]
+    fix: ClassVar[str]
+
+    def examine(self, trial: Trial) -> Verdict:
+        """Examine the model of a trial; NoCopyError where it has to be run, and no small copy runs."""
+        ...
 
 
 def copy_with_values(model: nn.Module) -> nn.Module:
@@ -157,11 +192,8 @@ def _fill(copy: nn.Module) -> None:
     for slot in slots(copy):
         meta = slot.tensor
         if id(meta) not in made:
-            made[id(meta)] = nn.Parameter(_random(meta, generator), meta.requires_grad)
+            # Large enough for attention that distinguishes tokens; vectors are near one, as norms' are.
+            values = torch.randn(meta.shape, generator=generator)
+            values = values / meta.shape[-1] ** 0.5 if meta.dim() > 1 else 1 + 0.2 * values
+            made[id(meta)] = nn.Parameter(values, meta.requires_grad)
         slot.put(made[id(meta)])
-
-
-def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    # Large enough for attention that distinguishes tokens; vectors are near one, as norms' are.
-    values = torch.randn(parameter.shape, generator=generator)
-    return values / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.2 * values

@@ -8,18 +8,10 @@ def render_chat(
     tokenizer: Any, messages: Sequence[dict[str, Any]], template: str, tools: Sequence[Any] | None = None,
     *, prompt: bool = False, blocks: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:  # fmt: skip
-    """Render a conversation as ``apply_chat_template`` does.
+    """Render messages, without values that are None, as ``apply_chat_template`` does with a Jinja ``template``.
 
-    Args:
-        tokenizer: Its special tokens are the template's variables.
-        messages: The conversation, without values that are None.
-        template: Jinja source.
-        tools: Descriptions of functions.
-        prompt: End with the head of the assistant's next message.
-        blocks: Find the ``{% generation %}`` blocks.
-
-    Returns:
-        The text, and first and last plus one character of every block, in order.
+    ``prompt`` ends with the head of the assistant's next message; ``blocks`` also returns first and last plus one
+    character of every ``{% generation %}`` block, in order.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

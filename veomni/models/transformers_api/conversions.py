@@ -40,14 +40,11 @@ class Conversion:
         if self.converter is None or len(self.converter.target_patterns) != 1:
             return False
         first, *rest = self.converter.operations
-        return (
-            type(first) is MergeModulelist
-            and first.dim == 0
-            and all(
-                (type(op) is Concatenate and op.dim > 0) or (type(op) is Transpose and op.dim0 > 0 and op.dim1 > 0)
-                for op in rest
-            )
-        )
+        inside = [
+            (type(op) is Concatenate and op.dim > 0) or (type(op) is Transpose and op.dim0 > 0 and op.dim1 > 0)
+            for op in rest
+        ]
+        return type(first) is MergeModulelist and first.dim == 0 and all(inside)
 
     def convert(self, model: nn.Module, tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Return the results by name, of the tensors of every source pattern in the order of ``sources``."""
@@ -95,8 +92,8 @@ def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversio
     renamings, converters = _split(_reverse_transforms(model))
     groups: dict[str, Conversion] = {}
     for name in _natural(names):
-        key, pattern = _first_match(name, converters)
-        key = key if pattern is not None else _rename(name, renamings)
+        matches = (converter.rename_source_key(name) for converter in converters)
+        key, pattern = next((found for found in matches if found[1] is not None), (_rename(name, renamings), None))
         _add(groups, key, name, pattern, converters)
     for group in groups.values():
         group.renamings = renamings if group.converter is not None else ()
@@ -149,14 +146,6 @@ def _natural(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def _first_match(name: str, converters: Sequence[Any]) -> tuple[str, str | None]:
-    for converter in converters:
-        key, pattern = converter.rename_source_key(name)
-        if pattern is not None:
-            return key, pattern
-    return name, None
-
-
 def _rename(name: str, renamings: Sequence[Any]) -> str:
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
@@ -164,9 +153,6 @@ def _rename(name: str, renamings: Sequence[Any]) -> str:
 
 
 def _add(groups: dict[str, Conversion], key: str, name: str, pattern: str | None, converters: Sequence[Any]) -> None:
-    if pattern is None:
-        groups.setdefault(key, Conversion(key, {key: []})).sources[key].append(name)
-        return
-    converter = next(c for c in converters if pattern in c.source_patterns)
+    converter = next((each for each in converters if pattern in each.source_patterns), None)
     group = groups.setdefault(key, Conversion(key, {}, converter))
-    group.sources.setdefault(pattern, []).append(name)
+    group.sources.setdefault(pattern or key, []).append(name)

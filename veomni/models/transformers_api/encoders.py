@@ -40,28 +40,21 @@ def vision_inputs(config: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         ``image_cu_seqlens`` int32 ``[frames + 1]``, ``image_position_ids`` ``[patches, 2]``, and where attention has
         windows ``image_window_index`` and ``image_cu_window_seqlens``; the same for videos.
     """
+    from transformers import vision_utils
+
     vision = getattr(config, "vision_config", None)
+    merge = getattr(vision, "spatial_merge_size", None)
     found: dict[str, Tensor] = {}
     for modality, key in _GRIDS.items():
         grid = batch.get(key)
-        if grid is not None and hasattr(vision, "spatial_merge_size"):
-            found |= {f"{modality}_{name}": value for name, value in _geometry(vision, grid).items()}
+        if vision is None or merge is None or grid is None:
+            continue
+        found[f"{modality}_cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grid)
+        found[f"{modality}_position_ids"] = vision_utils.get_vision_position_ids(grid, merge)
+        if hasattr(vision, "fullatt_block_indexes"):
+            windows = vision_utils.get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
+            found[f"{modality}_window_index"], found[f"{modality}_cu_window_seqlens"] = windows
     return found
-
-
-def _geometry(vision: Any, grid: Tensor) -> dict[str, Tensor]:
-    from transformers import vision_utils
-
-    made = {
-        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
-        "position_ids": vision_utils.get_vision_position_ids(grid, vision.spatial_merge_size),
-    }
-    if hasattr(vision, "fullatt_block_indexes"):
-        index, boundaries = vision_utils.get_vision_window_index(
-            grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
-        )
-        made |= {"window_index": index, "cu_window_seqlens": boundaries}
-    return made
 
 
 def audio_lengths(encoder: Any) -> Callable[[Tensor], tuple[Tensor | None, Tensor]] | None:

@@ -33,7 +33,10 @@ def router_logits(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     for prefix, owner in model.named_modules():
         if not is_pretrained(owner):
             continue
-        for recorder in _recorders(owner, "router_logits"):
+        found = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for recorder in found if isinstance(found, list | tuple) else [found]:
+            if getattr(recorder, "target_class", None) is None:
+                continue
             for name, module in owner.named_modules(prefix=prefix):
                 named = recorder.layer_name is None or recorder.layer_name in name
                 if isinstance(module, recorder.target_class) and named and id(module) not in seen:
@@ -41,17 +44,8 @@ def router_logits(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
                     yield name, module, int(recorder.index)
 
 
-def _recorders(model: nn.Module, output: str) -> list[Any]:
-    found = (getattr(model, "_can_record_outputs", None) or {}).get(output, ())
-    recorders = found if isinstance(found, list | tuple) else [found]
-    return [recorder for recorder in recorders if getattr(recorder, "target_class", None) is not None]
-
-
 def own_balance_loss(model: nn.Module) -> float | None:
-    """Return the weight of the load-balancing loss that a transformers model would add to its own loss; None without.
-
-    It is that of the configuration's ``router_aux_loss_coef`` while ``output_router_logits`` is set.
-    """
+    """Return the weight of the load-balancing loss that a transformers model would add to its own; None without."""
     config: Any = getattr(model, "config", None)
     for part in (config, config.get_text_config()) if is_pretrained(model) else ():
         if getattr(part, "output_router_logits", False):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -147,18 +146,15 @@ def full_tensors(model: nn.Module, part: str = "") -> Iterator[tuple[str, Tensor
     parameters = fsdp1_parameters(model, rank0_only=True) if sharded else inner.named_parameters()
     for name, tensor in chain(parameters, inner.named_buffers()):
         if plain_name(name).startswith(f"{part}." if part else ""):
-            yield plain_name(name), _whole(tensor.detach())
+            tensor = tensor.detach()
+            yield plain_name(name), tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _full_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of any module's ``state_dict``, unsharded, tied ones by each of their names; collective."""
     for name, value in get_model_state_dict(model).items():
         if isinstance(value, Tensor):
-            yield name, _whole(value) if isinstance(value, DTensor) else value.clone()  # tied: each its own
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value.clone()  # tied: each its own
 
 
 def _on_rank_zero(write: Callable[[], object], streams: Iterable[Iterator[Any]]) -> None:
@@ -205,9 +201,8 @@ def _expected(skeleton: nn.Module, tensors: Tensors) -> Tensors:
         if name in transient:
             continue
         if name not in state or tensor.shape != state[name].shape:
-            raise ModelError(
-                f"{name} {list(tensor.shape)} does not fit the model", "use the configuration it came from"
-            )
+            problem = f"{name} {list(tensor.shape)} does not fit the model"
+            raise ModelError(problem, "use the configuration it came from")
         if tied.get(name, name) in waiting:
             waiting.discard(tied.get(name, name))
             yield tied.get(name, name), tensor
@@ -245,7 +240,11 @@ def _save_configs(skeleton: Any, directory: Path, dtype: torch.dtype | None) -> 
 @contextmanager
 def _published(output_dir: Path) -> Iterator[Path]:
     """Yield an empty directory that takes the name ``output_dir`` when the body ends, and is removed if it fails."""
-    _check_replaceable(output_dir)
+    if output_dir.is_file():
+        raise ModelError(f"{output_dir} is a file", "give a directory to export to")
+    inside = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+    if "config.json" not in inside and not all(n.startswith("model") and ".safetensors" in n for n in inside):
+        raise ModelError(f"{output_dir} holds something other than an export", "give another directory, or empty it")
     partial = output_dir.with_name(f".{output_dir.name}.partial-{os.getpid()}")
     previous = output_dir.with_name(f".{output_dir.name}.previous-{os.getpid()}")
     new_parents = [parent for parent in partial.parents if not parent.exists()]
@@ -257,17 +256,8 @@ def _published(output_dir: Path) -> Iterator[Path]:
         partial.rename(output_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process uses one of them by now
+        with suppress(OSError):  # another process uses one of them by now
             for parent in new_parents:
                 parent.rmdir()
         raise
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _check_replaceable(output_dir: Path) -> None:
-    if output_dir.is_file():
-        raise ModelError(f"{output_dir} is a file", "give a directory to export to")
-    if not output_dir.is_dir() or (output_dir / "config.json").is_file():
-        return
-    if not all(path.name.startswith("model") and ".safetensors" in path.name for path in output_dir.iterdir()):
-        raise ModelError(f"{output_dir} holds something other than an export", "give another directory, or empty it")

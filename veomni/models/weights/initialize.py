@@ -26,16 +26,11 @@ class _Call:
 
 
 class Initializer:
-    """Runs a model's own initialisation, a few tensors at a time, in a random stream of its own each.
+    """Runs a model's own initialisation, a few tensors at a time, in a random stream of its own each, on a device.
 
-    What every initialiser writes is found by running it once on the meta device. Tensors that are written by the same
-    initialisers are made together, full size and in float32. What none writes has the value that the constructor of
-    the model gives it.
-
-    Args:
-        skeleton: A copy of the model on the meta device, never sharded or wrapped.
-        device: Where values are computed.
-        seed: The seed of the run.
+    What every initialiser writes is found by running it once on a skeleton of the model, never sharded or wrapped.
+    Tensors that are written by the same initialisers are made together, full size and in float32. What none writes has
+    the value that the constructor of the model gives it.
     """
 
     def __init__(self, skeleton: nn.Module, device: torch.device, seed: int) -> None:
@@ -76,10 +71,10 @@ class Initializer:
                 made = constructor_values(self._skeleton, left)
         lacking = [name for name in left if name not in made]
         if lacking:
-            raise ModelError(
-                f"nothing initialises {lacking[0]}: its module has no _init_weights or reset_parameters that writes it",
-                "write it there, or build the model with weights",
+            problem = (
+                f"nothing initialises {lacking[0]}: its module has no _init_weights or reset_parameters that writes it"
             )
+            raise ModelError(problem, "write it there, or build the model with weights")
         return made
 
     def _make(self, group: set[str], calls: list[_Call]) -> dict[str, Tensor]:

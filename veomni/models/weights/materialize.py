@@ -30,8 +30,7 @@ class Materializer:
         model: The whole model, before any strategy has wrapped or sharded it.
         device: Where storage is allocated.
         seed: The seed of the run; the same on every rank.
-        group: When given, rank 0 reads each tensor once and broadcasts it over this group, instead of every rank
-            reading its part.
+        group: Rank 0 reads each tensor once and broadcasts it over this group; None: every rank reads its part.
 
     Raises:
         ModelError: the weights do not fit the model.
@@ -93,7 +92,5 @@ def _check_none_left(module: nn.Module, prefix: str) -> None:
         tensors = (key for key, value in vars(part).items() if isinstance(value, Tensor) and value.is_meta)
         left += [plain_name(f"{path}.{key}") for key in tensors]
     if left:
-        raise ModelError(
-            f"no values for {', '.join(left[:10])}",
-            "register them as buffers that _init_weights or reset_parameters fills",
-        )
+        problem = f"no values for {', '.join(left[:10])}"
+        raise ModelError(problem, "register them as buffers that _init_weights or reset_parameters fills")

@@ -28,18 +28,13 @@ def require_safetensors(directory: Path) -> None:
         return
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
-        raise ModelError(
-            f"{directory} has weights only as pickle ({_some(pickles)}), which can run code when it is loaded",
-            "convert them: load with transformers where you trust the file, then save_pretrained",
-        )
+        problem = f"{directory} has weights only as pickle ({_some(pickles)}), which can run code when it is loaded"
+        raise ModelError(problem, "convert them: load with transformers where you trust the file, then save_pretrained")
     raise ModelError(f"{directory} holds no {SINGLE_NAME} and no {INDEX_NAME}", "give a directory with weights")
 
 
 class SafetensorsFiles:
     """The tensors of a model directory. Files are mapped, not read: only the slices asked for come from disk.
-
-    Args:
-        directory: Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the shards it lists.
 
     Raises:
         ModelError: there are no safetensors, a listed shard is missing, or a file's header is damaged.
@@ -102,11 +97,9 @@ def _some(names: list[str], limit: int = 10) -> str:
 
 
 class SafetensorsWriter:
-    """Writes tensors into files of bounded size, with the index that transformers reads.
+    """Writes tensors to an empty directory, with the index that transformers reads.
 
-    Args:
-        directory: Where to; exists and is empty.
-        max_shard_size: Bytes per file at most, unless a single tensor is larger.
+    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger.
 
     Attributes:
         dtype: Dtype of the first floating-point tensor; None before there was one.

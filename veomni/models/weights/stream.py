@@ -9,13 +9,8 @@ from torch import Tensor, nn
 
 from veomni.errors import ModelError
 from veomni.logging import create_logger
+from veomni.models.transformers_api import conversions
 from veomni.models.transformers_api.construction import tied_parameters
-from veomni.models.transformers_api.conversions import (
-    Conversion,
-    ignored_missing,
-    ignored_unexpected,
-    loading_conversions,
-)
 from veomni.models.weights.safetensors_files import SafetensorsFiles
 from veomni.models.weights.slots import Box, copy_into, local_box, tied_names, whole_box
 
@@ -25,9 +20,7 @@ logger = create_logger(__name__)
 class WeightStream:
     """Where in a checkpoint the values of every parameter of a model are.
 
-    Args:
-        skeleton: A copy of the model on the meta device, never sharded or wrapped.
-        files: The checkpoint.
+    The ``skeleton`` is a copy of the model on the meta device, never sharded or wrapped.
 
     Raises:
         ModelError: the checkpoint lacks parameters, has others, or has them in other shapes.
@@ -35,9 +28,9 @@ class WeightStream:
 
     def __init__(self, skeleton: nn.Module, files: SafetensorsFiles) -> None:
         self._skeleton, self._files = skeleton, files
-        self._conversions: dict[str, Conversion] = {}
+        self._conversions: dict[str, conversions.Conversion] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for conversion in loading_conversions(skeleton, files.names):
+        for conversion in conversions.loading_conversions(skeleton, files.names):
             made = self._outcome(conversion)
             shapes |= made
             self._conversions |= dict.fromkeys(made, conversion)
@@ -79,10 +72,8 @@ class WeightStream:
         value = self._read(name, box)
         for other in self._aliases.get(name, []):
             if other != name and other in self._conversions and not torch.equal(self._read(other, box), value):
-                raise ModelError(
-                    f"{self._files.directory}: {name} and {other} differ, but the configuration ties them",
-                    "set tie_word_embeddings to false in its config.json",
-                )
+                problem = f"{self._files.directory}: {name} and {other} differ, but the configuration ties them"
+                raise ModelError(problem, "set tie_word_embeddings to false in its config.json")
         return value
 
     def _read(self, name: str, box: Box) -> Tensor:
@@ -95,7 +86,7 @@ class WeightStream:
         tensors = {key: [self._files.read(n) for n in names[rows]] for key, names in conversion.sources.items()}
         return conversion.convert(self._skeleton, tensors)[name][box]
 
-    def _outcome(self, conversion: Conversion) -> dict[str, tuple[int, ...]]:
+    def _outcome(self, conversion: conversions.Conversion) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of what a conversion makes, found by running it on the meta device."""
         tensors = {
             key: [torch.empty(self._files.shape(name), device="meta") for name in names]
@@ -104,10 +95,9 @@ class WeightStream:
         try:
             made = conversion.convert(self._skeleton, tensors)
         except Exception as error:  # whatever transformers' operations raise on tensors that do not fit together
-            raise ModelError(
-                f"{self._files.directory}: {conversion.names[0]} does not convert to {conversion.key}: {error}",
-                "the weights do not belong to this configuration, or tensors are missing",
-            ) from error
+            problem = f"{self._files.directory}: {conversion.names[0]} does not convert to {conversion.key}: {error}"
+            fix = "the weights do not belong to this configuration, or tensors are missing"
+            raise ModelError(problem, fix) from error
         return {name: tuple(value.shape) for name, value in made.items()}
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -121,16 +111,14 @@ class WeightStream:
             if name in state and shape != tuple(state[name].shape)
         ]
         found = {
-            "missing": _without(missing, ignored_missing(self._skeleton)),
-            "unexpected": _without(unused, ignored_unexpected(self._skeleton)),
+            "missing": _without(missing, conversions.ignored_missing(self._skeleton)),
+            "unexpected": _without(unused, conversions.ignored_unexpected(self._skeleton)),
             "of another shape": wrong,
         }
         problems = [f"{len(names)} {problem}: {', '.join(names[:5])}" for problem, names in found.items() if names]
         if problems:
-            raise ModelError(
-                f"{self._files.directory} does not fit the model: {'; '.join(problems)}",
-                "use the config.json that belongs to the weights, or weights 'random'",
-            )
+            problem = f"{self._files.directory} does not fit the model: {'; '.join(problems)}"
+            raise ModelError(problem, "use the config.json that belongs to the weights, or weights 'random'")
         if unused:
             logger.info_rank0("%s weights that this model has no use for are not loaded: %s", len(unused), unused[:5])
 

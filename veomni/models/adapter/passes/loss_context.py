@@ -1,8 +1,7 @@
 """What the loss of a micro-batch depends on beside the labels, which are all that a model passes on to it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class LossContext:
     predictions: Predictions | None = None
 
     @classmethod
-    def of(cls, micro: MicroBatch) -> LossContext:
+    def of(cls, micro: MicroBatch) -> Self:
         """Return the context of a micro-batch that is on the device of the loss."""
         context, targets = cls(), micro.targets
         if targets.loss_weights is not None:

@@ -79,11 +79,8 @@ class LocatePlaceholders(InputPass):
         marked = self.tokens == token
         if kind.token_type is not None:
             if self.types is None:
-                raise DataError(
-                    "the placeholders of images and videos are one token in this model, and the batch does not say "
-                    "which are which",
-                    "give mm_token_type_ids (the processor returns them)",
-                )
+                problem = "images and videos share a placeholder token, and the batch does not say which is which"
+                raise DataError(problem, "give mm_token_type_ids (the processor returns them)")
             marked = marked & (self.types == kind.token_type)
         return marked.long()
 

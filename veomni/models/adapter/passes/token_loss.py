@@ -119,13 +119,10 @@ class TakeLossOver(InputPass):
 
     def after(self, call: ForwardCall, output: Any) -> Any:
         """Compute the loss."""
-        if self.labels is not None:
-            output.loss = self.loss(output.logits, self.labels)
+        labels, self.labels = self.labels, None
+        if labels is not None:
+            output.loss = self.loss(output.logits, labels)
         return output
-
-    def close(self, call: ForwardCall) -> None:
-        """Let go of the labels."""
-        self.labels = None
 
 
 class PassToLoss(InputPass):
@@ -144,10 +141,9 @@ class PassToLoss(InputPass):
     def after(self, call: ForwardCall, output: Any) -> Any:
         """Return no logits where the head made none, and reject another loss, computed without the shifted labels."""
         if call.shift_labels is not None and getattr(output, "loss", None) is not None:
-            raise ModelError(
-                f"{self.name} computes its own loss, and would shift labels that are shifted already",
-                "use no sequence parallelism: leave out Ulysses and ContextParallel, or set their size to 1",
-            )
+            problem = f"{self.name} computes its own loss, and would shift labels that are shifted already"
+            fix = "use no sequence parallelism: leave out Ulysses and ContextParallel, or set their size to 1"
+            raise ModelError(problem, fix)
         if call.fused and getattr(output, "logits", None) is not None:
             output.logits = None
         return output
