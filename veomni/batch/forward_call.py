@@ -65,7 +65,6 @@ class ForwardCall:
         sequence: The ranks that share the model's rows; None where rows are whole.
         documents: The documents of the rows; None where they are not known: rows are padded, say.
         shift_labels: Labels that are shifted already, int64 ``[batch, seq]``; None where the loss shifts them.
-        position_fractions: What positions have beyond whole numbers, int32 ``[batch, seq, 3]``; None without any.
         fused: Whether the head passes hidden states on to the loss.
     """
 
@@ -76,7 +75,6 @@ class ForwardCall:
     sequence: SequenceGroups | None = None
     documents: Documents | None = None
     shift_labels: Tensor | None = None
-    position_fractions: Tensor | None = None
     fused: bool = False
 
 

@@ -34,8 +34,7 @@ def config_class(model_type: str) -> type[Any]:
         known = [*MODEL_CONFIG_REGISTRY, *CONFIG_MAPPING.keys()]
         fix = did_you_mean(model_type, known, otherwise="use a model type of transformers, or register your own")
         raise ModelError(f"no model type is called {model_type!r}", fix)
-    found: type[Any] = CONFIG_MAPPING[model_type]
-    return found
+    return CONFIG_MAPPING[model_type]
 
 
 def model_class(config: Any) -> type[nn.Module]:

@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 def setup_model(
     launcher: Launcher, model: nn.Module, *, fused_loss: bool, router: MoEOptions | None, broadcast_weights: bool
 ) -> nn.Module:
-    """Shard ``model``, give it its weights and return the module to call; see ``Launcher.setup_model``.
-
-    Strategies transform the model in the order of their stages (``veomni.strategies.Stage``).
-    """
+    """Shard ``model``, give it its weights and return the module to call; see ``Launcher.setup_model``."""
     precision, accelerator, state, device = launcher.precision, launcher.accelerator, launcher.state, launcher.device
     owner = launcher.parameter_strategy
     adapter = ModelAdapter.of(model)

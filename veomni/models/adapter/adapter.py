@@ -32,7 +32,6 @@ class Stage(IntEnum):
     DOCUMENTS = auto()
     LABELS = auto()
     MEDIA = auto()
-    POSITIONS = auto()
     LOSS = auto()
 
 

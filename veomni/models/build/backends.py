@@ -58,10 +58,7 @@ def _why_not_varlen(model: Any) -> str | None:
 def resolve_experts(model: nn.Module, compute: torch.dtype, available: Sequence[str]) -> None:
     """Run mixture-of-experts layers with the fastest of the device's backends that computes in ``compute``.
 
-    Models without experts are left alone.
-
-    Raises:
-        ModelError: the requested backend cannot run the model here.
+    A ModelError where the requested backend cannot run the model here. Models without experts are left alone.
     """
     if not has_experts(model):
         return

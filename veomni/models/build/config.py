@@ -37,8 +37,7 @@ def build_config(
         trust_remote_code: Run the Python files that a model directory brings along.
 
     Raises:
-        ModelError: the source does not exist, is no configuration, names code to run, has an unknown type,
-            or an override is no key of it.
+        ModelError: the source is missing, no configuration, names code or an unknown type; or lacks an overridden key.
     """
     directory = find_directory(source)
     path = directory / "config.json" if directory is not None else Path(source)
@@ -92,8 +91,7 @@ def _from_values(
     if trust_remote_code and "auto_map" in values:
         from transformers import AutoConfig
 
-        remote: PreTrainedConfig = AutoConfig.from_pretrained(path.parent, trust_remote_code=True, **overrides)
-        return remote
+        return AutoConfig.from_pretrained(path.parent, trust_remote_code=True, **overrides)
     model_type = values["model_type"]
     brings_code = values.pop("auto_map", None) is not None
     try:

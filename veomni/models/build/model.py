@@ -50,8 +50,7 @@ def build_model(
         trust_remote_code: Run the Python files that a model directory brings along.
 
     Raises:
-        ModelError: see :func:`~veomni.models.build_config`; or the weights are missing, or only pickle; or the
-            attention is unknown or not supported by the model.
+        ModelError: as of build_config; the weights are missing or only pickle; the attention is unknown or unsupported.
     """
     if isinstance(source, str | Path):
         config = build_config(source, overrides, trust_remote_code=trust_remote_code)
@@ -109,8 +108,7 @@ def _construct(config: PreTrainedConfig, attention: str, trust_remote_code: bool
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     if trust_remote_code and getattr(config, "auto_map", None):
-        remote: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
-        return remote
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     cls = model_class(config)
     return _construct_pretrained(cls, config, attention) if issubclass(cls, PreTrainedModel) else cls(config)
 

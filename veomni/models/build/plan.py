@@ -18,8 +18,7 @@ def derive_plan(model: nn.Module) -> ParallelPlan:
     """
     own = getattr(model, "get_parallel_plan", None)
     if callable(own):
-        plan: ParallelPlan = own()
-        return plan
+        return own()
     fp32 = {
         id(module)
         for name, module in model.named_modules()

@@ -16,7 +16,6 @@ POINTWISE, BOUNDED = "veomni_pointwise", "veomni_bounded"
 SHARDS = 2
 """Ranks that a trial pretends to share a row with."""
 NO_SHARDS = "use no sequence parallelism: leave out Ulysses and ContextParallel, or set their size to 1"
-_ON_CPU = ("eager", "sdpa")
 
 
 def register_attentions() -> None:
@@ -30,7 +29,7 @@ def register_attentions() -> None:
 
 def on_cpu(attention: str) -> str:
     """Return the attention that stands for ``attention`` on a CPU: itself, or the reference for its kernel."""
-    return attention if attention in _ON_CPU else "sdpa" if attention == "flex_attention" else BOUNDED
+    return attention if attention in ("eager", "sdpa") else "sdpa" if attention == "flex_attention" else BOUNDED
 
 
 calls: ContextVar[int] = ContextVar("veomni_pointwise_calls", default=0)

@@ -23,11 +23,7 @@ class MissingTraitError(ModelError):
 
 
 class ModelTraits(dict[type[Trait], Verdict]):
-    """Verdicts about one model, by trait.
-
-    Attributes:
-        deferred: Traits that :meth:`complete` examines.
-    """
+    """Verdicts about one model, by trait; traits that are ``deferred`` wait for :meth:`complete`."""
 
     deferred: tuple[type[Trait], ...] = ()
 

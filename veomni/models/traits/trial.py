@@ -91,16 +91,17 @@ class Trial:
         micro = MicroBatch(given, RowLayout(shard=SequenceShard(shards)))
         output = (self.itself or self.body)(**micro.inputs)
         logits = getattr(output, "logits", None)
-        values: Tensor = output[0] if logits is None else logits
-        return values[0]
+        return (output[0] if logits is None else logits)[0]
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run without gradients and compiled code, a model itself in evaluation; the random state stays."""
         training = self.subject.training
         eager = nullcontext() if self.itself is None else torch.compiler.set_stance("force_eager")
-        devices = [] if self.device.type == "cpu" else [self.device]
-        with torch.no_grad(), eager, torch.random.fork_rng(devices=devices):
+        kept = torch.random.fork_rng([], device_type="cuda")
+        if self.device.type != "cpu":
+            kept = torch.random.fork_rng([self.device], device_type=self.device.type)
+        with torch.no_grad(), eager, kept:
             torch.default_generator.manual_seed(0)
             if self.itself is not None:
                 self.itself.eval()

@@ -17,8 +17,7 @@ LOSS_FUNCTION = "_loss_function"
 
 def construct(model_class: Any, config: Any, attention: str) -> nn.Module:
     """Construct a transformers model in float32 on the current default device."""
-    model: nn.Module = model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
-    return model
+    return model_class._from_config(config, dtype=torch.float32, attn_implementation=attention)
 
 
 def construct_again(model: nn.Module, config: Any = None) -> nn.Module:

@@ -67,7 +67,7 @@ def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversi
     The transforms that matched are kept on the model, so that saving reverts exactly these.
     """
     if not is_pretrained(model):
-        return _unchanged(names)
+        return [Conversion(name, {name: [name]}) for name in names]
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import rename_source_key
 
@@ -87,9 +87,7 @@ def loading_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversi
 
 def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversion]:
     """Group a model's parameter names by the checkpoint tensors they become, as ``save_pretrained`` does."""
-    if not is_pretrained(model):
-        return _unchanged(names)
-    renamings, converters = _split(_reverse_transforms(model))
+    renamings, converters = _split(_reverse_transforms(model) if is_pretrained(model) else [])
     groups: dict[str, Conversion] = {}
     for name in _natural(names):
         matches = (converter.rename_source_key(name) for converter in converters)
@@ -98,10 +96,6 @@ def saving_conversions(model: nn.Module, names: Sequence[str]) -> list[Conversio
     for group in groups.values():
         group.renamings = renamings if group.converter is not None else ()
     return list(groups.values())
-
-
-def _unchanged(names: Sequence[str]) -> list[Conversion]:
-    return [Conversion(name, {name: [name]}) for name in names]
 
 
 def copy_conversions(source: nn.Module, target: nn.Module) -> None:

@@ -23,8 +23,7 @@ def register_experts(name: str, function: Callable[..., Tensor]) -> None:
 
 def apply_gate(module: nn.Module, rows: Tensor) -> Tensor:
     """Return what an experts module makes of gate and up projections ``[rows, 2 * intermediate]``."""
-    gated: Tensor = module._apply_gate(rows)  # type: ignore[operator]
-    return gated
+    return module._apply_gate(rows)  # type: ignore[operator]
 
 
 def router_logits(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

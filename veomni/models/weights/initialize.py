@@ -69,11 +69,9 @@ class Initializer:
         if is_pretrained(self._skeleton):
             with _seeded(self.seed, "", torch.device("cpu")):
                 made = constructor_values(self._skeleton, left)
-        lacking = [name for name in left if name not in made]
-        if lacking:
-            problem = (
-                f"nothing initialises {lacking[0]}: its module has no _init_weights or reset_parameters that writes it"
-            )
+        lacking = next((name for name in left if name not in made), None)
+        if lacking is not None:
+            problem = f"nothing initialises {lacking}: its module has no _init_weights or reset_parameters that does"
             raise ModelError(problem, "write it there, or build the model with weights")
         return made
 

@@ -65,8 +65,7 @@ class SafetensorsFiles:
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Return a tensor on the CPU in its stored dtype, or its part ``box``."""
         handle = self._handle(self._file_of[name])
-        tensor: Tensor = handle.get_slice(name)[box] if box else handle.get_tensor(name)
-        return tensor
+        return handle.get_slice(name)[box] if box else handle.get_tensor(name)
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
@@ -99,10 +98,8 @@ def _some(names: list[str], limit: int = 10) -> str:
 class SafetensorsWriter:
     """Writes tensors to an empty directory, with the index that transformers reads.
 
-    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger.
-
-    Attributes:
-        dtype: Dtype of the first floating-point tensor; None before there was one.
+    A file has at most ``max_shard_size`` bytes, unless a single tensor is larger. ``dtype`` is that of the first
+    floating-point tensor; None before there was one.
     """
 
     def __init__(self, directory: Path, max_shard_size: int) -> None:

@@ -28,8 +28,7 @@ class Slot:
     @property
     def tensor(self) -> Tensor:
         """The tensor that is there."""
-        tensor: Tensor = getattr(self.module, self.key)
-        return tensor
+        return getattr(self.module, self.key)
 
     def put(self, tensor: Tensor) -> None:
         """Replace the tensor by another parameter or buffer."""

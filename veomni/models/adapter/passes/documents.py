@@ -37,11 +37,7 @@ def isolate_documents(model: nn.Module) -> None:
 
 
 class IsolateDocuments(InputPass):
-    """Finds the documents of the rows of a call.
-
-    Attributes:
-        unexamined: Whether the model keeps documents apart, as far as its layers say; used until it is examined.
-    """
+    """Finds the documents of the rows of a call; before an examination, layers say whether it may have any."""
 
     stage = Stage.DOCUMENTS
 

@@ -1,8 +1,7 @@
 """Encoders of a model whose rows are split: each rank encodes a share of the images, clips and videos.
 
-Every rank of a sequence group is given all items of its rows. Rank ``r`` of ``P`` encodes every ``P``-th of them; the
-features are gathered, and those whose placeholder tokens this rank holds go on into its shard of the rows. Gradients
-go back the same way, so that each encoder parameter's gradient is that of all items, once.
+Rank ``r`` of ``P`` encodes every ``P``-th item of the rows; the features are gathered, and those whose placeholders the
+rank holds go into its shard. Gradients go back the same way, so that a parameter's is that of all items, once.
 """
 
 from typing import Any

@@ -14,7 +14,7 @@ from veomni.families.record import family_record
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.adapter.passes.loss_context import LossContext, Predictions
-from veomni.models.traits import FusesHead, examine_model
+from veomni.models.traits import FusesHead
 from veomni.models.transformers_api.construction import LOSS_FUNCTION
 from veomni.ops.loss.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 from veomni.parallel.wrappers import wide_dtype
@@ -87,7 +87,7 @@ def install_token_loss(model: nn.Module, *, fused: bool) -> None:
         adapter.loss = TokenMeanLoss(None)
         adapter.add(TakeLossOver(adapter.loss), on=owner)
         return
-    verdict = (adapter.traits or examine_model(model, [FusesHead]))[FusesHead]
+    verdict = adapter.traits[FusesHead]
     if fused and not verdict.ok:
         logger.warning_rank0("the loss is not fused with the head: %s", verdict.reason)
     head = owner.get_output_embeddings() if fused and verdict.ok else None
