@@ -8,8 +8,9 @@ through the launcher, and on two ranks: sharing every row (Ulysses), or the expe
 For expert parallelism, what rejects packed rows is tried on rows of one document each.
 
 An architecture is exact when every parameter's gradient equals the truth, unsupported when its examination
-(``veomni.models.traits``) or an attention rejects it with a reason, and wrong otherwise. Transformers' own limit is
-what plain transformers cannot run here either; not measured is what fails before anything is packed or split.
+(``veomni.models.traits``) or an attention rejects it, and wrong otherwise. Transformers' own limit is what plain
+transformers does not run on tokens either; not measured is what fails on documents alone. Reasons are those of errors.
+With ``--only``, the other rows of a page stay.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +26,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -40,29 +45,11 @@ from veomni.testing.oracle import Truth, truth_of
 from veomni.testing.ranks import RankFailed, run_ranks
 from veomni.testing.step import full_gradients
 
-EXACT, UNSUPPORTED, LIMIT, UNMEASURED, WRONG = (
-    "exact",
-    "unsupported",
-    "transformers' own limit",
-    "not measured",
-    "wrong",
-)
+STATUSES = EXACT, UNSUPPORTED, LIMIT, UNMEASURED, WRONG = (
+    "exact", "unsupported", "transformers' own limit", "not measured", "wrong",
+)  # fmt: skip
 BOUND = 1e-9
-_ASSISTANT = (
-    "The set of layer types producing a cache is different than the set of layer types using them",
-    "kv_sharing_modes of its configuration rejects sharing all layers, which the model does",
-)
-LIMITS = {
-    "gemma3n": ("requires the timm library", "its vision tower needs the timm package"),
-    "gemma4_assistant": _ASSISTANT,
-    "gemma4_unified_assistant": _ASSISTANT,
-    "inkling_mm_model": ("No module named 'scipy'", "its audio tower needs the scipy package"),
-    "git": (
-        "Expected input batch_size",
-        "its loss leaves out logits for an image that is not there",
-    ),
-}
-"""What plain transformers raises where it does not run a model on tokens, with what it depends on itself; and why."""
+_ROW = re.compile(r"^\| ([\w.-]+) \| ([\w' ]+) \| (.*) \|$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,7 @@ MODES = {
         "docs/expert_coverage.md",
         "Coverage of expert parallelism",
         "Every mixture of experts that transformers trains on tokens, as a tiny random model: one packed step in "
-        "float64\non two ranks that share the experts of every layer, against one process that sees each document by "
+        "float64\non two ranks that share the experts of every layer, against one process that sees each document "
         "alone.\nWritten by",
         expert_types,
         partial(any_tiny_config, experts=True),
@@ -179,9 +166,7 @@ def verdict(model_type: str, mode: str = "ulysses", *, alone: bool = False) -> V
     try:
         run_ranks(plain, 1, model_type, mode, init=False, timeout=120)
     except RankFailed as failed:
-        raised, why = LIMITS.get(model_type, (None, ""))
-        known = raised is not None and raised in str(failed)
-        return Verdict(LIMIT, why) if known else Verdict(UNMEASURED, _reason(failed))
+        return Verdict(LIMIT, _reason(failed))
     found = _judge(model_type, mode, packed=True, alone=alone)
     if found.status != UNSUPPORTED or MODES[mode].needs_packing:
         return found
@@ -243,40 +228,37 @@ def _error(gradients: dict[str, Any], expected: Truth) -> float:
 
 def _reason(failed: RankFailed) -> str:
     error = failed.exceptions.get(0)
-    return _first_line(error) if error is not None else "the process died, or took too long"
+    known = "the process died, or took too long"
+    return known if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def cell(found: Verdict) -> str:
+    """The error and the reason of a verdict, as the page has them."""
+    error = [] if found.error is None else [f"{found.error:.0e}"]
+    reason = [found.reason.replace("|", "/")[:110].strip()] if found.reason else []
+    return ", ".join(error + reason)
 
 
-def page(verdicts: dict[str, Verdict], mode: str) -> str:
-    """The table as a page of the documentation."""
-    import torch
-    import transformers
+def page(rows: dict[str, tuple[str, str]], mode: Mode, name: str) -> str:
+    """The table as a page of the documentation, from the status and the cell of every architecture."""
+    counts = Counter(status for status, _ in rows.values())
+    numbers = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+    table = "\n".join(f"| {model_type} | {status} | {text} |" for model_type, (status, text) in sorted(rows.items()))
+    return f"""# {mode.title}
 
-    counts = Counter(found.status for found in verdicts.values())
-    lines = [
-        f"# {MODES[mode].title}",
-        "",
-        MODES[mode].what,
-        "",
-        "```console",
-        f"python benchmarks/coverage.py --mode {mode} --write {MODES[mode].page}",
-        "```",
-        "",
-        f"with torch {torch.__version__.split('+')[0]} and transformers {transformers.__version__}: "
-        + ", ".join(f"{counts[status]} {status}" for status in (EXACT, UNSUPPORTED, LIMIT, UNMEASURED, WRONG))
-        + ". The error is the largest of any parameter's gradient, relative to it.",
-        "",
-        "| architecture | status | error, or why not |",
-        "|---|---|---|",
-    ]
-    for name, found in sorted(verdicts.items()):
-        error = [] if found.error is None else [f"{found.error:.0e}"]
-        reason = [found.reason.replace("|", "/")[:110]] if found.reason else []
-        lines.append(f"| {name} | {found.status} | {', '.join(error + reason)} |")
-    return "\n".join(lines) + "\n"
+{mode.what}
+
+```console
+python benchmarks/coverage.py --mode {name} --write {mode.page}
+```
+
+with torch {torch.__version__.split("+")[0]} and transformers {transformers.__version__}: {numbers}. \
+The error is the largest of any parameter's gradient, relative to it.
+
+| architecture | status | error, or why not |
+|---|---|---|
+{table}
+"""
 
 
 def main() -> None:
@@ -287,17 +269,19 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="the page to write")
     parser.add_argument("--jobs", type=int, default=2, help="architectures at the same time")
     args = parser.parse_args()
-    verdicts: dict[str, Verdict] = {}
     types = args.only.split(",") if args.only else MODES[args.mode].types()
+    found: dict[str, tuple[str, str]] = {}
     # Forked workers, not threads: a fork in the middle of another thread's import would wait for it for ever.
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         judge = partial(verdict, mode=args.mode, alone=args.alone)
-        for name, found in zip(types, pool.imap(judge, types), strict=True):
-            verdicts[name] = found
-            print(json.dumps({"type": name, **asdict(found)}), flush=True)
-    print(Counter(found.status for found in verdicts.values()))
+        for name, each in zip(types, pool.imap(judge, types), strict=True):
+            found[name] = each.status, cell(each)
+            print(json.dumps({"type": name, **asdict(each)}), flush=True)
+    print(Counter(status for status, _ in found.values()))
     if args.write:
-        args.write.write_text(page(verdicts, args.mode))
+        kept = _ROW.findall(args.write.read_text()) if args.only else ()
+        rows = {name: (status, text) for name, status, text in kept if status in STATUSES}
+        args.write.write_text(page(rows | found, MODES[args.mode], args.mode))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ def test_layers_with_values_of_their_own_keep_them_small(name):
     assert all(value <= 32 for layer in own.values() for value in layer.values())
 
 
+def test_a_state_in_the_text_part_of_a_multimodal_model_is_found():
+    model = build_model(tiny_config("llava"), weights="random")
+    assert examine_model(model, [PassesDocuments])[PassesDocuments].ok
+    model.model.language_model.layers[0].mixer = nn.Conv1d(4, 4, 3)
+    found = examine_model(model, [PassesDocuments])[PassesDocuments]
+    assert "carries state from one document of a packed row into the next" in found.reason
+
+
 def test_a_large_model_that_was_changed_is_examined_itself():
     model = full_size("llama")
     model.model.layers[1].mlp = nn.Identity()

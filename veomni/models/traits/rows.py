@@ -31,13 +31,15 @@ class PassesDocuments:
 
     def examine(self, trial: Trial) -> Verdict:
         """Run two documents, change a token of the first, and exchange them."""
-        if not (is_pretrained(trial.subject) and hasattr(trial.subject.config, "vocab_size")):
-            return Verdict(True, f"{trial.name} is not a language model of transformers: it is not run")
-        if not trial.takes("input_ids", "position_ids"):
+        pretrained = is_pretrained(trial.subject)
+        language = pretrained and hasattr(trial.subject.config, "vocab_size")
+        if language and not trial.takes("input_ids", "position_ids"):
             return Verdict(False, f"{trial.name} takes no position_ids, which separate documents")
-        carried = carried_state(trial.subject)
+        carried = carried_state(trial.subject) if pretrained else Verdict(True)
         if not carried.ok:
             return carried
+        if not language:
+            return Verdict(True, f"{trial.name} is not a language model of transformers: it is not run")
         with trial.attention():
             return trial.attempt(self._run, f"{trial.name} does not run on packed tokens alone")
 

@@ -130,5 +130,5 @@ def _doubled(changed: dict[str, Any]) -> dict[str, Any]:
     if "num_key_value_heads" in changed:
         sizes["num_key_value_heads"] = sizes.get("num_attention_heads", 4)
     if "qk_nope_head_dim" in changed:  # such layers have heads of both parts
-        sizes["head_dim"] = sizes["qk_nope_head_dim"] + _SIZES["qk_rope_head_dim"]
+        sizes["head_dim"] = sizes["qk_nope_head_dim"] + sizes.get("qk_rope_head_dim", _SIZES["qk_rope_head_dim"])
     return sizes
