@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.models.transformers_api.masks import bidirectional_mask
-
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
@@ -77,7 +75,11 @@ def encode_padded_audio(encoder: Any, input_features: Tensor, mask: Tensor) -> t
 
     Mel features are ``[clips, mels, frames]``, padded to the encoder's span; ``mask`` is where frames hold audio.
     """
+    from transformers.masking_utils import create_bidirectional_mask
+
     frames, features = encoder._get_feat_extract_output_lengths(mask.sum(-1))
     places = torch.arange((input_features.shape[-1] - 2) // 2 + 1, device=input_features.device)
-    seen = bidirectional_mask(encoder.config, places < frames[:, None], input_features.dtype)
-    return encoder(input_features, attention_mask=seen), features
+    seen = places < frames[:, None]
+    stand_in = input_features.new_zeros(*seen.shape, 1)
+    made = create_bidirectional_mask(config=encoder.config, inputs_embeds=stand_in, attention_mask=seen.long())
+    return encoder(input_features, attention_mask=made), features

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -43,14 +42,6 @@ def disable_packing_detection(known: Callable[[], bool]) -> None:
 
 
 _replaced: set[Callable[..., Any]] = set()
-
-
-def bidirectional_mask(config: Any, seen: Tensor, dtype: torch.dtype) -> Any:
-    """Return the mask of an encoder's attention, of where padded items hold something: bool ``[items, places]``."""
-    from transformers.masking_utils import create_bidirectional_mask
-
-    stand_in = torch.zeros(*seen.shape, 1, dtype=dtype, device=seen.device)
-    return create_bidirectional_mask(config=config, inputs_embeds=stand_in, attention_mask=seen.long())
 
 
 def is_plain_causal(mask_function: Any) -> bool:

@@ -51,6 +51,7 @@ PRIVATE = tuple(
         (f"{_VISION}:get_vision_position_ids", "positions", _ATTRIBUTE, ("grid_thw", "spatial_merge_size")),
         (f"{_VISION}:get_vision_window_index", "windows", _ATTRIBUTE, ("grid_thw", "window_size")),
         (f"{_AUDIO}._get_feat_extract_output_lengths", "features of a clip", "no dummy", ("input_lengths",)),
+        (f"{_MASKS}:create_bidirectional_mask", "padded items", _IMPORT, ("config", "attention_mask")),
         # experts
         (f"{_MOE}:ALL_EXPERTS_FUNCTIONS.register", "registers a backend", _IMPORT, ("key", "value")),
         (f"{_MODEL}._can_set_experts_implementation", "whether experts use the interface", _ATTRIBUTE),
@@ -62,6 +63,5 @@ PRIVATE = tuple(
         (f"{_MASKS}:packed_sequence_mask_function", "packed rows", _IMPORT, ("packed_sequence_mask",)),
         (f"{_MASKS}:causal_mask_function", "the plain causal rule", "ring attention evaluates every rule"),
         (f"{_MASKS}:find_packed_sequence_indices", "is replaced", _ATTRIBUTE, ("position_ids",)),
-        (f"{_MASKS}:create_bidirectional_mask", "padded items", _IMPORT, ("config", "attention_mask")),
     )
 )  # fmt: skip
