@@ -7,21 +7,26 @@ import inspect
 import torch
 import transformers
 
+from tests.models.multimodal import family_config
 from tests.models.tiny import tiny_config
 from veomni.families.record import family_record
-from veomni.models.transformers_api.attention import set_attention
 from veomni.models.transformers_api.construction import LOSS_FUNCTION
-from veomni.models.transformers_api.encoders import rope_rule
-from veomni.models.transformers_api.masks import bidirectional_mask, is_plain_causal
+from veomni.models.transformers_api.encoders import encode_padded_audio, rope_rule
+from veomni.models.transformers_api.masks import is_plain_causal
 
 
-def test_a_padded_place_is_not_seen():
-    config = tiny_config("llava").vision_config
-    set_attention(config, "sdpa")
-    seen = torch.tensor([[True, True, False]])
-    mask = bidirectional_mask(config, seen, torch.float32)
-    assert mask.shape == (1, 1, 3, 3)
-    assert torch.equal(mask[0, 0, 0], seen[0])
+def test_padding_of_a_clip_is_not_seen():
+    config = family_config("qwen2_audio").audio_config
+    encoder = transformers.Qwen2AudioEncoder(config).eval()
+    mel = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
+    louder = mel.clone()
+    louder[..., 16:] += 1.0
+    mask = (torch.arange(mel.shape[-1]) < 8).long()[None]
+    with torch.no_grad():
+        (output, features), (again, _) = (encode_padded_audio(encoder, values, mask) for values in (mel, louder))
+    count = int(features)
+    assert torch.allclose(output.last_hidden_state[:, :count], again.last_hidden_state[:, :count], atol=1e-6)
+    assert not torch.allclose(output.last_hidden_state, again.last_hidden_state, atol=1e-2)
 
 
 def test_a_rule_of_positions_has_no_weights():
