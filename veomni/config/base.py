@@ -24,6 +24,11 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())  # docstrings of attributes have lines
+
     configures: ClassVar[tuple[str, ...]] = ()
     """Classes and functions whose arguments are the keys of this section."""
     renames: ClassVar[Mapping[str, str]] = {}
