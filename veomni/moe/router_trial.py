@@ -53,13 +53,10 @@ def kind_of(module: nn.Module, block: nn.Module, logits_at: int) -> Any:
 
 
 def examine_router(model: nn.Module, module: nn.Module, block: nn.Module, logits_at: int) -> RouterFinding | None:
-    """Run a copy of ``module`` and return what was found, or None where its decisions cannot be read.
+    """Run a copy of a router and return what was found, or None where its decisions cannot be read.
 
-    Args:
-        model: The transformers model, which is not changed.
-        module: The router; its parameters may be on the meta device.
-        block: The module that holds it.
-        logits_at: Where in its output its logits are.
+    The transformers model is not changed; its parameters may be on the meta device. ``block`` holds the router, whose
+    logits are at ``logits_at`` in its output.
     """
     copy = _Copy(module)
     output = copy.run()

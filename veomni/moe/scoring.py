@@ -88,12 +88,8 @@ def balance_gradient(function: ScoreFunction, logits: Tensor, relative_load: Ten
 
     The load-balancing loss (Switch, arXiv:2101.03961, equation 4; over the global batch: arXiv:2501.11873) is its mean
     over tokens, and over the routers of the model: transformers' ``load_balancing_loss_func`` for one layer at a time.
-    It is ``top_k`` where experts share tokens and probability equally.
-
-    Args:
-        function: What makes scores of logits.
-        logits: ``[tokens, experts]``.
-        relative_load: ``E f_e``, ``[experts]``: the share of all tokens that was sent to each expert, times experts.
+    It is ``top_k`` where experts share tokens and probability equally. ``relative_load`` is ``E f_e``, ``[experts]``:
+    the share of all tokens that was sent to each expert, times experts.
     """
     gradient, scores = relative_load.expand_as(logits), _SCORES[function](logits)
     if function != "softmax":
@@ -107,13 +103,9 @@ def z_gradient(logits: Tensor) -> Tensor:
 
 
 def find_scoring(logits: Tensor, weights: Tensor, indices: Tensor, scales: Iterable[float] = ()) -> Scoring | None:
-    """Return the formula that gives ``weights`` from ``logits``, or None where none does.
+    """Return the formula that gives the weights of the chosen ``indices`` from ``[tokens, experts]``, None without one.
 
-    Args:
-        logits: ``[tokens, experts]``.
-        weights: ``[tokens, top_k]``.
-        indices: ``[tokens, top_k]``.
-        scales: The constant factors it may have besides 1.
+    ``scales`` are the constant factors it may have besides 1.
     """
     functions: list[ScoreFunction] = ["softmax", "sigmoid", "sqrtsoftplus"]
     if bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), torch.ones(()), rtol=_TOLERANCE):

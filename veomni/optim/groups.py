@@ -60,16 +60,9 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
     """Split the trained parameters into a group with weight decay and one without.
 
     Parameters of fewer than two dimensions (norms, sinks) and biases are never decayed; matrices are, embeddings
-    included, unless ``no_decay`` names them. A tied parameter comes once, and is named by any of its names. The split
-    is the same in every layout. Under FSDP1 this is collective.
-
-    Args:
-        model: The model, before or after a strategy took it over.
-        weight_decay: Of the first group.
-        no_decay: Shell patterns of parameter or module names: ``*.embed_tokens`` or ``model.layers.0.*``.
-
-    Returns:
-        At most two groups, in the model's order, with ``params`` and ``weight_decay``; empty ones are left out.
+    included, unless a shell pattern of ``no_decay`` matches their name or that of a module around them:
+    ``*.embed_tokens`` or ``model.layers.0.*``. A tied parameter comes once, and is named by any of its names. The split
+    is the same in every layout, before and after a strategy took the model over. Under FSDP1 this is collective.
 
     Raises:
         ConfigError: a pattern matches nothing.
@@ -94,11 +87,8 @@ def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: S
 def split_by_lr_scale(model: nn.Module, groups: Groups, lr_scale: Mapping[str, float]) -> Groups:
     """Split groups so that each has parameters of one factor, and note it in them; :func:`scale_lr` applies it.
 
-    Args:
-        model: What the groups are of.
-        groups: From :func:`build_optimizer_groups`.
-        lr_scale: Shell patterns of parameter or module names to positive factors of the learning rate; the last that
-            matches a parameter counts.
+    ``lr_scale`` maps shell patterns of parameter or module names to positive factors of the learning rate; the last
+    that matches a parameter counts.
 
     Raises:
         ConfigError: a pattern matches nothing.

@@ -24,14 +24,10 @@ from veomni.errors import ModelError
 from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits
 from veomni.parallel.wrappers import local_shard
 
-_ROUND_ELEMENTS = 2**26
-"""Elements of whole matrices that a rank holds at a time, about: 128 MiB in bf16."""
+_ROUND_ELEMENTS = 2**26  # of whole matrices that a rank holds at a time, about: 128 MiB in bf16
 
-Work = Callable[[Tensor], Tensor]
-"""What an owner does to whole matrices of one shape, ``[batch, rows, columns]``."""
-
-Owned = list[list[list["Matrix"]]]
-"""Matrices by owner, ``[replica][rank]``."""
+Work = Callable[[Tensor], Tensor]  # what an owner does to whole matrices of one shape, [batch, rows, columns]
+Owned = list[list[list["Matrix"]]]  # matrices by owner, [replica][rank]
 
 
 @dataclass(frozen=True)
@@ -74,13 +70,7 @@ class Matrix:
 
 
 class Holders(NamedTuple):
-    """The ranks that hold shards, and copies, of the same matrices.
-
-    Attributes:
-        mesh: What the parameters live on; None for plain tensors, which every rank works on alone.
-        shards: The mesh's axis that matrices are sharded over, or None.
-        replicas: The axis with copies, or None.
-    """
+    """The axes of a mesh whose ranks hold shards, and copies, of the same matrices; none for plain tensors."""
 
     mesh: DeviceMesh | None = None
     shards: int | None = None

@@ -88,11 +88,8 @@ def hidden_matrices(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[nn
     A block is an element of an ``nn.ModuleList``, so embeddings, heads and projectors outside the repeated layers are
     left out. Inside, a matrix is a two-dimensional parameter called ``weight``, or each slice of a three-dimensional
     one: experts are stacks ``[experts, rows, columns]``. Embeddings, convolutions, biases and what has a side of 1 are
-    none. The model must not be wrapped by FSDP1, whose parameters have lost their shapes.
-
-    Args:
-        model: The model, before or after a strategy took it over.
-        exclude: Shell patterns of parameter or module names that are left out: ``*.router``.
+    none, nor what the shell patterns of ``exclude`` match by the name of a parameter or module: ``*.router``. The model
+    must not be wrapped by FSDP1, whose parameters have lost their shapes.
 
     Raises:
         ConfigError: a pattern matches nothing.

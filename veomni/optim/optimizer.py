@@ -37,12 +37,7 @@ class OptimizerRecipe(ABC):
 
     @abstractmethod
     def members(self, model: nn.Module, groups: Groups) -> Mapping[str, Optimizer]:
-        """Return the optimizers by name; each parameter of ``groups`` belongs to exactly one.
-
-        Args:
-            model: What ``Launcher.setup_model`` returned.
-            groups: Its trained parameters, with the weight decay of each group.
-        """
+        """Return the optimizers by name; each parameter of the model's ``groups`` belongs to exactly one."""
 
 
 class OptimizerSection(ComponentSection):

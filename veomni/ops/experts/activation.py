@@ -31,14 +31,10 @@ class SwiGLU(NamedTuple):
 
 
 def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor | None, rows: Routing, form: SwiGLU) -> Tensor:
-    """Return the activation, ``[rows, intermediate]``. Has no gradient.
+    """Return the activation of ``[rows, 2 * intermediate]``, ``[rows, intermediate]``. Has no gradient.
 
-    Args:
-        gate_up: ``[rows, 2 * intermediate]``.
-        bias: Added to each row by its expert, ``[experts, 2 * intermediate]``, or None.
-        weights: Factors of the rows, by the pairs that they belong to, ``[tokens, k]``, or None.
-        rows: Which rows.
-        form: Which activation.
+    ``bias``, ``[experts, 2 * intermediate]``, is added to each row by its expert; ``weights``, ``[tokens, k]``, are
+    factors of the results, by the pairs that they belong to.
     """
     if has_kernels(gate_up):
         from veomni.ops.experts import activation_triton

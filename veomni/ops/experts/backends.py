@@ -18,9 +18,7 @@ from veomni.ops.experts.layout import products
 from veomni.ops.experts.permute import past_end
 from veomni.registry import Registry
 
-EXPERTS: Registry[type[ExpertBackend]] = Registry(
-    "experts backend", group="veomni.experts", home="veomni.ops.experts.backends"
-)
+EXPERTS: Registry[type[ExpertBackend]] = Registry("experts backend", group="veomni.experts", home=__name__)
 """Backends by the names that configurations use."""
 
 _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -192,13 +190,9 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
 
 
 def choose_backend(modules: Sequence[nn.Module], wanted: str, available: Sequence[str], compute: torch.dtype) -> str:
-    """Return the backend for a model's experts.
+    """Return the backend for all experts modules of a model, whose products are computed in a number format.
 
-    Args:
-        modules: All experts modules of the model.
-        wanted: A backend, or "auto" for the first available one that can run all of them.
-        available: The backends of the device, fastest first.
-        compute: The number format of the products.
+    ``wanted`` is its name, or "auto" for the first of the device's ``available`` ones, fastest first, that can.
 
     Raises:
         ModelError: the wanted backend cannot run here.

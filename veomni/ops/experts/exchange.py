@@ -50,15 +50,9 @@ def exchange_experts(
     hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, run: RunExperts,
     exchange: ExpertExchange,
 ) -> Tensor:  # fmt: skip
-    """Return the weighted sum over each token's experts, wherever they are, ``[tokens, hidden]``.
+    """Return the weighted sum over the experts of ``[tokens, hidden]``, wherever they are.
 
-    Args:
-        hidden: This rank's tokens, ``[tokens, hidden]``.
-        top_k_index: The experts of each, int64 ``[tokens, k]``, counted over all ranks.
-        top_k_weights: Their weights, ``[tokens, k]``.
-        num_experts: Experts of the layer over all ranks of the group.
-        run: Runs the experts of this rank.
-        exchange: The ranks, and how.
+    The choice, int64, and its weights are ``[tokens, k]``, among ``num_experts`` on all ranks; ``run`` runs this one's.
     """
     shared = exchange.shared
     dispatch = shared.take_dispatch(hidden, top_k_index) if shared is not None else None

@@ -19,14 +19,9 @@ from veomni.parallel.wrappers import local_shard
 def experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str
 ) -> Tensor:
-    """Return each token's weighted sum over its experts, ``[tokens, hidden]``, on this rank or on several.
+    """Return each token's weighted sum over the experts of a transformers module, on this rank or on several.
 
-    Args:
-        module: A transformers experts module.
-        hidden_states: ``[tokens, hidden]``.
-        top_k_index: int64 ``[tokens, k]``.
-        top_k_weights: ``[tokens, k]``.
-        backend: A registered backend.
+    Tokens and result are ``[tokens, hidden]``; the choice, int64, and its weights are ``[tokens, k]``.
     """
     experts: Any = module
     if hasattr(module, EXCHANGE):
@@ -38,16 +33,10 @@ def experts_forward(
 
 
 def expert_rows(module: nn.Module, rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """Return every row's result of its expert, ``[rows, hidden]``.
+    """Return the results of ``[rows, hidden]``, sorted by local expert, of which ``offsets``, int32, are the ends.
 
     Rows past ``offsets[-1]`` are zeros and have zero gradients. An expert without a row gets zero gradients, also where
     there is no row at all.
-
-    Args:
-        module: A transformers experts module.
-        rows: ``[rows, hidden]``, sorted by local expert.
-        offsets: Where each local expert's rows end, int32 ``[local_experts]``.
-        backend: A registered backend.
     """
     return _run(module, rows, Routing(offsets), backend)
 

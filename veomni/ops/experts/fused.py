@@ -21,11 +21,8 @@ from veomni.ops.experts.permute import Routing, rows_of_tokens, sum_of_rows, zer
 def expert_up(hidden: Tensor, weights: Tensor, rows: Routing, backend: str) -> Tensor:
     """Return every row's product with its expert's matrix, ``[rows, out]``; zeros for rows past the last expert's.
 
-    Args:
-        hidden: Tokens ``[tokens, in]`` where ``rows`` has an order, else the rows themselves.
-        weights: ``[experts, in, out]``; every matrix or its transpose contiguous.
-        rows: Which rows.
-        backend: The matmul backend.
+    ``hidden`` are tokens, ``[tokens, in]``, where ``rows`` has an order, else the rows themselves; ``weights`` are
+    ``[experts, in, out]``, every matrix or its transpose contiguous.
     """
     product: Tensor = _up(hidden, weights, _tensors(rows), rows.top_k, backend)
     return product
@@ -54,12 +51,12 @@ def expert_down(
 
     Args:
         gate_up: What :func:`expert_up` returned, ``[rows, 2 * intermediate]``.
-        bias: The first product's bias, ``[experts, 2 * intermediate]``, or None.
+        bias: The first product's, ``[experts, 2 * intermediate]``, or None.
         top_k_weights: ``[tokens, k]``; None where the rows are given.
         weights: ``[experts, intermediate, hidden]``.
         form: Which activation.
         rows: Which rows.
-        backend: The matmul backend.
+        backend: A registered backend.
     """
     result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, backend, list(form))
     return result

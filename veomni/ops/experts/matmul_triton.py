@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Tile of the result, channels multiplied at once, and tiles of rows that walk over the columns together.
 _ROWS, _COLUMNS, _DEPTH, _BAND = 128, 256, 64, 8
-"""Tile of the result, channels multiplied at once, and tiles of rows that walk over the columns together."""
 
 
 @triton.jit

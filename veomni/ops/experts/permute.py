@@ -1,7 +1,4 @@
-"""Tokens to rows sorted by expert, and rows back to tokens; sums are taken in float32 or better, in a fixed order.
-
-The host reads nothing from the device.
-"""
+"""Tokens to rows sorted by expert, and back: sums in float32 or better and a fixed order; the host reads nothing."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ def permute_tokens(hidden: Tensor, routing: Routing) -> Tensor:
 
 
 def gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Return ``rows[index]``, where ``index`` is a permutation and ``inverse`` its inverse."""
+    """Return ``rows[index]``, for a permutation and its inverse."""
     gathered: Tensor = _Permute.apply(rows, index, inverse, 1)
     return gathered
 
@@ -142,15 +139,9 @@ def rows_of_tokens(hidden: Tensor, order: Tensor | None, inverse: Tensor | None,
 def sum_of_rows(
     rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
-    """Return of every token the sum of its rows, ``[tokens, hidden]``.
+    """Return of every token the sum of its rows, ``[tokens, hidden]``, multiplied by ``weights`` ``[tokens, k]``.
 
-    Args:
-        rows: ``[tokens * k, hidden]``, sorted by expert.
-        inverse: Where each pair is once sorted, int64 ``[tokens * k]``.
-        top_k: Pairs per token.
-        weights: Factors, ``[tokens, k]``, or None for ones.
-        offsets: Where each expert's rows end, int32 ``[experts]``: rows past the last end count as zeros. None where
-            all rows count.
+    Rows past ``offsets[-1]`` count as zeros; without offsets all count.
     """
     if has_kernels(rows):
         from veomni.ops.experts import permute_triton

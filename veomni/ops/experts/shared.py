@@ -46,9 +46,7 @@ class _RunAhead:
 
 
 class SharedExperts(_RunAhead):
-    """The shared experts of a block.
-
-    Which of the two orders a block has is found out at its first call.
+    """The shared experts of a block; which of the two orders it has is found out at its first call.
 
     Args:
         module: The shared experts; their forward takes hidden states and nothing else.
