@@ -1,7 +1,4 @@
-"""The contract of a strategy. Strategies compose: one holds the parameters, others split sequences or experts.
-
-They may also transform the model, of which they read a :class:`ParallelPlan` and never the name.
-"""
+"""The contract of a strategy; of a model it reads a :class:`ParallelPlan`, and never the name."""
 
 from __future__ import annotations
 

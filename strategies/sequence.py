@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, ClassVar
 
-import torch
 import torch.distributed as dist
 from annotated_types import Ge
 from typing_extensions import override
@@ -44,13 +43,10 @@ class SequenceStrategy(Validated, Strategy):
         size: Ranks that share each row.
         validate_batches: Check in every micro-batch that the ranks which share a row hold the same one, for debugging
             a loader; it costs a small collective.
-
-    Attributes:
-        axis: The mesh axis of those ranks.
     """
 
     requires: ClassVar[tuple[type[Trait], ...]] = (SplitsRows, RunsOnShards)
-    axis: ClassVar[str]
+    axis: ClassVar[str]  # of the mesh
 
     size: Annotated[int, Ge(1)]
     _: KW_ONLY
@@ -159,9 +155,9 @@ class Ulysses(SequenceStrategy):
 
 def _check_same_rows(digest: int, state: ParallelState) -> None:
     group = state.group("sequence")
-    digests = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    dist.all_gather(digests, torch.tensor([digest]), group=group)
-    if len({int(found) for found in digests}) > 1:
+    digests = [digest] * group.size()
+    dist.all_gather_object(digests, digest, group=group)
+    if len(set(digests)) > 1:
         raise DataError(
             f"the {group.size()} ranks that share each row were given different rows",
             "give the loader launcher.data_parallel, not the rank and the size of the world",

@@ -20,9 +20,6 @@ class ShardedUnits(InputPass):
     """The units of a model. Those kept from a forward to its backward are freed after a forward that has none.
 
     What was left gathered would be used by the next forward, though an optimizer has changed the shards by then.
-
-    Args:
-        context: Decides where parameters live.
     """
 
     stage = Stage.PRECISION

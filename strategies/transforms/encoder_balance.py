@@ -1,9 +1,7 @@
 """Balance media encoding across ranks: whole images are sent to the ranks with least to encode, and features back.
 
-Images come with documents, and documents are dealt to ranks by their tokens: one rank may have ten large images where
-another has none, and all wait for the first. Costs of all items are gathered, and all ranks compute the same plan, by
-which the most expensive item goes to the rank with the least so far. Features come back in the order of their owner,
-and gradients go the same way, so that nothing is computed differently.
+Documents are dealt to ranks by their tokens: one rank may have ten large images where another has none, and all wait
+for it. All ranks compute the same plan; features and gradients come back to their owner, so that no result differs.
 """
 
 from __future__ import annotations
@@ -41,13 +39,10 @@ class EncoderBalance(Strategy):
 
 
 def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return which rank encodes each item.
+    """Return which rank encodes each item, from the costs of every rank's items.
 
     The most expensive item goes first, each to the rank with the least work, its own where that is one of them: at most
     4/3 of the best possible (Graham, 1969, Bounds on multiprocessing timing anomalies).
-
-    Args:
-        costs: Of every rank's items.
     """
     loads = [0] * len(costs)
     places = [[0] * len(own) for own in costs]

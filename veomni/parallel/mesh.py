@@ -1,16 +1,4 @@
-"""One device mesh for the world, with named views.
-
-The order of the axes is fixed, slowest first: ``pp, dp_replicate, dp_shard, ulysses, cp, tp``. Views flattened from it:
-
-- ``data``: ranks that read different rows (``dp_replicate x dp_shard``);
-- ``sequence``: ranks that share a row (``ulysses x cp``);
-- ``fsdp``: ranks that parameters are sharded over (``dp_shard x ulysses x cp``);
-- ``loss``: ranks that losses and gradients are reduced over (``dp_replicate x fsdp``).
-
-The ranks of ``loss`` have a second view for experts, ``ep_replicate x ep_fsdp x ep``: ``ep`` ranks share the experts of
-a layer, each expert is sharded over ``ep_fsdp`` ranks and held ``ep_replicate`` times. The design follows torchtitan's
-``ParallelDims``.
-"""
+"""One device mesh for the world, with named views; the design follows torchtitan's ``ParallelDims``."""
 
 from __future__ import annotations
 
@@ -28,11 +16,12 @@ from veomni.compat.collectives import flattened, limit_group
 from veomni.errors import LayoutError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "ulysses", "cp", "tp")
+"""In the order of the mesh, slowest first."""
 VIEWS = {
-    "data": ("dp_replicate", "dp_shard"),
-    "sequence": ("ulysses", "cp"),
-    "fsdp": ("dp_shard", "ulysses", "cp"),
-    "loss": ("dp_replicate", "dp_shard", "ulysses", "cp"),
+    "data": ("dp_replicate", "dp_shard"),  # ranks that read different rows
+    "sequence": ("ulysses", "cp"),  # ranks that share a row
+    "fsdp": ("dp_shard", "ulysses", "cp"),  # ranks that parameters are sharded over
+    "loss": ("dp_replicate", "dp_shard", "ulysses", "cp"),  # ranks that losses and gradients are reduced over
 }
 
 
@@ -141,7 +130,10 @@ class ParallelState:
                     limit_group(group, timeout)
 
     def _expert_views(self, device_type: str) -> DeviceMesh:
-        """Lay the same ranks out for experts, and return the mesh that shards each of them."""
+        """Lay the ranks of ``loss`` out as ``ep_replicate x ep_fsdp x ep``, and return the mesh that shards an expert.
+
+        ``ep`` ranks share the experts of a layer; each is sharded over ``ep_fsdp`` and held ``ep_replicate`` times.
+        """
         dims = self.dims
         sizes = {"ep_replicate": dims.expert_replicas, "ep_fsdp": dims.expert_shards, "ep": dims.experts}
         order = ["ep_replicate", "ep_fsdp", "ep"]

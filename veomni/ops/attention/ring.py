@@ -1,10 +1,6 @@
-"""Attention over a sequence that is split over ranks: keys and values are sent round a ring of them.
+"""Attention on a ring of C ranks: each keeps its queries, and receives the keys and values of one rank after the other.
 
-Each rank keeps its queries. It receives the keys and values of one rank after the other, and adds up what the queries
-see of them (Liu et al., 2023, arXiv:2310.01889). Heads need not divide, and no rank ever holds a whole row.
-
-A row is cut into ``2 * C`` chunks for the ``C`` ranks of the ring, and rank ``c`` holds chunks ``c`` and
-``2 * C - 1 - c``: under a causal rule early positions see little and late ones much, and so every rank computes alike.
+Outputs over them add up (Liu et al., 2023, arXiv:2310.01889): heads need not divide, and no rank holds a whole row.
 """
 
 from __future__ import annotations
@@ -67,6 +63,7 @@ def ring_attention(
 ) -> Tensor:
     """Attend over whole rows, of which each rank of the ring holds two chunks (``zigzag_chunks``).
 
+    Under a causal rule early positions see little and late ones much: with one of each, every rank computes alike.
     Query, key and value are those of a :class:`Block` of ``seq / C`` positions; the result is ``[batch, heads, seq / C,
     value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros.
 

@@ -1,11 +1,4 @@
-"""Ulysses with its exchanges under the projections: q is exchanged while k is projected, and k while v is.
-
-An attention module of the standard form keeps its own forward. Around it, queries, keys and values are projected from
-this rank's positions and sent as each is ready; the module's forward then runs as if it held the whole row and a part
-of the heads: its projections return what was received, and its norms, rotary embedding and attention work on that.
-The hidden states it is given have the right shape and no values (meta device): what would compute with them fails,
-and so the trial run of a strategy's set-up finds it.
-"""
+"""Ulysses with its exchanges under the projections: q is exchanged while k is projected, and k while v is."""
 
 from __future__ import annotations
 
@@ -78,7 +71,12 @@ def why_not_overlapped(module: nn.Module) -> str | None:
 
 
 class _Overlapped:
-    """One attention module that exchanges asynchronously."""
+    """One attention module that exchanges asynchronously; it keeps its own forward.
+
+    Queries, keys and values are projected from this rank's positions and sent as each is ready. Then the forward runs
+    as if it held the whole row and a part of the heads: its projections return what was received. Its hidden states
+    have the right shape and no values (meta device): what computes with them fails in the trial run of the set-up.
+    """
 
     def __init__(self, module: nn.Module, group: ProcessGroup, tables: _RotaryTables, patch: PatchAttribute) -> None:
         self.module, self.group, self.tables = module, group, tables

@@ -1,11 +1,4 @@
-"""All-to-all of rows, differentiable: blocking, or started now and awaited later; and one step round a ring.
-
-The gradient of an exchange is the exchange back, and mirrors its timing: it starts where the forward waited and is
-awaited where the forward started, so that what overlaps in the forward overlaps in the backward.
-
-Only the caller's handle refers to a buffer in flight. What the autograd graph keeps refers neither to the handle nor to
-an output: a circle through the graph would keep every step's buffers until a full run of Python's collector.
-"""
+"""All-to-all of rows, differentiable: blocking, or started now and awaited later; and one step round a ring."""
 
 from __future__ import annotations
 
@@ -38,7 +31,12 @@ def all_to_all(tensor: Tensor, splits: Splits | None, group: ProcessGroup) -> Te
 
 
 class AsyncAllToAll:
-    """An exchange in flight: ``exchange = AsyncAllToAll.start(...)``, other work, ``exchange.wait()``."""
+    """An exchange in flight: ``exchange = AsyncAllToAll.start(...)``, other work, ``exchange.wait()``.
+
+    Its gradient is the exchange back, which starts where the forward waited and is awaited where the forward started.
+    What the autograd graph keeps refers neither to this handle, which holds the buffers, nor to an output: a circle
+    would keep every step's buffers until a full run of Python's collector.
+    """
 
     def __init__(self, route: _Route | None) -> None:
         self._back = _Back(route)
@@ -131,11 +129,8 @@ class RingStep:
     """Tensors in flight to the next rank of a ring, while those of the rank before come in; without a gradient.
 
     An all-to-all in which only neighbours have something for each other: unlike sends and receives it works on every
-    backend and device that Ulysses works on, and needs no order to keep two ranks from waiting for each other.
-
-    Args:
-        tensors: Of the same shapes and dtype on all ranks.
-        group: The ring.
+    backend and device that Ulysses works on, and needs no order to keep two ranks from waiting for each other. Tensors
+    have the same shapes and dtype on all ranks.
     """
 
     def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup) -> None:
