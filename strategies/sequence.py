@@ -78,11 +78,9 @@ class SequenceStrategy(Validated, Strategy):
             return
         backend = text_attention_of(model)
         if not backend.endswith(_PACKING_BACKENDS):
-            raise ModelError(
-                f"attention {backend} does not support document boundaries (cu_seqlens)",
-                "set attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4",
-                field="build_model.attention",
-            )
+            problem = f"attention {backend} does not support document boundaries (cu_seqlens)"
+            fix = "set attention to auto, or to one of sdpa, eager, flex_attention and flash_attention_2 to 4"
+            raise ModelError(problem, fix, "build_model.attention")
         if adapter.sequence is None:
             adapter.patch(model, UNSPLIT_ATTENTION, backend)
             ulysses, ring = (state.group(axis) if state.size(axis) > 1 else None for axis in ("ulysses", "cp"))
@@ -158,7 +156,5 @@ def _check_same_rows(digest: int, state: ParallelState) -> None:
     digests = [digest] * group.size()
     dist.all_gather_object(digests, digest, group=group)
     if len(set(digests)) > 1:
-        raise DataError(
-            f"the {group.size()} ranks that share each row were given different rows",
-            "give the loader launcher.data_parallel, not the rank and the size of the world",
-        )
+        problem = f"the {group.size()} ranks that share each row were given different rows"
+        raise DataError(problem, "give the loader launcher.data_parallel, not the rank and the size of the world")
