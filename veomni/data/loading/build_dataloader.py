@@ -1,7 +1,5 @@
 """From documents to a loader: encode, cut, pack."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from veomni.data.loading.encoder import Encoder

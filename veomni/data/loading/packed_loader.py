@@ -1,7 +1,5 @@
 """The loader of tokenized data: this rank's share of every optimizer step, in an order that no layout changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """What both loaders share: options, a fingerprint of what their rows depend on, and states that are validated."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

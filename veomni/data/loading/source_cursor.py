@@ -1,7 +1,5 @@
 """How far a virtual shard has come in a source, and the records that follow."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,8 +64,6 @@ class SourceCursor:
         self._reads = self._read_on()
         self._next: deque[_Read] = deque()  # at most one
         self._last_used = progress.epoch
-
-    # ---------------------------------------------------------------- reading on
 
     def upcoming_epoch(self) -> int | None:
         """Return the epoch of the next record, or None where there is none."""
@@ -148,8 +144,6 @@ class SourceCursor:
             samples = [Sample(**vars(piece), ref=ref, where=document.where)
                        for piece, ref in zip(one.pieces, refs, strict=True)]  # fmt: skip
             yield _Read(place, samples, one.lost)
-
-    # ---------------------------------------------------------------- going back
 
     def read_again(self, refs: Sequence[Ref]) -> dict[Ref, Sample]:
         """Return the samples that ``refs`` stand for; raises DataError if the source has changed."""

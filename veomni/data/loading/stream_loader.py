@@ -5,8 +5,6 @@ rows r, r + n, ... So the rows depend on no layout, and where the number of rank
 read by one rank. Otherwise a rank also reads, and skips, the rows of shards that it shares with others.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

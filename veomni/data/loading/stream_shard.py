@@ -4,8 +4,6 @@ Its state is counters and indices: how far it has read each source, and where th
 row. A reader restored from them, on any rank, yields the same rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,11 +19,7 @@ from veomni.errors import CheckpointError
 
 
 class StreamShard:
-    """Gives the rows of one virtual shard, from a state of :meth:`state_dict` on or from the beginning.
-
-    Raises:
-        DataError: a source has changed since the state was taken.
-    """
+    """Gives the rows of one virtual shard, from a state on (DataError: a source has changed) or from the beginning."""
 
     def __init__(self, plan: StreamPlan, shard: int, state: Mapping[str, Any] | None = None) -> None:
         self.plan, self.shard, state = plan, shard, state or {"sources": {}, "waiting": []}

@@ -4,8 +4,6 @@ They send arrays through the pipe, not tensors: for a tensor in shared memory th
 more, without a timeout, so a worker that hangs would hang the run.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -52,11 +50,7 @@ class WorkerPool(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """Return what the workers make next.
-
-        Raises:
-            WorkerError: a worker died, or nothing arrived in time.
-        """
+        """Return what the workers make next (WorkerError: a worker died, or nothing arrived in time)."""
         try:
             made: T = _tensors(next(self._source))
             return made

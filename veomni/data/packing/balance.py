@@ -1,7 +1,5 @@
 """Which rank computes which rows of a step, so that all have about equally much to do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

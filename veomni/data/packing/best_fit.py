@@ -6,8 +6,6 @@ of them and keeps ``r % length`` free. That is the same packing as one by one, i
 lengths and rows of C tokens, whatever the number of samples (a loop over samples would take seconds per million).
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 

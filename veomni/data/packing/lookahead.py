@@ -1,7 +1,5 @@
 """Best-fit packing of a stream: rows are filled from the samples that were read ahead."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator

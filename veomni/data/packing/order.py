@@ -5,8 +5,6 @@ Keys are drawn with the splitmix64 finaliser (Steele, Lea, Flood: "Fast splittab
 must not.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

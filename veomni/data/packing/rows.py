@@ -1,7 +1,5 @@
 """Rows of samples as the tensors a model takes: see ``veomni/batch/micro_batch.py`` for the format."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The address that a host's name stands for is looked up once, checked, and the co
 name that means another one a moment later (DNS rebinding) leads nowhere. Each redirection is checked as the first URL.
 """
 
-from __future__ import annotations
-
 import http.client
 import ipaddress
 import socket
@@ -44,11 +42,7 @@ class Fetch:
         self._private = frozenset(host.lower() for host in private)
 
     def __call__(self, url: str) -> bytes:
-        """Return what is behind a URL.
-
-        Raises:
-            MediaError: the URL is not allowed, cannot be reached in time, or holds too much.
-        """
+        """Return what is behind a URL; MediaError where it is not allowed, not reached in time, or holds too much."""
         deadline = time.monotonic() + self.timeout
         for _ in range(_REDIRECTIONS + 1):
             parts = self._checked(url)

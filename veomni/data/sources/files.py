@@ -28,11 +28,7 @@ def text_file(file: DataFile, schema: RecordSchema) -> Records:
 
 
 def json_array(file: DataFile, schema: RecordSchema) -> Records:
-    """Return a list of JSON objects; read whole.
-
-    Raises:
-        DataError: it is not JSON, or no list.
-    """
+    """Return a list of JSON objects; read whole (DataError: it is not JSON, or no list)."""
     try:
         found = json.loads(decode(file.content(), str(file)))
     except json.JSONDecodeError as error:
@@ -101,11 +97,7 @@ def _line(line: bytes, where: str) -> Document:
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Return JSON as the fields of a record.
-
-    Raises:
-        DataError: it is not UTF-8, not JSON, or no object.
-    """
+    """Return JSON as the fields of a record (DataError: it is not UTF-8, not JSON, or no object)."""
     try:
         return _fields(json.loads(decode(data, where)), where)
     except json.JSONDecodeError as error:
@@ -119,11 +111,7 @@ def _fields(record: Any, where: str) -> dict[str, Any]:
 
 
 def decode(data: bytes, where: str) -> str:
-    """Return UTF-8 as text, without a byte order mark.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
+    """Return UTF-8 as text, without a byte order mark (DataError: it is not UTF-8)."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,7 +1,5 @@
 """Ways that people write conversations down, each turned into messages with a role and a content."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

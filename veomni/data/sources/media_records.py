@@ -1,7 +1,5 @@
 """The media that the messages of a conversation hold, in order, and the messages as chat templates take them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,11 +63,7 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
 
 
 def texts_of(document: Document, key: str) -> list[str]:
-    """Return the texts of a conversation's messages, without its media.
-
-    Raises:
-        DataError: as :func:`media_conversation` does.
-    """
+    """Return the texts of a conversation's messages, without its media; errors as of :func:`media_conversation`."""
     conversation, _ = media_conversation(document, key)
     contents = [message["content"] for message in conversation.messages if "content" in message]
     parts = [content if isinstance(content, list) else [{"text": content}] for content in contents]

@@ -1,7 +1,5 @@
 """Several sources as one stream."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

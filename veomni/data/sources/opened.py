@@ -56,14 +56,10 @@ class DocumentStream:
             yield from source
 
     def texts(self) -> Iterator[str]:
-        """Yield what a tokenizer is trained on: the text of every document, or of every message.
-
-        Raises:
-            DataError: a record lacks its field, or holds the wrong kind of value.
-        """
+        """Yield what a tokenizer is trained on: the text of every document, or of every message."""
         for source in self.sources:
             for document in source:
-                yield from source.schema.texts(document)
+                yield from source.schema.type.texts(document, source.schema)
 
     def fingerprint(self, cache_dir: Path) -> dict[str, dict[str, Any]]:
         """Return, by source, what changes when it does, as JSON can hold it."""

@@ -1,7 +1,5 @@
 """From a path or URL to the files it stands for, and how each is read: one table of file formats."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping

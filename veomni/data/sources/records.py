@@ -1,7 +1,5 @@
 """One document as its source gives it, and the checked ways to take text or messages out of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,11 +61,7 @@ def field_of(document: Document, key: str, option: str) -> Any:
 
 
 def text_of(document: Document, key: str, option: str = "RecordSchema.text_key") -> str:
-    """Return the text in field ``key``, which ``option`` chooses.
-
-    Raises:
-        DataError: the field is missing, null or not text.
-    """
+    """Return the text in field ``key``, which ``option`` chooses; DataError where it is missing, null or not text."""
     value = field_of(document, key, option)
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
@@ -77,11 +71,7 @@ def text_of(document: Document, key: str, option: str = "RecordSchema.text_key")
 
 
 def from_json(value: Any, problem: str, fix: str) -> Any:
-    """Return what a text holds as JSON; other values unchanged.
-
-    Raises:
-        DataError: the text is not JSON.
-    """
+    """Return what a text holds as JSON; other values unchanged (DataError: the text is not JSON)."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -89,11 +79,7 @@ def from_json(value: Any, problem: str, fix: str) -> Any:
 
 
 def conversation_of(document: Document, key: str) -> Conversation:
-    """Return the conversation in field ``key`` with the functions in field ``tools``, if there is one.
-
-    Raises:
-        DataError: as for :func:`messages_of`, or a tool is malformed.
-    """
+    """Return the conversation in field ``key`` with the functions in field ``tools``; DataError if one is malformed."""
     tools = document.record.get(TOOLS_KEY) or []
     tools = from_json(tools, f"{document.where}: field 'tools' is not JSON", "make it a list") or []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

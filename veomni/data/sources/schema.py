@@ -1,8 +1,6 @@
 """What the records of a source hold, and in which fields."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,11 +52,7 @@ class RecordSchema:
         return self.type.columns(self)
 
     def converted(self, document: Document) -> Document:
-        """Return a record with its conversation, if it has one, in the field ``messages``.
-
-        Raises:
-            DataError: it lacks a field, or is malformed.
-        """
+        """Return a record with its conversation, if it has one, in ``messages`` (DataError: it is malformed)."""
         if not self.type.converts:
             return document
         with self._suggesting(document):
@@ -66,21 +60,9 @@ class RecordSchema:
         return replace(document, record={**document.record, MESSAGES: messages})
 
     def check(self, document: Document) -> None:
-        """Check that a converted record has its fields.
-
-        Raises:
-            DataError: it does not; the message says which data type its fields are those of.
-        """
+        """Raise DataError for a converted record without its fields; it names the data type that they are those of."""
         with self._suggesting(document):
             self.type.check(document, self)
-
-    def texts(self, document: Document) -> Iterable[str]:
-        """Return the texts of a converted record: what a tokenizer is trained on.
-
-        Raises:
-            DataError: a field is missing or malformed, or the data has no text.
-        """
-        return self.type.texts(document, self)
 
     def facts(self) -> list[str]:
         """Return what the documents made of a record depend on."""

@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 class ParquetFile(Records):
-    """A Parquet file, one row group in memory at a time, which is also a block.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """A Parquet file, one row group in memory at a time, which is also a block (DataError: it cannot be read)."""
 
     def __init__(self, file: DataFile, schema: RecordSchema) -> None:
         self._file, self._opened = file, (-1, None)
@@ -64,11 +60,7 @@ class ParquetFile(Records):
 
 
 def arrow_table(file: DataFile, schema: RecordSchema) -> Records:
-    """Return an Arrow IPC file or stream on this machine, memory-mapped: only the rows that are used are read.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return an Arrow IPC file or stream on this machine, memory-mapped: only the rows that are used are read."""
     import pyarrow as pa
 
     def read() -> Any:

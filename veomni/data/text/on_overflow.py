@@ -1,7 +1,5 @@
 """Documents longer than a row: an error, truncated, split or dropped; the log counts them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn

@@ -1,7 +1,5 @@
 """Preference pairs: one prompt, a better and a worse answer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Records that hold token ids, and optionally labels and the weight of each token in the loss."""
 
-from __future__ import annotations
-
 from veomni.batch.fields import IGNORE_INDEX
 from veomni.data.sources.records import Document, field_of, is_weight
 from veomni.data.text.tokens import Tokens

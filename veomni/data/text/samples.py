@@ -95,11 +95,7 @@ class SampleMaker(ABC):
 
     @abstractmethod
     def make(self, documents: Sequence[Document], source: int) -> list[Made]:
-        """Return what each record of a source becomes.
-
-        Raises:
-            DataError: a record cannot be used, or is too long where that is an error.
-        """
+        """Return what each record of a source becomes; DataError where one cannot be used, or is too long."""
 
     def complete(self, sample: Sample) -> Sample | None:
         """Return a sample that is to leave in a row, with all it holds; None if it cannot be used after all."""

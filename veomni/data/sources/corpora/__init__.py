@@ -1,7 +1,5 @@
 """Data that needs no download, by a name that is written in place of a path: what the examples train on."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable, Iterator
@@ -32,11 +30,7 @@ CORPORA = (PYTHON_STDLIB, *(f"{name}-{part}" for name in _MADE for part in ("tra
 
 
 def corpus_files(name: str, cache_dir: Path) -> list[Path]:
-    """Return the files of built-in data; conversations are written once, with their media inside as base64.
-
-    Args:
-        name: One of :data:`CORPORA`.
-        cache_dir: Where they are kept.
+    """Return the files of one of :data:`CORPORA`; conversations are written once, with their media inside as base64.
 
     Raises:
         MissingExtraError: a package that the data is made with is not installed.

@@ -4,8 +4,6 @@ E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machin
 pixels in 17 shades, by 13 writers. Every fifth scan is held out.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -17,21 +15,13 @@ _SHADES = 16
 
 
 def handwritten_digits(part: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """Yield question, answer and image of the records of ``train`` or ``test``.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
+    """Yield question, answer and image of ``train`` or ``test``; MissingExtraError without scikit-learn."""
     for shades, digit in _scans(part):
         yield "<image>Which digit is this?", str(digit), {"images": _png(shades.reshape(8, 8) / _SHADES)}
 
 
 def digit_drawings(part: str) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, bytes]]]:
-    """Yield the same scans as answers, to be drawn: 64 codes of 17 shades, row by row.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
+    """Yield the same scans as answers, to be drawn: 64 codes of 17 shades, row by row."""
     for shades, digit in _scans(part):
         yield f"Draw the digit {digit}.", [{"type": "codes", "codes": shades.astype(int).tolist()}], {}
 

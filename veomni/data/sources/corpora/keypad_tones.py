@@ -5,8 +5,6 @@ each sine with a loudness of its own, 0 to 20 dB above the noise. As telephones 
 second (G.711).
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 
@@ -23,11 +21,7 @@ _SEEDS = {"train": 1, "test": 2}
 
 
 def keypad_tones(part: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """Yield question, answer and sound of the records of ``train`` or ``test``.
-
-    Raises:
-        MissingExtraError: soundfile is not installed.
-    """
+    """Yield question, answer and sound of ``train`` or ``test``; MissingExtraError without soundfile."""
     random = np.random.default_rng(_SEEDS[part])
     for _ in range(_SIZES[part]):
         key = str(random.choice(list("".join(KEYS))))

@@ -1,7 +1,5 @@
 """Numbers in words, as conversations without media: 0 to 999, 200 of them held out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 _BELOW_TWENTY = (

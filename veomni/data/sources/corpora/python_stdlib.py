@@ -1,7 +1,5 @@
 """The sources of the running interpreter's standard library, as plain text."""
 
-from __future__ import annotations
-
 import sysconfig
 from pathlib import Path
 
