@@ -24,7 +24,7 @@ from veomni.models.transformers_api.attention import text_attention_of
 from veomni.ops.attention.ring import register_ring
 from veomni.ops.attention.ulysses import check_heads, register_ulysses
 from veomni.ops.attention.ulysses_async import overlap_projections
-from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, use_attention
+from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, share_rows, use_attention
 from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.strategies.base import SetupContext, Stage, Strategy
 
@@ -85,6 +85,7 @@ class SequenceStrategy(Validated, Strategy):
             adapter.patch(model, UNSPLIT_ATTENTION, backend)
             ulysses, ring = (state.group(axis) if state.size(axis) > 1 else None for axis in ("ulysses", "cp"))
             adapter.sequence = SequenceGroups(state.sequence_shard, state.group("sequence"), ulysses, ring)
+            share_rows(text_part(model), adapter.sequence, adapter.patch)
             share_towers(adapter, adapter.sequence)
         use_attention(model, self.install(adapter, backend, state))
 

@@ -86,14 +86,20 @@ class _SaveEverySecondMatmul:
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class Compile(Strategy):
+@dataclass(eq=False)
+class Compile(Validated, Strategy):
     """Compile every block with ``torch.compile``, each at its first call. An fp64 run stays uncompiled.
 
     Block by block, the same graph serves every layer, and sharding hooks stay outside of it.
+
+    Args:
+        backend: What makes kernels of graphs, as ``torch.compile`` takes it.
     """
 
     name = "compile"
     stage = Stage.COMPILATION
+
+    backend: str = "inductor"
 
     @override
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
@@ -102,4 +108,4 @@ class Compile(Strategy):
             logger.warning_rank0("Compile has no effect in fp64: the mode that keeps float64 cannot be compiled")
             return
         for name in context.plan.blocks:
-            adapter.on_remove(compile_in_place(adapter.model.get_submodule(name)))
+            adapter.on_remove(compile_in_place(adapter.model.get_submodule(name), self.backend))

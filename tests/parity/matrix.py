@@ -17,6 +17,7 @@ from veomni.strategies import (
     FSDP1,
     FSDP2,
     ActivationCheckpointing,
+    Compile,
     ContextParallel,
     ExpertParallel,
     Single,
@@ -60,6 +61,15 @@ DENSE = ["qwen3", "llama", "gemma3_text"]
 SPARSE = ["qwen3_moe", "gpt_oss", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe", "olmoe", "minimax"]
 FUSED_PROJECTIONS = ("deepseek_v3", "olmoe")  # low-rank, or normalised over all heads: exchanges cannot overlap
 
+BLOCKS: dict[str, tuple[Any, ...]] = {
+    "plain": (),
+    "full": (ActivationCheckpointing,),
+    "selective": (partial(ActivationCheckpointing, "selective"),),
+    "compiled": (partial(Compile, "aot_eager"),),  # what Dynamo and autograd make of blocks, without making kernels
+    "full_compiled": (ActivationCheckpointing, partial(Compile, "aot_eager")),
+    "selective_compiled": (partial(ActivationCheckpointing, "selective"), partial(Compile, "aot_eager")),
+}
+
 MAX_NORM = 0.01
 """Every step clips its gradients to it, after they have been compared."""
 
@@ -81,7 +91,7 @@ def _fits(parameters: str, rows: str, experts: str, ranks: int) -> bool:
 MATRIX = Matrix(
     {
         "parameters": list(PARAMETERS), "rows": list(ROWS), "experts": list(EXPERTS), "model": DENSE + SPARSE,
-        "ranks": (1, 2, 4), "precision": ("fp64", "fp32", "bf16"), "recompute": ("none", "full", "selective"),
+        "ranks": (1, 2, 4), "precision": ("fp64", "fp32", "bf16"), "blocks": list(BLOCKS),
         "accumulation": (1, 3), "weighted": (False, True),
     },
     [
@@ -89,6 +99,7 @@ MATRIX = Matrix(
         Rule(("experts", "model"), lambda experts, model: experts == "together" or model in SPARSE),
         Rule(("rows", "model"), lambda rows, model: not ("ring" in rows and model == "gpt_oss")),  # its sinks
         Rule(("rows", "model"), lambda rows, model: not ("async" in rows and model in FUSED_PROJECTIONS)),
+        Rule(("blocks", "precision"), lambda blocks, precision: not ("compiled" in blocks and precision == "fp64")),
         Rule(("model", "precision"), lambda model, precision: (
             precision == "fp64" or model in DENSE or (model, precision) in STABLE_CHOICES
         )),
@@ -106,18 +117,17 @@ class Case:
     model: str
     ranks: int
     precision: str
-    recompute: str
+    blocks: str
     accumulation: int
     weighted: bool
 
     def __str__(self) -> str:
-        parts = (self.parameters, self.rows, self.experts, self.model, self.ranks, self.precision, self.recompute)
+        parts = (self.parameters, self.rows, self.experts, self.model, self.ranks, self.precision, self.blocks)
         return "-".join([*map(str, parts), f"x{self.accumulation}", *["weighted"] * self.weighted])
 
     def strategies(self) -> list[Any]:
-        recompute = [] if self.recompute == "none" else [ActivationCheckpointing(self.recompute)]
-        beside = (make() for make in (*EXPERTS[self.experts], *ROWS[self.rows]))
-        return [PARAMETERS[self.parameters](), *beside, *recompute]
+        beside = (make() for make in (*EXPERTS[self.experts], *ROWS[self.rows], *BLOCKS[self.blocks]))
+        return [PARAMETERS[self.parameters](), *beside]
 
     def run(self) -> Outcome:
         config = tiny_config(self.model)
@@ -129,7 +139,7 @@ class Case:
 
 def plain(parameters: str, ranks: int, model: str = "qwen3", *, rows: str = "whole", experts: str = "together") -> Case:
     """Return a case in fp64 with three micro-batches and nothing else."""
-    return Case(parameters, rows, experts, model, ranks, "fp64", "none", 3, False)
+    return Case(parameters, rows, experts, model, ranks, "fp64", "plain", 3, False)
 
 
 SEEDED = [

@@ -15,7 +15,6 @@ from torch.distributed import ProcessGroup
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
-from veomni.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -84,22 +83,6 @@ _current: ContextVar[ForwardCall | None] = ContextVar("veomni_forward_call", def
 def current_call() -> ForwardCall | None:
     """Return the innermost forward of an adapted module in this thread; None outside of all."""
     return _current.get()
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def current_groups() -> SequenceGroups:
-    """Return the ranks that share rows in the forward around.
-
-    Raises:
-        ModelError: there is none, as in the recomputation that ``gradient_checkpointing_enable`` starts.
-    """
-    call = _current.get()
-    if call is None or call.sequence is None:
-        raise ModelError(
-            "attention over shared rows runs outside of a forward of its model",
-            "call the model that setup_model returned, and checkpoint activations with ActivationCheckpointing",
-        )
-    return call.sequence
 
 
 @contextmanager

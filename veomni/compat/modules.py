@@ -17,10 +17,10 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def compile_in_place(module: nn.Module) -> Callable[[], None]:
+def compile_in_place(module: nn.Module, backend: str) -> Callable[[], None]:
     """Compile ``module`` at its first call, and return what undoes that."""
     before = module._compiled_call_impl
-    module.compile()
+    module.compile(backend=backend)
 
     def undo() -> None:
         module._compiled_call_impl = before

@@ -20,7 +20,7 @@ from veomni.errors import LayoutError, ModelError
 from veomni.models.transformers_api.masks import is_plain_causal
 from veomni.ops.attention.block import Block, attend, attend_backward, merge_into
 from veomni.ops.attention.varlen import in_autocast_dtype
-from veomni.ops.attention.whole_rows import group_of, register_whole_rows
+from veomni.ops.attention.whole_rows import SEQUENCE_GROUPS, group_of, register_whole_rows
 from veomni.ops.comm.all_to_all import RingStep
 from veomni.parallel.wrappers import wide_dtype
 
@@ -164,7 +164,7 @@ def attend_on_ring(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: MaskRule | Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend over whole rows, on the ring of the current call; see ``AttentionBackend.function``.
+    """Attend over whole rows, on the ring of the module; see ``AttentionBackend.function``.
 
     The mask is the rule that the maker registered beside this made: windows and document boundaries are in it.
 
@@ -182,7 +182,8 @@ def attend_on_ring(
             raise _unsupported(f"ring attention does not support {name}, which this model uses")
     query, key, value = in_autocast_dtype(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = ring_attention(query, key, value, attention_mask, group=group_of("ring"), scale=scale)
+    group = group_of("ring", getattr(module, SEQUENCE_GROUPS, None))
+    output = ring_attention(query, key, value, attention_mask, group=group, scale=scale)
     return output.transpose(1, 2).contiguous(), None
 
 

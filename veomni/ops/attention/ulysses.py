@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veomni.batch.fields import scope_of
 from veomni.errors import ModelError
 from veomni.models.transformers_api.attention import ConfigWithAttention, attention_of, eager_attention
-from veomni.ops.attention.whole_rows import group_of, register_whole_rows
+from veomni.ops.attention.whole_rows import SEQUENCE_GROUPS, group_of, register_whole_rows
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
 
 _PER_HEAD = ("s_aux", "sinks")
@@ -42,7 +42,7 @@ def exchanges_heads(module: nn.Module) -> bool:
 
 
 class UlyssesAttention:
-    """What transformers calls in place of an attention implementation; the ranks are those of the current call.
+    """What transformers calls in place of an attention implementation; the ranks are those of the module.
 
     Args:
         backend: The implementation that runs between the exchanges, by transformers' name of it.
@@ -63,7 +63,7 @@ class UlyssesAttention:
         Raises:
             ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
         """
-        group = group_of("ulysses")
+        group = group_of("ulysses", getattr(module, SEQUENCE_GROUPS, None))
         size = group.size()
         if not _exchanged.get():
             check_heads(query.shape[1], size)
