@@ -17,6 +17,7 @@ from veomni.data.packing.best_fit import best_fit_decreasing
 from veomni.data.sources.opened import in_turn
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
+from veomni.data.text.tokens import Tokens
 from veomni.errors import DataError
 from veomni.run_config import Config
 
@@ -49,7 +50,7 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
             encoded = skipping(decoded, document) if skips else decoded(document)
         if encoded is None:
             continue
-        ids, supervised = encoded.ids.tolist(), (encoded.weights != 0).tolist()
+        ids, supervised = encoded.tokens.ids.tolist(), encoded.tokens.supervised.tolist()
         if len(found) < shown:
             console.rule(f"{source.name}: {encoded.where}" if dataset.indexed is None else encoded.where)
             console.print(f"{len(ids)} tokens, {sum(supervised)} supervised", style="bold")
@@ -68,9 +69,8 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
 
 def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> PlannedDocument:
     [documents] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
-    weights = [torch.ones(len(one)) if one.weights is None else torch.from_numpy(one.weights) for one in documents]
-    ids = torch.cat([torch.from_numpy(one.ids) for one in documents])
-    return PlannedDocument(ids, torch.cat(weights), document.where, [])
+    ids = np.concatenate([one.ids for one in documents])
+    return PlannedDocument(Tokens(ids, np.concatenate([one.supervised for one in documents])), document.where, [])
 
 
 def _show_media(document: PlannedDocument, console: Console, family: Family) -> None:

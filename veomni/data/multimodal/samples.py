@@ -13,7 +13,6 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import override
 
-from veomni.batch.fields import IGNORE_INDEX
 from veomni.batch.micro_batch import MicroBatch
 from veomni.data.multimodal.collate import MultimodalCollator
 from veomni.data.multimodal.media_decoder import PlannedMedia
@@ -22,7 +21,6 @@ from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
 from veomni.data.text.samples import Made, Piece, Row, Sample, SampleMaker, TextSamples, name_documents
-from veomni.data.text.tokens import Tokens
 from veomni.errors import ConfigError, DataError, MediaError
 from veomni.logging import create_logger
 
@@ -108,7 +106,7 @@ class MediaSamples(SampleMaker):
         planned = self._kept(self._transform.plan, document)
         if planned is None:
             return Made([])
-        tokens = len(planned.ids)
+        tokens = len(planned.tokens)
         if tokens > self._collator.max_seq_len:
             if not self._drops:
                 raise_overflow(document.where, tokens, self._collator.max_seq_len, policies="drop")
@@ -138,7 +136,7 @@ class MediaSamples(SampleMaker):
         return replace(sample, content=arrays)
 
     def _decoded(self, planned: PlannedDocument) -> CompactSample:
-        return self._transform.compact_sample(self._transform.decode(planned))
+        return self._transform.sample(planned.tokens, self._transform.decode(planned).media)
 
     @override
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
@@ -151,16 +149,8 @@ class MediaSamples(SampleMaker):
             content = sample.content.items()
             found = [{name: torch.from_numpy(one) if isinstance(one, np.ndarray) else one for name, one in content}]
         else:
-            found = [self._text(document) for document in sample.content]
+            found = [self._transform.sample(tokens) for tokens in sample.content]
         if len(self._schemas) > 1:
             for document in found:
                 document["source_ids"] = torch.full_like(document["input_ids"], sample.ref.source)
         return found
-
-    def _text(self, tokens: Tokens) -> dict[str, Tensor]:
-        ids, weights = torch.from_numpy(tokens.ids.astype(np.int64)), tokens.weights
-        supervised = torch.ones(len(ids), dtype=torch.bool) if weights is None else torch.from_numpy(weights != 0)
-        document = {"input_ids": ids, "labels": torch.where(supervised, ids, IGNORE_INDEX)}
-        if tokens.fractional:
-            document["loss_weights"] = torch.from_numpy(weights)
-        return document | self._transform.family.per_token(ids)

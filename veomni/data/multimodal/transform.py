@@ -5,10 +5,12 @@ So media that wait for a row are references, or files as they are, never pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from veomni.data.sources.formats import MESSAGES
 from veomni.data.sources.media_records import media_conversation
 from veomni.data.sources.records import Document
 from veomni.data.text.chat import render_conversation, tokenize_rendered
+from veomni.data.text.tokens import Tokens
 from veomni.errors import DataError
 from veomni.models.transformers_api.chat import render_chat
 
@@ -40,16 +43,9 @@ CompactSample = dict[str, Tensor | PixelList]
 
 @dataclass(frozen=True)
 class PlannedDocument:
-    """A conversation whose tokens are known, its media in order.
+    """A conversation whose tokens are known; those that stand for features of its media, in order, weigh 0."""
 
-    Attributes:
-        ids: int32 ``[seq]``.
-        weights: float32 ``[seq]``: the weight of each token's loss, 0 for those that stand for features.
-        where: File and record.
-    """
-
-    ids: Tensor
-    weights: Tensor
+    tokens: Tokens
     where: str
     media: list[PlannedMedia]
 
@@ -85,8 +81,8 @@ class MultimodalTransform:
             MediaError: an image, video or audio clip cannot be used.
             DataError: the conversation cannot.
         """
-        sample = self.compact_sample(self.decode(self.plan(document)))
-        return {key: as_tensor(value) for key, value in sample.items()}
+        decoded = self.decode(self.plan(document))
+        return {key: as_tensor(value) for key, value in self.sample(decoded.tokens, decoded.media).items()}
 
     def plan(self, document: Document) -> PlannedDocument:
         """Return a conversation's tokens; of images, only the headers are read. Raises as a call does."""
@@ -98,25 +94,23 @@ class MultimodalTransform:
         media = [self.media.plan(item) for item in items]
         texts = {kind: [one.text for one in media if one.item.kind == kind] for kind in self.family.placeholders}
         expanded = expand_placeholders(rendered, self.family.placeholders, texts, document.where)
-        [(tokens, weights)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
-        ids = torch.tensor(tokens, dtype=torch.int32)
-        features = torch.isin(ids, torch.tensor(sorted(self.family.unsupervised), dtype=torch.int32))
-        supervised = torch.tensor(weights, dtype=torch.float32).masked_fill(features, 0.0)
-        return PlannedDocument(ids, supervised, document.where, media)
+        [(ids, weights)] = tokenize_rendered([expanded], [document.where], self.tokenizer)
+        supervised = ~np.isin(ids, sorted(self.family.unsupervised))
+        return PlannedDocument(Tokens.of(ids, np.where(supervised, weights, 0.0)), document.where, media)
 
     def decode(self, planned: PlannedDocument) -> PlannedDocument:
         """Return a conversation with the features of its media (MediaError: see :meth:`MediaDecoder.decode`)."""
         return replace(planned, media=[self.media.decode(one) for one in planned.media])
 
-    def compact_sample(self, planned: PlannedDocument) -> CompactSample:
-        """Return a sample of a decoded conversation, its pixels still to be normalized."""
-        ids, weights = planned.ids.long(), planned.weights
-        sample: CompactSample = {
-            "input_ids": ids, "labels": torch.where(weights > 0, ids, IGNORE_INDEX), **self.family.per_token(ids)
-        }  # fmt: skip
+    def sample(self, tokens: Tokens, decoded: Sequence[PlannedMedia] = ()) -> CompactSample:
+        """Return a sample of a text, or of a conversation with decoded media; pixels are still to be normalized."""
+        ids = torch.from_numpy(tokens.ids.astype(np.int64))
+        labels = torch.where(torch.from_numpy(tokens.supervised), ids, IGNORE_INDEX)
+        sample: CompactSample = {"input_ids": ids, "labels": labels}
+        sample |= self.family.per_token(ids)
         values: dict[str, list[Tensor | PixelList]] = {}
         kinds: dict[str, str] = {}
-        for media in planned.media:
+        for media in decoded:
             for key, value in media.features.tensors.items() if media.features else ():
                 values.setdefault(key, []).append(value)
                 kinds[key] = media.item.kind
@@ -127,8 +121,8 @@ class MultimodalTransform:
                 places = ids == self.family.id_of(self.family.placeholders[kinds[key]])
                 joined = _spread(as_tensor(joined), places, rule.pad)
             sample[key] = joined
-        if bool(((weights != 0) & (weights != 1)).any()):
-            sample["loss_weights"] = weights
+        if tokens.fractional:
+            sample["loss_weights"] = torch.from_numpy(tokens.weights)
         return sample
 
     def _message(self, message: dict[str, Any], where: str) -> dict[str, Any]:

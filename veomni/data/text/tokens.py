@@ -26,13 +26,18 @@ class Tokens:
     weights: NDArray[Any] | None = None
 
     @classmethod
-    def of(cls, ids: Sequence[int], weights: Sequence[float] | None = None) -> Tokens:
+    def of(cls, ids: Sequence[int], weights: Sequence[float] | NDArray[Any] | None = None) -> Tokens:
         """Return ids of 32 bits, and weights as bool where in float32 each is 0 or 1."""
         if weights is None:
             return cls(np.array(ids, np.int32))
         given = np.array(weights, np.float32)
         supervised = given != 0
         return cls(np.array(ids, np.int32), supervised if bool((given == supervised).all()) else given)
+
+    @property
+    def supervised(self) -> NDArray[np.bool_]:
+        """Which tokens weigh something."""
+        return np.ones(len(self.ids), np.bool_) if self.weights is None else self.weights != 0
 
     @property
     def fractional(self) -> bool:
