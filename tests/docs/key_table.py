@@ -41,7 +41,8 @@ def _section(key: str, field: FieldInfo, rows: list[str]) -> str:
 def row(key: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else code(field.get_default(call_default_factory=True))
     names = [code(name) for mark in field.metadata if isinstance(mark, Name) for name in mark.names()]
-    return f"| `{key}` | {', '.join(names) or values(field.annotation)} | {default} | {' '.join(str(field.description).split())} |"
+    text = " ".join(str(field.description).split())
+    return f"| `{key}` | {', '.join(names) or values(field.annotation)} | {default} | {text} |"
 
 
 def code(value: Any) -> str:
