@@ -1,7 +1,5 @@
 """Encoders that families treat in their own way: audio padding and placement, parameters that no forward reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What composed models are made of: encoders and decoders, read by the side of models and by the side of data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """What a family of models does differently where no examination of a model can find it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

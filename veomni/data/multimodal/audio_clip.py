@@ -1,7 +1,5 @@
 """Audio clips to one channel of 32-bit floats at the sampling rate of a model."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Features of media on disk: what was decoded and processed once is read back, in later epochs, runs and ranks."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

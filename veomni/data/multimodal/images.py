@@ -1,7 +1,5 @@
 """Images to RGB, upright, in 8 bits. What a file claims is checked before a pixel is decoded; it may be asked alone."""
 
-from __future__ import annotations
-
 import io
 import os
 import warnings

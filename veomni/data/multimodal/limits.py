@@ -1,7 +1,5 @@
 """How large media may be, checked before anything is decoded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

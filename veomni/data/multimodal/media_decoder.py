@@ -1,7 +1,5 @@
 """From an item of a conversation to its features: read, decoded, processed, and kept in the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar

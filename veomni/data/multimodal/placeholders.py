@@ -1,7 +1,5 @@
 """Each placeholder of a rendered conversation becomes as many tokens as its image, video or audio clip has features."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

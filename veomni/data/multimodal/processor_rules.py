@@ -1,7 +1,5 @@
 """Which frames of a video are seen, and sizes: the rules of transformers' Qwen-VL, GLM-4V and InternVL processors."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Qwen2-Audio, and the log-mel spectrograms of Qwen2.5-Omni, Qwen3-Omni and composed models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

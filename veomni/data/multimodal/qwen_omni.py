@@ -1,7 +1,5 @@
 """The thinkers of Qwen2.5-Omni and Qwen3-Omni: images, videos with or without their audio, and audio clips."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest

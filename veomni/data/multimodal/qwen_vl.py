@@ -1,7 +1,5 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V: patches of images and of pairs of frames."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """From a reference in a record to the bytes of a file, within one directory and without network unless allowed."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import re

@@ -1,7 +1,5 @@
 """What a stream makes of conversations with media."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace

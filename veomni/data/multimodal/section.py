@@ -1,7 +1,5 @@
 """The section ``data.media``: images, videos and audio of conversations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path

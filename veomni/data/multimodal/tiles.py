@@ -1,7 +1,5 @@
 """LLaVA, InternVL and Gemma 3: images of one fixed size, and a fixed number of tokens for each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

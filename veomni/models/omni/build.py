@@ -1,7 +1,5 @@
 """What a composed model is made of, as data, and one put together from parts that exist already."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar

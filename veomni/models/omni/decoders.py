@@ -1,7 +1,5 @@
 """The decoders of composed models."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The encoders of composed models: how the features of each item come out of an encoder of transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Methods are named as in transformers' vision-language models: shared rows and absent media are then handled alike.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
