@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(name: str, ranks: int, *arguments: object) -> str:
     """Run an example on ranks; return what the first prints and logs."""
-    return run_ranks(_script, ranks, [name, *map(str, arguments)], init=False)[0]
+    return run_ranks(_script, ranks, [name, *map(str, arguments)], init=False, timeout=240)[0]
 
 
 def _script(argv: list[str]) -> str:
