@@ -8,7 +8,7 @@ from tests.docs.pages import ROOT
 
 PLACES = ("veomni", "strategies", "accelerators", "examples", "docs", "README.md")
 DIALECT = re.compile(
-    r"\b(nobody|whoever|anew|dearest|mend(s|ed|ing)?|told|(?<!file\.)tells?|telling|hears?|heard|cargo|depart(s|ed)?|come_home|"
+    r"\b(nobody|whoever|anew|dearest|mend(s|ed|ing)?|told|(?<!\.)tells?|telling|hears?|heard|cargo|depart(s|ed)?|come_home|"
     r"drained|by (itself|themselves)|(is|are|was|were) learned|at its word|goes before it|refuses?|refused|refusal)\b"
     r"|\b_?refuse_\w+",
     re.IGNORECASE,
