@@ -31,8 +31,7 @@ def read_objects(stem: Path) -> dict[str, Any]:
             return tensors[entry[_TENSOR]]
         return tuple(entry[_TUPLE]) if entry.keys() == {_TUPLE} else entry
 
-    states: dict[str, Any] = json.loads(stem.with_suffix(".json").read_text(), object_hook=decode)
-    return states
+    return json.loads(stem.with_suffix(".json").read_text(), object_hook=decode)
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

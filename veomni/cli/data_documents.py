@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -38,16 +39,10 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     media = config.data.media
     transform = media.build_transform(config, tokenizer)
     skipping, skips = SkipBadMedia(media.max_skipped), media.on_bad_media == "skip"
-
-    def decoded(document: Document) -> PlannedDocument:
-        return transform.decode(transform.plan(document))
-
     found: list[_Counted] = []
     for source, document in islice(in_turn(dataset.sources), max(shown, counted)):
-        if not source.schema.type.has_media:
-            encoded: PlannedDocument | None = _text(document, source.schema, transform)
-        else:
-            encoded = skipping(decoded, document) if skips else decoded(document)
+        encode = partial(_encoded, source.schema, transform)
+        encoded = skipping(encode, document) if skips else encode(document)
         if encoded is None:
             continue
         ids, supervised = encoded.tokens.ids.tolist(), encoded.tokens.supervised.tolist()
@@ -67,7 +62,9 @@ def show_documents(config: Config, console: Console, shown: int, counted: int) -
     return dict(sorted(groups.items()))
 
 
-def _text(document: Document, schema: RecordSchema, transform: MultimodalTransform) -> PlannedDocument:
+def _encoded(schema: RecordSchema, transform: MultimodalTransform, document: Document) -> PlannedDocument:
+    if schema.type.has_media:
+        return transform.decode(transform.plan(document))
     [documents] = schema.type.encode([document], schema, transform.tokenizer, transform.chat_template)
     ids = np.concatenate([one.ids for one in documents])
     return PlannedDocument(Tokens(ids, np.concatenate([one.supervised for one in documents])), document.where, [])

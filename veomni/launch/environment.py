@@ -84,8 +84,7 @@ def collective_timeout(env: Mapping[str, str]) -> timedelta | None:
         return None
     seconds = integer(env, "NCCL_TIMEOUT")
     if not 1 <= seconds <= _LONGEST_TIMEOUT:
-        fix = f"give seconds between 1 and {_LONGEST_TIMEOUT}, or unset it"
-        raise LaunchError(f"NCCL_TIMEOUT is {seconds}", fix)
+        raise LaunchError(f"NCCL_TIMEOUT is {seconds}", f"give seconds between 1 and {_LONGEST_TIMEOUT}, or unset it")
     return timedelta(seconds=seconds)
 
 
