@@ -1,7 +1,5 @@
 """Save and load the whole state of a run on any layout; a kill at any moment costs at most the save in hand."""
 
-from __future__ import annotations
-
 import shutil
 import uuid
 from collections import ChainMap

@@ -1,7 +1,5 @@
 """Names on disk: one directory per step, temporary until it is sealed, in one that a single job uses."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

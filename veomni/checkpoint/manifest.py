@@ -1,7 +1,5 @@
 """The manifest: what files a checkpoint has and what is in them. A directory without a valid one is no checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """States that are not sharded, without pickle: JSON, with the tensors inside them in a safetensors file beside it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

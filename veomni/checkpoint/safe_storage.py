@@ -1,7 +1,5 @@
 """Read ``torch.distributed.checkpoint`` files without trusting them: PyTorch's own reader unpickles what it finds."""
 
-from __future__ import annotations
-
 import collections
 import pickle
 from enum import Enum

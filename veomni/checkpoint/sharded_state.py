@@ -1,7 +1,5 @@
 """Model and optimizer as one flat table of fully qualified names, the same in every layout."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

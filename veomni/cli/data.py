@@ -1,7 +1,5 @@
 """``veomni data preview``: what the model will see, in colour, and how long documents are."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice

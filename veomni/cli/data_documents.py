@@ -1,7 +1,5 @@
 """Conversations with media as the model will see them: documents, what became of their media, and how they pack."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """``veomni doctor``: what is installed and what is there, in a block for bug reports."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

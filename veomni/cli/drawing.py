@@ -1,7 +1,5 @@
 """What is drawn of data: tokens in colour (green is supervised, grey is context), and how long documents are."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``veomni export``: the weights of a checkpoint, of a transformers model as ``from_pretrained`` reads them."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

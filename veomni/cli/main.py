@@ -1,7 +1,5 @@
 """The ``veomni`` command: a function for each subcommand, and exit codes that scripts can rely on."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

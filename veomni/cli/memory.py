@@ -1,7 +1,5 @@
 """How much memory a model's parameters, gradients and optimizer state take on each rank, from shapes alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """``veomni plan``: what a configuration means on a number of ranks, before anything is started."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """Keys that choose a component of a registry: its name, or a mapping of its name and its options."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any

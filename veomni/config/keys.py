@@ -1,7 +1,5 @@
 """The dotted names of the schema: ``train.optimizer.lr`` and its like."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 

@@ -1,7 +1,5 @@
 """Dotted overrides: ``--train.optimizer.lr 1e-4`` on a command line, ``{"train.optimizer.lr": 1e-4}`` in code."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files and directories that a configuration names: there, readable, writable."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All that is wrong with a configuration, in one error."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The resolved arguments of a run, kept beside what it wrote."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sections made from components: the arguments of a constructor are the keys, its docstring describes them."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -3,8 +3,6 @@
 PyYAML reads YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``0123`` is 83.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path

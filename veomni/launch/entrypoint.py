@@ -1,7 +1,5 @@
 """The frame around a script's ``main``: errors become exit codes, and process groups are left in order."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools

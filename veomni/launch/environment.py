@@ -1,7 +1,5 @@
 """Which rank this process is, according to the environment variables of torchrun, Slurm or our own supervisor."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Join the ranks that a cluster started, or start them here."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """What ``train.sh`` runs: the ranks of this node, alone or as one of several nodes that run the same command."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping

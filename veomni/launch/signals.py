@@ -1,7 +1,5 @@
 """Signals: handlers that are put back, and a request to stop that a training loop reads at its step boundaries."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """The rank of an ``srun`` task, from the output environment variables in ``man srun`` and ``man sbatch``."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Start the ranks of this node and watch them: pass signals on, and when one dies end the others."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

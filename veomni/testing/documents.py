@@ -1,7 +1,5 @@
 """A fixed global batch, packed by hand: odd lengths, padded tails, and rows in which nothing is supervised."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

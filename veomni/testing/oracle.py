@@ -3,8 +3,6 @@
 Loss curves hide gradients of a wrong scale, so every parameter's gradient is compared.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

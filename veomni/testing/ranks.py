@@ -3,8 +3,6 @@
 Every rank leaves by ``os._exit`` after a barrier and ``destroy_process_group``: gloo aborts at exit otherwise.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import pickle

@@ -3,8 +3,6 @@
 A seam is a public function, method or property that every step passes; a test names it instead of a module.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterator

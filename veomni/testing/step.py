@@ -1,7 +1,5 @@
 """One step of the launcher's loop on some layout, to be compared with the oracle's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
