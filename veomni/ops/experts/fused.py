@@ -58,6 +58,7 @@ def expert_down(
         rows: Which rows.
         backend: A registered backend.
     """
+    top_k_weights = None if top_k_weights is None else top_k_weights.contiguous()
     result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, backend, list(form))
     return result
 
