@@ -91,8 +91,7 @@ class RouterStatistics:
     def begin(self, micro: MicroBatch) -> None:
         """Start from zero for a micro-batch.
 
-        Raises:
-            DataError: padding cannot be identified, and the routers are balanced.
+        It is a DataError if padding cannot be identified and the routers are balanced.
         """
         mask = self._real_tokens(micro)
         self.mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
@@ -115,8 +114,7 @@ class RouterStatistics:
     def add(self, router: Router, decision: RoutingDecision, *, load: bool, losses: bool) -> None:
         """Add a decision of ``router``: count the tokens of experts, and sum what the losses are made of.
 
-        Raises:
-            ModelError: padding cannot be identified, and the routers are balanced.
+        It is a ModelError if padding cannot be identified and the routers are balanced.
         """
         mask, tokens = self.mask, len(decision.indices)
         if self._positions not in (None, tokens):

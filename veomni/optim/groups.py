@@ -88,10 +88,7 @@ def split_by_lr_scale(model: nn.Module, groups: Groups, lr_scale: Mapping[str, f
     """Split groups so that each has parameters of one factor, and note it in them; :func:`scale_lr` applies it.
 
     ``lr_scale`` maps shell patterns of parameter or module names to positive factors of the learning rate; the last
-    that matches a parameter counts.
-
-    Raises:
-        ConfigError: a pattern matches nothing.
+    that matches a parameter counts. One that matches nothing is a ConfigError.
     """
     parameters = NamedParameters(model)
     factors = dict.fromkeys(parameters, 1.0)

@@ -62,11 +62,7 @@ class MultiOptimizer(Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Reject a group that is no member's: nothing would step it.
-
-        Raises:
-            ModelError: it is not.
-        """
+        """Reject a group that is no member's with a ModelError: nothing would step it."""
         if not any(param_group is group for group in self.param_groups):
             raise ModelError("a MultiOptimizer has no groups of its own", "add the group to one of its members")
 

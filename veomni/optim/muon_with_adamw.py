@@ -88,11 +88,8 @@ def hidden_matrices(model: nn.Module, *, exclude: Sequence[str] = ()) -> list[nn
     A block is an element of an ``nn.ModuleList``, so embeddings, heads and projectors outside the repeated layers are
     left out. Inside, a matrix is a two-dimensional parameter called ``weight``, or each slice of a three-dimensional
     one: experts are stacks ``[experts, rows, columns]``. Embeddings, convolutions, biases and what has a side of 1 are
-    none, nor what the shell patterns of ``exclude`` match by the name of a parameter or module: ``*.router``. The model
-    must not be wrapped by FSDP1, whose parameters have lost their shapes.
-
-    Raises:
-        ConfigError: a pattern matches nothing.
+    none, nor what the shell patterns of ``exclude`` match by the name of a parameter or module: ``*.router``; one that
+    matches nothing is a ConfigError. FSDP1 must not wrap the model: its parameters have lost their shapes.
     """
     parameters = NamedParameters(model)
     candidates = _inside_blocks(model) - parameters.matching(exclude, "exclude")

@@ -122,7 +122,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _combine.register_autograd(_differentiate, setup_context=_save)
 
 
-# ---------------------------------------------------------------- without gradients
+# Below: without gradients.
 
 
 def rows_of_tokens(hidden: Tensor, order: Tensor | None, inverse: Tensor | None, top_k: int) -> Tensor:
