@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from veomni.config.section import checked, section_of
+from veomni.config.section import Validated
 
 BalanceScope = Literal["step", "micro_batch"]
 
 
 @dataclass(frozen=True)
-class MoEOptions:
+class MoEOptions(Validated):
     """How experts are kept equally busy, and how often their load is reported.
 
     Attributes:
@@ -25,9 +25,6 @@ class MoEOptions:
         balance_scope: Tokens that the load-balancing loss compares experts over: those of the whole optimizer step, or
             of one micro-batch on all ranks. step, with several micro-batches, runs them forward once more to count.
         log_load_every: Steps between lines of expert_load.jsonl; null reports no load.
-
-    Raises:
-        ConfigError: a value has another type or range.
     """
 
     aux_loss_coef: Annotated[float, Ge(0.0)] | None = None
@@ -35,9 +32,6 @@ class MoEOptions:
     bias_update_rate: Annotated[float, Ge(0.0)] = 0.0
     balance_scope: BalanceScope = "step"
     log_load_every: Annotated[int, Ge(1)] | None = 10
-
-    def __post_init__(self) -> None:
-        checked(section_of(MoEOptions), vars(self))
 
     @property
     def needs_routers(self) -> str | None:
