@@ -98,10 +98,8 @@ class Trial:
         """Run without gradients and compiled code, a model itself in evaluation; the random state stays."""
         training = self.subject.training
         eager = nullcontext() if self.itself is None else torch.compiler.set_stance("force_eager")
-        kept = torch.random.fork_rng([], device_type="cuda")
-        if self.device.type != "cpu":
-            kept = torch.random.fork_rng([self.device], device_type=self.device.type)
-        with torch.no_grad(), eager, kept:
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.no_grad(), eager, torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
             torch.default_generator.manual_seed(0)
             if self.itself is not None:
                 self.itself.eval()

@@ -136,10 +136,9 @@ def _kinds(owner: Any) -> Iterator[TowerKind]:
         audio = modality == "audio"
         encoder = getattr(config, "audio_config" if audio else "vision_config", None)
         if hasattr(owner, method) and encoder is not None:
-            token = "image_token_id" if shared else f"{modality}_token_id"
-            sizes_of_items = sizes if audio or grids else None
-            number_of_token = number if shared else None
-            yield TowerKind(modality, method, values, sizes_of_items, grids and not audio, token, number_of_token)
+            token, token_type = ("image_token_id", number) if shared else (f"{modality}_token_id", None)
+            own_sizes = sizes if audio or grids else None
+            yield TowerKind(modality, method, values, own_sizes, grids and not audio, token, token_type)
 
 
 def _tower_call(owner: Any, kind: TowerKind) -> TowerCall | None:
