@@ -9,9 +9,7 @@ from veomni.accelerators.npu import NPU
 
 __all__ = ["CPU", "CUDA", "NPU", "Accelerator", "find_accelerator", "select_accelerator"]
 
-_BUILT_IN: tuple[type[Accelerator], ...] = (NPU, CUDA, CPU)
-"""In the order in which "auto" looks for them."""
-
+_BUILT_IN: tuple[type[Accelerator], ...] = (NPU, CUDA, CPU)  # in the order in which "auto" looks for them
 for _family in _BUILT_IN:
     ACCELERATORS.register(_family.name)(_family)
 

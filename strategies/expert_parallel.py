@@ -1,8 +1,4 @@
-"""Spread the experts of every layer over ranks, beside any strategy that holds the other parameters.
-
-Experts are DTensors: ``Shard(0)`` over ``ep``, and sharded once more by ``fully_shard`` over ``ep_fsdp``, so that any
-checkpoint reshards.
-"""
+"""Experts spread over ranks, as DTensors: ``Shard(0)`` over ``ep``, and by ``fully_shard`` over ``ep_fsdp``."""
 
 from __future__ import annotations
 

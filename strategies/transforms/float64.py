@@ -13,10 +13,7 @@ from veomni.compat.tensors import TorchDispatchMode
 
 
 class _SamplingPlaces(TorchFunctionMode):
-    """Give ``grid_sample`` its places in the format of what it samples.
-
-    Modeling code makes them in float32, from whole numbers, and the function takes one format only.
-    """
+    """Give ``grid_sample``, which takes one format only, its places in that of what it samples, not in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.grid_sample:

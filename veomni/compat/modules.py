@@ -10,10 +10,7 @@ from torch import nn
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward: a forward that runs now is recomputed.
-
-    ``torch.utils.checkpoint`` reads the same from the autograd engine to distinguish backward passes.
-    """
+    """Whether this thread is inside a backward: a forward is recomputed then, as torch.utils.checkpoint reads it."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -99,12 +99,9 @@ class ParallelDims:
 
 
 class ParallelState:
-    """The live mesh: size, rank and group of every axis and view.
+    """The live mesh of resolved ``dims``: size, rank and group of every axis and view.
 
-    Args:
-        dims: Resolved sizes.
-        device_type: Device type of the mesh, as ``torch.device.type``.
-        timeout: How long a collective of any axis waits; None leaves PyTorch's default.
+    A collective of any axis waits ``timeout`` at most; None leaves PyTorch's default.
 
     Attributes:
         parameter_mesh: What parameters live on: ``[fsdp]``, or ``[dp_replicate, fsdp]`` where shards are replicated.

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 FSDP1_PREFIX = "_fsdp_wrapped_module."
 """What FSDP1 puts into the names of what it wraps."""
-
 _WRAPPERS = (FSDP1_PREFIX, "_checkpoint_wrapped_module.", "_orig_mod.")
 
 

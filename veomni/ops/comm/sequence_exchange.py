@@ -1,11 +1,8 @@
 """Move a sequence that is split over ranks: exchange it for heads and back, put it together.
 
-Shapes are ``[batch, seq, heads, head_dim]``; ``P`` is the size of the group, and rank ``r`` holds positions
-``r * seq / P`` to ``(r + 1) * seq / P``. Every function is differentiable, and its gradient is the exact one of the
-whole computation: what is summed over ranks is summed here, nothing is divided.
-
-The exchange is DeepSpeed-Ulysses' (Jacobs et al., 2023, arXiv:2309.14509): one all-to-all, in which each rank sends
-every other ``1 / P`` of what it holds.
+Shapes are ``[batch, seq, heads, head_dim]``; of the P ranks of a group, each in turn holds ``seq / P`` positions.
+Gradients are the exact ones of the whole computation: what is summed over ranks is summed here, nothing is divided.
+The exchange is DeepSpeed-Ulysses' (Jacobs et al., 2023, arXiv:2309.14509): one all-to-all of ``1 / P`` to each rank.
 """
 
 from __future__ import annotations
