@@ -34,11 +34,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def read(values: Any, **options: Any) -> dict[str, Tensor]:
-        """Return the values of a record as tensors ``[tokens, ...]``; ``options`` are the configuration's.
-
-        Raises:
-            ValueError: they are not what the decoder generates.
-        """
+        """Return the values of a record as tensors ``[tokens, ...]``; ValueError for what it does not generate."""
         raise NotImplementedError
 
     @staticmethod

@@ -67,12 +67,7 @@ def _check_complete(content: bytes, name: str) -> None:
 
 
 def mono(channels: NDArray[np.float32], name: str, given_rate: int, rate: int) -> AudioClip:
-    """Return the mean of ``[channels, samples]`` at another rate.
-
-    Raises:
-        MediaError: there are no samples, or some are not finite.
-        MissingExtraError: soxr is not installed.
-    """
+    """Return the mean of ``[channels, samples]`` at another rate; MediaError for no samples, or some not finite."""
     if channels.size == 0:
         raise unusable(f"{name}: an audio clip without samples")
     samples: Any = channels.mean(0, dtype=np.float32)

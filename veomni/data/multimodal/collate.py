@@ -56,11 +56,7 @@ class MultimodalCollator:
         self._taken = frozenset(inspect.signature(model_class(config).forward).parameters)
 
     def __call__(self, rows: Sequence[Sequence[Sample]]) -> MicroBatch:
-        """Return a micro-batch of the documents of each row, in order.
-
-        Raises:
-            DataError: a row is longer than ``max_seq_len``, a key has no rule, or a document lacks ``input_ids``.
-        """
+        """Return a micro-batch of the documents of each row; DataError for a row too long or a key without a rule."""
         documents = [[self._prepared(sample) for sample in row] for row in rows]
         lengths = [[len(sample["input_ids"]) for sample in row] for row in documents]
         self._check_lengths(lengths)

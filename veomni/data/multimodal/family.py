@@ -67,7 +67,7 @@ class Family:
     video_defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        """Set the placeholders; the constructor calls it."""
+        """Set the placeholders."""
 
     def image(self, image: Image) -> MediaFeatures:
         """Return the features of an RGB image."""

@@ -37,11 +37,7 @@ class TorchcodecCannotError(Exception):
 
 
 def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
-    """Return the decoder to use on this machine: torchcodec only if its libraries can be loaded, which is logged.
-
-    Raises:
-        ConfigError: torchcodec is wanted and not installed.
-    """
+    """Return the decoder to use here: torchcodec (ConfigError: not installed) only if its libraries can be loaded."""
     if wanted == "pyav":
         return wanted
     if find_spec("torchcodec") is None:

@@ -48,11 +48,7 @@ def load_image(content: bytes | Image.Image, name: str, limits: MediaLimits = DE
 
 
 def upright_size(content: bytes | Image.Image, name: str, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-    """Return width and height of what :func:`load_image` returns, from the header where that says it.
-
-    Raises:
-        MediaError: it is no image, damaged as far as was looked, or beyond the limits.
-    """
+    """Return width and height of what :func:`load_image` returns, from the header where it has them."""
     image = _open(content, name) if isinstance(content, bytes) else content
     if not isinstance(content, bytes) or not _in_header(image.format, content):
         return load_image(image, name, limits).size

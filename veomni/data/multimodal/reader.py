@@ -38,11 +38,7 @@ class MediaReader:
     limits: MediaLimits = DEFAULT_LIMITS
 
     def __call__(self, reference: Any) -> tuple[str, bytes]:
-        """Return a name for messages, and the content.
-
-        Raises:
-            MediaError: it is not there, not allowed, empty or too large.
-        """
+        """Return a name for messages, and the content; MediaError if it is missing, not allowed, empty or too large."""
         name, content = self._read(reference)
         self.limits.check_bytes(name, len(content))
         return name, content

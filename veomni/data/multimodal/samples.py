@@ -29,13 +29,10 @@ T = TypeVar("T")
 
 
 class SkipBadMedia:
-    """Gives None for a record whose media cannot be used, and says so.
-
-    Only :class:`MediaError` is skipped: a malformed conversation is an error all the same. Worker processes that are
-    started with it count together.
+    """Gives None for a record whose media cannot be used, and logs it; a malformed conversation stays an error.
 
     Args:
-        max_skipped: How many records may be left out before it is an error.
+        max_skipped: How many records all workers together may leave out before it is an error.
     """
 
     def __init__(self, max_skipped: Annotated[int, Ge(0)] = 100) -> None:
@@ -48,11 +45,7 @@ class SkipBadMedia:
         return int(self._skipped.value)
 
     def __call__(self, make: Callable[[S], T], given: S) -> T | None:
-        """Return what is made, or None.
-
-        Raises:
-            DataError: the conversation is malformed, or more than ``max_skipped`` records were to be left out.
-        """
+        """Return what is made, or None; DataError where more than ``max_skipped`` records would be left out."""
         try:
             return make(given)
         except MediaError as error:

@@ -50,12 +50,7 @@ class MediaSection(_OPTIONS):
             )
 
     def build_transform(self, config: Any, tokenizer: Any) -> MultimodalTransform:
-        """Return what makes samples of conversations with media.
-
-        Raises:
-            ConfigError: no family is known for the model, or it has no such setting.
-            DataError: there is no chat template.
-        """
+        """Return what makes samples of conversations with media; see :func:`build_family` for its errors."""
         from veomni.models.build.config import find_directory
 
         limits = self.make(MediaLimits)

@@ -75,12 +75,7 @@ class MultimodalTransform:
         self.media, self.messages_key = MediaDecoder(family, reader or MediaReader(), cache), messages_key
 
     def __call__(self, document: Document) -> Sample:
-        """Return a sample: labels are unshifted, and ``IGNORE_INDEX`` where nothing is supervised.
-
-        Raises:
-            MediaError: an image, video or audio clip cannot be used.
-            DataError: the conversation cannot.
-        """
+        """Return a sample with unshifted labels; MediaError for unusable media, DataError for the conversation."""
         decoded = self.decode(self.plan(document))
         return {key: as_tensor(value) for key, value in self.sample(decoded.tokens, decoded.media).items()}
 
