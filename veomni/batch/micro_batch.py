@@ -1,11 +1,9 @@
 """One forward and backward: what a loader yields a list of for every optimizer step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -112,7 +110,7 @@ class MicroBatch:
     # ---------------------------------------------------------------- made from
 
     @classmethod
-    def of(cls, batch: Any, *, samples: int | None = None) -> MicroBatch:
+    def of(cls, batch: Any, *, samples: int | None = None) -> Self:
         """Return what a loader yields for one forward as a micro-batch.
 
         That is a micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do not
@@ -122,7 +120,7 @@ class MicroBatch:
         Raises:
             DataError: it is none of these.
         """
-        if isinstance(batch, MicroBatch):
+        if isinstance(batch, cls):
             return batch if samples is None else replace(batch, samples=samples)
         named = _named(batch)
         if named is not None:
@@ -137,7 +135,7 @@ class MicroBatch:
         )
 
     @classmethod
-    def of_fields(cls, values: Mapping[str, Any], rows: RowLayout | None = None, **others: Any) -> MicroBatch:
+    def of_fields(cls, values: Mapping[str, Any], rows: RowLayout | None = None, **others: Any) -> Self:
         """Return a micro-batch of fields by name, each held where the table of fields says.
 
         Where ``rows`` is None, every row is one document. ``others`` are further attributes.
@@ -149,8 +147,8 @@ class MicroBatch:
         rows = RowLayout.of(inputs, **held["rows"]) if rows is None else replace(rows, **held["rows"])
         return cls(inputs, rows, Targets(**held["targets"]), **others)
 
-    @staticmethod
-    def of_call(kwargs: Mapping[str, Any]) -> MicroBatch | None:
+    @classmethod
+    def of_call(cls, kwargs: Mapping[str, Any]) -> Self | None:
         """Return the micro-batch that a model is called with, without its inputs; None for other arguments.
 
         The tensors hold it. So the layout of rows reaches every model that is called with them, a teacher as well as
@@ -182,7 +180,7 @@ class MicroBatch:
 
     # ---------------------------------------------------------------- changed
 
-    def map(self, kind: type, change: Callable[[Any], Any]) -> MicroBatch:
+    def map(self, kind: type, change: Callable[[Any], Any]) -> Self:
         """Return this micro-batch with ``change`` applied to everything of a type in it, also inside collections."""
         change_all = partial(apply_to_collection, dtype=kind, function=change, allow_frozen=True)
         return replace(
@@ -193,7 +191,7 @@ class MicroBatch:
             targets=Targets(change_all(self.targets.loss_weights), change_all(self.targets.source_ids)),
         )
 
-    def to(self, device: torch.device | str) -> MicroBatch:
+    def to(self, device: torch.device | str) -> Self:
         """Return this micro-batch on ``device``; copies from pinned memory do not block."""
 
         def move(value: Any) -> Any:
@@ -201,11 +199,11 @@ class MicroBatch:
 
         return self.map(_Movable, move)
 
-    def pin_memory(self) -> MicroBatch:
+    def pin_memory(self) -> Self:
         """Return this micro-batch in page-locked memory."""
         return self.map(_Pinnable, lambda value: value.pin_memory())
 
-    def split(self, shard: SequenceShard) -> MicroBatch:
+    def split(self, shard: SequenceShard) -> Self:
         """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`."""
         if shard == self.rows.shard:
             return self

@@ -52,11 +52,8 @@ class WandbLogger(Logger):
     ) -> None:
         MissingExtraError.check("wandb", "dev")
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            raise ConfigError(
-                "wandb's mode is online but WANDB_API_KEY is not set",
-                "export WANDB_API_KEY, or use mode offline",
-                field="WandbLogger.mode",
-            )
+            problem, fix = "wandb's mode is online but WANDB_API_KEY is not set", "export it, or use mode offline"
+            raise ConfigError(problem, fix, "WandbLogger.mode")
         self._output_dir = Path(output_dir)
         self._options: dict[str, Any] = {
             "project": project, "mode": mode, "name": run_name, "entity": entity, "group": group,

@@ -1,7 +1,5 @@
 """Means over held-out data, of all of it and of each source of a mixture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 

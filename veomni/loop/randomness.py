@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,17 +31,17 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@dataclass
 class RandomState:
     """This process's generators, the accelerator's among them, with a ``state_dict`` of tensors and plain values."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    accelerator: Accelerator
 
     def state_dict(self) -> dict[str, Any]:
         """Return all generators' states; PyTorch's as uint8 tensors."""
         name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         version, internal, gauss = random.getstate()
-        device = self._accelerator.get_rng_state()
+        device = self.accelerator.get_rng_state()
         return {
             "python": [version, list(internal), gauss],
             "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype("int64")), int(position), int(has_gauss),
@@ -57,7 +58,7 @@ class RandomState:
         np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
         torch.set_rng_state(state["torch"].to("cpu", torch.uint8))
         if "device" in state:
-            self._accelerator.set_rng_state(state["device"].to("cpu", torch.uint8))
+            self.accelerator.set_rng_state(state["device"].to("cpu", torch.uint8))
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from veomni.metrics.flops import StepFlops
 
 _GIB = 2**30
 
 
+@dataclass
 class Throughput:
     """Measure the steps of a run, one after the other.
 
@@ -16,30 +18,27 @@ class Throughput:
     "evaluation" is no part of the step. On an asynchronous device these are times of the host: kernels are charged to
     the section that waits for them.
 
-    Args:
+    Attributes:
         peak_flops: Peak FLOP/s of all devices together at the format of compute; None when unknown: MFU is None then.
         peak_memory: Returns the most bytes allocated on this device so far; None when unknown.
         clock: Time in seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        peak_flops: float | None = None,
-        peak_memory: Callable[[], int] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._peak_flops, self._peak_memory, self._clock = peak_flops, peak_memory, clock
+    peak_flops: float | None = None
+    peak_memory: Callable[[], int] | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
         self.start_step()
 
     def start_step(self) -> None:
         """Start the clock of a step."""
         self._sections = {"data": 0.0, "compute": 0.0, "optimizer": 0.0}
-        self._start = self._last = self._clock()
+        self._start = self._last = self.clock()
 
     def mark(self, section: str) -> None:
         """End a section: the time since the last mark is added to it."""
-        now = self._clock()
+        now = self.clock()
         self._sections[section] = self._sections.get(section, 0.0) + now - self._last
         self._last = now
 
@@ -57,9 +56,9 @@ class Throughput:
             "step_seconds": seconds,
             "mfu_causal": self._utilization(flops.causal, seconds) if flops else None,
             "mfu_full": self._utilization(flops.full, seconds) if flops else None,
-            "peak_memory_gib": self._peak_memory() / _GIB if self._peak_memory is not None else None,
+            "peak_memory_gib": self.peak_memory() / _GIB if self.peak_memory is not None else None,
             **{f"{section}_seconds": spent for section, spent in self._sections.items()},
         }
 
     def _utilization(self, flops: float, seconds: float) -> float | None:
-        return None if self._peak_flops is None else flops / seconds / self._peak_flops
+        return None if self.peak_flops is None else flops / seconds / self.peak_flops

@@ -1,7 +1,5 @@
 """The section ``train``: layout, arithmetic, length and outputs of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
