@@ -61,7 +61,7 @@ class StepReader:
         length = {"length": len(micro_batches), "squared_length": len(micro_batches) ** 2}
         counts = counts_of(micro_batches, self._measure(micro_batches), world.state.size("sequence"))
         sums = sync_step({**decisions, **length, **counts})
-        self._check_finite(sums["nonfinite"])
+        _check_finite(sums["nonfinite"])
         with_batch, ranks = sums["ready"], world.world_size
         if 0 < with_batch < ranks:
             logger.warning_rank0("uneven data: dropped a last batch held by only %d of %s ranks", with_batch, ranks)
@@ -81,14 +81,15 @@ class StepReader:
 
     def close(self) -> None:
         """Check the losses of the steps that were read last; collective."""
-        self._check_finite(sync_step({"nonfinite": bool(self._nonfinite)})["nonfinite"])
+        _check_finite(extremes(bool(self._nonfinite))[1])
 
-    def _check_finite(self, ranks: float) -> None:
-        if ranks:
-            raise NonFiniteError(
-                f"the loss of a step was not finite on {ranks:g} of {self._world.world_size} ranks; look at its batch, "
-                "the learning rate and the precision, and call launcher.clip_grad_norm, which stops before the step"
-            )
+
+def _check_finite(nonfinite: float) -> None:
+    if nonfinite:
+        raise NonFiniteError(
+            "the loss of a step was not finite on some rank; look at its batch, the learning rate and the precision, "
+            "and call launcher.clip_grad_norm, which stops before the step"
+        )
 
 
 def shard(micro: MicroBatch, world: World) -> MicroBatch:
