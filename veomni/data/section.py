@@ -78,17 +78,13 @@ class DataSection(_OPTIONS):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    train_path: Paths | None = Field(
-        default=None,
-        description="Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, "
-        "WebDataset tar, a saved Hugging Face dataset), or a built-in corpus: python-stdlib (the sources of this "
-        "machine's Python), handwritten-digits-train, digit-drawings-train, keypad-tones-train, number-words-train.",
-    )
-    sources: list[SourceSection] = Field(
-        default=[],
-        description="Instead of train_path: what is mixed, each with path, name, weight, eval_path, and, where they "
-        "differ from those here, data_type, format, text_key and messages_key. Read as a stream.",
-    )
+    train_path: Paths | None = None
+    """Training data: a file, a directory, a URL, or a list of them (text, JSONL, Parquet, Arrow, WebDataset tar, a
+    saved Hugging Face dataset), or a built-in corpus: python-stdlib (the sources of this machine's Python),
+    handwritten-digits-train, digit-drawings-train, keypad-tones-train, number-words-train."""
+    sources: list[SourceSection] = Field([])
+    """Instead of train_path: what is mixed, each with path, name, weight, eval_path, and, where they differ from those
+    here, data_type, format, text_key and messages_key. Read as a stream."""
     streaming: bool = False
     """Read blocks of files as they are needed; false indexes all records first."""
     eval_path: PathText | None = None

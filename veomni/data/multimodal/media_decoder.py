@@ -1,6 +1,6 @@
 """From an item of a conversation to its features: read, decoded, processed, and kept in the cache."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -92,7 +92,7 @@ class MediaDecoder:
 
     def _image(self, content: Any, name: str) -> MediaFeatures:
         image = load_image(content, name, self.reader.limits)
-        return replace(self.family.image(image), source=f"{_sides(image.size)} pixels")
+        return replace(self.family.image(image), source=f"{image.width} x {image.height} pixels")
 
     def _audio(self, clip: AudioClip) -> MediaFeatures:
         return replace(self.family.audio(clip), source=f"{len(clip.samples) / clip.rate:.2f} s of audio")
@@ -110,8 +110,9 @@ class MediaDecoder:
         reading = VideoReading(family.sample_frames, family.frame_size, rate, family.video_decoder)
         video = load_video(content, name, reading, self.reader.limits)
         audio = "" if video.audio is None else f", with {len(video.audio.samples) / video.audio.rate:.2f} s of audio"
-        seen = f"{len(video.indices)} of {video.total} frames at {video.fps:g} per second"
-        return replace(family.video(video), source=f"{seen}, to {_sides(video.frames.shape[-1:-3:-1])}{audio}")
+        height, width = video.frames.shape[-2:]
+        seen = f"{len(video.indices)} of {video.total} frames at {video.fps:g} per second, to {width} x {height}"
+        return replace(family.video(video), source=f"{seen}{audio}")
 
 
 def _named(item: MediaItem, make: Callable[[MediaItem], T]) -> T:
@@ -127,7 +128,3 @@ def _named(item: MediaItem, make: Callable[[MediaItem], T]) -> T:
 def _is_opened(item: MediaItem) -> bool:
     """Whether an item is an image of Pillow already, as `datasets` gives it."""
     return item.kind == "image" and hasattr(item.reference, "getexif")
-
-
-def _sides(sides: Sequence[int]) -> str:
-    return " x ".join(map(str, sides))

@@ -46,8 +46,6 @@ class OmniModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    image_encoder: Any
-    audio_encoder: Any
     foundation: Any
 
     def __init__(self, config: OmniConfig) -> None:
