@@ -38,13 +38,7 @@ class MultimodalCollator:
     """Packs documents into rows: what a loader's worker calls with the documents of its micro-batch.
 
     Position ids are computed here, per document; so are the boundaries of images, which the vision encoder would
-    otherwise read from the accelerator.
-
-    Args:
-        config: The model's configuration.
-        max_seq_len: Tokens of a row.
-        pad_token_id: Fills the tail of a row.
-        shard: Which positions of the rows are given out.
+    otherwise read from the accelerator. ``shard`` says which positions of the rows are given out.
     """
 
     def __init__(

@@ -22,9 +22,9 @@ _CHUNK = 1 << 18  # values that are normalized at once: they stay in the process
 
 @dataclass(frozen=True)
 class Normalization:
-    """What each value becomes: ``(value * scale - mean) / std``, the product in 64 bits, the rest in 32.
+    """What each value becomes: ``(value * scale - mean) / std`` of its channel, the product in 64 bits, the rest in 32.
 
-    That is what transformers' image processors for Pillow compute, to the bit; mean and std are those of each channel.
+    That is what transformers' image processors for Pillow compute, to the bit.
     """
 
     scale: float

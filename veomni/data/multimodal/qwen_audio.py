@@ -25,12 +25,7 @@ class Qwen2Audio(Family):
 
 
 def mel_features(extractor: Any, clip: AudioClip, samples: int) -> dict[str, Tensor]:
-    """Return an audio clip's log-mel spectrogram, as the model's feature extractor of transformers defines it.
-
-    Args:
-        extractor: The feature extractor.
-        clip: At its rate.
-        samples: Length to which the clip is filled up with silence.
+    """Return the log-mel spectrogram of a clip, filled up with silence to ``samples``, by transformers' ``extractor``.
 
     Raises:
         MediaError: the clip is longer than the extractor takes, which would cut the rest off, or shorter than a frame.

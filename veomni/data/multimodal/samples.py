@@ -68,12 +68,9 @@ class MediaSamples(SampleMaker):
         transform: From a record to a model's inputs.
         collator: Packs them.
         schemas: What the records of each source hold.
-        on_overflow: ``error`` or ``drop``; the other policies are for ``texts``.
+        on_overflow: ``error`` or ``drop``; ConfigError for the other policies, unless they are for ``texts``.
         texts: Makes samples of the sources without media.
         skipping: Leaves records out whose media cannot be used; None makes them errors.
-
-    Raises:
-        ConfigError: conversations with media would be cut.
     """
 
     def __init__(

@@ -53,13 +53,8 @@ class PlannedDocument:
 class MultimodalTransform:
     """Makes samples of conversations with media; what a loader's worker calls.
 
-    Args:
-        family: What the model makes of media.
-        tokenizer: A fast tokenizer.
-        chat_template: Jinja source.
-        reader: Gets the bytes of media.
-        messages_key: Field of a record that holds the messages.
-        cache: Keeps features of media between epochs and runs.
+    The tokenizer is a fast one, the chat template Jinja source; ``messages_key`` is the field that holds the messages,
+    and ``cache`` keeps the features of media between epochs and runs.
     """
 
     def __init__(
