@@ -98,13 +98,12 @@ class FeatureCache:
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
         self._size = sum(size for _, size, _ in found)
-        if self._size <= self.max_bytes:
-            return
+        bound = self.max_bytes if self._size <= self.max_bytes else _KEPT * self.max_bytes
         for _, size, path in sorted(found):
+            if self._size <= bound:
+                break
             path.unlink(missing_ok=True)
             self._size -= size
-            if self._size <= _KEPT * self.max_bytes:
-                break
 
 
 def _without_pixels(features: Mapping[str, Tensor | PixelList]) -> tuple[dict[str, Tensor], str]:

@@ -1,8 +1,7 @@
 """The decoders of video frames: PyAV, or torchcodec where a run chooses it and it supports the file.
 
-PyAV opens and checks every file and reads its audio, whichever decodes the frames. With 8 bits per colour both return
-the same values, which the tests compare. torchcodec seeks to the frames that are wanted, but does not report damage
-that a codec has concealed; PyAV does.
+PyAV opens and checks every file in any case. With 8 bits per colour both return the same values, which the tests
+compare; torchcodec seeks to the wanted frames, but only PyAV reports damage that a codec has concealed.
 """
 
 from __future__ import annotations
@@ -47,15 +46,13 @@ def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
         import torchcodec
         import torchcodec.decoders
     except (ImportError, OSError, RuntimeError) as error:  # no FFmpeg that it knows, or made for another torch
-        reason = str(error).strip().partition("\n")[0]
         logger.warning_once(
             "torchcodec is installed, but its libraries cannot be loaded (%s): videos are decoded by PyAV. It needs "
-            "FFmpeg's shared libraries and has to be made for this torch",
-            reason,
-        )
+            "FFmpeg's shared libraries and has to be made for this torch", str(error).strip().partition("\n")[0],
+        )  # fmt: skip
         return "pyav"
-    version, ffmpeg = torchcodec.__version__, torchcodec.ffmpeg_major_version
-    logger.info_rank0("videos are decoded by torchcodec %s with FFmpeg %s", version, ffmpeg)
+    versions = torchcodec.__version__, torchcodec.ffmpeg_major_version
+    logger.info_rank0("videos are decoded by torchcodec %s with FFmpeg %s", *versions)
     return wanted
 
 

@@ -23,9 +23,7 @@ from veomni.families.record import RECORDS, family_record
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_GEOMETRY = {  # of processors, by the names in configurations
-    "patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "spatial_merge_size": "merge_size",
-}  # fmt: skip
+_GEOMETRY = ("patch_size", "temporal_patch_size", "spatial_merge_size")  # in configurations
 _OF_AUDIO = ("feature_extractor_type", "feature_size", "hop_length", "n_fft", "n_samples", "nb_max_frames")
 
 Count = Annotated[int, Ge(1)]
@@ -175,7 +173,7 @@ def _pointless(config: PreTrainedConfig, *keys: str) -> ConfigError:
 def _for_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the settings of a processor that a model's configuration decides."""
     vision = getattr(config, "vision_config", None)
-    found = _given(**{key: getattr(vision, name, None) for name, key in _GEOMETRY.items()})
+    found = _given(**{name.removeprefix("spatial_"): getattr(vision, name, None) for name in _GEOMETRY})
     side = getattr(vision, "image_size", None)
     if side is None or "merge_size" in found:
         return found
