@@ -33,7 +33,7 @@ def build_dataloader(
     media are read, tokenized and packed while training.
 
     Args:
-        dataset: From :func:`build_dataset` or :func:`build_mixture`.
+        dataset: From :func:`~veomni.data.build_dataset` or :func:`~veomni.data.build_mixture`.
         encoder: Turns documents into tokens.
         packing: How documents are put into rows.
         order: In which order, and how often, documents are read.

@@ -22,7 +22,7 @@ class MediaItem:
 
     Attributes:
         kind: One of :data:`KINDS`, or the name of a decoder that generates it.
-        reference: What a :class:`MediaReader` reads.
+        reference: What a ``MediaReader`` reads.
         where: File, record and message, for messages.
     """
 

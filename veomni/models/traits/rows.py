@@ -125,7 +125,7 @@ def layer_outside_attention(model: nn.Module) -> str | None:
     """Return the name of a layer that carries something along the sequence: state space, convolution.
 
     Such a layer mixes the documents of a packed row, and its state does not reach a part of a row on another rank.
-    Of a model with towers, only the text part is looked at.
+    Of a model with encoders, only the text part is looked at.
     """
     text = {id(module) for module in text_part(model).modules()}
     for name, module in model.named_modules():
@@ -136,7 +136,7 @@ def layer_outside_attention(model: nn.Module) -> str | None:
 
 
 def text_part(model: nn.Module) -> nn.Module:
-    """Return the text decoder of a transformers model, without towers and head; other modules are returned whole."""
+    """Return the text decoder of a transformers model, without encoders and head; other modules are returned whole."""
     decoder = getattr(model, "get_decoder", None)
     found = decoder() if callable(decoder) else None
     return found if isinstance(found, nn.Module) else model

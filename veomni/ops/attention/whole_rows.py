@@ -21,7 +21,7 @@ Not the call around a forward: a recomputation runs outside of it, on CUDA in an
 
 
 def use_attention(body: Any, name: str) -> None:
-    """Make the text part of a transformers model run with the attention called ``name``; towers keep theirs."""
+    """Make the text part of a transformers model run with the attention called ``name``; encoders keep theirs."""
     text = body.config.get_text_config()
     parts = [key for key in body.config.sub_configs if getattr(body.config, key, None) is text]
     body.set_attn_implementation({parts[0]: name} if parts else name)

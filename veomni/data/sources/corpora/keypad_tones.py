@@ -1,4 +1,4 @@
-"""Telephone keys in noise, as conversations with a sound.
+"""Telephone keys in noise, as conversations with audio.
 
 A key is two sines (ITU-T Recommendation Q.23) for 80 to 140 ms, somewhere in up to a second of white noise,
 each sine with a loudness of its own, 0 to 20 dB above the noise. As telephones send it: 8,000 samples of 8 bits a
@@ -21,7 +21,7 @@ _SEEDS = {"train": 1, "test": 2}
 
 
 def keypad_tones(part: str) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """Yield question, answer and sound of ``train`` or ``test``; MissingExtraError without soundfile."""
+    """Yield question, answer and audio of ``train`` or ``test``; MissingExtraError without soundfile."""
     random = np.random.default_rng(_SEEDS[part])
     for _ in range(_SIZES[part]):
         key = str(random.choice(list("".join(KEYS))))

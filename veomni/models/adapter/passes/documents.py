@@ -89,12 +89,12 @@ def _wrap_mask_makers() -> None:
     registered = AttentionMaskInterface()
     for name in _MAKERS:
         if registered[name] not in _wrapped:
-            wrapped = _within_documents(registered[name])
+            wrapped = _restrict_to_documents(registered[name])
             _wrapped.add(wrapped)
             AttentionMaskInterface.register(name, wrapped)
 
 
-def _within_documents(make: Callable[..., Any]) -> Callable[..., Any]:
+def _restrict_to_documents(make: Callable[..., Any]) -> Callable[..., Any]:
     """Return a maker of masks that adds the boundaries of documents to a model's own rule: causal, sliding, chunked."""
 
     def make_packed(*args: Any, **options: Any) -> Any:
