@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from veomni.compat.tensors import multiply
-from veomni.errors import NonFiniteError
+from veomni.errors import LoopError, NonFiniteError
 from veomni.parallel.wrappers import local_shard, wide_dtype
 
 
@@ -66,8 +66,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: f
     """Scale all gradients by ``min(1, max_norm / norm)``; one coefficient, the same on all ranks.
 
     Raises:
+        LoopError: ``max_norm`` is not above 0.
         NonFiniteError: ``norm`` is not finite. It is equal on all ranks, so all of them raise and none steps.
     """
+    if not max_norm > 0:
+        raise LoopError(f"clip_grad_norm() was given max_norm {max_norm}", "give more than 0; math.inf only measures")
     if not torch.isfinite(norm):
         raise NonFiniteError(
             f"the gradient norm is {norm.item()}: no rank takes the step and no parameter changed; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veomni.errors import LayoutError
+from veomni.errors import ConfigError, LayoutError
 from veomni.parallel.mesh import ParallelDims
 from veomni.strategies.base import STRATEGIES, ParameterStrategy, Strategy
 
@@ -13,12 +13,15 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
     """Return the strategies of an object, several, a registered name or "auto", in the order of their stages.
 
     Raises:
-        ConfigError: no strategy has that name.
+        ConfigError: no strategy has that name, or something else is given for one.
     """
     if isinstance(choice, Strategy):
         return [choice]
     if isinstance(choice, str):
         return [STRATEGIES.get("fsdp2" if choice == "auto" else choice)()]
+    for each in choice if isinstance(choice, Sequence) else [choice]:
+        if not isinstance(each, Strategy):
+            raise ConfigError(f"{each!r} is given for a strategy", "give objects: [FSDP2(), Ulysses(2)]")
     return sorted(choice, key=lambda strategy: strategy.stage)
 
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from veomni.accelerators import Accelerator, select_accelerator
 from veomni.batch.micro_batch import MicroBatch
+from veomni.config.section import checked, section_of
 from veomni.errors import EXIT_PREEMPTED, LoopError, ModelError
 from veomni.launch.world import World
 from veomni.logging import create_logger
@@ -33,6 +34,9 @@ from veomni.strategies.select import parameter_strategy, select_strategies
 from veomni.strategies.transforms.precision import Precision, select_precision
 
 logger = create_logger(__name__)
+
+_OBJECTS = frozenset({"strategy", "accelerator", "precision", "reporter", "checkpoints"})
+"""Arguments of the launcher that select or are components, which check their own."""
 
 
 class Launcher(World):
@@ -59,7 +63,7 @@ class Launcher(World):
         *,
         accelerator: str | Accelerator = "auto",
         precision: str | Precision = "fp32",
-        devices: int | None = None,
+        devices: Annotated[int, Ge(1)] | None = None,
         backend: str = "auto",
         seed: Annotated[int, Ge(0), Lt(2**63)] = 0,
         deterministic: bool = False,
@@ -67,6 +71,8 @@ class Launcher(World):
         reporter: Reporter | None = None,
         checkpoints: CheckpointSchedule | None = None,
     ) -> None:
+        plain = {"devices": devices, "backend": backend, "seed": seed, "deterministic": deterministic}
+        checked(section_of(Launcher, supplied=_OBJECTS), {**plain, "timeout_seconds": timeout_seconds})
         timeout = timedelta(seconds=timeout_seconds)
         chosen, runs_on = select_strategies(strategy), select_accelerator(accelerator)
         super().__init__(chosen, runs_on, devices=devices, backend=backend, timeout=timeout)

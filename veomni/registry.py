@@ -58,8 +58,8 @@ class Registry(Generic[T]):
             ConfigError: nothing has that name, or the package that provides it cannot be imported.
         """
         known = self._known()
-        if name not in known:
-            raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(name, list(known)))
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(str(name), list(known)))
         found = known[name]
         if not isinstance(found, EntryPoint):
             return found

@@ -57,7 +57,7 @@ def select_precision(name: str, *, reduce: str = "fp32") -> Precision:
     if name in ("fp16", "float16", "half"):
         raise ConfigError(f"{name} is not supported", "use bf16, which needs no loss scaling", "Launcher.precision")
     if name not in PRECISIONS:
-        raise ConfigError(f"no precision is called {name!r}", did_you_mean(name, list(PRECISIONS)))
+        raise ConfigError(f"no precision is called {name!r}", did_you_mean(str(name), list(PRECISIONS)))
     chosen = PRECISIONS[name]
     return dataclasses.replace(chosen, reduce=torch.bfloat16) if chosen.mixed and reduce == "bf16" else chosen
 

@@ -16,11 +16,13 @@ def in_backward() -> bool:
 
 def compile_in_place(module: nn.Module, backend: str) -> Callable[[], None]:
     """Compile ``module`` at its first call, and return what undoes that."""
-    before = module._compiled_call_impl
+    own = vars(module).get("_compiled_call_impl")
     module.compile(backend=backend)
 
     def undo() -> None:
-        module._compiled_call_impl = before
+        del module._compiled_call_impl
+        if own is not None:
+            module._compiled_call_impl = own
 
     return undo
 

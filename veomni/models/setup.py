@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from veomni.compat.collectives import broadcast_all
+from veomni.errors import ModelError
 from veomni.models import Materializer, derive_plan
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.documents import isolate_documents
@@ -32,7 +33,11 @@ def setup_model(
     """Shard ``model``, give it its weights and return the module to call; see ``Launcher.setup_model``."""
     precision, accelerator, state, device = launcher.precision, launcher.accelerator, launcher.state, launcher.device
     owner = launcher.parameter_strategy
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"setup_model() was given a {type(model).__name__}", "give it a module, or build_model(...)")
     adapter = ModelAdapter.of(model)
+    if adapter.traits is not None:  # passes and hooks would be on it twice
+        raise ModelError(f"setup_model() was called with this {type(model).__name__} before", "build another")
 
     # What the model computes with
     isolate_documents(model)
