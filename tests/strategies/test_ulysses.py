@@ -15,6 +15,7 @@ from veomni.errors import ConfigError, DataError, LayoutError, ModelError
 from veomni.launcher import Launcher
 from veomni.models import build_model
 from veomni.ops.attention.ulysses import UlyssesAttention
+from veomni.ops.attention.whole_rows import SEQUENCE_GROUPS
 from veomni.strategies import DDP, FSDP2, ContextParallel, Ulysses
 from veomni.testing.documents import global_rows, pack
 from veomni.testing.ranks import RankFailed, run_ranks
@@ -168,6 +169,7 @@ def backend_that_asks_who_it_is() -> str:
     module = build_model(tiny_config("llama"), weights="random").model.layers[0].self_attn
     heads = [torch.randn(1, number, 6, 8) for number in (4, 2, 2)]
     groups = SequenceGroups(SequenceShard(dist.get_world_size()), dist.group.WORLD, ulysses=dist.group.WORLD)
+    setattr(module, SEQUENCE_GROUPS, groups)
     with forward_call(ForwardCall(sequence=groups)):
         UlyssesAttention("flash_attention_2")(module, *heads, None)
     return asked[-1]
@@ -176,6 +178,20 @@ def backend_that_asks_who_it_is() -> str:
 def test_a_backend_finds_its_own_name_in_the_configuration():
     """transformers' flash attention looks there for the package to call."""
     assert run_ranks(backend_that_asks_who_it_is, 2) == ["flash_attention_2"] * 2
+
+
+def called_with_copies() -> None:
+    launcher = launched([DDP(), Ulysses(2)])
+    model = launcher.setup_model(build_model(tiny_config("llama"), weights="random"))
+    (micro,) = launcher.accumulate(model, next(launcher.track([[pack(global_rows(128)[:1])]])))
+    one = {**micro.inputs, "input_ids": micro.inputs["input_ids"].clone()}
+    assert torch.equal(model(**one).loss, model(**micro.inputs).loss)
+    with pytest.raises(ModelError, match="shares rows with other ranks, and was called with copies"):
+        model(**{name: value.clone() for name, value in micro.inputs.items() if isinstance(value, torch.Tensor)})
+
+
+def test_copies_that_lost_the_layout_of_the_whole_rows_are_an_error():
+    run_ranks(called_with_copies, 2, init=False)
 
 
 def different_rows(check: bool) -> None:

@@ -48,7 +48,15 @@ class IsolateDocuments(InputPass):
         self.unexamined = carried_state(model)
 
     def before(self, call: ForwardCall) -> None:
-        """Set the documents of the call; a ModelError where rows are packed and the model does not keep them apart."""
+        """Set the documents of the call.
+
+        Raises:
+            ModelError: rows are packed and the model does not keep them apart; or ranks share rows, and no argument is
+                a tensor of a micro-batch, which alone holds the layout of the whole rows.
+        """
+        if call.sequence is not None and call.micro is None:
+            problem = f"{type(call.owner.model).__name__} shares rows with other ranks, and was called with copies"
+            raise ModelError(problem, "call model(**micro.inputs); of a changed copy leave one of its tensors as it is")
         found = documents_of(call.kwargs)
         if found is None:
             return
