@@ -69,8 +69,7 @@ class ExpertParallel(Validated, Strategy):
             return
         model, names, units = adapter.model, context.plan.experts, ShardedUnits(context)
         if not names:
-            problem = f"{type(model).__name__} has no experts that run through transformers' interface"
-            raise ModelError(problem, *_FIX)
+            raise ModelError(f"{type(model).__name__} has no experts that run through transformers' interface", *_FIX)
         for name in names:
             self._check_stacks(name, model.get_submodule(name))
         for name in names:

@@ -354,6 +354,7 @@ def test_too_few_records_for_the_shards_are_named(tokenizer, tmp_path):
         list(itertools.islice(endless, 9))
     steps = list(make_loader(dataset, tokenizer, epochs=1, **options))
     assert sum(len(micro.origin.document_ids) for step in steps for micro in step) == 3, "a finite stream needs no more"
+    assert len(list(itertools.islice(make_loader(dataset, tokenizer, **options), 3))) == 3, "nor one that is shuffled"
 
 
 def test_held_out_conversations_come_once_in_order_each_time(tokenizer, tmp_path):

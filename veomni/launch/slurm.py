@@ -73,8 +73,7 @@ def expand_node_list(text: str) -> list[str]:
         parts = _BRACKETS.split(item)  # plain text, with what stands in brackets in between
         numbers = [[n for part in ranges.split(",") for n in _numbers(*part.split("-"))] for ranges in parts[1::2]]
         if not item or any(bracket in "".join(parts[::2]) for bracket in "[]"):
-            problem = f"Slurm's node list {text!r} cannot be read"
-            raise LaunchError(problem, "set MASTER_ADDR to the host of rank 0")
+            raise LaunchError(f"Slurm's node list {text!r} cannot be read", "set MASTER_ADDR to the host of rank 0")
         for chosen in itertools.product(*numbers):
             hosts.append("".join(part for pair in zip(parts[::2], (*chosen, ""), strict=True) for part in pair))
     return hosts

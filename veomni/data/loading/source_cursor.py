@@ -84,8 +84,7 @@ class SourceCursor:
         progress.tokens += sum(sample.length for sample in read.samples)
         progress.lost += read.lost
         if read.lost:
-            name = self.source.name
-            logger.warning_once("source %s: documents are truncated; source_counts() says by how much", name)
+            logger.warning_once("source %s: documents are truncated; source_counts() says how far", self.source.name)
         self._last_used = progress.epoch
         return read.samples
 
@@ -106,22 +105,27 @@ class SourceCursor:
         """Yield what records become from where progress stands; some are encoded together."""
         records = self._walk()
         while found := list(islice(records, self.plan.samples.together)):
+            self._check_epochs(found[0][0][0] - self._last_used)
             yield from self._made(found)
 
     def _walk(self) -> Iterator[tuple[Place, Document]]:
         """Yield records with their places, epoch after epoch."""
-        epoch, unit, record = self.progress.epoch, self.progress.unit, self.progress.record
+        found, unit, record = (epoch := self.progress.epoch), self.progress.unit, self.progress.record
         while self.limit is None or epoch < self.limit:
             for at in range(unit, self._units.of_shard(self.shard)):
                 order, records = self._open(epoch, at)
                 for number in range(record, len(records)):
+                    found = epoch
                     yield (epoch, at, number), records[order[number]]
                 record = 0
             epoch, unit, record = epoch + 1, 0, 0
-            if epoch - self._last_used > _EMPTY_EPOCHS:
-                name, shards = self.source.name, self.plan.order.stream_shards
-                problem = f"source {name!r}: no record of virtual shard {self.shard} of {shards} can be used"
-                raise DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
+            self._check_epochs(epoch - found)
+
+    def _check_epochs(self, without: int) -> None:
+        if without > _EMPTY_EPOCHS:
+            shard = f"virtual shard {self.shard} of {self._units.shards}"
+            problem = f"source {self.source.name!r}: no record of {shard} can be used"
+            raise DataError(problem, "give it more records, or lower stream_shards", "Order.stream_shards")
 
     def _open(self, epoch: int, unit: int) -> tuple[Sequence[int] | Permutation, Records]:
         """Return the records of a unit and the order in which they are read."""
@@ -140,9 +144,8 @@ class SourceCursor:
         documents = [self.source.schema.converted(document) for _, document in found]
         made = self.plan.samples.make(documents, self.index)
         for (place, document), one in zip(found, made, strict=True):
-            refs = (Ref(self.index, *place, number) for number in range(len(one.pieces)))
-            samples = [Sample(**vars(piece), ref=ref, where=document.where)
-                       for piece, ref in zip(one.pieces, refs, strict=True)]  # fmt: skip
+            samples = [Sample(**vars(piece), ref=Ref(self.index, *place, number), where=document.where)
+                       for number, piece in enumerate(one.pieces)]  # fmt: skip
             yield _Read(place, samples, one.lost)
 
     def read_again(self, refs: Sequence[Ref]) -> dict[Ref, Sample]:

@@ -68,8 +68,7 @@ class MediaReader:
         if text.lower().startswith("file:"):
             raise MediaError(f"{text[:100]}: file URLs are not read", "give a path within root", "MediaReader.root")
         if self.fetch is None:
-            fix = "download it, or allow its host"
-            raise MediaError(f"{text[:100]}: URLs are not allowed", fix, "Fetch.url_hosts")
+            raise MediaError(f"{text[:100]}: URLs are not allowed", "download it, or allow its host", "Fetch.url_hosts")
         return text, self.fetch(text)
 
     def _from_object(self, reference: Mapping[str, Any]) -> tuple[str, bytes]:
