@@ -1,6 +1,6 @@
 """Keys that choose a component of a registry: its name, or a mapping of its name and its options."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -108,10 +108,10 @@ class Choice:
         return {"anyOf": [*names, *(section.model_json_schema() for section in self.sections().values())]}
 
 
-def check_name(registry: Registry[Any], name: str) -> str:
-    """Return ``name`` when ``registry`` holds it, for a validator of pydantic."""
-    if name not in registry:
-        known = ", ".join(repr(entry) for entry in registry)
+def check_name(names: Collection[str], name: str) -> str:
+    """Return ``name`` when it is one of ``names``, for a validator of pydantic."""
+    if name not in names:
+        known = ", ".join(repr(entry) for entry in names)
         raise PydanticCustomError("unknown_name", "{known}", {"known": f"one of {known}"})
     return name
 
@@ -127,7 +127,7 @@ class Name:
         return [*self.registry, *self.others]
 
     def _validate(self, value: str) -> str:
-        return value if value in self.others else check_name(self.registry, value)
+        return check_name(self.names(), value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._validate, handler(source))

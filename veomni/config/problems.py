@@ -78,7 +78,8 @@ def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
         return f"leave it out (--{key} null), or choose a component of {parent} that has it"
     elsewhere = ["".join(known) for known in keys if known[2] == name]
     siblings = [known[2] for known in keys if known[0] == parent]
-    return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, siblings)
+    entries = "" if siblings else f"leave it out: `veomni schema` describes the keys of {parent.partition('.0')[0]}"
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(name, siblings, entries)
 
 
 def _wanted(item: Mapping[str, Any]) -> str:

@@ -132,6 +132,6 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
     try:
         with registered_on_meta():
             return construct(cls, config, attention)
-    except (ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (ArithmeticError, ValueError, ImportError, AttributeError, LookupError, TypeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]  # AutoModel goes on with the name of every configuration there is
         raise ModelError(f"{cls.__name__} cannot be built: {reason}", "correct its configuration") from error

@@ -135,7 +135,6 @@ class ModelSection(Section):
                     problem = f"model.train_tokenizer_vocab_size and model.{key} both give a tokenizer"
                     yield Problem(problem, "set one to null")
         if config.train.broadcast_weights and self.model_path is None:
-            problem = "train.broadcast_weights is true without model.model_path"
-            yield Problem(problem, "set it to false: nothing is read")
+            yield Problem("train.broadcast_weights is set without model.model_path", "set it to false: nothing is read")
         if self.experts != "auto":
             yield from EXPERTS.get(self.experts).config_problems(self.experts, config.train)
