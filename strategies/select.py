@@ -14,14 +14,21 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
 
     Raises:
         ConfigError: no strategy has that name, or something else is given for one.
+        LayoutError: a strategy is given twice, or the named one does not hold parameters.
     """
     if isinstance(choice, Strategy):
         return [choice]
     if isinstance(choice, str):
-        return [STRATEGIES.get("fsdp2" if choice == "auto" else choice)()]
+        found = STRATEGIES.get("fsdp2" if choice == "auto" else choice)
+        if not issubclass(found, ParameterStrategy):
+            raise LayoutError(f"strategy {choice} does not hold parameters", "give objects: [FSDP2(), Ulysses(2)]")
+        return [found()]
     for each in choice if isinstance(choice, Sequence) else [choice]:
         if not isinstance(each, Strategy):
             raise ConfigError(f"{each!r} is given for a strategy", "give objects: [FSDP2(), Ulysses(2)]")
+    names = [strategy.name for strategy in choice]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LayoutError(f"strategy {twice[0]} is given twice", "give it once")
     return sorted(choice, key=lambda strategy: strategy.stage)
 
 

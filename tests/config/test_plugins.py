@@ -94,6 +94,9 @@ def test_their_options_are_keys_that_are_checked(tmp_path):
     assert "train.scheduler.offset" in caught.value.problem
     assert "greater than or equal to 1" in caught.value.problem
     assert "did you mean 'offset'" in caught.value.problem
+    path.write_text(yaml.safe_dump(values({"train.loggers": [{"name": "csv", "colums": ["loss"]}]})))
+    with pytest.raises(ConfigError, match=r"train.loggers.0.colums .*\n.*did you mean 'columns'"):
+        Config.from_file(path)
     assert {
         "train.scheduler.offset",
         "train.optimizer.betas",

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.models.tiny import tiny_config
 from veomni.batch.micro_batch import MicroBatch
-from veomni.errors import CheckpointError, ConfigError, DataError, LoopError, ModelError, NonFiniteError, VeOmniError
+from veomni.errors import CheckpointError, DataError, LoopError, ModelError, NonFiniteError, VeOmniError
 from veomni.launcher import Launcher
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.reporter import Reporter
@@ -356,23 +356,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_the_loop_on_all(last):
 
 def test_loaders_of_different_lengths_end_together():
     assert run_ranks(steps_of_a_list, 2, init=False, timeout=30) == [[(1, False), (2, True)]] * 2
-
-
-BAD_ARGUMENTS = {
-    "Launcher.devices is 0": {"devices": 0},
-    "Launcher.seed is -1": {"seed": -1},
-    "Launcher.timeout_seconds is '9'": {"timeout_seconds": "9"},
-    "no precision is called 16": {"precision": 16},
-    "no accelerator is called 0": {"accelerator": 0},
-    "'ddp' is given for a strategy": {"strategy": ["ddp"]},
-    "2 is given for a strategy": {"strategy": 2},
-}
-
-
-@pytest.mark.parametrize("problem", BAD_ARGUMENTS)
-def test_arguments_of_the_launcher_are_checked(problem):
-    with pytest.raises(ConfigError, match=re.escape(problem)):
-        Launcher(**BAD_ARGUMENTS[problem])
 
 
 def test_what_is_used_before_launch_is_named():

@@ -1,7 +1,7 @@
 """The dotted names of the schema: ``train.optimizer.lr`` and its like."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -57,6 +57,17 @@ def _common(fields: Mapping[str, FieldInfo], sections: int) -> FieldInfo:
 def choices(schema: type[BaseModel]) -> set[str]:
     """Return the keys whose value is the name of a component, or a mapping of its name and options."""
     return {key for key, field in walk(schema) if any(getattr(item, "by_name", False) for item in field.metadata)}
+
+
+def entry_keys(schema: type[BaseModel], key: str) -> list[str]:
+    """Return the keys of any entry of the list ``key``."""
+    field = dict(walk(schema)).get(key)
+    if field is None:
+        return []
+    sections = [
+        section for kind in get_args(field.annotation) for section in groups(FieldInfo.from_annotation(kind)).values()
+    ]
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
 def all_keys(schema: type[BaseModel]) -> list[str]:

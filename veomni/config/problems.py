@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from veomni.config.keys import all_keys
+from veomni.config.keys import all_keys, entry_keys
 from veomni.errors import ConfigError, InputError
 from veomni.registry import did_you_mean
 
@@ -76,6 +76,9 @@ def _fix_unknown(key: str, schema: type[BaseModel]) -> str:
     parent, _, name = given = key.rpartition(".")
     if given in keys:
         return f"leave it out (--{key} null), or choose a component of {parent} that has it"
+    of_list, _, entry = parent.rpartition(".")
+    if entry.isdigit():
+        return did_you_mean(name, entry_keys(schema, of_list))
     elsewhere = ["".join(known) for known in keys if known[2] == name]
     siblings = [known[2] for known in keys if known[0] == parent]
     entries = "" if siblings else f"leave it out: `veomni schema` describes the keys of {parent.partition('.0')[0]}"
