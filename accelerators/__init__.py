@@ -1,7 +1,5 @@
 """Accelerators: what a family of devices is and can do. Anything device-specific lives here and nowhere else."""
 
-from __future__ import annotations
-
 from veomni.accelerators.base import ACCELERATORS, Accelerator
 from veomni.accelerators.cpu import CPU
 from veomni.accelerators.cuda import CUDA

@@ -1,7 +1,5 @@
 """The CPU: every strategy runs on it over gloo, so that layouts are proven without a cluster."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

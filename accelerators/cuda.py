@@ -1,7 +1,5 @@
 """NVIDIA GPUs, and AMD GPUs through the same PyTorch module."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import torch

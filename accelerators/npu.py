@@ -1,7 +1,5 @@
 """Huawei Ascend NPUs through ``torch_npu``, which is imported only when they are chosen."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from typing import Any

@@ -1,7 +1,5 @@
 """Dense matrix peaks by device name, in FLOP/s, from the vendors' data sheets (without sparsity)."""
 
-from __future__ import annotations
-
 import torch
 
 # The first name found in the device's name wins, so longer names come first.

@@ -1,7 +1,5 @@
 """Fully sharded data parallel, first generation: flat parameters per block, inside a wrapper module."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

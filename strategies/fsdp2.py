@@ -1,7 +1,5 @@
 """Fully sharded data parallel, second generation: every parameter a DTensor, no wrapper around the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The 2-norm of sharded gradients, each parameter counted once, with collectives that do not depend on a rank's own."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 

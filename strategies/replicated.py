@@ -1,7 +1,5 @@
 """Strategies under which every rank holds all parameters: one process, and distributed data parallel."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Turn what people give a launcher into strategy objects that compose."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from veomni.errors import ConfigError, LayoutError

@@ -1,7 +1,5 @@
 """Strategies that split the rows of a batch over ranks, and give attention the whole rows."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass

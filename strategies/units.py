@@ -1,7 +1,5 @@
 """Units of ``fully_shard``: the modules that FSDP2 and expert parallelism gather and reduce as one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Buffers that a forward changes are the same on all ranks, as torch's DDP keeps them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Documents are dealt to ranks by their tokens: one rank may have ten large images
 for it. All ranks compute the same plan; features and gradients come back to their owner, so that no result differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

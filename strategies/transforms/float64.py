@@ -1,7 +1,5 @@
 """Forwards that compute in float64 throughout: what every exact comparison between layouts runs in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Self
 

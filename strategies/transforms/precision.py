@@ -1,7 +1,5 @@
 """Which number formats a run uses, chosen by one name, and the transform that makes a model compute in them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager

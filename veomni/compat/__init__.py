@@ -3,8 +3,6 @@
 :func:`install` replaces functions of torch that cannot be replaced for one model; the launcher calls it once.
 """
 
-from __future__ import annotations
-
 
 def install() -> None:
     """Change functions of torch for all models, without a change of results; calling it again changes nothing."""

@@ -4,8 +4,6 @@ Called directly: SDPA returns no logarithm of sums of exponentials and prefers F
 and a backend context does not reach through a compiled layer.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Broadcasts in buckets, timeouts of groups that exist, and several axes of a mesh as one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import timedelta
 

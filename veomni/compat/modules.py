@@ -1,7 +1,5 @@
 """Forwards of modules: recomputed, compiled in place, copied, and counted by selective activation checkpointing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How a name that another package does not export is declared: once, with its reason; and all such names of torch."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import Any

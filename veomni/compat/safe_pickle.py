@@ -1,7 +1,5 @@
 """The classes that the metadata of ``torch.distributed.checkpoint`` pickles, for a reader that allows no others."""
 
-from __future__ import annotations
-
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING

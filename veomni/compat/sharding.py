@@ -1,7 +1,5 @@
 """What DDP, FSDP1 and FSDP2 leave alone, free and copy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Set
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Facts about tensors and their storages, operations on many at once, and a mode that sees every operation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From the environment to a process with a device, a process group and a mesh."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from datetime import timedelta

@@ -3,8 +3,6 @@
 The order: ``begin_step``, for every micro-batch a forward inside ``micro_batch`` and ``before_backward``, ``end_step``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

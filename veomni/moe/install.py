@@ -1,7 +1,5 @@
 """Give a model a controller of its routers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

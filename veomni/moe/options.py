@@ -1,7 +1,5 @@
 """How a run balances and reports its routers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

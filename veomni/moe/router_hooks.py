@@ -3,8 +3,6 @@
 Its backward gives the logits, which nothing uses after the choice was made, the gradients of losses on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace

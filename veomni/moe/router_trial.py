@@ -3,8 +3,6 @@
 The copy has random weights and is run on random hidden states; that shows it for any model, without a table of them.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from copy import deepcopy

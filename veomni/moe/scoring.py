@@ -3,8 +3,6 @@
 Gradients are written out: they are computed inside a backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal

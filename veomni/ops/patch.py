@@ -1,7 +1,5 @@
 """How operations replace attributes of a model: through a function, so that an adapter can undo it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

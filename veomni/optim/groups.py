@@ -1,7 +1,5 @@
 """Groups of parameters by name: which are decayed, and which have a learning rate of their own."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase

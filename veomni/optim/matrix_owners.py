@@ -4,8 +4,6 @@ The owner receives the shards by all-to-all, works on the whole matrix and sends
 (HSDP) broadcast theirs to one another. Rounds of bounded size overlap: one is in flight while a rank works on another.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections import defaultdict

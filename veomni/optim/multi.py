@@ -1,7 +1,5 @@
 """Several optimizers, or several schedules, behind one: PyTorch's kernels cannot mix parameters of two meshes."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Muon: momentum, orthogonalised, for the matrices of hidden layers; whole, sharded, or stacked as experts are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """The optimizer "muon": Muon for the matrices of hidden layers, AdamW for the other parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Optimizers by name, with the fastest implementation that works for the parameters at hand."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial

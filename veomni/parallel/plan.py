@@ -1,7 +1,5 @@
 """How a model is split: plain data, derived from its modules, read by the strategies."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,7 +1,5 @@
 """The user's module and its names under any wrapper; parameters whole, and in the shards that a rank holds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

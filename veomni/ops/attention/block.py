@@ -5,8 +5,6 @@ different keys add up to the output over all of them. The gradient of a part nee
 keys, as in FlashAttention (Dao et al., 2022, arXiv:2205.14135).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Outputs over them add up (Liu et al., 2023, arXiv:2310.01889): heads need not divide, and no rank holds a whole row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

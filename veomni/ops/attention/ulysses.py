@@ -4,8 +4,6 @@ Each rank gives its part of the positions of all heads, receives all positions o
 attention of transformers on them as if nothing were split, and exchanges the result back.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ dense kernel, 1.7 times as fast on an H200 (2.07 ms against 3.57 ms for 4 x 4096
 variable-length path is not used: on torch 2.11 its backward is wrong and it plans at every call.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

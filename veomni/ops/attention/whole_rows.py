@@ -1,7 +1,5 @@
 """Attention over whole rows, of which each rank holds a shard: its registration with transformers, and its ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -5,8 +5,6 @@ Gradients are the exact ones of the whole computation: what is summed over ranks
 The exchange is DeepSpeed-Ulysses' (Jacobs et al., 2023, arXiv:2309.14509): one all-to-all of ``1 / P`` to each rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

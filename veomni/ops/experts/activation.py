@@ -1,7 +1,5 @@
 """The gated activation between an expert's two products, and its gradient, computed in float32 or better."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ With several chunks, one chunk's tokens are in flight while the experts run on a
 the VeOmni paper (arXiv:2508.02317) and COMET (arXiv:2502.19811).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The experts of a layer: from tokens to tokens, on this rank or on several, and from sorted rows to rows."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -4,8 +4,6 @@ Two and not one, so that a recomputed block computes the first only. Routing wei
 sum as behind them, over fewer channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

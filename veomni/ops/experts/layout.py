@@ -1,7 +1,5 @@
 """How a transformers experts module stores its weights, and which activation it computes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokens to rows sorted by expert, and back: sums in float32 or better and a fixed order; the host reads nothing."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

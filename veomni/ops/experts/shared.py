@@ -4,8 +4,6 @@ Most blocks call them after their other experts: they are run ahead, and returne
 blocks call them first: then the block's router runs at once, and tokens are dispatched before the shared experts run.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

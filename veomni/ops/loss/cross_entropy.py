@@ -3,8 +3,6 @@
 The forward computes gradients chunk by chunk, as Liger Kernel's does (arXiv:2410.10989); the backward only scales them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
