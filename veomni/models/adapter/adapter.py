@@ -158,7 +158,10 @@ class ModelAdapter:
         self._undo.append(undo)
 
     def remove(self) -> nn.Module:
-        """Undo all changes, the last one first, and return the plain model."""
+        """Undo all changes, the last one first, and return the plain model.
+
+        Parameters stay where a strategy put them: experts that ranks share can be saved, and not called any more.
+        """
         while self._undo:
             self._undo.pop()()
         delattr(self.model, _ATTRIBUTE)
