@@ -71,3 +71,8 @@ def test_all_rates_appear():
 def test_wrong_rates_are_refused(rates, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(Model(), lr_scale=rates)
+
+
+def test_a_wrong_rate_beside_an_optimizer_class_names_the_function():
+    with pytest.raises(ConfigError, match=r"build_optimizer\.lr_scale.* is 0\.0"):
+        build_optimizer(Model(), torch.optim.SGD, lr=1.0, lr_scale={"layers.0": 0.0})

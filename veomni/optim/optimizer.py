@@ -42,6 +42,7 @@ class OptimizerSection(ComponentSection):
     """The optimizer and its groups."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+    configures = ("build_optimizer",)
 
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled weight decay (AdamW, Muon), or L2 penalty (SGD)."""

@@ -164,7 +164,7 @@ def _problems(config: Config, world: int | None) -> Iterator[Problem]:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """Return the configuration that a training script's command line asks for; ``--help`` prints all keys and exits.
+    """Return the configuration that a training script's command line names; ``--help`` prints all keys and exits.
 
     Args:
         argv: ``sys.argv[1:]``: a YAML file and any number of ``--section.key VALUE`` or ``--section.key=VALUE``.

@@ -103,7 +103,7 @@ class Family:
 
     @classmethod
     def image_processor_of(cls, config: PreTrainedConfig) -> str | None:
-        """Return :attr:`default_processor`, or another one that a model's configuration asks for."""
+        """Return :attr:`default_processor`, or another one that a model's configuration names."""
         return cls.default_processor
 
     @property

@@ -45,7 +45,7 @@ def usable_decoder(wanted: VideoDecoder) -> VideoDecoder:
     try:
         import torchcodec
         import torchcodec.decoders
-    except (ImportError, OSError, RuntimeError) as error:  # no FFmpeg that it knows, or made for another torch
+    except (ImportError, OSError, RuntimeError) as error:  # no FFmpeg that it supports, or made for another torch
         logger.warning_once(
             "torchcodec is installed, but its libraries cannot be loaded (%s): videos are decoded by PyAV. It needs "
             "FFmpeg's shared libraries and has to be made for this torch", str(error).strip().partition("\n")[0],

@@ -61,7 +61,7 @@ def upright_size(content: bytes | Image.Image, name: str, limits: MediaLimits = 
 
 
 def _in_header(form: str | None, content: bytes) -> bool:
-    """Say whether Pillow knows an image's size and orientation before it decodes it."""
+    """Return whether Pillow has an image's size and orientation before it decodes it."""
     if form == "PNG":  # they may stand behind the pixels
         return not any(mark in content for mark in (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp"))
     return form in ("JPEG", "MPO", "WEBP")
