@@ -21,9 +21,7 @@ def find_accelerator() -> Accelerator:
 def select_accelerator(choice: str | Accelerator) -> Accelerator:
     """Return an accelerator that can be used here; ``choice`` is an object or a registered name.
 
-    Raises:
-        ConfigError: no accelerator has that name.
-        DeviceError: the requested one has no device here.
+    Another name is a ConfigError; one that has no device here a DeviceError.
     """
     accelerator = choice if isinstance(choice, Accelerator) else ACCELERATORS.get(choice)()
     accelerator.require()

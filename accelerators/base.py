@@ -54,11 +54,7 @@ class Accelerator:
 
     @classmethod
     def require(cls) -> None:
-        """Check that the family can be used.
-
-        Raises:
-            DeviceError: it cannot; the message says what to install or change.
-        """
+        """Check that the family can be used; the DeviceError says what to install or change."""
         problem, fix = cls.unavailable
         if not cls.module().is_available():
             raise DeviceError(f"accelerator {cls.name}: {problem}", fix)
@@ -111,11 +107,7 @@ class Accelerator:
         return ("loop",)
 
     def check_devices(self, processes: int, *, shared: bool) -> None:
-        """Check that ``processes`` local ranks find a device each, or ``shared`` ones (over gloo).
-
-        Raises:
-            DeviceError: there are too few devices.
-        """
+        """Check that ``processes`` local ranks find a device each, or ``shared`` ones (over gloo); else DeviceError."""
         if not shared and processes > self.device_count():
             raise DeviceError(
                 f"{processes} processes were requested but there are {self.device_count()} {self.name} devices",

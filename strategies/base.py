@@ -102,27 +102,15 @@ class Strategy(ABC):
         return {}
 
     def check(self, world_size: int) -> None:
-        """Check that this strategy works in a world of this size, before any process group exists.
-
-        Raises:
-            LayoutError: it does not.
-        """
+        """Check, before any process group exists, that this works in a world of this size; else LayoutError."""
         return
 
     def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:
-        """Check a model's text configuration, and the tokens of a row, before any process is started.
-
-        Raises:
-            InputError: ranks of the mesh cannot share them.
-        """
+        """Check a model's text configuration, and the tokens of a row, before any process starts; else InputError."""
         return
 
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
-        """Change the model of ``adapter``, which may be on the meta device.
-
-        Raises:
-            ModelError: the model does not support this strategy.
-        """
+        """Change the model, which may be on the meta device; a ModelError where it does not support this strategy."""
         return
 
     def shard(self, micro: MicroBatch, state: ParallelState) -> MicroBatch:

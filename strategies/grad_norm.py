@@ -61,11 +61,9 @@ def sharding_of(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, 
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by ``min(1, max_norm / norm)``; one coefficient, the same on all ranks.
+    """Scale all gradients by ``min(1, max_norm / norm)``; a LoopError where ``max_norm`` is not above 0.
 
-    Raises:
-        LoopError: ``max_norm`` is not above 0.
-        NonFiniteError: ``norm`` is not finite. It is equal on all ranks, so all of them raise and none steps.
+    A ``norm`` that is not finite is a NonFiniteError: it is equal on all ranks, so all of them raise and none steps.
     """
     if not max_norm > 0:
         raise LoopError(f"clip_grad_norm() was given max_norm {max_norm}", "give more than 0; math.inf only measures")

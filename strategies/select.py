@@ -10,9 +10,7 @@ from veomni.strategies.base import STRATEGIES, ParameterStrategy, Strategy
 def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strategy]:
     """Return the strategies of an object, several, a registered name or "auto", in the order of their stages.
 
-    Raises:
-        ConfigError: no strategy has that name, or something else is given for one.
-        LayoutError: a strategy is given twice, or the named one does not hold parameters.
+    What is no strategy is a ConfigError; one that is given twice, or named but without parameters, a LayoutError.
     """
     if isinstance(choice, Strategy):
         return [choice]
@@ -31,11 +29,7 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
 
 
 def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:
-    """Return the one strategy that holds the parameters.
-
-    Raises:
-        LayoutError: there is none, or there are several.
-    """
+    """Return the one strategy that holds the parameters; a LayoutError where there is none, or several."""
     owners = [strategy for strategy in strategies if isinstance(strategy, ParameterStrategy)]
     if len(owners) != 1:
         found = ", ".join(owner.name for owner in owners) or "none"
@@ -45,11 +39,7 @@ def parameter_strategy(strategies: Sequence[Strategy]) -> ParameterStrategy:
 
 
 def mesh_dims(strategies: Sequence[Strategy], world_size: int) -> ParallelDims:
-    """Return the sizes of the mesh axes that strategies declare, in a world of ``world_size`` ranks.
-
-    Raises:
-        LayoutError: they do not fit.
-    """
+    """Return the sizes of the mesh axes that strategies declare; a LayoutError where they do not fit ``world_size``."""
     sizes = {"dp_shard": -1 if world_size > 1 else 1}
     for strategy in strategies:
         sizes |= strategy.mesh_axes()

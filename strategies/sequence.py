@@ -91,8 +91,7 @@ class SequenceStrategy(Validated, Strategy):
     def install(self, adapter: ModelAdapter, backend: str, state: ParallelState) -> str:
         """Return the name of an attention over whole rows that runs ``backend`` inside.
 
-        Raises:
-            ModelError: the model's heads do not divide, or its attention cannot be wrapped.
+        A ModelError where the model's heads do not divide, or its attention cannot be wrapped.
         """
 
 

@@ -24,11 +24,7 @@ class PrivateName:
     parameters: tuple[str, ...] = ()
 
     def resolve(self) -> Any:
-        """Return the object.
-
-        Raises:
-            AttributeError: the installed release lacks it.
-        """
+        """Return the object; an AttributeError where the installed release lacks it."""
         module, _, names = self.path.partition(":")
         found: Any = importlib.import_module(module)
         for name in names.split("."):

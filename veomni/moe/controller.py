@@ -57,11 +57,7 @@ class RouterController(RouterHook):
         return self._micro.mask
 
     def check(self, model: nn.Module) -> None:
-        """Check what sharding decides, on the model with its wrapper.
-
-        Raises:
-            ModelError: a correction bias cannot be moved: it has become a part of FSDP1's flat parameters.
-        """
+        """Check the wrapped model; a ModelError if FSDP1's flat parameters hold a correction bias to be moved."""
         for router in self.routers if self.options.bias_update_rate else ():
             if isinstance(router.bias_values, nn.Parameter) and isinstance(model, FullyShardedDataParallel):
                 raise ModelError(
@@ -130,8 +126,7 @@ class RouterController(RouterHook):
     def end_step(self) -> None:
         """Finish the step when its gradients are complete and no parameter has changed yet.
 
-        Raises:
-            NonFiniteError: a router's logits are not finite; raised on all ranks.
+        Logits of a router that are not finite are a NonFiniteError on all ranks.
         """
         if not self._counted:
             self._finish_counting()

@@ -25,10 +25,8 @@ def install_controller(
 ) -> RouterController | None:
     """Hook the routers of a model and put their controller into its adapter; a model without any has none.
 
-    The model is not recomputed, compiled or sharded yet, and will run on ``device``; losses are summed in ``dtype``.
-
-    Raises:
-        ModelError: an option cannot be applied to this model.
+    The model is not recomputed, compiled or sharded yet, and will run on ``device``; losses are summed in ``dtype``. An
+    option that cannot be applied to this model is a ModelError.
     """
     adapter = ModelAdapter.of(model)
     examined = adapter.traits and adapter.traits.get(RouterScoring)

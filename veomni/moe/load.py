@@ -89,10 +89,7 @@ class RouterStatistics:
         self._positions: int | None = None
 
     def begin(self, micro: MicroBatch) -> None:
-        """Start from zero for a micro-batch.
-
-        It is a DataError if padding cannot be identified and the routers are balanced.
-        """
+        """Start from zero; a DataError if padding cannot be identified and the routers are balanced."""
         mask = self._real_tokens(micro)
         self.mask = None if mask is None else mask.flatten().to(self._device, non_blocking=True)
         rows = [micro.inputs[name] for name in ("input_ids", "inputs_embeds") if micro.inputs.get(name) is not None]
@@ -112,7 +109,7 @@ class RouterStatistics:
 
     @torch.no_grad()
     def add(self, router: Router, decision: RoutingDecision, *, load: bool, losses: bool) -> None:
-        """Add a decision of ``router``: count the tokens of experts, and sum what the losses are made of.
+        """Count the tokens of experts, and sum what the losses are made of.
 
         It is a ModelError if padding cannot be identified and the routers are balanced.
         """
@@ -148,12 +145,7 @@ def _total(values: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """The load of all experts in one step.
-
-    Attributes:
-        names: Names of the routers.
-        assignments: For every router int64 ``[experts]``, the tokens sent to each expert.
-    """
+    """The load of all experts in one step: for every router of ``names`` int64 ``[experts]``, tokens of each expert."""
 
     names: tuple[str, ...]
     assignments: tuple[Tensor, ...]

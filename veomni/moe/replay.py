@@ -48,11 +48,7 @@ class RoutingLog:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what :meth:`save` wrote; the tensors are on the CPU.
-
-        Raises:
-            DataError: the file is not one.
-        """
+        """Read what :meth:`save` wrote, to the CPU; another file is a DataError."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -69,9 +65,7 @@ class RoutingLog:
     def shard(self, shard: SequenceShard, batch_sizes: Sequence[int]) -> RoutingLog:
         """Return what one of the ranks that share rows has to replay of a log of whole rows.
 
-        Args:
-            shard: Which positions of every row it holds (``launcher.sequence_shard``).
-            batch_sizes: The rows of every forward; the layout must divide their length.
+        ``shard`` is ``launcher.sequence_shard``; ``batch_sizes`` are the rows of every forward.
         """
         forwards = zip(self.forwards, batch_sizes, strict=True)
         return RoutingLog([{name: _cut(x, shard, rows) for name, x in forward.items()} for forward, rows in forwards])
@@ -86,10 +80,8 @@ def _cut(indices: Tensor, shard: SequenceShard, rows: int) -> Tensor:
 def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
     """Record the choices of every forward of ``model`` inside the context; a recomputed one is not recorded again.
 
-    ``model`` is a transformers model, or what ``launcher.setup_model`` returned for one.
-
-    Raises:
-        ModelError: the model has no routers that can be read.
+    ``model`` is a transformers model, or what ``launcher.setup_model`` returned for one; a ModelError where it has no
+    routers that can be read.
     """
     log = RoutingLog()
     with _attached(_Record(log), model):

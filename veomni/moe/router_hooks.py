@@ -23,9 +23,9 @@ _hooked: WeakValueDictionary[int, Router] = WeakValueDictionary()
 
 
 def hook_routers(routers: Routers) -> list[Callable[[], None]]:
-    """Call the hooks of routers with every decision from now on; returns what undoes it.
+    """Call the hooks of routers with every decision from now on, before the model is sharded and compiled.
 
-    It must come before the model is sharded and compiled.
+    Returns what undoes it.
     """
     undo: list[Callable[[], None]] = []
     for router in routers.readable:

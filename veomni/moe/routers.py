@@ -19,10 +19,7 @@ from veomni.moe.router_trial import RouterFinding, examine_router, kind_of
 class RoutingDecision:
     """What a router decided for its tokens.
 
-    Attributes:
-        logits: ``[tokens, experts]``.
-        weights: ``[tokens, top_k]``.
-        indices: int64 ``[tokens, top_k]``, the experts that each token is sent to.
+    Logits are ``[tokens, experts]``; weights, and the int64 indices of the chosen experts, ``[tokens, top_k]``.
     """
 
     logits: Tensor
@@ -88,12 +85,7 @@ class Router(RouterFinding):
 
 @dataclass(frozen=True)
 class Routers:
-    """The routers of a model.
-
-    Attributes:
-        readable: Those whose decisions can be read, in the order of the model.
-        unreadable: The names of the others.
-    """
+    """The routers of a model: those whose decisions can be read, in its order, and the names of the others."""
 
     readable: tuple[Router, ...] = ()
     unreadable: tuple[str, ...] = ()

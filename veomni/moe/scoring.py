@@ -101,10 +101,7 @@ def z_gradient(logits: Tensor) -> Tensor:
 
 
 def find_scoring(logits: Tensor, weights: Tensor, indices: Tensor, scales: Iterable[float] = ()) -> Scoring | None:
-    """Return the formula that gives the weights of the chosen ``indices`` from ``[tokens, experts]``, None without one.
-
-    ``scales`` are the constant factors it may have besides 1.
-    """
+    """Return the formula, with a factor of 1 or of ``scales``, that gives the chosen experts' weights; None without."""
     functions: list[ScoreFunction] = ["softmax", "sigmoid", "sqrtsoftplus"]
     if bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), torch.ones(()), rtol=_TOLERANCE):
         functions = ["identity"]

@@ -32,8 +32,7 @@ class NamedParameters(dict[nn.Parameter, list[str]]):
     def matching(self, patterns: Sequence[str], argument: str, may_miss: Sequence[str] = ()) -> set[nn.Parameter]:
         """Return the parameters that shell patterns match, by a name or by the module that they are in.
 
-        Raises:
-            ConfigError: a pattern of ``argument`` that is not in ``may_miss`` matches nothing.
+        A pattern of ``argument`` that is not in ``may_miss`` and matches nothing is a ConfigError.
         """
         found: set[nn.Parameter] = set()
         for pattern in patterns:

@@ -76,11 +76,7 @@ class Holders(NamedTuple):
 
 
 def find_matrices(parameters: Sequence[nn.Parameter]) -> dict[Holders, list[Matrix]]:
-    """Return the matrices that this rank has a part of, by the ranks it shares them with.
-
-    Raises:
-        ModelError: a parameter is sharded in a way that is not supported.
-    """
+    """Return this rank's matrices by the ranks it shares them with; a ModelError where the sharding is unsupported."""
     found: dict[Holders, list[Matrix]] = defaultdict(list)
     for index, parameter in enumerate(parameters):
         holders, dim = _holders(parameter)

@@ -16,17 +16,11 @@ from veomni.errors import CheckpointError, ModelError
 
 
 class MultiOptimizer(Optimizer):
-    """Step several optimizers as one.
+    """Step several optimizers, by name, as one; no parameter may belong to two (ModelError), and there must be one.
 
     It is an optimizer in every respect: ``param_groups`` are the members' own, one member after the other, and
     ``state_dict`` has the form and the order that one optimizer over all these groups would give it. So schedules, step
     hooks and ``torch.distributed.checkpoint`` take it as they take any other.
-
-    Args:
-        members: Optimizers by name, each over parameters of its own.
-
-    Raises:
-        ModelError: there is no member, or two of them hold the same parameter.
     """
 
     def __init__(self, members: Mapping[str, Optimizer]) -> None:
@@ -80,11 +74,7 @@ class MultiOptimizer(Optimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give every member its part of what ``state_dict`` returned.
-
-        Raises:
-            CheckpointError: the groups are not those of the members.
-        """
+        """Give every member its part of what ``state_dict`` returned; a CheckpointError where groups differ."""
         groups = list(state_dict["param_groups"])
         saved, sizes = ([len(group["params"]) for group in each] for each in (groups, self.param_groups))
         if saved != sizes:
@@ -100,12 +90,9 @@ class MultiOptimizer(Optimizer):
 
 
 class MultiLRScheduler:
-    """Step several schedules as one, so that every member of a :class:`MultiOptimizer` can have its own.
+    """Step several schedules, by name, as one, so that every member of a :class:`MultiOptimizer` can have its own.
 
     One schedule over the :class:`MultiOptimizer` itself is enough where only the peak rates differ: groups have those.
-
-    Args:
-        schedulers: Schedules by name, each over an optimizer of its own.
     """
 
     def __init__(self, schedulers: Mapping[str, LRScheduler]) -> None:
@@ -125,11 +112,7 @@ class MultiLRScheduler:
         return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned.
-
-        Raises:
-            CheckpointError: the schedules have other names.
-        """
+        """Continue from what :meth:`state_dict` returned; a CheckpointError where the schedules have other names."""
         if state_dict.keys() != self.schedulers.keys():
             raise CheckpointError(
                 f"the state is of schedules {', '.join(state_dict)}, this run has {', '.join(self.schedulers)}",

@@ -44,11 +44,7 @@ class ParallelDims:
     ep_strided: int = 1
 
     def resolve(self, world_size: int) -> ParallelDims:
-        """Return the same sizes with -1 filled in.
-
-        Raises:
-            LayoutError: a size is not positive, the product is not ``world_size``, or ``ep`` does not divide ``fsdp``.
-        """
+        """Return the same sizes with -1 filled in; a LayoutError where they do not fit the world or each other."""
         for axis in (*AXES, "ep", "ep_strided"):
             size = self.size(axis)
             if size < 1 and not (size == -1 and axis in ("dp_replicate", "dp_shard")):
@@ -141,11 +137,7 @@ class ParallelState:
         return mesh["ep_replicate", "ep_fsdp"] if dims.expert_replicas > 1 else self._meshes["ep_fsdp"]
 
     def mesh(self, axis: str) -> DeviceMesh:
-        """Return the one-dimensional mesh of an axis or view.
-
-        Raises:
-            LayoutError: no axis or view has that name.
-        """
+        """Return the one-dimensional mesh of an axis or view; a LayoutError where no such name exists."""
         if axis not in self._meshes:
             raise LayoutError(f"the mesh has no axis {axis!r}", f"use one of: {', '.join(self._meshes)}")
         return self._meshes[axis]
@@ -173,10 +165,7 @@ def _mesh(device_type: str, **sizes: int) -> DeviceMesh:
 
 
 def init_process_group(device: torch.device, backend: str, *, rank: int, world_size: int, timeout: timedelta) -> None:
-    """Make the process group of all ranks, for tensors on the CPU (over gloo) and on ``device`` (over ``backend``).
-
-    One that is there stays.
-    """
+    """Make the process group of all ranks, over gloo for the CPU and over ``backend`` for ``device``; once."""
     if dist.is_initialized():
         return
     backends = f"cpu:gloo,{device.type}:{backend}" if device.type != "cpu" else "gloo"
@@ -194,11 +183,7 @@ def set_parallel_state(state: ParallelState | None) -> None:
 
 
 def get_parallel_state() -> ParallelState:
-    """Return the live mesh.
-
-    Raises:
-        LayoutError: no launcher has built it yet.
-    """
+    """Return the live mesh; a LayoutError before a launcher has built it."""
     if _state is None:
         raise LayoutError("there is no device mesh yet", "call launcher.launch() first")
     return _state

@@ -40,9 +40,8 @@ class Encoder:
     def samples(self, schemas: Sequence[RecordSchema], packing: Packing, shard: SequenceShard) -> SampleMaker:
         """Return what makes samples of the records of sources, and micro-batches of the ``shard`` of each row.
 
-        Raises:
-            ConfigError: there are media and no processor for them, or documents cannot be cut as ``packing`` says.
-            DataError: there is no chat template.
+        Media without a processor for them, or documents that cannot be cut as ``packing`` says, are a ConfigError;
+        conversations without a chat template a DataError.
         """
         texts = None
         if not all(schema.type.has_media for schema in schemas):

@@ -64,8 +64,7 @@ class ResumableLoader(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the last step received when ``state`` was taken, also on another number of ranks.
 
-        Raises:
-            CheckpointError: the state belongs to other data, or to another order of it; names what changed.
+        A CheckpointError names what changed where the state belongs to other data, or to another order of it.
         """
         try:
             if changed := _changes(state["fingerprint"], self._fingerprint):

@@ -12,15 +12,10 @@ def by_cost(costs: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def balanced_share(costs: NDArray[np.int64], rank: int, size: int) -> NDArray[np.int64]:
-    """Return the rows of a step that a rank computes, in order.
+    """Return the rows of a step that ``rank`` computes, in order; ``costs``, int64 ``[rows]``, is the work of each.
 
     Rows are ordered from most to least work, and all ranks take the next ones together: those of a micro-batch are
     alike, so no rank waits long for another. The largest goes to the rank that has had the least so far.
-
-    Args:
-        costs: Work of each row of the step, int64 ``[rows]``; a multiple of ``size``.
-        rank: Whose rows are returned.
-        size: Number of ranks.
     """
     loads = np.zeros(size, np.int64)
     mine = []

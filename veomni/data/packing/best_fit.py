@@ -34,14 +34,8 @@ class Bins:
 def epoch_bins(lengths: NDArray[np.int64], capacity: int, *, pack: bool, shuffle: bool, seed: int, epoch: int) -> Bins:
     """Return the rows of one epoch, in the order they are read; their number depends on ``lengths`` alone.
 
-    Args:
-        lengths: Tokens of each sample, none above ``capacity``.
-        capacity: Tokens of a row.
-        pack: Fit several samples into a row; otherwise each has its own.
-        shuffle: Draw the order of samples and rows from (seed, epoch); otherwise rows come in the order of their first
-            sample.
-        seed: Seed of the run.
-        epoch: Counted from 0.
+    No length is above ``capacity``, the tokens of a row. Without ``pack`` each sample has its own. With ``shuffle`` the
+    order of samples and rows is drawn from (seed, epoch); otherwise rows come in the order of their first sample.
     """
     count = len(lengths)
     order = shuffled(count, "samples", seed, epoch) if shuffle else np.arange(count)

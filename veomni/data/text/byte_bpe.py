@@ -47,10 +47,8 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     """Train a tokenizer with the chatml template; it ends documents with ``<|endoftext|>`` and pads with ``<|pad|>``.
 
     The same texts give the same tokenizer. They are read once; of much text, every second, fourth, ... one is used, so
-    that training takes seconds. ``vocab_size`` counts special tokens; fewer entries are made when the texts are short.
-
-    Raises:
-        ConfigError: ``vocab_size`` has no room for the 256 bytes and the special tokens.
+    that training takes seconds. ``vocab_size`` counts the 256 bytes and the special tokens, and is a ConfigError below
+    their number; fewer entries are made when the texts are short.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

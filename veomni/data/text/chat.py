@@ -51,11 +51,8 @@ def render_conversation(
 ) -> Rendered:
     """Return a conversation as text; what the assistant wrote weighs its message's ``weight``, and 0 is not supervised.
 
-    The ``template`` is Jinja source, whose variables are the tokenizer's special tokens; ``where`` is for messages.
-
-    Raises:
-        DataError: the template rejects the conversation, has no place for a part of it, or changes what it rendered
-            before when messages are added.
+    The ``template`` is Jinja source, whose variables are the tokenizer's special tokens; ``where`` is for messages. A
+    conversation that it rejects, leaves out a part of, or changes when messages are added, is a DataError.
     """
     from jinja2 import TemplateError
 
@@ -139,8 +136,7 @@ def tokenize_rendered(
 ) -> list[tuple[list[int], list[float]]]:
     """Return the token ids of every conversation, and of each the largest weight among its characters.
 
-    Raises:
-        DataError: a conversation has no supervised token, or the tokenizer is not a fast one.
+    A conversation without a supervised token, and a tokenizer that is not a fast one, are a DataError.
     """
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__

@@ -38,9 +38,7 @@ _register_all()
 def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the Jinja source of a registered name, of the path of a file, or for None the tokenizer's own.
 
-    Raises:
-        DataError: the tokenizer has no template of its own.
-        ConfigError: ``name`` is neither registered nor a file.
+    A tokenizer without one is a DataError, a ``name`` that is neither a ConfigError.
     """
     if name is None:
         if not tokenizer.chat_template:

@@ -17,13 +17,7 @@ _FIELDS = "Packing.max_seq_len Packing.on_overflow"
 
 @dataclass(frozen=True)
 class Samples:
-    """Pieces of documents that each fit a row; int64 ``[samples]`` each.
-
-    Attributes:
-        document: Index of the tokenized document.
-        start: First token of the piece in its document.
-        length: Number of tokens.
-    """
+    """Pieces of documents, each at most a row: document, first token in it and tokens; int64 ``[samples]`` each."""
 
     document: NDArray[np.int64]
     start: NDArray[np.int64]
@@ -34,17 +28,10 @@ class Samples:
 
 
 def cut_to_rows(lengths: NDArray[np.int64], capacity: int, policy: str, where: Callable[[int], str]) -> Samples:
-    """Return samples of at most ``capacity`` tokens.
+    """Return samples of at most ``capacity`` tokens of documents of ``lengths`` tokens; ``where`` names a document.
 
-    Args:
-        lengths: Tokens of each document.
-        capacity: Tokens of a row.
-        policy: ``error``; ``truncate`` keeps the first ``capacity`` tokens; ``split`` makes pieces of ``capacity``
-            tokens and a rest, each a document of its own; ``drop`` leaves the document out.
-        where: Names a document by its index, for messages.
-
-    Raises:
-        DataError: a document is too long under ``error``, or ``drop`` leaves none.
+    Of a longer document, ``truncate`` keeps the first tokens; ``split`` makes pieces of ``capacity`` tokens and a rest,
+    each a document of its own; ``drop`` leaves it out; ``error``, and a drop that leaves none, is a DataError.
     """
     longer = np.flatnonzero(lengths > capacity)
     pieces = np.ones_like(lengths)

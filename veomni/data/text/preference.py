@@ -13,13 +13,10 @@ Pair = tuple[Conversation, Conversation]
 
 
 def pair_of(document: Document) -> Pair:
-    """Return the two conversations of a record ``{prompt, chosen, rejected}``.
+    """Return the two conversations of a record ``{prompt, chosen, rejected}``; a DataError where it is malformed.
 
     ``prompt`` is text or messages; ``chosen`` and ``rejected`` are text, a message, or messages. Without a prompt they
     are whole conversations, equal up to their last message.
-
-    Raises:
-        DataError: a field is missing or malformed, or the two sides answer different prompts.
     """
     prompt = _messages(document, "prompt", "user") if document.record.get("prompt") is not None else []
     sides = []

@@ -12,9 +12,7 @@ TOKEN_KEYS = ("input_ids", "labels", "loss_weights")
 def given_tokens(document: Document, vocabulary: int) -> Tokens:
     """Return the ids of a record, supervised where ``labels`` are not ``IGNORE_INDEX``, with their weights.
 
-    Raises:
-        DataError: a field is no list of ids below ``vocabulary``, labels are neither the ids nor ``IGNORE_INDEX``, or a
-            weight is negative or no finite number.
+    Ids outside the vocabulary, other labels, and weights that are negative or not finite are a DataError.
     """
     ids = _integers(document, "input_ids", field_of(document, "input_ids", "RecordSchema.data_type"))
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)

@@ -71,9 +71,7 @@ def tokenize(
 
     They are kept in ``cache_dir`` under these digests. Several processes may call this at once: one tokenizes, no
     process group is needed. ``chat_template`` is a name or file, or None for the tokenizer's own (conversations only).
-
-    Raises:
-        DataError: a document cannot be used, or none has two tokens.
+    A document that cannot be used, or none of two tokens, is a DataError.
     """
     template = find_chat_template(chat_template, tokenizer) if dataset.schema.type.renders else ""
     digests = {

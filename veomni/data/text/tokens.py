@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document, or a part of one.
+    """A document, or a part of one: integer ids ``[tokens]``, and what the loss of each weighs, ``[tokens]``.
 
-    Attributes:
-        ids: Integers ``[tokens]``.
-        weights: ``[tokens]``, what the loss of each weighs: bool where that is 0 or 1, else float32; None weighs all 1.
+    Weights are bool where they are 0 or 1, else float32; None weighs all 1.
     """
 
     ids: NDArray[Any]

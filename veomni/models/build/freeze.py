@@ -12,10 +12,8 @@ from veomni.registry import did_you_mean
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Stop gradients of the parameters that match and return their names; before a strategy shards the model.
 
-    Patterns are shell patterns of parameter or module names: ``model.visual`` or ``*.mlp.gate.*``.
-
-    Raises:
-        ModelError: a pattern matches nothing.
+    Patterns are shell patterns of parameter or module names: ``model.visual`` or ``*.mlp.gate.*``. One that matches
+    nothing is a ModelError.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     frozen: dict[str, nn.Parameter] = {}

@@ -46,11 +46,7 @@ class ModelTraits(dict[type[Trait], Verdict]):
             self.examine(Trial(body, model, device), self.deferred)
 
     def require(self, *traits: type[Trait], by: str) -> None:
-        """Check that the model has what is required ``by`` something; a deferred trait passes until it is examined.
-
-        Raises:
-            MissingTraitError: the model lacks one.
-        """
+        """Check that the model has what is required ``by`` something (MissingTraitError); a deferred trait passes."""
         for trait in traits:
             verdict = self.get(trait)
             if verdict is not None and not verdict.ok:

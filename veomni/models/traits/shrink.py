@@ -42,8 +42,7 @@ _SIZES: dict[str, Any] = {name: size for size, names in _NAMES.items() for name 
 def shrunk_copy(model: nn.Module, limit: int) -> nn.Module:
     """Return a small model of the class of a transformers model on the meta device.
 
-    Raises:
-        ValueError: the model is not what its configuration describes, or no copy has at most ``limit`` parameters.
+    A ValueError where the configuration does not describe it, or no copy has at most ``limit`` parameters.
     """
     with torch.device("meta"):
         if _kinds(construct_again(model)) != _kinds(model):

@@ -54,12 +54,9 @@ class Verdict:
 
 
 class Trial:
-    """One model under examination.
+    """One model under examination on ``device``; ``subject`` is the real model's body, to be read only.
 
-    Args:
-        subject: The real model's body, to be read only.
-        itself: What users call, where the model itself is run instead of a copy.
-        device: Where it runs.
+    ``itself`` is what users call, where the model itself is run instead of a copy.
     """
 
     def __init__(self, subject: nn.Module, itself: nn.Module | None = None, device: torch.device = _CPU) -> None:
@@ -154,8 +151,7 @@ class Trait(Protocol):
 def copy_with_values(model: nn.Module) -> nn.Module:
     """Return a small copy of a transformers model on the CPU, in float32, with random values.
 
-    Raises:
-        NoCopyError: it is too large, and its configuration does not describe it or cannot be shrunk.
+    A NoCopyError where it is too large, and its configuration does not describe it or cannot be shrunk.
     """
     from veomni.models.adapter.passes.documents import isolate_documents  # it imports the traits
 

@@ -86,10 +86,8 @@ def export_tensors(
 ) -> Path:
     """Write full tensors, in any order, as :func:`export_hf` does; without a ``config``, by their names.
 
-    No process group is needed.
-
-    Raises:
-        ModelError: a tensor is missing, unknown or of another shape; or the directory holds something else.
+    No process group is needed. A tensor that is missing, unknown or of another shape is a ModelError, as is a directory
+    that holds something else.
     """
     export = _Export(Path(output_dir), tokenizer, dtype, max_shard_size)
     export.write(None if config is None else _skeleton(config), {"": tensors})

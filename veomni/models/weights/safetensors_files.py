@@ -36,8 +36,7 @@ def require_safetensors(directory: Path) -> None:
 class SafetensorsFiles:
     """The tensors of a model directory. Files are mapped, not read: only the slices asked for come from disk.
 
-    Raises:
-        ModelError: there are no safetensors, a listed shard is missing, or a file's header is damaged.
+    Without safetensors, or with a missing shard or damaged header, it is a ModelError.
     """
 
     def __init__(self, directory: Path) -> None:

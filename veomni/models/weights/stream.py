@@ -18,12 +18,9 @@ logger = create_logger(__name__)
 
 
 class WeightStream:
-    """Where in a checkpoint the values of every parameter of a model are.
+    """Where in a checkpoint the values of every parameter of a model are; a ModelError where the two do not fit.
 
     The ``skeleton`` is a copy of the model on the meta device, never sharded or wrapped.
-
-    Raises:
-        ModelError: the checkpoint lacks parameters, has others, or has them in other shapes.
     """
 
     def __init__(self, skeleton: nn.Module, files: SafetensorsFiles) -> None:

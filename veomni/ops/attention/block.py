@@ -65,11 +65,10 @@ def select_kernel(device_type: str, dtype: torch.dtype, head_dim: int, value_hea
 
 
 def attend(block: Block) -> tuple[Tensor, Tensor]:
-    """Attend over a part of the keys.
+    """Attend over a part of the keys, and return the output and the lse.
 
-    Returns:
-        The output, ``[batch, heads, q, value_head_dim]`` in the format of the queries or finer, and the lse,
-        ``[batch, heads, q]`` in the format of accumulation; zero and minus infinity for a query that sees nothing.
+    The output, ``[batch, heads, q, value_head_dim]``, is in the format of the queries or finer; the lse, ``[batch,
+    heads, q]``, in that of accumulation. They are zero and minus infinity for a query that sees nothing.
     """
     forward, _ = _KERNELS[block.kernel]
     return forward(block)

@@ -59,14 +59,11 @@ class MaskRule:
 def ring_attention(
     query: Tensor, key: Tensor, value: Tensor, rule: MaskRule, *, group: ProcessGroup, scale: float
 ) -> Tensor:
-    """Attend over whole rows, of which each rank of the ring holds two chunks (``zigzag_chunks``).
+    """Attend over whole rows, of which each rank of the ring holds two chunks of the same length (``zigzag_chunks``).
 
     Under a causal rule early positions see little and late ones much: with one of each, every rank computes alike.
     Query, key and value are those of a :class:`Block` of ``seq / C`` positions; the result is ``[batch, heads, seq / C,
-    value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros.
-
-    Raises:
-        LayoutError: a rank's positions are not two chunks of the same length.
+    value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros. Other chunks: LayoutError.
     """
     if query.shape[2] % 2 or key.shape[2] != query.shape[2]:
         raise LayoutError(
@@ -165,9 +162,7 @@ def attend_on_ring(
     """Attend over whole rows, on the ring of the module; see ``AttentionBackend.function``.
 
     The mask is the rule that the maker registered beside this made: windows and document boundaries are in it.
-
-    Raises:
-        ModelError: an option of the model (dropout in training, sinks, soft caps) is unsupported.
+    Dropout in training, sinks and soft caps are a ModelError.
     """
     if not isinstance(attention_mask, MaskRule):
         given = "no mask rule" if attention_mask is None else "a mask of the model's own"

@@ -40,11 +40,7 @@ def exchanges_heads(module: nn.Module) -> bool:
 
 
 class UlyssesAttention:
-    """What transformers calls in place of an attention implementation; the ranks are those of the module.
-
-    Args:
-        backend: The implementation that runs between the exchanges, by transformers' name of it.
-    """
+    """What transformers calls in place of its attention ``backend``; the ranks are those of the module."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -56,10 +52,7 @@ class UlyssesAttention:
 
         Queries, keys and values are of ``seq / P`` positions; key heads are repeated where P does not divide them. The
         mask, ``[batch or 1, heads or 1, seq, seq]`` or None, and cu_seqlens are of whole rows. Sinks are cut to this
-        rank's heads.
-
-        Raises:
-            ModelError: heads do not divide, or the model passes something that cannot be split with certainty.
+        rank's heads. Heads that do not divide, and what cannot be split with certainty, are a ModelError.
         """
         group = group_of("ulysses", getattr(module, SEQUENCE_GROUPS, None))
         size = group.size()
@@ -102,8 +95,7 @@ class _LocalHeads:
 def local_options(kwargs: dict[str, Any], heads: slice) -> dict[str, Any]:
     """Return what a model passes to its attention beside queries, keys, values and a mask, cut to some heads.
 
-    Raises:
-        ModelError: there is a tensor without a rule for splitting it.
+    A tensor without a rule for splitting it is a ModelError.
     """
     options = {name: value for name, value in kwargs.items() if scope_of(name) != "token"}  # of this rank's shard only
     for name, value in options.items():
@@ -127,11 +119,7 @@ def _local_mask(mask: Any, query: Tensor, heads: int, local: _LocalHeads) -> Any
 
 
 def check_heads(heads: int, size: int) -> None:
-    """Check that ranks can share a number of attention heads.
-
-    Raises:
-        ModelError: ``size`` does not divide ``heads``.
-    """
+    """Check that ranks can share a number of attention heads; a ModelError where ``size`` does not divide it."""
     if heads % size:
         divisors = ", ".join(str(divisor) for divisor in range(1, heads + 1) if heads % divisor == 0)
         raise ModelError(

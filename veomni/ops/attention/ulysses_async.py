@@ -25,8 +25,7 @@ _FIX = "leave Ulysses.overlap out", "Ulysses.overlap"
 def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttribute) -> None:
     """Make every attention module of a text model, or of the text part of a larger one, exchange heads asynchronously.
 
-    Raises:
-        ModelError: an attention module is not of the standard form; names it and says why.
+    A module that is not of the standard form is a ModelError, which says why.
     """
     tables = _RotaryTables(group)
     for name, module in attention_modules(model):

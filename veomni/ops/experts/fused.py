@@ -47,14 +47,9 @@ def expert_down(
 ) -> Tensor:  # fmt: skip
     """Return the second product of the activated first one; summed by token where ``rows`` has an order.
 
-    Args:
-        gate_up: What :func:`expert_up` returned, ``[rows, 2 * intermediate]``.
-        bias: The first product's, ``[experts, 2 * intermediate]``, or None.
-        top_k_weights: ``[tokens, k]``; None where the rows are given.
-        weights: ``[experts, intermediate, hidden]``.
-        form: Which activation.
-        rows: Which rows.
-        backend: A registered backend.
+    ``gate_up`` is what :func:`expert_up` returned, ``[rows, 2 * intermediate]``, and ``bias`` its ``[experts, 2 *
+    intermediate]``; ``top_k_weights`` are ``[tokens, k]``, None where the rows are given; ``weights`` are ``[experts,
+    intermediate, hidden]``.
     """
     top_k_weights = None if top_k_weights is None else top_k_weights.contiguous()
     result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, backend, list(form))

@@ -12,11 +12,9 @@ from veomni.batch.micro_batch import MicroBatch
 
 @dataclass
 class Predictions:
-    """What was predicted for each token, for counting right answers.
+    """For counting right answers, int64 ``[tokens]``: the likeliest token, and the one that follows.
 
-    Attributes:
-        tokens: The likeliest token, int64 ``[tokens]``.
-        targets: The token that follows, ``IGNORE_INDEX`` where no loss is taken; int64 ``[tokens]``.
+    A target is ``IGNORE_INDEX`` where no loss is taken.
     """
 
     tokens: Tensor
