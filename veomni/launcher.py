@@ -134,10 +134,7 @@ class Launcher(World):
         A rank without a batch ends the loop on all ranks. So does a signal to any rank, after the current step has been
         saved by :meth:`checkpoint`; the process then exits with 75. The loader yields lists of this data rank's
         micro-batches (``MicroBatch.of`` names the kinds); ``max_steps`` is the last step of the run, counted from 1.
-
-        Raises:
-            LoopError: a micro-batch of the last step was not backpropagated; or the loader yields no lists (DataError).
-            NonFiniteError: the loss of an earlier step was not finite; raised on all ranks.
+        All ranks raise a NonFiniteError where the loss of an earlier step was not finite.
         """
         reader = StepReader(loader, self, self.reporter.measure)
         total = max_steps if max_steps is not None else last_step(loader, self.step)
@@ -175,11 +172,8 @@ class Launcher(World):
         """Add this micro-batch's gradients, and those of its routers' losses; every loop must use this call.
 
         The loss is the mean over what the micro-batch weighs (see :meth:`accumulate`); of a composed model, its
-        ``losses`` by component, each the mean over its own tokens, whose sum is optimized.
-
-        Raises:
-            NonFiniteError: logits of a router are not finite; raised on all ranks.
-            LoopError: the micro-batch is not from :meth:`accumulate`, or the loss is None (ModelError).
+        ``losses`` by component, each the mean over its own tokens, whose sum is optimized. All ranks raise a
+        NonFiniteError where logits of a router are not finite.
         """
         owner = getattr(micro, "owner", None)
         if not isinstance(owner, ModelStep):
@@ -208,9 +202,7 @@ class Launcher(World):
     def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale gradients to a norm of at most ``max_norm`` and return the norm they had; collective.
 
-        Raises:
-            NonFiniteError: the norm is not finite; raised on all ranks, before any parameter changes.
-            LoopError: a micro-batch was not backpropagated, or the model was not accumulated on.
+        All ranks raise a NonFiniteError where the norm is not finite, before any parameter changes.
         """
         from veomni.strategies.grad_norm import clip_gradients
 
@@ -234,13 +226,10 @@ class Launcher(World):
 
         Args:
             model: From :meth:`setup_model`.
-            loader: Gives every rank the same number of micro-batches, in lists.
+            loader: Gives every rank the same number of micro-batches, in lists, and is not empty; else a LoopError.
             answers: Also return ``eval_accuracy``, the share of documents answered right to the last token.
             loss: ``loss(model, micro)`` returns the mean loss of a micro-batch, or means by name, returned as
                 ``eval_NAME``; None takes the ``loss`` of the model's output.
-
-        Raises:
-            LoopError: the loader is empty, or gives ranks different numbers of micro-batches.
         """
         self.reporter.clock.mark("optimizer")
         found = evaluate(model, loader, self, answers=answers, measure=loss)

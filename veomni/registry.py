@@ -52,11 +52,7 @@ class Registry(Generic[T]):
         return decorate
 
     def get(self, name: str) -> T:
-        """Return the entry called ``name``.
-
-        Raises:
-            ConfigError: nothing has that name, or the package that provides it cannot be imported.
-        """
+        """Return the entry called ``name``; ConfigError for none, or where the package of it cannot be imported."""
         known = self._known()
         if not isinstance(name, str) or name not in known:
             raise ConfigError(f"no {self.kind} is called {name!r}", did_you_mean(str(name), list(known)))

@@ -50,13 +50,10 @@ def row_count(micro: MicroBatch) -> int:
     """Return the number of rows: what the loader counted, or the length of the first tensor; else a DataError."""
     if micro.samples is not None:
         return micro.samples
-    length = next(
-        (int(value.size(0)) for value in _tensors([*micro.args, *micro.inputs.values()]) if value.dim()), None
-    )
-    if length is None:
-        problem = "the rows of a batch without tensors cannot be counted"
-        raise DataError(problem, "give accumulate(..., weight=function)")
-    return length
+    for value in _tensors([*micro.args, *micro.inputs.values()]):
+        if value.dim():
+            return int(value.size(0))
+    raise DataError("the rows of a batch without tensors cannot be counted", "give accumulate(..., weight=function)")
 
 
 def sources_of(micro_batches: Sequence[MicroBatch]) -> dict[str, tuple[int, int]]:

@@ -51,8 +51,7 @@ def _lengths_of(inputs: Mapping[str, Any]) -> tuple[int, ...]:
 def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
     """Return which of this rank's positions hold a token, bool ``[batch, seq]``; None where all of them do.
 
-    Raises:
-        DataError: rows are padded, and it is not known where.
+    Rows whose padding is not located are a DataError, here and in :func:`document_numbers`.
     """
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -71,11 +70,7 @@ def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:
 
 
 def document_numbers(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor:
-    """Return which of the batch's documents each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding.
-
-    Raises:
-        DataError: rows are padded, and it is not known where.
-    """
+    """Return which document each of this rank's positions is in, int64 ``[batch, seq]``; -1 in padding."""
     batch, held = row_shape(inputs)
     length, lengths = held * rows.shard.size, rows.document_lengths
     filled = located_row_lengths(rows, batch, length)

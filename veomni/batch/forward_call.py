@@ -19,10 +19,7 @@ from veomni.batch.split import SequenceShard
 
 @dataclass(frozen=True)
 class SequenceGroups:
-    """The ranks that share the rows of a model: all, those that exchange sequence for heads, and those of the ring.
-
-    ``ulysses`` is None without Ulysses, ``ring`` without context parallelism.
-    """
+    """The ranks that share the rows of a model: all, those that exchange sequence for heads, and those of the ring."""
 
     shard: SequenceShard
     ranks: ProcessGroup

@@ -107,18 +107,13 @@ class MicroBatch:
         self.__dict__.update(state)
         self.__post_init__()  # tensors lose their attributes between processes
 
-    # ---------------------------------------------------------------- made from
-
     @classmethod
     def of(cls, batch: Any, *, samples: int | None = None) -> Self:
         """Return what a loader yields for one forward as a micro-batch.
 
         That is a micro-batch; a mapping, dataclass or NamedTuple of keyword arguments, whose fields that models do not
         take (``loss_weights``, ``source_ids``) are kept apart; a tuple or list of positional arguments; or one such
-        argument: a tensor, nested or not, or an object with a method ``to(device)``.
-
-        Raises:
-            DataError: it is none of these.
+        argument: a tensor, nested or not, or an object with a method ``to(device)``. Others are a DataError.
         """
         if isinstance(batch, cls):
             return batch if samples is None else replace(batch, samples=samples)
@@ -157,8 +152,6 @@ class MicroBatch:
         tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
         return next((getattr(tensor, _LAYOUT) for tensor in tensors if hasattr(tensor, _LAYOUT)), None)
 
-    # ---------------------------------------------------------------- read by name
-
     def fields(self) -> dict[str, Any]:
         """Return all fields by name, wherever they are held."""
         beside = {**vars(self.targets), "position_fractions": self.rows.position_fractions}
@@ -177,8 +170,6 @@ class MicroBatch:
     def is_empty(self) -> bool:
         """Whether nothing is in it: a filler, or rows of padding alone."""
         return self.samples == 0 or (self.rows.row_lengths is not None and not self.rows.document_lengths)
-
-    # ---------------------------------------------------------------- changed
 
     def map(self, kind: type, change: Callable[[Any], Any]) -> Self:
         """Return this micro-batch with ``change`` applied to everything of a type in it, also inside collections."""

@@ -42,14 +42,11 @@ class Checkpointer:
     renames the directory; it is never written over. All methods are collective.
 
     Args:
-        directory: Where checkpoints go.
+        directory: Where checkpoints go; CheckpointError where another job uses it.
         keep_last: How many valid ones stay; at least 2, so that a damaged one has one to fall back to.
         async_save: Copy the state to host memory, and write it in the background on a gloo group of its own.
         verify_hash: Compare contents, not only names and sizes, before loading.
         signature: What must be equal in a run that loads.
-
-    Raises:
-        CheckpointError: another job uses the directory.
     """
 
     def __init__(
@@ -97,18 +94,12 @@ class Checkpointer:
     def _path(self, step: int) -> Path:
         return self.directory / f"global_step_{step}"
 
-    # ---------------------------------------------------------------- saving
-
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Save ``state`` as the checkpoint of ``step``; a valid one there is kept, a damaged one renamed.
 
-        Args:
-            state: "model", "optimizer", and anything with a ``state_dict``; where each rank holds a part of it, the
-                object has a ``merge_states`` that makes one state of all ranks' in order.
-            step: The optimizer step it was taken after.
-
-        Raises:
-            SaveFailedError: some rank could not write, also in the background save before this one; raised on all.
+        It is "model", "optimizer", and anything with a ``state_dict``; where each rank holds a part of it, the object
+        has a ``merge_states`` that makes one state of all ranks' in order. Where some rank could not write, also in the
+        background save before this one, all raise a SaveFailedError.
         """
         self.wait()
         final = self._path(step)
@@ -194,8 +185,6 @@ class Checkpointer:
                 directories.retire(self._path(expired))
         except OSError as error:  # the checkpoint is there: this is no failed save
             logger.warning("%s is saved, but tidying up after it failed: %s", final, error)
-
-    # ---------------------------------------------------------------- loading
 
     def steps(self) -> list[int]:
         """Return the steps that have a published checkpoint, newest first."""

@@ -16,11 +16,7 @@ _TEMPORARY = re.compile(r"global_step_\d+\.(tmp|old)-[0-9a-f]+")
 
 
 def lock_directory(root: Path) -> FileLock:
-    """Make ``root`` and take its lock, which the kernel releases when this process dies; to be released on success.
-
-    Raises:
-        CheckpointError: another job holds it, named by host and process id; or the directory cannot be used.
-    """
+    """Make ``root`` and take its lock, which the kernel releases when this process dies; to be released on success."""
     holder, lock = root / ".holder", FileLock(root / ".lock")
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -101,11 +101,7 @@ def load_table(table: dict[str, Any], directory: Path) -> None:
 
 
 def read_model_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and whole tensors of the model in ``global_step_N``, one at a time and without the model: for export.
-
-    Raises:
-        CheckpointError: it is damaged, or no checkpoint.
-    """
+    """Yield names and whole tensors of the model in a valid ``global_step_N``, one at a time and without the model."""
     problem = content_problem(checkpoint)
     if problem:
         raise CheckpointError(f"{checkpoint}: {problem}", "give another global_step_N directory of a run")

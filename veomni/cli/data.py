@@ -31,10 +31,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _show_rows(config: Config, console: Console, shown: int, counted: int) -> dict[str, list[int]]:
-    """Print the rows that training starts with, and how full rows are; return the lengths of samples.
-
-    ``counted`` rows of a stream are measured; of data that is indexed, all are.
-    """
+    """Print the first rows and how full all are, of a stream the first ``counted``; return the lengths of samples."""
     loader, tokenizer = _loader(config)
     rows: Iterator[MicroBatch] = chain.from_iterable(loader)
     capacity, indexed = config.data.max_seq_len, loader.sample_lengths is not None

@@ -20,10 +20,7 @@ def configured(default: Any, description: str) -> Any:
 
 
 class Options:
-    """Marks a field whose value is the section of ``component``.
-
-    ``supplied`` are arguments that the run gives, and the key that each comes from ("" for none).
-    """
+    """Marks a field whose value is the section of ``component``; the run gives the arguments ``supplied``."""
 
     def __init__(self, component: Any, **supplied: str) -> None:
         self.component, self.supplied = component, supplied
@@ -46,7 +43,7 @@ class Choice:
         default: Name that a mapping without one means.
         sibling: Key beside this one that holds the name; None where the value holds it.
         kind: Class that the components must be of.
-        supplied: As for :class:`Options`.
+        supplied: Arguments that the run gives, and the key that each comes from ("" for none).
     """
 
     def __init__(

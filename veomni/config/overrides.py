@@ -10,11 +10,7 @@ USAGE = "SCRIPT FILE.yaml [--section.key VALUE | --section.key=VALUE ...]"
 
 
 def parse_argv(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the YAML file and the overrides that a command line, without the program's name, gives.
-
-    Raises:
-        ConfigError: there is no file or more than one, a flag has no value or is no flag, or two flags contradict.
-    """
+    """Return the YAML file and the overrides that a command line, without the program's name, gives."""
     files: list[str] = []
     overrides: dict[str, Any] = {}
     arguments = list(argv)
@@ -52,9 +48,6 @@ def apply_overrides(
     """Return ``values`` with each dotted key replaced; a mapping given for a group is merged into it.
 
     ``choices`` are keys whose value may be a name: with options for it, the name becomes a mapping.
-
-    Raises:
-        ConfigError: one override is inside another, or inside a plain value.
     """
     result = dict(values)
     for key, value in overrides.items():

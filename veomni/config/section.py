@@ -84,11 +84,7 @@ def checked(section: type[S], options: Mapping[str, Any]) -> S:
 
 
 class Validated:
-    """A dataclass whose values must be what their annotations allow, in Python as in a configuration.
-
-    Raises:
-        ConfigError: a value has another type or range.
-    """
+    """A dataclass whose values must have the types and ranges of their annotations, else it raises a ConfigError."""
 
     def __post_init__(self) -> None:
         component: Any = type(self)

@@ -3,14 +3,18 @@
 PyYAML reads YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``0123`` is 83.
 """
 
+import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from veomni.config.base import Section
 from veomni.errors import ConfigError
+from veomni.version import __version__
 
 _MAX_BYTES = 1 << 20
 _PREFIX = "tag:yaml.org,2002:"
@@ -87,9 +91,6 @@ def read_yaml(
 
     The key ``extends`` at the top names another file, relative to this one, whose values hold where this one gives
     none; mappings are merged, everything else is replaced.
-
-    Raises:
-        ConfigError: a file is missing, empty, not UTF-8, not YAML, not a mapping, extends itself, or has tags.
     """
     name, path = str(path), Path(path)
     value, lines = _parse(_read_text(path, name), name)
@@ -131,6 +132,31 @@ def merged(
             value = merged(present, value, choices, f"{here}.")
         result[key] = value
     return result
+
+
+def save_args(config: Section, output_dir: str | Path) -> Path:
+    """Write ``<output_dir>/veomni_cli.yaml``, which reads back as an equal configuration, and return its path.
+
+    The schema holds no secrets; the file is readable by its owner only all the same, and replaced in one step.
+    """
+    path = Path(output_dir) / "veomni_cli.yaml"
+    body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)
+    text = f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", "give another --train.output_dir") from None
+    return path
 
 
 def parse_value(text: str, name: str) -> Any:

@@ -16,10 +16,7 @@ _LONGEST_TIMEOUT = 366 * 24 * 3600
 
 @dataclass(frozen=True)
 class Environment:
-    """One process's place among all, and what started it.
-
-    ``master_port`` is that of the store of ``torch.distributed`` on the host of rank 0; 0 is any free port.
-    """
+    """One process's place among all, and what started it; ``master_port`` of 0 is any free port on rank 0's host."""
 
     rank: int
     local_rank: int
@@ -53,9 +50,6 @@ def detect_environment(env: Mapping[str, str] | None = None) -> Environment | No
     """Return the place that a launcher has set in ``env`` (this process's by default); None if it was started by hand.
 
     torchrun's variables go before Slurm's: it runs inside Slurm jobs.
-
-    Raises:
-        LaunchError: the variables are incomplete, not integers, or contradict each other.
     """
     from veomni.launch.slurm import detect_slurm
 

@@ -16,9 +16,6 @@ def join_or_start(devices: int | None) -> Environment:
     Under torchrun or srun, joins. Started by hand with ``devices`` above one, becomes the supervisor: runs this program
     again that many times, one rank each, and exits with the run's code. The variables that ``torch.distributed``'s
     ``env://`` rendezvous reads are set whenever there are several ranks.
-
-    Raises:
-        LaunchError: the environment is incomplete or contradicts ``devices``, or this program cannot be run again.
     """
     if devices is not None and devices < 1:
         raise LaunchError(f"devices is {devices}", "ask for at least one", field="Launcher.devices")

@@ -22,10 +22,7 @@ _TRACEBACK_CHARACTERS = 20_000
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ended otherwise than with 0: the exception, what the process exits with, and when (since the epoch).
-
-    The last part of the traceback is kept; it is empty where the message is complete (bad input, ``sys.exit``).
-    """
+    """Why a rank did not end with 0, and when (since the epoch); no traceback for bad input and ``sys.exit``."""
 
     type: str
     message: str
@@ -145,10 +142,7 @@ def _listed(ends: Sequence[RankEnd]) -> str:
 
 
 def _order(end: RankEnd) -> tuple[bool, bool, float]:
-    """Sort the likely cause first.
-
-    A killed rank leaves no time of its own and its peers fail milliseconds later, so it goes before the errors that
-    they leave. SIGABRT is no such sign: gloo and NCCL abort a process because of what another one did.
-    """
+    # A killed rank leaves no time of its own and its peers fail milliseconds later, so it goes before the errors that
+    # they leave. SIGABRT is no such sign: gloo and NCCL abort a process because of what another one did.
     killed = end.failure is None and end.status < 0 and end.status != -signal.SIGABRT
     return end.stopped and end.failure is None, not killed, end.failure.time if end.failure else end.seen

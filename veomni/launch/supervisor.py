@@ -29,10 +29,7 @@ logger = create_logger(__name__)
 
 
 def supervise(first: Environment, command: list[str]) -> int:
-    """Run ``command`` once for every rank of this node, print why the run failed if it did, and return its exit code.
-
-    ``first`` is the place of this node's first rank; its ``master_port`` of 0 takes a free one.
-    """
+    """Run ``command`` for every rank of this node, from ``first`` on; print why it failed, and return the exit code."""
     arrived: deque[int] = deque()
     with contextlib.ExitStack() as stack:
         stack.enter_context(handled(_FORWARDED, lambda number, frame: arrived.append(number)))
@@ -58,10 +55,7 @@ def supervise(first: Environment, command: list[str]) -> int:
 
 
 class _RankProcess:
-    """A rank at ``place``, from its start to its end; it is killed when this process dies.
-
-    Its failure is left in the directory ``failures``.
-    """
+    """A rank, from its start to its end; it is killed when this process dies, and its failure is in ``failures``."""
 
     def __init__(self, place: Environment, command: list[str], failures: Path) -> None:
         self._place, self._failures = place, failures
@@ -157,10 +151,7 @@ class _Supervisor:
 
 @contextlib.contextmanager
 def _held_port() -> Iterator[int]:
-    """Reserve a port for rank 0's store.
-
-    Linux lets rank 0 listen on it while this socket is bound, and gives it to no process that asks for any free port.
-    """
+    """Reserve a port for rank 0's store: Linux lets it listen there meanwhile, and gives no other process that port."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))

@@ -63,8 +63,7 @@ class World:
     def launch(self) -> None:
         """Join the launch this process is part of; or start ``devices`` processes, and exit when they have ended.
 
-        Raises:
-            InputError: the environment, the strategies and the devices contradict each other; nothing was started.
+        Where environment, strategies and devices contradict each other it is an InputError, and nothing was started.
         """
         given, found, devices = collective_timeout(os.environ), detect_environment(os.environ), self.devices
         if found is None and devices is None:

@@ -30,10 +30,6 @@ class WandbLogger(Logger):
         group: Group of runs that this one belongs to.
         tags: Labels of the run.
         run_id: Identifier of an earlier run to continue.
-
-    Raises:
-        MissingExtraError: wandb is not installed.
-        ConfigError: the mode is "online" and there is no key.
     """
 
     name = "wandb"

@@ -22,11 +22,7 @@ def step_loader(
     """Return the steps of a loader with any dataset, sampler, ``collate_fn`` and workers.
 
     Arguments are those of ``Launcher.setup_dataloader``; ``parallel`` is this process's place among the data ranks, and
-    their number.
-
-    Raises:
-        InputError: it is no torch loader, a number is below 1, or ``epochs`` is above 1 for an iterable dataset.
-        DataError: an epoch has not enough samples for a step.
+    their number. An epoch without enough samples for a step is a DataError.
     """
     if not hasattr(loader, "dataset"):
         problem = f"setup_dataloader() was given a {type(loader).__name__}"

@@ -25,10 +25,8 @@ class StepReader:
     """Reads one step after another, until the data of a rank ends.
 
     One reduction per step ends uneven data together, gives the sums that gradients are normalised by, and turns a
-    signal to any one process, or a loss that is not finite, into a decision of all.
-
-    Raises:
-        InputError: the loader is a plain torch ``DataLoader``, which yields the same single batches on every rank.
+    signal to any one process, or a loss that is not finite, into a decision of all. A plain torch ``DataLoader`` is an
+    InputError: it yields the same single batches on every rank.
     """
 
     def __init__(
@@ -46,9 +44,7 @@ class StepReader:
     def read(self, index: int) -> Step | None:
         """Return the next step of all ranks, to be called ``index``; None where a rank has no more; collective.
 
-        Raises:
-            LoopError: ranks have different numbers of micro-batches.
-            NonFiniteError: the loss of an earlier step was not finite on some rank; raised on all ranks.
+        Raises NonFiniteError on all ranks where the loss of an earlier step was not finite on some rank.
         """
         batch, world = next(self._iterator, None), self._world
         ready = batch is not None

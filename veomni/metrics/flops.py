@@ -83,10 +83,7 @@ class FlopsCounter:
 
 
 def causal_pairs(lengths: Tensor, window: int | None) -> int:
-    """Count the (query, key) pairs of causal attention inside documents of ``lengths``, int64 ``[documents]``.
-
-    A ``window`` is the number of keys a query sees at most, itself included.
-    """
+    """Count the (query, key) pairs of documents, int64 ``[documents]``; a query sees ``window`` keys with its own."""
     head = lengths if window is None else lengths.clamp(max=window)
     beyond = 0 if window is None else (lengths - head) * window
     return int((head * (head + 1) // 2 + beyond).sum())

@@ -23,10 +23,7 @@ _MOST_LOAD = 2.0  # times the mean: where the colours end
 
 
 def plot_loss(metrics_jsonl: Path, out: Path) -> None:
-    """Draw ``loss``, ``eval_loss``, ``grad_norm`` and the metrics that the loop added, over ``step``.
-
-    Values that are null or missing, and a torn last line, are left out. The suffix of ``out`` chooses the format.
-    """
+    """Draw ``loss``, ``eval_loss``, ``grad_norm`` and the loop's own metrics over ``step``, where they are known."""
     lines = list(_read(metrics_jsonl))
     extra = extra_metrics(dict.fromkeys(name for line in lines for name in line if line[name] is not None))
     ratios = (2, 1, 1) if extra else (2, 1)

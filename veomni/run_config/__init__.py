@@ -13,8 +13,7 @@ from veomni.config.fields import record_keys
 from veomni.config.keys import choices, walk
 from veomni.config.overrides import USAGE, apply_overrides, parse_argv
 from veomni.config.problems import Problem, explain, raise_problems
-from veomni.config.save import save_args
-from veomni.config.yaml_file import read_yaml
+from veomni.config.yaml_file import read_yaml, save_args
 from veomni.data import DocumentStream, PackedLoader, StreamLoader
 from veomni.data.section import DataSection
 from veomni.errors import ConfigError, LayoutError
@@ -60,11 +59,8 @@ class Config(Section):
     def from_file(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Return the configuration in a YAML file, with overrides applied and the keys checked against each other.
 
-        Overrides are values by dotted key, such as ``{"train.max_steps": 20}``. Files and directories that the
-        configuration names are not looked at.
-
-        Raises:
-            ConfigError: naming every key that is wrong, where it was given, and the fix.
+        Overrides are values by dotted key, such as ``{"train.max_steps": 20}``. A ConfigError names every key that is
+        wrong, where it was given, and the fix; files and directories that the configuration names are not looked at.
         """
         values, lines = read_yaml(path)
         places = {".".join(key): place for key, place in lines.items()}
@@ -76,8 +72,6 @@ class Config(Section):
             raise
         raise_problems(_problems(config, None), str(path))
         return config
-
-    # ---------------------------------------------------------------- builds
 
     def build_launcher(self) -> Launcher:
         """Return a launcher for the ``train`` section, its layout checked; nothing is started yet."""
@@ -150,11 +144,7 @@ class Config(Section):
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Check mesh axes and batch sizes against the number of ranks over all nodes, before any of them is started.
-
-    Raises:
-        LayoutError: they do not fit; names every key, and the fix.
-    """
+    """Raise a LayoutError that names every key of a mesh axis or batch size that does not fit so many ranks in all."""
     raise_problems(_problems(config, world_size), "the layout", LayoutError)
 
 
@@ -166,12 +156,9 @@ def _problems(config: Config, world: int | None) -> Iterator[Problem]:
 def load_config(argv: Sequence[str]) -> Config:
     """Return the configuration that a training script's command line names; ``--help`` prints all keys and exits.
 
-    Args:
-        argv: ``sys.argv[1:]``: a YAML file and any number of ``--section.key VALUE`` or ``--section.key=VALUE``.
-            Values are YAML: ``1e-4``, ``true``, ``null``, ``[0.9, 0.95]``; other text goes in quotes.
-
-    Raises:
-        ConfigError: naming everything that is wrong, and the fix; also when a file or directory it names is not there.
+    ``argv`` is ``sys.argv[1:]``: a YAML file and any number of ``--section.key VALUE`` or ``--section.key=VALUE``.
+    Values are YAML: ``1e-4``, ``true``, ``null``, ``[0.9, 0.95]``; other text goes in quotes. A ConfigError names
+    everything that is wrong, and the fix; also where a file or directory that it names is not there.
     """
     if "--help" in argv or "-h" in argv:
         print(_help())

@@ -142,8 +142,6 @@ class TrainSection(_OPTIONS):
             raise PydanticCustomError("no_owner", "a strategy that holds parameters; list others in train.strategies")
         return name
 
-    # ---------------------------------------------------------------- builds
-
     def build_strategies(self) -> list[Strategy]:
         """Return the strategy that holds the parameters, and those beside it."""
         found: list[Strategy] = [self.strategy.build(replicate=self.data_parallel_replicate_size)]
@@ -178,8 +176,6 @@ class TrainSection(_OPTIONS):
     def micro_batches(self, world_size: int) -> int:
         """Return how many micro-batches each data rank accumulates in an optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_ranks(world_size))
-
-    # ---------------------------------------------------------------- checks
 
     @override
     def path_problems(self) -> Iterator[Problem]:

@@ -93,8 +93,6 @@ class _Fork:
     def _file(self, number: int, rank: int, kind: str = "result") -> Path:
         return self.scratch / f"{number}.{rank}.{kind}"
 
-    # ---------------------------------------------------------------- in a rank
-
     def _start(self, rank: int) -> int:
         pid = os.fork()
         if pid:
@@ -138,8 +136,6 @@ class _Fork:
             if case is self.cases[-1]:
                 dist.destroy_process_group()
         return result
-
-    # ---------------------------------------------------------------- in the test process
 
     def _wait(self, pids: Sequence[int]) -> dict[int, int]:
         """Return how every rank ended; those that outlive a case's timeout, or a dead peer, are killed."""
