@@ -108,7 +108,12 @@ def test_their_options_are_keys_that_are_checked(tmp_path):
 
 def test_two_ranks_train_with_all_of_them(tmp_path):
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in CHOSEN.items()}
-    texts |= {"train.precision": "fp32", "data.eval_fraction": 0, "data.max_documents": 4}
+    texts |= {
+        "model.config_path": str(REPOSITORY / "configs/model_configs/tiny_qwen3_moe.json"),
+        "train.precision": "fp32",
+        "data.eval_fraction": 0,
+        "data.max_documents": 4,
+    }
     short = {key: value for key, value in SHORT.items() if not key.startswith("train.optimizer.")}
     lines = train(REPOSITORY / "docs", tmp_path, 2, "flat_allreduce", {**short, **texts})
     written = list(csv.reader((tmp_path / "metrics.csv").open()))

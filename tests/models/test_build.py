@@ -22,6 +22,7 @@ from veomni.models import (
     build_processor,
     build_tokenizer,
 )
+from veomni.models.build.backends import resolve_experts
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -305,3 +306,9 @@ def test_own_code_runs_when_the_caller_says_so(tmp_path):
     model = build_model(tmp_path, trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
     assert next(model.parameters()).is_meta
+
+
+def test_a_backend_of_experts_is_for_models_that_have_some():
+    model = build_model(tiny_config("qwen3"), weights="random", experts="loop")
+    with pytest.raises(ModelError, match="experts loop was chosen, and Qwen3ForCausalLM has no experts"):
+        resolve_experts(model, torch.float32, ("loop",))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veomni.errors import ModelError
 from veomni.families.record import family_record
 from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
@@ -60,10 +61,13 @@ def resolve_experts(model: nn.Module, compute: torch.dtype, available: Sequence[
 
     A ModelError where the requested backend cannot run the model here. Models without experts are left alone.
     """
+    adapter = ModelAdapter.of(model)
     if not has_experts(model):
+        if adapter.experts != "auto":
+            problem = f"experts {adapter.experts} was chosen, and {type(model).__name__} has no experts"
+            raise ModelError(problem, "set experts to auto", "build_model.experts")
         return
     modules = [module for module in model.modules() if holds_experts(module)]
-    adapter = ModelAdapter.of(model)
     for module in modules:  # now: it cannot be tried out in a compiled forward
         adapter.patch(module, ACTIVATION, find_activation(module))
     backend = choose_backend(modules, adapter.experts, available, compute)
