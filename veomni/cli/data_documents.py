@@ -13,7 +13,7 @@ from rich.console import Console
 from veomni.cli.drawing import LEGEND, coloured
 from veomni.data.multimodal import Family, MediaFeatures, MultimodalTransform, PlannedDocument, SkipBadMedia
 from veomni.data.packing.best_fit import best_fit_decreasing
-from veomni.data.sources.opened import in_turn
+from veomni.data.sources.dataset import in_turn
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.tokens import Tokens

@@ -14,12 +14,12 @@ from veomni.data.options import Workers as Workers
 from veomni.data.sources.cache import build_once as build_once
 from veomni.data.sources.corpora import CORPORA as CORPORA
 from veomni.data.sources.corpora import PYTHON_STDLIB as PYTHON_STDLIB
+from veomni.data.sources.dataset import DocumentStream as DocumentStream
 from veomni.data.sources.dataset import IndexedDataset as IndexedDataset
 from veomni.data.sources.dataset import build_dataset as build_dataset
 from veomni.data.sources.formats import FORMATS as FORMATS
 from veomni.data.sources.mixture import DataSource as DataSource
 from veomni.data.sources.mixture import build_mixture as build_mixture
-from veomni.data.sources.opened import DocumentStream as DocumentStream
 from veomni.data.sources.schema import RecordSchema as RecordSchema
 from veomni.data.text.byte_bpe import cached_byte_bpe as cached_byte_bpe
 from veomni.data.text.byte_bpe import train_byte_bpe as train_byte_bpe

@@ -108,11 +108,8 @@ def unread_parameters(owner: Any) -> list[nn.Parameter]:
     if tower is None or layer is None or (family.after_last_norm and layer == -1):
         return found
     layers = next(child for child in tower.modules() if isinstance(child, nn.ModuleList))
-    hidden_states = len(layers) + 1
-    taken = {index % hidden_states for index in (layer if isinstance(layer, list | tuple) else [layer])}
-    for unused in layers[max(taken) :]:
-        found += unused.parameters()
-    return found + _post_norm(tower)
+    taken = {index % (len(layers) + 1) for index in (layer if isinstance(layer, list | tuple) else [layer])}
+    return [*found, *layers[max(taken) :].parameters(), *_post_norm(tower)]
 
 
 def _post_norm(encoder: nn.Module) -> list[nn.Parameter]:

@@ -42,13 +42,10 @@ class DocumentPositions:
     def __call__(self, document: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the positions of a document, whose tensors are as the family's processor gives them for it alone.
 
-        Returns:
-            ``position_ids``, int64 ``[seq]``, or ``[4, seq]``: the place of each token in the document, which keeps
-            packed documents apart, then time, height and width. Where these are no whole numbers (seconds of videos in
-            Qwen3-Omni), also :data:`FRACTIONS` ``[seq, 3]``, to be added to the last three.
-
-        Raises:
-            DataError: placeholders and media do not fit together.
+        ``position_ids`` are int64 ``[seq]``, or ``[4, seq]``: the place of each token in the document, which keeps
+        packed documents apart, then time, height and width. Where these are no whole numbers (seconds of videos in
+        Qwen3-Omni), also :data:`FRACTIONS` ``[seq, 3]``, to be added to the last three. DataError where placeholders
+        and media do not fit together.
         """
         ids: Tensor = document["input_ids"]
         text = torch.arange(len(ids))

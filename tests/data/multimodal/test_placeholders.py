@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from veomni.data.multimodal.placeholders import expand_placeholders
+from veomni.data.multimodal.transform import expand_placeholders
 from veomni.data.text.chat import Rendered, Span
 from veomni.errors import DataError
 

@@ -9,7 +9,7 @@ from veomni.data.loading.stream_plan import StreamPlan
 from veomni.data.options import BatchShape, Mixing, Order, Packing, Workers
 from veomni.data.packing.rows import MicroBatches
 from veomni.data.sources.cache import cache_directory
-from veomni.data.sources.opened import DocumentStream
+from veomni.data.sources.dataset import DocumentStream
 from veomni.data.text.on_overflow import cut_to_rows
 from veomni.data.text.token_cache import tokenize
 from veomni.data.text.tokens import padding_token

@@ -10,7 +10,7 @@ import numpy as np
 
 from veomni.data.options import Mixing, Order, Packing
 from veomni.data.sources.blocks import Blocks, Records
-from veomni.data.sources.opened import OpenedSource
+from veomni.data.sources.dataset import OpenedSource
 from veomni.data.text.samples import SampleMaker
 
 

@@ -34,11 +34,8 @@ def load_audio(content: bytes, name: str, rate: int, limits: MediaLimits = DEFAU
     """Return the mean of an audio file's channels, resampled by ``soxr`` (high quality) as librosa and transformers do.
 
     Formats are libsndfile's: WAV, FLAC, Ogg, MP3, AIFF and others. ``content`` is a file's bytes, ``name`` names it in
-    messages, ``rate`` is in samples per second.
-
-    Raises:
-        MediaError: it is no audio, damaged, without samples, or too long.
-        MissingExtraError: soundfile or soxr is not installed.
+    messages, ``rate`` is in samples per second. MediaError for what is no audio, damaged, without samples, or too long;
+    MissingExtraError without soundfile or soxr.
     """
     try:
         import soundfile

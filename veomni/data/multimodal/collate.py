@@ -53,7 +53,10 @@ class MultimodalCollator:
         """Return a micro-batch of the documents of each row; DataError for a row too long or a key without a rule."""
         documents = [[self._prepared(sample) for sample in row] for row in rows]
         lengths = [[len(sample["input_ids"]) for sample in row] for row in documents]
-        self._check_lengths(lengths)
+        longest = max((sum(row) for row in lengths), default=0)
+        if longest > self.max_seq_len:
+            problem = f"the documents of a row have {longest} tokens, and a row {self.max_seq_len}"
+            raise DataError(problem, "pack fewer documents into it, or raise max_seq_len", "Packing.max_seq_len")
         batch: dict[str, Any] = {}
         keys = dict.fromkeys(key for row in documents for sample in row for key in sample)
         for key in keys or dict.fromkeys(_OF_AN_EMPTY_BATCH):
@@ -82,12 +85,6 @@ class MultimodalCollator:
             kept["labels"] = kept["labels"].clone()
             kept["labels"][:1] = IGNORE_INDEX  # it would be predicted from the document before
         return {key: value for key, value in kept.items() if key not in _FOR_POSITIONS or key in self._taken}
-
-    def _check_lengths(self, lengths: Sequence[Sequence[int]]) -> None:
-        longest = max((sum(row) for row in lengths), default=0)
-        if longest > self.max_seq_len:
-            problem = f"the documents of a row have {longest} tokens, and a row {self.max_seq_len}"
-            raise DataError(problem, "pack fewer documents into it, or raise max_seq_len", "Packing.max_seq_len")
 
     def _pack_tokens(self, key: str, rule: Field, rows: Sequence[Sequence[Sample]]) -> Tensor:
         """Return ``[batch, seq, ...]``; positions ``[batch, seq]``, or ``[4, batch, seq]`` with text first."""

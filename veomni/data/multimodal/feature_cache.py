@@ -30,12 +30,8 @@ class FeatureCache:
 
     Any number of processes may share it. A file is written under another name and renamed, so none is ever seen half
     written; a damaged one is made again. The files not used for longest are removed when all exceed ``max_bytes``, for
-    a moment only by what other processes have written since the last look.
-
-    Args:
-        directory: Made if it is not there.
-        max_bytes: Size of all files.
-        settings: What decides the features of a content, in a form that JSON can hold.
+    a moment only by what other processes have written since the last look. ``settings`` are what decides the features
+    of a content, in a form that JSON can hold.
     """
 
     def __init__(self, directory: Path, max_bytes: int, settings: Any) -> None:

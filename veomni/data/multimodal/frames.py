@@ -78,9 +78,7 @@ def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
 def torchcodec_frames(content: bytes, stream: VideoStream, total: int, wanted: Collection[int]) -> Frames:
     """Decode the wanted frames of a file that PyAV has opened, as ``stream``, and checked.
 
-    Raises:
-        TorchcodecCannotError: more than 8 bits a colour, frames that are not shown (PyAV counts ``total``), or what
-            torchcodec gives up on.
+    TorchcodecCannotError for more than 8 bits a colour, frames that are not shown (PyAV counts ``total``), or damage.
     """
     from torchcodec.decoders import VideoDecoder
 

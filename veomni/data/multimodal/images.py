@@ -18,10 +18,9 @@ logger = create_logger(__name__)
 # Raster formats only: others of Pillow's call other programs (EPS), or are rare enough to be little tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
 _NO_IMAGES = {
-    (b"<!doctype html", b"<html"): "an HTML page",
-    (b"<?xml", b"<svg"): "XML",
+    (b"<!doctype html", b"<html"): "an HTML page", (b"<?xml", b"<svg"): "XML",
     (b"%pdf", b"%!ps"): "a PDF or PostScript document",
-}
+}  # fmt: skip
 _KEPT_BLOCKS = 4  # of at most 16 MiB
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF
@@ -31,10 +30,7 @@ def load_image(content: bytes | Image.Image, name: str, limits: MediaLimits = DE
     """Return an image as RGB: turned as its EXIF orientation says, transparency on white, of an animation the first.
 
     16-bit grey is scaled to 8 bits. Colour profiles are not applied, as in transformers' processors. ``content`` is a
-    file's bytes or an opened image, ``name`` names it in messages.
-
-    Raises:
-        MediaError: it is no image, damaged, or beyond the limits.
+    file's bytes or an opened image, ``name`` names it in messages (MediaError: no image, damaged, beyond the limits).
     """
     image = _open(content, name) if isinstance(content, bytes) else content
     limits.check_image(name, image.width, image.height)

@@ -44,10 +44,9 @@ class MediaLimits:
         if width * height > self.max_pixels:
             problem = f"{name}: {width} x {height} is {width * height} pixels, more than {self.max_pixels}"
             raise MediaError(problem, "make it smaller, or raise max_pixels", "MediaLimits.max_pixels")
-        ratio = max(width, height) / min(width, height)
-        if ratio > self.max_aspect_ratio:
-            most = f"{self.max_aspect_ratio:g}"
-            problem = f"{name}: {width} x {height} has an aspect ratio of {ratio:.0f}, more than {most}"
+        ratio, most = max(width, height) / min(width, height), self.max_aspect_ratio
+        if ratio > most:
+            problem = f"{name}: {width} x {height} has an aspect ratio of {ratio:.0f}, more than {most:g}"
             raise MediaError(problem, "crop it, or remove the record")
 
     def check_duration(self, name: str, seconds: float) -> None:

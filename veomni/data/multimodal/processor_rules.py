@@ -34,12 +34,12 @@ def between_ends(total: int, fps: float, *, wanted_fps: float, min_frames: int, 
 def at_seconds(total: int, fps: float, *, wanted_fps: float, max_seconds: float) -> list[int]:
     """Return the frames shown at equal distances in time; an even number, the last one twice if need be (GLM-4V)."""
     last, duration = total - 1, total / fps
-    places: list[float]
     if duration <= max_seconds:
         places = [place * fps / wanted_fps for place in range(max(math.floor(duration * wanted_fps), 1))]
+    elif (count := int(max_seconds * wanted_fps)) < total:
+        places = (np.linspace(0, duration, count) * fps).tolist()
     else:
-        count = int(max_seconds * wanted_fps)
-        places = list(range(total)) if count >= total else (np.linspace(0, duration, count) * fps).tolist()
+        places = [float(place) for place in range(total)]
     indices = list(dict.fromkeys(min(last, math.ceil(place)) for place in places))
     return [*indices, indices[-1]] if len(indices) % 2 else indices
 
@@ -58,15 +58,9 @@ def smart_resize(
     """Return the size nearest to ``height`` x ``width`` with sides that are multiples of ``factor``.
 
     The pixels of all frames together are brought within ``min_pixels`` and ``max_pixels``, keeping the aspect ratio as
-    well as multiples allow. Halves round to even, as Python's ``round`` does; every detail is that of transformers'
-    Qwen2-VL, Qwen3-VL and GLM-4V processors.
-
-    Qwen3-VL and GLM-4V bound all ``frames`` of a video together, their number rounded to multiples of the
-    ``temporal_factor`` that share a patch; there both sides are brought to ``factor`` first, where one is shorter
-    (``enlarge``).
-
-    Raises:
-        ValueError: one side is more than 200 times the other.
+    well as multiples allow (ValueError: above 200). Every detail is that of transformers' Qwen2-VL, Qwen3-VL and GLM-4V
+    processors. The last two bound all ``frames`` of a video together, their number rounded to multiples of the
+    ``temporal_factor`` that share a patch; with ``enlarge`` both sides are brought to ``factor`` first.
     """
     if enlarge and min(height, width) < factor:
         scale = max(factor / height, factor / width)

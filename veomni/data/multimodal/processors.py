@@ -56,18 +56,13 @@ class MediaSettings:
 
 
 def build_family(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: str | Path | None = None,
-    settings: MediaSettings | None = None,
-) -> Family:
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path | None = None, settings: MediaSettings | None = None,
+) -> Family:  # fmt: skip
     """Return what turns media into inputs of a model.
 
-    Args:
-        config: The model's configuration; of an omni model, the thinker's or the whole model's.
-        tokenizer: The model's tokenizer.
-        directory: Holds the files of the model's processors; None, or without files, makes them for ``config``.
-        settings: What the run changes.
+    ``config`` is the model's; of an omni model, the thinker's or the whole model's. ``directory`` holds the files of
+    its processors; None, or without files, makes them for ``config``.
 
     Raises:
         ConfigError: no family is known for the model, it has no such setting, or torchcodec is not installed.
@@ -93,8 +88,7 @@ def settings_of(family: Family) -> dict[str, Any]:
     own = {name: value for name, value in vars(family).items() if name not in ("config", "tokenizer")}
     facts = {"family": type(family).__name__, "model": ids, **own}
     plain = json.dumps(facts, default=lambda one: one.to_dict() if hasattr(one, "to_dict") else str(one))
-    found: dict[str, Any] = json.loads(plain)
-    return found
+    return dict(json.loads(plain))
 
 
 def _image_processor(

@@ -27,8 +27,7 @@ class Qwen2Audio(Family):
 def mel_features(extractor: Any, clip: AudioClip, samples: int) -> dict[str, Tensor]:
     """Return the log-mel spectrogram of a clip, filled up with silence to ``samples``, by transformers' ``extractor``.
 
-    Raises:
-        MediaError: the clip is longer than the extractor takes, which would cut the rest off, or shorter than a frame.
+    MediaError for a clip longer than the extractor takes, which would cut the rest off, or shorter than a frame.
     """
     seconds, longest = len(clip.samples) / clip.rate, extractor.n_samples / extractor.sampling_rate
     if len(clip.samples) > extractor.n_samples:

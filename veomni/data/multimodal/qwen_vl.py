@@ -70,8 +70,7 @@ class Qwen2VL(Family):
 
     def sample_frames(self, frames: int, fps: float) -> list[int]:
         """Return frames at ``fps`` per second, within ``min_frames`` and ``max_frames``."""
-        multiple = self.video_settings["temporal_patch_size"]
-        return rules.evenly_by_rate(frames, fps, **self._rates(), multiple=multiple)
+        return rules.evenly_by_rate(frames, fps, **self._rates(), multiple=self.video_settings["temporal_patch_size"])
 
     def _rates(self) -> dict[str, Any]:
         video = self.video_settings
@@ -89,10 +88,8 @@ class Qwen2VL(Family):
     def video(self, video: Video) -> MediaFeatures:
         """Return ``pixel_values_videos`` ``[patches, values]``, ``video_grid_thw`` ``[1, 3]`` and what times need."""
         settings = self.video_settings
-        patches, grid = patchify(
-            video.frames, patch=settings["patch_size"], merge=settings["merge_size"],
-            frames_per_patch=settings["temporal_patch_size"],
-        )  # fmt: skip
+        patch, merge, together = (settings[key] for key in ("patch_size", "merge_size", "temporal_patch_size"))
+        patches, grid = patchify(video.frames, patch=patch, merge=merge, frames_per_patch=together)
         normalization = Normalization.of_frames(settings["image_mean"], settings["image_std"])
         pixels = Pixels(patches.numpy(), (len(patches), patches[0].numel()), normalization)
         tensors: dict[str, Tensor | PixelList] = {"pixel_values_videos": PixelList([pixels]), "video_grid_thw": grid}

@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.data.multimodal.collate import MultimodalCollator
-from veomni.data.multimodal.media_decoder import PlannedMedia
-from veomni.data.multimodal.transform import CompactSample, MultimodalTransform, PlannedDocument
+from veomni.data.multimodal.transform import MultimodalTransform, PlannedDocument
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
 from veomni.data.text.on_overflow import raise_overflow
@@ -62,15 +61,9 @@ class SkipBadMedia:
 class MediaSamples(SampleMaker):
     """Makes samples of conversations with media, whose records hold them in the field ``messages``.
 
-    Conversations longer than a row are dropped where ``on_overflow`` is ``drop``; media are never cut.
-
-    Args:
-        transform: From a record to a model's inputs.
-        collator: Packs them.
-        schemas: What the records of each source hold.
-        on_overflow: ``error`` or ``drop``; ConfigError for the other policies, unless they are for ``texts``.
-        texts: Makes samples of the sources without media.
-        skipping: Leaves records out whose media cannot be used; None makes them errors.
+    Conversations longer than a row are dropped where ``on_overflow`` is ``drop``; media are never cut: the policies
+    but ``error`` are a ConfigError, unless they are for ``texts``, which makes samples of the sources without media.
+    ``schemas`` are those of all sources; ``skipping`` leaves records out whose media cannot be used.
     """
 
     def __init__(
@@ -99,17 +92,15 @@ class MediaSamples(SampleMaker):
             if not self._drops:
                 raise_overflow(document.where, tokens, self._collator.max_seq_len, policies="drop")
             return Made([])
-        seen = [self._transform.family.media_tokens(media.text) for media in planned.media]
-        cost = tokens * tokens + sum(self._patches(media) ** 2 for media in planned.media)
-        return Made([Piece(planned, (tokens,), sum(seen), cost)])
+        family = self._transform.family
+        seen = [(family.media_tokens(media.text), media.item.kind) for media in planned.media]
+        # A tower attends to the patches of an image or video, and to as many as the tokens of an audio clip.
+        patches = [count * (1 if kind == "audio" else family.patches_per_token) for count, kind in seen]
+        cost = tokens * tokens + sum(count * count for count in patches)
+        return Made([Piece(planned, (tokens,), sum(count for count, _ in seen), cost)])
 
     def _kept(self, make: Callable[[S], T], given: S) -> T | None:
         return make(given) if self._skipping is None else self._skipping(make, given)
-
-    def _patches(self, media: PlannedMedia) -> int:
-        """Return what a tower attends to: the patches of an image or video, as many as the tokens of an audio clip."""
-        family = self._transform.family
-        return family.media_tokens(media.text) * (1 if media.item.kind == "audio" else family.patches_per_token)
 
     @override
     def complete(self, sample: Sample) -> Sample | None:
@@ -117,14 +108,12 @@ class MediaSamples(SampleMaker):
         planned = sample.content
         if not isinstance(planned, PlannedDocument):  # a text
             return sample
-        made = self._kept(self._decoded, planned)
+        transform = self._transform
+        made = self._kept(lambda one: transform.sample(one.tokens, transform.decode(one).media), planned)
         if made is None:
             return None
         arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in made.items()}
         return replace(sample, content=arrays)
-
-    def _decoded(self, planned: PlannedDocument) -> CompactSample:
-        return self._transform.sample(planned.tokens, self._transform.decode(planned).media)
 
     @override
     def collate(self, rows: Sequence[Row]) -> MicroBatch:

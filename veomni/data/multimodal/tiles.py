@@ -20,9 +20,8 @@ class Tiled(Family):
 
     def image(self, image: Image) -> MediaFeatures:
         """Return ``pixel_values`` ``[tiles, 3, height, width]``, still to be rescaled and normalized."""
-        made: Any = self.image_processor(
-            images=[image], do_rescale=False, do_normalize=False, return_tensors="pt", **self.options
-        )
+        raw = {"do_rescale": False, "do_normalize": False}
+        made: Any = self.image_processor(images=[image], return_tensors="pt", **raw, **self.options)
         pixels = tiles(made["pixel_values"], Normalization.of(self.image_processor))
         return MediaFeatures({"pixel_values": pixels}, self.text_of(pixels.shape))
 
@@ -89,8 +88,8 @@ class InternVL(Tiled):
 
     def video(self, video: Video) -> MediaFeatures:
         """Return ``pixel_values`` ``[frames, 3, height, width]``."""
-        settings = self.video_settings
-        pixels = tiles(video.frames, Normalization.of_frames(settings["image_mean"], settings["image_std"]))
+        mean, std = self.video_settings["image_mean"], self.video_settings["image_std"]
+        pixels = tiles(video.frames, Normalization.of_frames(mean, std))
         text = "\n".join(f"Frame{number}: {self.text_of([1])}" for number in range(1, pixels.shape[0] + 1))
         return MediaFeatures({"pixel_values": pixels}, text)
 

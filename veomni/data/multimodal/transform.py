@@ -5,7 +5,8 @@ So media that wait for a row are references, or files as they are, never pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,11 @@ from veomni.data.multimodal.family import Family
 from veomni.data.multimodal.feature_cache import FeatureCache
 from veomni.data.multimodal.media_decoder import MediaDecoder, PlannedMedia
 from veomni.data.multimodal.pixels import PixelList, as_tensor
-from veomni.data.multimodal.placeholders import expand_placeholders
 from veomni.data.multimodal.reader import MediaReader
 from veomni.data.sources.formats import MESSAGES
 from veomni.data.sources.media_records import media_conversation
 from veomni.data.sources.records import Document
-from veomni.data.text.chat import render_conversation, tokenize_rendered
+from veomni.data.text.chat import Rendered, render_conversation, tokenize_rendered
 from veomni.data.text.tokens import Tokens
 from veomni.errors import DataError
 from veomni.models.transformers_api.chat import render_chat
@@ -58,14 +58,9 @@ class MultimodalTransform:
     """
 
     def __init__(
-        self,
-        family: Family,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template: str,
-        reader: MediaReader | None = None,
-        messages_key: str = MESSAGES,
-        cache: FeatureCache | None = None,
-    ) -> None:
+        self, family: Family, tokenizer: PreTrainedTokenizerBase, chat_template: str,
+        reader: MediaReader | None = None, messages_key: str = MESSAGES, cache: FeatureCache | None = None,
+    ) -> None:  # fmt: skip
         self.family, self.tokenizer, self.chat_template = family, tokenizer, chat_template
         self.media, self.messages_key = MediaDecoder(family, reader or MediaReader(), cache), messages_key
 
@@ -124,8 +119,7 @@ class MultimodalTransform:
         if isinstance(content, list) and not parts:
             if any(part["type"] != "text" for part in content):
                 problem = f"{where}: media, and the chat template has no place for them"
-                fix = "use the model's chat_template, or one made for media"
-                raise DataError(problem, fix, "Encoder.chat_template")
+                raise DataError(problem, "use the model's chat_template, or one for media", "Encoder.chat_template")
             content = "".join(part["text"] for part in content)
         return message if content is None else {**message, "content": content}
 
@@ -151,3 +145,42 @@ def _spread(values: Tensor, there: Tensor, fill: float) -> Tensor:
     spread = values.new_full((len(there), *values.shape[1:]), fill)
     spread[there] = values
     return spread
+
+
+def expand_placeholders(
+    rendered: Rendered, tokens: Mapping[str, str], texts: Mapping[str, Sequence[str]], where: str
+) -> Rendered:
+    """Put ``texts`` in the place of placeholders, and move what is supervised along.
+
+    There is one per item: of each kind the one in ``tokens`` (DataError: more or fewer than ``texts`` of that kind).
+    """
+    found = list(re.finditer("|".join(map(re.escape, tokens.values())) or r"(?!)", rendered.text))
+    left = {}
+    for kind, token in tokens.items():
+        _require_equal(kind, token, sum(match.group() == token for match in found), len(texts.get(kind, ())), where)
+        left[token] = iter(texts.get(kind, ()))
+    pieces, moves, at, moved = [], [(0, 0)], 0, 0
+    for match in found:
+        text = next(left[match.group()])
+        pieces += [rendered.text[at : match.start()], text]
+        at = match.end()
+        moved += len(text) - len(match.group())
+        moves.append((at, moved))
+    supervised = [
+        span._replace(start=_moved(span.start, moves), stop=_moved(span.stop, moves)) for span in rendered.supervised
+    ]
+    return Rendered("".join([*pieces, rendered.text[at:]]), supervised)
+
+
+def _require_equal(kind: str, token: str, places: int, items: int, where: str) -> None:
+    counts = f"{places} {kind} placeholders ({token}), the record {items} {kind}s"
+    problem = f"{where}: the rendered conversation has {counts}"
+    if places > items:
+        raise DataError(problem, f"give the missing media, or take {token} out of the text")
+    if places < items:
+        raise DataError(problem, "the chat template leaves media out: use another one", "Encoder.chat_template")
+
+
+def _moved(place: int, moves: Sequence[tuple[int, int]]) -> int:
+    """Move the end of a span, which lies within no placeholder, by what was inserted before it."""
+    return place + [moved for at, moved in moves if at <= place][-1]

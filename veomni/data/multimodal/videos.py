@@ -75,9 +75,7 @@ class VideoReading:
 def load_video(content: bytes, name: str, reading: VideoReading, limits: MediaLimits = DEFAULT_LIMITS) -> Video:
     """Decode a video; ``content`` is a file's bytes, ``name`` names it in messages.
 
-    Raises:
-        MediaError: it is no video, damaged, cut short, or beyond the limits.
-        MissingExtraError: PyAV is not installed.
+    Raises MediaError where it is no video, damaged, cut short, or beyond the limits; MissingExtraError without PyAV.
     """
     try:
         import av

@@ -31,7 +31,7 @@ def cache_directory(chosen: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veomni"
 
 
-def build_once(directory: Path, build: Callable[[Path], None], problem: Callable[[Path], str | None]) -> None:
+def build_once(directory: Path, build: Callable[[Path], object], problem: Callable[[Path], str | None]) -> None:
     """Make sure ``directory`` holds a good copy; of many processes the first to get the lock builds it.
 
     ``build`` fills an empty directory beside its place, which is then flushed and renamed: nothing half-written has the
@@ -60,7 +60,7 @@ def build_once(directory: Path, build: Callable[[Path], None], problem: Callable
         lock.release()
 
 
-def _build_beside(directory: Path, build: Callable[[Path], None]) -> None:
+def _build_beside(directory: Path, build: Callable[[Path], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         build(temporary)
@@ -99,10 +99,7 @@ def file_digest(path: Path, cache_dir: Path) -> str:
         return _hash(path)
     kept = cache_dir / "digests" / digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
 
-    def build(empty: Path) -> None:
-        (empty / "digest").write_text(_hash(path))
-
-    build_once(kept, build, lacks("digest"))
+    build_once(kept, lambda empty: (empty / "digest").write_text(_hash(path)), lacks("digest"))
     return (kept / "digest").read_text()
 
 

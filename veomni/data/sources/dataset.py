@@ -1,10 +1,11 @@
-"""Documents by index, over one or many files, with a held-out part."""
+"""Documents of one or several sources: as a stream, or by index over one or many files, with a held-out part."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, repeat, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,9 @@ from typing_extensions import override
 
 from veomni.data.options import Mixing
 from veomni.data.packing.order import hashed_uniform
-from veomni.data.sources.blocks import Records
+from veomni.data.sources.blocks import Blocks, Records, all_records
 from veomni.data.sources.cache import cache_directory, digest, file_digest
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import DocumentStream, OpenedSource
 from veomni.data.sources.opening import find_data
 from veomni.data.sources.records import Document
 from veomni.data.sources.schema import RecordSchema
@@ -26,6 +26,56 @@ from veomni.errors import DataError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A :class:`~veomni.data.DataSource` that can be read: by ``blocks`` of records.
+
+    ``fingerprint`` returns, given the cache directory, what changes when the source does.
+    """
+
+    name: str
+    weight: float
+    schema: RecordSchema
+    blocks: Sequence[Blocks]
+    fingerprint: Callable[[Path], Mapping[str, Any]]
+
+    def __iter__(self) -> Iterator[Document]:
+        return map(self.schema.converted, all_records(self.blocks))
+
+
+class DocumentStream:
+    """Documents of one or several sources, and how these become one stream."""
+
+    def __init__(self, sources: Sequence[OpenedSource], mixing: Mixing) -> None:
+        self.sources, self.mixing = sources, mixing
+
+    @property
+    def indexed(self) -> IndexedDataset | None:
+        """The same documents by index; None where they can only be streamed."""
+        return None
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield all documents once, source by source, in order."""
+        for source in self.sources:
+            yield from source
+
+    def texts(self) -> Iterator[str]:
+        """Yield what a tokenizer is trained on: the text of every document, or of every message."""
+        for source in self.sources:
+            for document in source:
+                yield from source.schema.type.texts(document, source.schema)
+
+    def fingerprint(self, cache_dir: Path) -> dict[str, dict[str, Any]]:
+        """Return, by source, what changes when it does, as JSON can hold it."""
+        return {source.name: dict(source.fingerprint(cache_dir)) for source in self.sources}
+
+
+def in_turn(sources: Sequence[OpenedSource]) -> Iterator[tuple[OpenedSource, Document]]:
+    """Yield all documents once, one of each source after another, with their source."""
+    for turn in zip_longest(*(zip(repeat(source), source, strict=False) for source in sources)):
+        yield from (named for named in turn if named is not None)
 
 
 class IndexedDataset(DocumentStream):

@@ -115,5 +115,5 @@ def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problem = f"{where}: byte {error.start} is not UTF-8"
-        raise DataError(problem, "convert the file to UTF-8, or leave it out") from error
+        fix = "convert the file to UTF-8, or leave it out"
+        raise DataError(f"{where}: byte {error.start} is not UTF-8", fix) from error

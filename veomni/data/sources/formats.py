@@ -85,10 +85,8 @@ class Alpaca(RecordFormat):
         question, answer = (text_of(document, name, "RecordSchema.format") for name in ("instruction", "output"))
         given = _optional(document, "input")
         history = document.record.get("history") or []
-        turns = [
-            *(history if isinstance(history, list) else [history]),
-            (question + (f"\n{given}" if given else ""), answer),
-        ]
+        asked = question + (f"\n{given}" if given else "")
+        turns = [*(history if isinstance(history, list) else [history]), (asked, answer)]
         messages: list[Message] = []
         for number, turn in enumerate(turns, start=1):
             if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:

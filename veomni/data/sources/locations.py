@@ -138,8 +138,7 @@ def local_file(path: Path, root: Path | None = None) -> DataFile:
 def remote_files(url: str) -> list[DataFile]:
     """Return the files a URL stands for, sorted: itself, those that match its pattern, or all below it.
 
-    Raises:
-        DataError: there are none, they cannot be reached, or the package for this kind of URL is not installed.
+    DataError where there are none, they cannot be reached, or the package for this kind of URL is not installed.
     """
     system, path = _file_system(url)
 

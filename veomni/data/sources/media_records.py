@@ -18,12 +18,9 @@ _REFERENCES = ("url", "path", "bytes", "base64")
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One image, video or audio clip of a conversation.
+    """An item of a conversation: one of :data:`KINDS`, or of the decoder that generates it.
 
-    Attributes:
-        kind: One of :data:`KINDS`, or the name of a decoder that generates it.
-        reference: What a ``MediaReader`` reads.
-        where: File, record and message, for messages.
+    A ``MediaReader`` reads ``reference``; errors name ``where``: file, record and message.
     """
 
     kind: str
@@ -35,11 +32,8 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
     """Return a conversation whose contents are text or lists of ``{type: ...}`` parts, and its media in order.
 
     A content is text, in which ``<image>``, ``<video>`` and ``<audio>`` each stand for the next entry of the record's
-    field ``images``, ``videos`` or ``audios``; or a list of parts in the form of transformers or of OpenAI. A part
-    without a reference stands for the next entry as well.
-
-    Raises:
-        DataError: messages are malformed, or marks and entries do not fit together.
+    field ``images``, ``videos`` or ``audios`` (DataError: there are more or fewer); or a list of parts in the form of
+    transformers or of OpenAI. A part without a reference stands for the next entry as well.
     """
     messages = document.record.get(key)
     if not isinstance(messages, list):
@@ -50,11 +44,13 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
     for number, message in enumerate(messages, start=1):
         content = message.get("content") if isinstance(message, Mapping) else None
         contents.append(_parts(content, f"{document.where}, message {number}", columns, items))
-    _check_used(document, columns)
-    plain = [
-        {**message, "content": "parts"} if isinstance(content, list) else message
-        for message, content in zip(messages, contents, strict=True)
-    ]
+    for kind, left in columns.items():
+        if left:
+            key, total = MEDIA_KEYS[kind], len(document.record[MEDIA_KEYS[kind]])
+            problem = f"{document.where}: {total} {key}, and the messages have a place for {total - len(left)}"
+            raise DataError(problem, f"write <{kind}> in a message for each, or remove what is too many")
+    both = zip(messages, contents, strict=True)
+    plain = [{**message, "content": "parts"} if isinstance(content, list) else message for message, content in both]
     conversation = conversation_of(Document({**document.record, key: plain}, document.where), key)
     for message, content in zip(conversation.messages, contents, strict=True):
         if isinstance(content, list):
@@ -76,14 +72,6 @@ def _column(document: Document, kind: str) -> list[Any]:
     if not isinstance(value, list):
         raise DataError(f"{document.where}: field {MEDIA_KEYS[kind]!r} is no list", "make it a list of paths")
     return list(value)
-
-
-def _check_used(document: Document, columns: Mapping[str, list[Any]]) -> None:
-    for kind, left in columns.items():
-        if left:
-            key, total = MEDIA_KEYS[kind], len(document.record[MEDIA_KEYS[kind]])
-            problem = f"{document.where}: {total} {key}, and the messages have a place for {total - len(left)}"
-            raise DataError(problem, f"write <{kind}> in a message for each, or remove what is too many")
 
 
 def _parts(content: Any, where: str, columns: dict[str, list[Any]], items: list[MediaItem]) -> Any:

@@ -9,9 +9,8 @@ from typing import Any
 
 from veomni.data.options import Mixing, Sampling, StoppingStrategy
 from veomni.data.sources.cache import cache_directory, digest
-from veomni.data.sources.dataset import build_dataset
+from veomni.data.sources.dataset import DocumentStream, OpenedSource, build_dataset
 from veomni.data.sources.locations import shown
-from veomni.data.sources.opened import DocumentStream, OpenedSource
 from veomni.data.sources.opening import find_data
 from veomni.data.sources.schema import RecordSchema
 from veomni.errors import ConfigError, DataError
@@ -50,23 +49,14 @@ class DataSource:
 
 
 def build_mixture(
-    sources: Sequence[DataSource],
-    *,
-    streaming: bool = True,
-    sampling: Sampling = "sample",
-    stopping_strategy: StoppingStrategy = "repeat",
-    cache_dir: str | Path | None = None,
-) -> DocumentStream:
-    """Return one or several sources as a stream.
+    sources: Sequence[DataSource], *, streaming: bool = True, sampling: Sampling = "sample",
+    stopping_strategy: StoppingStrategy = "repeat", cache_dir: str | Path | None = None,
+) -> DocumentStream:  # fmt: skip
+    """Return one or several sources as a stream, mixed as :class:`Mixing` says.
 
-    Args:
-        sources: What is mixed.
-        streaming: Open files block by block as they are needed; otherwise all are indexed first, which shuffles them
-            record by record.
-        sampling: See :class:`Mixing`.
-        stopping_strategy: See :class:`Mixing`.
-        cache_dir: Where built-in corpora and copies of indexed remote and compressed files are kept; None for
-            ``$XDG_CACHE_HOME/veomni``.
+    With ``streaming``, files are opened block by block as they are needed; otherwise all are indexed first, which
+    shuffles them record by record. Built-in corpora and copies of indexed remote and compressed files are kept in
+    ``cache_dir``, None for ``$XDG_CACHE_HOME/veomni``.
 
     Raises:
         ConfigError: an option is unknown, two sources have one name, or weights sum to zero.

@@ -68,11 +68,7 @@ _UNSUPPORTED = frozenset({".csv", ".tsv", ".xlsx", ".xls"})
 
 
 def find_data(path: str, cache_dir: Path) -> list[tuple[DataFile, FileFormat]]:
-    """Return the files that a path stands for, in order, each with its format; corpora are kept in ``cache_dir``.
-
-    Raises:
-        DataError: nothing is there, or it cannot be used.
-    """
+    """Return the files that a path stands for (DataError: none) and their formats; corpora are in ``cache_dir``."""
     if path in CORPORA:
         files = [local_file(file) for file in corpus_files(path, cache_dir)]
         return [(file, TEXT if path == PYTHON_STDLIB else _LINES) for file in files]

@@ -17,12 +17,9 @@ MEDIA_KEYS = {"image": "images", "video": "videos", "audio": "audios"}
 
 # Roles, and those they may follow; None is the start of the conversation.
 _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
-    "system": (None,),
-    "developer": (None, "system"),
-    "user": (None, "system", "developer", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
+    "system": (None,), "developer": (None, "system"), "user": (None, "system", "developer", "assistant"),
+    "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
+}  # fmt: skip
 _HEAVIEST = 3.4028234663852886e38  # of float32
 _THINKING = ("reasoning_content", "thinking", "reasoning")  # its names in templates and data sets
 
@@ -48,11 +45,7 @@ class MissingFieldError(DataError):
 
 
 def field_of(document: Document, key: str, option: str) -> Any:
-    """Return the value of field ``key``.
-
-    Raises:
-        MissingFieldError: there is no such field; names those there are, and the ``option`` that chooses it.
-    """
+    """Return the value of field ``key``; MissingFieldError, which names the ``option`` that chooses it, without one."""
     if key not in document.record:
         found = ", ".join(sorted(document.record)) or "none"
         problem, (_, _, argument) = f"{document.where}: no field {key!r} (fields: {found})", option.partition(".")
@@ -90,9 +83,8 @@ def conversation_of(document: Document, key: str) -> Conversation:
 def messages_of(document: Document, key: str) -> list[Message]:
     """Return the messages in field ``key``, without the fields that are null.
 
-    Raises:
-        DataError: the field is missing or no list of messages, a role is unknown or out of order, a message is
-            malformed, or none is the assistant's.
+    DataError where it is no list of messages, a role is unknown or out of order, one is malformed, or none is the
+    assistant's.
     """
     value = field_of(document, key, "RecordSchema.messages_key")
     if not isinstance(value, list):

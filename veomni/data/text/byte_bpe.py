@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veomni.data.sources.cache import build_once, cache_directory, digest, lacks
-from veomni.data.sources.opened import DocumentStream
+from veomni.data.sources.dataset import DocumentStream
 from veomni.data.text.chat_templates import CHAT_TEMPLATES
 from veomni.errors import ConfigError
 from veomni.logging import create_logger

@@ -18,15 +18,9 @@ from veomni.models.weights.safetensors_files import has_safetensors
 class OmniConfig(PreTrainedConfig):
     """Encoders, a foundation and decoders.
 
-    Args:
-        text_config: The language foundation's configuration, or its values with a ``model_type``.
-        vision_config: The image encoder's; None for none.
-        audio_config: The audio encoder's; None for none.
-        decoders: Name of a decoder (``veomni.families.omni.DECODERS``) to its values.
-        image_token_id: The placeholder of image features.
-        audio_token_id: The placeholder of audio features.
-        kwargs: ``codes_token_id`` and so on, the placeholder of each decoder, where conversations are to be read; and
-            what every configuration has.
+    The first three are the configurations of the language foundation and the encoders, or their values with a
+    ``model_type``. ``decoders`` maps names in ``veomni.families.omni.DECODERS`` to their values. The ids are those of
+    the placeholders of features; each decoder has one, too (``codes_token_id``), where conversations are to be read.
     """
 
     model_type = "omni"
@@ -35,15 +29,10 @@ class OmniConfig(PreTrainedConfig):
     )
 
     def __init__(
-        self,
-        text_config: Any = None,
-        vision_config: Any = None,
-        audio_config: Any = None,
-        decoders: dict[str, dict[str, Any]] | None = None,
-        image_token_id: int | None = None,
-        audio_token_id: int | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, text_config: Any = None, vision_config: Any = None, audio_config: Any = None,
+        decoders: dict[str, dict[str, Any]] | None = None, image_token_id: int | None = None,
+        audio_token_id: int | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.text_config = _part({"model_type": "qwen3"} if text_config is None else text_config)
         self.vision_config, self.audio_config = _part(vision_config), _part(audio_config)
         self.decoders = decoders or {}
@@ -56,25 +45,15 @@ def _part(values: Any) -> Any:
 
 
 def build_omni_model(
-    foundation: str | Path,
-    *,
-    image_encoder: str | Path | None = None,
-    audio_encoder: str | Path | None = None,
-    decoders: Mapping[str, Mapping[str, Any]] | None = None,
-    image_token_id: int | None = None,
-    audio_token_id: int | None = None,
-    attention: str = "auto",
-) -> nn.Module:
+    foundation: str | Path, *, image_encoder: str | Path | None = None, audio_encoder: str | Path | None = None,
+    decoders: Mapping[str, Mapping[str, Any]] | None = None, image_token_id: int | None = None,
+    audio_token_id: int | None = None, attention: str = "auto",
+) -> nn.Module:  # fmt: skip
     """Return a composed model on the meta device; its parts take the weights of their directories, if these have any.
 
-    Args:
-        foundation: What :func:`~veomni.models.build_config` takes: a causal language model.
-        image_encoder: The same for an image encoder of ``ENCODERS``; of a model with text and images take the part.
-        audio_encoder: The same for an audio encoder.
-        decoders: Name of a decoder of ``DECODERS`` to its values.
-        image_token_id: The placeholder of image features.
-        audio_token_id: The placeholder of audio features.
-        attention: See :func:`~veomni.models.build_model`.
+    The foundation, a causal language model, and the encoders, of a type in ``ENCODERS``, are what
+    :func:`~veomni.models.build_config` takes; of a model with text and images take the part. The other arguments are
+    those of :class:`OmniConfig` and :func:`~veomni.models.build_model`.
 
     Raises:
         ModelError: an encoder has no placeholder, or a part cannot be built.

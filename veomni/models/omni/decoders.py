@@ -17,12 +17,8 @@ from veomni.families.omni import DECODERS, Decoder
 class Codes(Decoder):
     """Image tokens: entries of a codebook (a VQ tokenizer's), predicted one after another.
 
-    A document brings ``codes`` int64 ``[seq]``, the entry at each image token and -100 elsewhere.
-
-    Args:
-        hidden_size: Of the foundation.
-        codebook_size: Entries of the codebook.
-        channels: Of an entry's embedding.
+    A document brings ``codes`` int64 ``[seq]``, the entry at each image token and -100 elsewhere; the embedding of an
+    entry has ``channels``.
     """
 
     keys = ("codes", "codes_next")
@@ -73,13 +69,7 @@ class Latents(Decoder):
     with the velocity ``x - n``, which is predicted.
 
     A document brings ``latents`` float32 ``[seq, channels]`` and ``latents_time`` float32 ``[seq]``: any number that is
-    not negative at the tokens of latents, negative elsewhere.
-
-    Args:
-        hidden_size: Of the foundation.
-        channels: Of a latent.
-        width: Of the network.
-        depth: Its residual layers.
+    not negative at the tokens of latents, negative elsewhere. The network has ``depth`` residual layers of ``width``.
     """
 
     keys = ("latents", "latents_next", "latents_noise", "latents_place", "latents_time")
@@ -115,15 +105,12 @@ class Latents(Decoder):
         content = sample["input_ids"].numpy().tobytes() + latents.float().numpy().tobytes()
         seed = hashlib.sha256(content + str(sample.get("noise_seed", "")).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
-        noise = torch.randn(latents.shape, generator=generator)
-        time = torch.rand(len(latents), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.dtype)
         follows = _following(place, -1.0)
-        return {
-            "latents_place": place,
-            "latents_next": _following(latents, 0.0),
-            "latents_noise": noise.to(latents.dtype),
-            "latents_time": torch.where(follows >= 0, time.to(follows.dtype), follows),
-        }
+        drawn = torch.rand(len(latents), generator=generator).to(follows.dtype)
+        time = torch.where(follows >= 0, drawn, follows)
+        following = _following(latents, 0.0)
+        return {"latents_place": place, "latents_next": following, "latents_noise": noise, "latents_time": time}
 
     def place(self, embeds: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Put projected latents at their tokens."""

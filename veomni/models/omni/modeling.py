@@ -113,18 +113,11 @@ class OmniModel(PreTrainedModel):
         return places.unsqueeze(-1)
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> OmniOutput:
+        self, input_ids: Tensor | None = None, position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, labels: Tensor | None = None, pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None, input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any,
+    ) -> OmniOutput:  # fmt: skip
         """Return losses and logits.
 
         Tokens, positions and unshifted labels are ``[batch, seq]``; media and their sizes are what the encoders take,

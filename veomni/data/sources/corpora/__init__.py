@@ -18,11 +18,9 @@ Turn = tuple[Any, Any, dict[str, bytes]]
 """A question, its answer, and the content of media by the field of the record that lists them."""
 
 _MADE: dict[str, Callable[[str], Iterator[Turn]]] = {
-    "handwritten-digits": handwritten_digits,
-    "digit-drawings": digit_drawings,
-    "keypad-tones": keypad_tones,
+    "handwritten-digits": handwritten_digits, "digit-drawings": digit_drawings, "keypad-tones": keypad_tones,
     "number-words": number_words,
-}
+}  # fmt: skip
 _FORMAT = 1  # to be raised when what is made changes: it is kept under this number
 _RECORDS = "records.jsonl"
 CORPORA = (PYTHON_STDLIB, *(f"{name}-{part}" for name in _MADE for part in ("train", "test")))
@@ -32,8 +30,7 @@ CORPORA = (PYTHON_STDLIB, *(f"{name}-{part}" for name in _MADE for part in ("tra
 def corpus_files(name: str, cache_dir: Path) -> list[Path]:
     """Return the files of one of :data:`CORPORA`; conversations are written once, with their media inside as base64.
 
-    Raises:
-        MissingExtraError: a package that the data is made with is not installed.
+    MissingExtraError where a package that the data is made with is not installed.
     """
     if name == PYTHON_STDLIB:
         return python_stdlib_files()

@@ -1,8 +1,6 @@
-"""Telephone keys in noise, as conversations with audio.
+"""Telephone keys, two sines each (ITU-T Recommendation Q.23), in white noise, as conversations with audio.
 
-A key is two sines (ITU-T Recommendation Q.23) for 80 to 140 ms, somewhere in up to a second of white noise,
-each sine with a loudness of its own, 0 to 20 dB above the noise. As telephones send it: 8,000 samples of 8 bits a
-second (G.711).
+As telephones send it: 8,000 samples of 8 bits a second (G.711). Sines are 0 to 20 dB above the noise.
 """
 
 import io

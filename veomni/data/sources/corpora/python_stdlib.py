@@ -13,10 +13,6 @@ _GENERATED = "_sysconfigdata"
 def python_stdlib_files() -> list[Path]:
     """Return the ``.py`` files of the standard library that are code, sorted by their path inside it."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    return [files[name] for name in sorted(files) if _is_code(name)]
-
-
-def _is_code(name: str) -> bool:
-    parts = name.split("/")
-    return not (_OTHERS | _TABLES).intersection(parts) and not parts[-1].startswith(_GENERATED)
+    files = {path.relative_to(root): path for path in root.rglob("*.py") if not path.name.startswith(_GENERATED)}
+    code = (name for name in files if not (_OTHERS | _TABLES).intersection(name.parts))
+    return [files[name] for name in sorted(code, key=Path.as_posix)]
