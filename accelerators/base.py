@@ -24,8 +24,6 @@ class Accelerator:
     A third-party accelerator subclasses this and names itself in the entry-point group ``veomni.accelerators``.
 
     Attributes:
-        name: What a configuration calls it.
-        device_type: ``torch.device.type`` of its devices.
         backend: The collective backend of its devices.
         unavailable: What is wrong where none of its devices is there, and the fix.
         supports_pinned_memory: Whether copies from page-locked host memory to a device overlap with compute.

@@ -47,10 +47,9 @@ PRECISIONS = {
 
 
 def select_precision(name: str, *, reduce: str = "fp32") -> Precision:
-    """Return the precision "fp64", "fp32" or "bf16"; the last may ``reduce`` gradients in bf16, for half the traffic.
+    """Return the precision "fp64", "fp32" or "bf16" (another name is a ConfigError).
 
-    Raises:
-        ConfigError: there is no such precision.
+    The last may ``reduce`` gradients in bf16, for half the traffic.
     """
     if name in ("fp16", "float16", "half"):
         raise ConfigError(f"{name} is not supported", "use bf16, which needs no loss scaling", "Launcher.precision")

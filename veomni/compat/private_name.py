@@ -9,13 +9,9 @@ from typing import Any
 class PrivateName:
     """A name that veomni relies on although its package does not promise to keep it.
 
-    A contract test resolves all of them, and their parameters, on both ends of the supported range.
-
-    Attributes:
-        path: ``module:qualified.name``; of an attribute that only instances have, ``module:Class().name``.
-        reason: What it is used for.
-        without: What happens under a release that lacks it.
-        parameters: The parameters that are passed, by name.
+    A contract test resolves all of them, and their ``parameters`` that are passed by name, on both ends of the
+    supported range. ``path`` is ``module:qualified.name``, ``module:Class().name`` of an attribute that only instances
+    have. ``reason`` is what it is used for; ``without``, what happens under a release that lacks it.
     """
 
     path: str

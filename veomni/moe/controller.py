@@ -27,13 +27,9 @@ logger = create_logger(__name__)
 
 
 class RouterController(RouterHook):
-    """Balances and reports the routers of one model, which are hooked.
+    """Balances and reports the readable ``routers`` (at least one) of one model, which are hooked; ``found`` are all.
 
-    Attributes:
-        found: All routers of the model.
-        routers: Those whose decisions can be read; at least one.
-        options: How they are balanced; ``aux_loss_coef`` is a number.
-        load: The load of all experts in the last step; None before the first.
+    ``load`` is the load of all experts in the last step; None before the first.
     """
 
     def __init__(

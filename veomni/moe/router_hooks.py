@@ -73,10 +73,7 @@ def _hook(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, .
 def _route(
     logits: Tensor, weights: Tensor, indices: Tensor, key: Tensor, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights and experts as the hooks leave them, and whether the choice is another than the router's.
-
-    ``key`` is the router's, int64 on the CPU; ``training`` is whether gradients will be computed.
-    """
+    """Return weights and experts as the hooks leave them, and whether the choice is another than the router's."""
     router = _hooked[int(key)]
     decision, chosen = RoutingDecision(logits, weights, indices), torch.tensor(False, device="cpu")
     for hook in router.hooks:

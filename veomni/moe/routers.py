@@ -47,12 +47,8 @@ class RouterHook:
 class Router(RouterFinding):
     """One router of a model, and what was found about its kind.
 
-    Attributes:
-        name: Its name in the model.
-        module: The module.
-        index: Its place among the readable routers of the model.
-        bias: The module that has the correction bias and the bias' name in it; None without one.
-        hooks: What is called with every decision, in this order, once the router is hooked.
+    ``index`` is its place among the readable routers of the model; ``bias`` the module that has the correction bias,
+    and the bias' name in it. ``hooks`` are called with every decision, in this order, once the router is hooked.
     """
 
     name: str

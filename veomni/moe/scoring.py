@@ -39,12 +39,9 @@ def wide(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scoring:
-    """The weight of an expert that a token was sent to.
+    """The weight of an expert that a token was sent to: its score, of a sum of 1 if ``normalized``, times ``scale``.
 
-    Attributes:
-        function: Makes scores of logits; "identity" where what the router gives out as logits are scores already.
-        normalized: Whether the chosen scores are divided by their sum.
-        scale: What they are multiplied with then.
+    ``function`` makes scores of logits; it is "identity" where what the router gives out as logits are scores already.
     """
 
     function: ScoreFunction

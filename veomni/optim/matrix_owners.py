@@ -32,11 +32,8 @@ Owned = list[list[list["Matrix"]]]  # matrices by owner, [replica][rank]
 class Matrix:
     """A matrix of this rank's, or its shard: a two-dimensional parameter, or one expert of a stack.
 
-    Attributes:
-        parameter: Which of the parameters it belongs to.
-        expert: Which of this rank's experts, None for a parameter that is a matrix.
-        shape: ``(rows, columns)`` of the whole matrix.
-        dim: The dimension that ranks have shards of, 0 or 1.
+    ``parameter`` and ``expert`` (of this rank; None without a stack) are indices, ``shape`` is ``(rows, columns)`` of
+    the whole, and ``dim`` the dimension that ranks have shards of.
     """
 
     parameter: int

@@ -52,21 +52,11 @@ class Muon(Optimizer):
     The factor gives a step the root mean square that AdamW's typically has, so that AdamW's learning rate and weight
     decay can be used (Liu et al., arXiv:2502.16982). A three-dimensional parameter is a stack of matrices,
     one per expert; each is orthogonalised as it is stored, a fused gate and up projection as one matrix.
-    Orthogonalising computes in bf16, in float64 for float64 parameters.
+    Orthogonalising takes ``ns_steps`` Newton-Schulz steps in bf16, in float64 for float64 parameters.
 
     Sharded matrices are gathered at one rank each: see :mod:`veomni.optim.matrix_owners`. The results do not depend on
     the layout. A parameter is left alone when no rank has a gradient for it; a rank without takes part with zeros.
-
-    Args:
-        params: Parameters or groups of them, ``[rows, columns]`` or ``[experts, rows, columns]``, on one device mesh.
-        lr: Learning rate.
-        weight_decay: Decoupled.
-        momentum: Decay rate of the mean of gradients.
-        nesterov: Look ahead by one gradient.
-        ns_steps: Newton-Schulz steps.
-
-    Raises:
-        ModelError: a parameter has another number of dimensions, or they are not all on one mesh.
+    Parameters of other dimensions, and of several device meshes, are a ModelError.
     """
 
     def __init__(

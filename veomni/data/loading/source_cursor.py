@@ -22,16 +22,10 @@ _EMPTY_EPOCHS = 64  # epochs without a sample, after which a shard counts as emp
 
 @dataclass
 class SourceProgress:
-    """How far a shard has come in a source.
+    """How far a shard has come in a source: times it was read whole, units read in this epoch, records of the next one.
 
-    Attributes:
-        epoch: Times it has been read whole.
-        unit: Units read in this epoch.
-        record: Records read of the next one.
-        samples: Records that became samples, over all epochs.
-        tokens: Their tokens.
-        dropped: Records that were left out.
-        lost: Tokens that were cut off.
+    ``samples`` are records that became samples, over all epochs, with so many ``tokens``; ``dropped`` are records that
+    were left out, ``lost`` tokens that were cut off.
     """
 
     epoch: int = 0

@@ -16,15 +16,9 @@ from veomni.data.text.samples import SampleMaker
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """All that decides the rows of a stream.
+    """All that decides the rows of a stream: what is mixed, and how samples of it are made, packed and ordered.
 
-    Attributes:
-        sources: What is mixed.
-        samples: Makes samples of records.
-        packing: How samples are put into rows.
-        order: Number of virtual shards, and the order of each epoch.
-        mixing: How sources are mixed, and when a shard ends.
-        passes: How often sources are read, where ``mixing.stopping_strategy`` ends the stream by that.
+    Sources are read ``passes`` times where ``mixing.stopping_strategy`` ends the stream by that.
     """
 
     sources: Sequence[OpenedSource]

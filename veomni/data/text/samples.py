@@ -29,12 +29,8 @@ if TYPE_CHECKING:
 class Ref(NamedTuple):
     """Where a sample comes from: all that is kept of one that waits for a row.
 
-    Attributes:
-        source: Index of its source.
-        epoch: How often its shard has read the source before.
-        unit: Which of the units that its shard reads in that epoch.
-        record: Which of the unit's records, in the order they are read.
-        piece: Which of the pieces that the record was cut into.
+    These are the source, how often its shard has read it before, and the numbers of the unit in that epoch, the record
+    in the unit (both in the order they are read), and the piece that the record was cut into.
     """
 
     source: int
@@ -48,11 +44,9 @@ class Ref(NamedTuple):
 class Piece:
     """What fits a row: a document, a part of one, or a pair of documents.
 
-    Attributes:
-        content: Arrays, which travel between processes; before a sample is complete, what its maker completes it from.
-        lengths: Tokens of its documents.
-        media: Tokens that stand for images, videos and audio clips.
-        cost: Work that grows with the square: of the documents' tokens and of each image's patches.
+    ``content`` are arrays, which travel between processes; before a sample is complete, what its maker completes it
+    from. ``lengths`` are tokens of its documents, ``media`` those that stand for images, videos and audio. ``cost`` is
+    work that grows with the square: of the documents' tokens and of each image's patches.
     """
 
     content: Any
@@ -85,11 +79,7 @@ Row = list[Sample]
 
 
 class SampleMaker(ABC):
-    """Makes pieces of records, and micro-batches of rows of samples.
-
-    Attributes:
-        together: How many records are best encoded at once.
-    """
+    """Makes pieces of records, best ``together`` so many at once, and micro-batches of rows of samples."""
 
     together: int = 1
 
@@ -109,12 +99,8 @@ class SampleMaker(ABC):
 class TextSamples(SampleMaker):
     """Makes samples of texts, conversations, token ids and preference pairs.
 
-    Args:
-        tokenizer: What texts are tokenized with.
-        schemas: What the records of each source hold.
-        chat_template: Jinja source; empty where no source holds conversations.
-        packing: Tokens of a row, and what happens to documents that are longer.
-        shard: Which positions of the rows are given out.
+    ``chat_template`` is Jinja source, empty where no source holds conversations; ``shard`` which positions of the rows
+    are given out.
     """
 
     together = 32

@@ -28,13 +28,9 @@ _BLOCKS, _BLOCK = 64, 1 << 20  # checked: all of up to 64 MiB
 
 
 class TokenizedDocuments:
-    """Tokenized documents, by index, in one memory-mapped file.
+    """Tokenized documents, by index, in one memory-mapped file; pickling sends the path alone: a worker maps the file.
 
-    Pickling sends the path alone, so that a worker maps the file itself.
-
-    Attributes:
-        lengths: Tokens of each document; int64 ``[documents]``.
-        source: Index in the dataset of each document (some are skipped); int64 ``[documents]``.
+    ``lengths`` are the tokens of each, ``source`` its index in the dataset (some are skipped); int64 ``[documents]``.
     """
 
     def __init__(self, directory: Path) -> None:

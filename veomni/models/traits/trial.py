@@ -40,11 +40,9 @@ class NoCopyError(Exception):
 class Verdict:
     """The result of one examination.
 
-    Attributes:
-        ok: Whether the model has the trait.
-        reason: Why it has not, or on what the verdict rests where that is not a copy of the whole model.
-        found: What was found, where a trait is more than yes or no: a formula, the routers.
-        fix: What to change, where that is not the trait's own fix.
+    ``reason`` is why a model has the trait not, or on what the verdict rests where that is not a copy of the whole
+    model; ``found``, what there is where a trait is more than yes or no; ``fix``, what to change instead of the trait's
+    own fix.
     """
 
     ok: bool
@@ -135,9 +133,7 @@ class Trial:
 class Trait(Protocol):
     """A property of a model that strategies and passes depend on; an instance holds no state.
 
-    Attributes:
-        says: Completes "a model that ...".
-        fix: What to change where a model lacks it.
+    ``says`` completes "a model that ..."; ``fix`` is what to change where a model lacks it.
     """
 
     says: ClassVar[str]

@@ -32,11 +32,9 @@ def rope_rule(model_class: type[Any], config: Any) -> Any:
 def vision_inputs(config: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return what encoders of images and videos derive from sizes alone, by the names that models take it under.
 
-    It is computed where sizes are still on the CPU: an encoder would read them back from the accelerator, and wait.
-
-    Returns:
-        ``image_cu_seqlens`` int32 ``[frames + 1]``, ``image_position_ids`` ``[patches, 2]``, and where attention has
-        windows ``image_window_index`` and ``image_cu_window_seqlens``; the same for videos.
+    It is computed where sizes are still on the CPU: an encoder would read them back from the accelerator, and wait. For
+    images (and likewise videos) ``image_cu_seqlens`` int32 ``[frames + 1]``, ``image_position_ids`` ``[patches, 2]``,
+    and where attention has windows ``image_window_index`` and ``image_cu_window_seqlens``.
     """
     from transformers import vision_utils
 

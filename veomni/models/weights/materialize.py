@@ -20,20 +20,12 @@ logger = create_logger(__name__)
 
 
 class Materializer:
-    """Gives meta parameters and buffers their storage and their values.
+    """Gives the meta parameters and buffers of a model, not wrapped or sharded yet, storage on ``device`` and values.
 
     Values come from the model's safetensors, each rank reading only the part it holds, or from a random stream that
     depends on the seed and the module's name alone. Dtypes are those of the meta tensors; random values are computed
-    in float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay tied.
-
-    Args:
-        model: The whole model, before any strategy has wrapped or sharded it.
-        device: Where storage is allocated.
-        seed: The seed of the run; the same on every rank.
-        group: Rank 0 reads each tensor once and broadcasts it over this group; None: every rank reads its part.
-
-    Raises:
-        ModelError: the weights do not fit the model.
+    in float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay tied. With a
+    ``group``, rank 0 reads each tensor once and broadcasts it. Weights that do not fit the model are a ModelError.
     """
 
     def __init__(self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None) -> None:

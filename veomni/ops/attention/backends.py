@@ -16,16 +16,11 @@ ATTENTION: Registry[type[AttentionBackend]] = Registry(
 
 
 class AttentionBackend:
-    """One way of computing attention.
+    """One way of computing attention, with the precisions and device types (None is all) that it runs in and on.
 
     A third-party backend subclasses this, sets ``function``, and names itself in the entry-point group
-    ``veomni.attention``; its constructor's arguments are its options.
-
-    Attributes:
-        name: What configurations and transformers call it.
-        precisions: Precisions it computes in.
-        devices: Device types it runs on; None is all.
-        mask: Backend of transformers whose masks it takes.
+    ``veomni.attention``; its constructor's arguments are its options. ``mask`` is the backend of transformers whose
+    masks it takes.
     """
 
     name: ClassVar[str]

@@ -28,15 +28,12 @@ _HIDDEN = -3e4
 
 @dataclass(frozen=True)
 class Block:
-    """Some queries, and the keys they are to see.
+    """Some queries, and the keys they are to see; ``scale`` is a factor on the scores.
 
-    Attributes:
-        query: ``[batch, heads, q, head_dim]``.
-        key: ``[batch, kv_heads, kv, head_dim]``; ``kv_heads`` divides ``heads``.
-        value: ``[batch, kv_heads, kv, value_head_dim]``.
-        scale: Factor on the scores.
-        causal: Let query ``i`` see keys up to ``i`` only; ``q`` equals ``kv`` then, and there is no mask.
-        mask: True where a query sees a key, ``[batch, 1, q, kv]``; None for everywhere.
+    Query, key and value are ``[batch, heads, q, head_dim]``, ``[batch, kv_heads, kv, head_dim]`` and ``[batch,
+    kv_heads, kv, value_head_dim]``; ``kv_heads`` divides ``heads``. ``causal`` lets query ``i`` see keys up to ``i``
+    only; ``q`` equals ``kv`` then, and there is no ``mask``, which is True where a query sees a key, ``[batch, 1, q,
+    kv]``, or None for everywhere.
     """
 
     query: Tensor

@@ -34,12 +34,9 @@ def _unsupported(problem: str) -> ModelError:
 class MaskRule:
     """Which positions of a row see which, for any part of the row.
 
-    Attributes:
-        mask_function: transformers' convention: takes indices of batch, head, query and key that broadcast, positions
-            of the whole row among them, and returns True where a query sees a key.
-        batch: Rows.
-        plain_causal: Whether it is exactly that a query sees the keys up to itself.
-        causal: Whether no query sees a key after itself, also where more is hidden.
+    ``mask_function`` is transformers': from indices of batch, head, query and key that broadcast, positions of the
+    whole row among them, to where a query sees a key. ``causal`` is that no query sees a key after itself, and
+    ``plain_causal`` that it sees all others.
     """
 
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

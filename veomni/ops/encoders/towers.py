@@ -55,13 +55,7 @@ class TowerKind:
 
 @dataclass
 class Items:
-    """The items of one call.
-
-    Attributes:
-        kind: The modality.
-        values: ``[patches, channels]`` or ``[items, ...]``.
-        sizes: ``[items, 3]`` or ``[items, frames]``; None where there are none.
-    """
+    """The items of one call, ``[patches, channels]`` or ``[items, ...]``, and their sizes, ``[items, 3 or frames]``."""
 
     kind: TowerKind
     values: Tensor
@@ -95,16 +89,11 @@ class Items:
 
 
 class TowerCall:
-    """Replaces the method of an encoder's owner, and can encode any of its items.
+    """Replaces the method of an encoder's owner, ``encode``, and can encode any of its items.
 
-    A call without an item encodes the smallest legal dummy and returns no feature of it: nothing is added anywhere, and
-    yet every collective and every gradient of the encoder takes place.
-
-    Args:
-        encode: The owner's own method.
-        kind: The modality.
-        dummy: Makes the smallest legal item on a device.
-        counts: From items to the features of each; needed only where the method returns them in one piece.
+    A call without an item encodes the smallest legal ``dummy`` and returns no feature of it: nothing is added anywhere,
+    and yet every collective and every gradient of the encoder takes place. ``counts``, from items to the features of
+    each, is needed only where the method returns them in one piece.
 
     Attributes:
         exchange: Encodes the items of rows that ranks share; None where rows are whole.

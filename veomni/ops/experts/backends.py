@@ -26,14 +26,10 @@ _FIX = "use auto or loop"
 
 
 class ExpertBackend(ABC):
-    """One way of multiplying every row with the matrix of its expert.
+    """One way of multiplying every row with the matrix of its expert, in the precisions and on the devices it names.
 
-    A third-party backend subclasses this and names itself in the entry-point group ``veomni.experts``.
-
-    Attributes:
-        precisions: Precisions it computes in.
-        devices: Device types it may run on; None is all.
-        channels: Every row must have a multiple of so many.
+    A third-party backend subclasses this and names itself in the entry-point group ``veomni.experts``. Every row must
+    have a multiple of ``channels``; ``devices`` None is all.
     """
 
     precisions: ClassVar[tuple[str, ...]] = ("bf16",)
@@ -44,10 +40,8 @@ class ExpertBackend(ABC):
     def matmul(self, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         """Return every row's product, ``[rows, out]``; rows past ``offsets[-1]`` may hold anything.
 
-        Args:
-            rows: ``[rows, in]``, sorted by expert; at least one.
-            weights: ``[experts, in, out]``; every matrix or its transpose contiguous.
-            offsets: Where each expert's rows end, int32 ``[experts]``.
+        The one or more ``rows``, ``[rows, in]``, are sorted by expert; ``offsets``, int32 ``[experts]``, are where each
+        expert's end. Of ``weights``, ``[experts, in, out]``, every matrix or its transpose is contiguous.
         """
 
     @abstractmethod
@@ -192,10 +186,8 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, backend: str) ->
 def choose_backend(modules: Sequence[nn.Module], wanted: str, available: Sequence[str], compute: torch.dtype) -> str:
     """Return the backend for all experts modules of a model, whose products are computed in a number format.
 
-    ``wanted`` is its name, or "auto" for the first of the device's ``available`` ones, fastest first, that can.
-
-    Raises:
-        ModelError: the wanted backend cannot run here.
+    ``wanted`` is its name, or "auto" for the first of the device's ``available`` ones, fastest first, that can. One
+    that cannot run here is a ModelError.
     """
     if wanted == "auto":
         return next(name for name in available if EXPERTS.get(name).problem(modules, compute) is None)

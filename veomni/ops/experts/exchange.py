@@ -111,12 +111,9 @@ class _Chunk:
     ) -> None:
         """Set how the rows lie in the buffers that are exchanged.
 
-        Args:
-            arriving: Rows from each rank for each local expert, ``[P, local_experts]``.
-            experts: The local expert of every row that arrives; ``local_experts`` where there is none.
-            splits: Rows sent to each rank and received from each, or None where all buffers have one size.
-            slots: Places of this rank's rows in the buffer that is sent; behind it: not sent; None where they fill it.
-            room: Rows of that buffer.
+        ``arriving`` are the rows from each rank for each local expert, ``[P, local_experts]``; ``experts`` the local
+        expert of every one, ``local_experts`` where there is none. Without ``splits`` all buffers have one size,
+        ``room``, and this rank's rows are at ``slots`` of the one that is sent; those behind it are not sent.
         """
         self.offsets, self.by_expert = arriving.sum(0).cumsum(0).to(torch.int32), experts.argsort(stable=True)
         self.inverse = inverse_of(self.by_expert)

@@ -46,11 +46,9 @@ class _RunAhead:
 class SharedExperts(_RunAhead):
     """The shared experts of a block; which of the two orders it has is found out at its first call.
 
-    Args:
-        module: The shared experts; their forward takes hidden states and nothing else.
-        router: What chooses experts in the same block, or None where it cannot run early.
-        dispatch: Sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns the dispatch in flight.
-        patch: Replaces an attribute of a module.
+    Their forward takes hidden states and nothing else. ``router`` chooses experts in the same block, None where it
+    cannot run early; ``dispatch`` sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns what is in
+    flight.
     """
 
     def __init__(

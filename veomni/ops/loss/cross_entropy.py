@@ -20,15 +20,11 @@ def cross_entropy_sum(
     logits: Tensor, labels: Tensor, losses: Tensor | None = None, token_weights: Tensor | None = None,
     predictions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the summed cross-entropy of materialised logits, in float32 or better.
+    """Return the summed cross-entropy of materialised logits ``[tokens, vocab]``, in float32 or better.
 
-    Args:
-        logits: ``[tokens, vocab]``, any floating dtype.
-        labels: ``[tokens]``, int64; ``IGNORE_INDEX`` takes no part.
-        losses: ``[tokens]``: where the loss of each token is written, zero where there is no label; None writes none.
-        token_weights: ``[tokens]``, of the result's dtype: what each token's loss is multiplied by in the sum, not in
-            ``losses``; None is one.
-        predictions: ``[tokens]``, int64: where the likeliest token is written; None writes none.
+    ``labels``, int64 ``[tokens]``, take no part where they are ``IGNORE_INDEX``. ``losses`` ``[tokens]`` is where the
+    loss of each token is written, zero without a label, and ``predictions``, int64 ``[tokens]``, where its likeliest
+    token is. ``token_weights`` ``[tokens]``, of the result's dtype, multiply losses in the sum, not in ``losses``.
     """
     if predictions is not None:
         torch.argmax(logits.detach(), dim=-1, out=predictions)
@@ -102,10 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None, *, with_gradient: bool) -> Tensor:
-    """Return each token's loss, zero where there is no label; overwrite ``logits`` with its gradient when that is set.
-
-    The gradient, not the loss, is multiplied by the token's ``scale``, ``[tokens]``.
-    """
+    """Return each token's loss, zero without a label; ``logits`` become its gradient, which ``scale`` multiplies."""
     if logits.is_cuda and logits.dtype is not torch.float64:  # the kernel adds up in float32
         from veomni.ops.loss.cross_entropy_triton import losses_and_gradient_
 

@@ -54,11 +54,8 @@ def _cross_entropy_kernel(
 def losses_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor | None = None, *, with_gradient: bool) -> Tensor:
     """Return each token's loss, float32 ``[tokens]``, zero without a label; overwrite ``logits`` with its gradient.
 
-    Args:
-        logits: ``[tokens, vocab]``, rows contiguous; bf16, fp16 or fp32.
-        labels: ``[tokens]``, int64.
-        scale: float32 ``[tokens]``: what the gradient, not the loss, is multiplied by; None is one.
-        with_gradient: Whether to overwrite.
+    Rows of ``logits`` ``[tokens, vocab]`` are contiguous, in bf16, fp16 or fp32. ``scale``, float32 ``[tokens]``, is
+    what the gradient, not the loss, is multiplied by; None is one.
     """
     tokens, vocab = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
