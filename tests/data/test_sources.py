@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.loaders import dataset_of
 from veomni.data import PYTHON_STDLIB, build_dataset
-from veomni.data.sources.corpora.python_stdlib import python_stdlib_files
+from veomni.data.sources.corpora import python_stdlib_files
 from veomni.errors import DataError
 
 RECORDS = [{"id": n, "text": f"document {n} ☃" * (n % 4 + 1)} for n in range(25)]

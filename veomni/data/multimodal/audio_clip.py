@@ -19,12 +19,7 @@ _CARELESS_BYTES = 16  # by which some programs count their own headers wrongly
 
 @dataclass(frozen=True)
 class AudioClip:
-    """One channel.
-
-    Attributes:
-        samples: float32 ``[samples]``, between -1 and 1 unless the file holds larger floats.
-        rate: Samples per second.
-    """
+    """One channel, ``[samples]`` between -1 and 1 unless the file holds larger floats, at ``rate`` per second."""
 
     samples: NDArray[np.float32]
     rate: int

@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MediaFeatures:
-    """What becomes of one image, video or audio clip.
+    """What becomes of one image, video or audio clip; messages name its ``source``.
 
-    Attributes:
-        tensors: By the names that the model takes; those of several items are joined along the first axis.
-        text: Takes the place of the placeholder in the rendered conversation.
-        source: What the features were made of, for messages.
+    ``tensors`` have the names that the model takes; those of several items are joined along the first axis. ``text``
+    takes the place of the placeholder in the rendered conversation.
     """
 
     tensors: Mapping[str, Tensor | PixelList]
@@ -42,11 +40,9 @@ class Family:
     Attributes:
         config: The model's configuration, of the component that is trained (a thinker, say).
         tokenizer: Its tokenizer, with a token for each placeholder id in ``config``.
-        image_processor: One of transformers', or None.
-        feature_extractor: One of transformers', or None.
+        image_processor: One of transformers', or None; likewise ``feature_extractor``.
         video_settings: Settings of the model's video processor: sizes, mean and standard deviation, sampling.
-        use_audio_in_video: Also use the audio track of videos (omni models).
-        video_decoder: Decoder of the frames of videos.
+        use_audio_in_video: As in :class:`MediaSettings`; likewise ``video_decoder``.
         placeholders: Kind of media to the token that stands for one item in a rendered conversation.
         patches_per_token: Patches of an image or a frame that the encoder makes a token of.
         default_processor: Name of a class of transformers, without "Pil", for models that name no image processor.

@@ -51,13 +51,10 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images or frames that are still to be normalized.
+    """Images or frames that are still to be normalized into a float32 tensor of a shape that begins with ``items``.
 
-    Attributes:
-        values: uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or an image. One frame stands
-            for as many as ``shape`` has: a still image fills a patch of several frames.
-        shape: Of the float32 tensor that they become; the first axis counts items.
-        normalization: What each value becomes.
+    ``values`` are uint8 ``[items, channels, frames, values]``; an item is a patch, a tile or an image. One frame stands
+    for as many as ``shape`` has: a still image fills a patch of several frames.
     """
 
     values: NDArray[np.uint8]

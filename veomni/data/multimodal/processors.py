@@ -64,9 +64,8 @@ def build_family(
     ``config`` is the model's; of an omni model, the thinker's or the whole model's. ``directory`` holds the files of
     its processors; None, or without files, makes them for ``config``.
 
-    Raises:
-        ConfigError: no family is known for the model, it has no such setting, or torchcodec is not installed.
-        ModelError: a file cannot be read, or the tokenizer lacks the model's placeholders.
+    ConfigError where no family is known for the model, it has no such setting, or torchcodec is not installed;
+    ModelError where a file cannot be read, or the tokenizer lacks the model's placeholders.
     """
     settings = settings or MediaSettings()
     config = getattr(config, "thinker_config", config)

@@ -103,8 +103,9 @@ class MultimodalTransform:
             rule = FIELDS.get(key)
             joined = join_items(found, rule)
             if rule.per == "token":
-                places = ids == self.family.id_of(self.family.placeholders[kinds[key]])
-                joined = _spread(as_tensor(joined), places, rule.pad)
+                entries = as_tensor(joined)
+                joined = entries.new_full((len(ids), *entries.shape[1:]), rule.pad)
+                joined[ids == self.family.id_of(self.family.placeholders[kinds[key]])] = entries
             sample[key] = joined
         if tokens.fractional:
             sample["loss_weights"] = torch.from_numpy(tokens.weights)
@@ -140,13 +141,6 @@ class MultimodalTransform:
         return text.count(probe) == 2 and "'type'" not in text
 
 
-def _spread(values: Tensor, there: Tensor, fill: float) -> Tensor:
-    """Return ``[seq, ...]`` with an entry of ``values`` at each place that is true, and ``fill`` elsewhere."""
-    spread = values.new_full((len(there), *values.shape[1:]), fill)
-    spread[there] = values
-    return spread
-
-
 def expand_placeholders(
     rendered: Rendered, tokens: Mapping[str, str], texts: Mapping[str, Sequence[str]], where: str
 ) -> Rendered:
@@ -166,10 +160,9 @@ def expand_placeholders(
         at = match.end()
         moved += len(text) - len(match.group())
         moves.append((at, moved))
-    supervised = [
-        span._replace(start=_moved(span.start, moves), stop=_moved(span.stop, moves)) for span in rendered.supervised
-    ]
-    return Rendered("".join([*pieces, rendered.text[at:]]), supervised)
+    spans = rendered.supervised
+    spans = [span._replace(start=_moved(span.start, moves), stop=_moved(span.stop, moves)) for span in spans]
+    return Rendered("".join([*pieces, rendered.text[at:]]), spans)
 
 
 def _require_equal(kind: str, token: str, places: int, items: int, where: str) -> None:

@@ -59,11 +59,8 @@ class Video:
 class VideoReading:
     """What is taken from a video.
 
-    Attributes:
-        sample: From number of frames and frames per second to the frames that are seen.
-        size: From number of frames seen, height and width to the size of a frame.
-        audio_rate: Samples per second of the audio clip; None leaves it out.
-        decoder: Of the frames.
+    ``sample`` is given number of frames and frames per second, and returns the frames that are seen; ``size`` is given
+    their number, height and width. ``audio_rate`` is in samples per second; None leaves the audio track out.
     """
 
     sample: Callable[[int, float], Sequence[int]]

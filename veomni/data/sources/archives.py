@@ -34,10 +34,8 @@ def tar_archive(file: DataFile, schema: RecordSchema) -> Records:
 
     Neighbouring members whose paths agree up to the first dot of their name are one record. A ``json`` member gives the
     record's fields, ``txt`` its text, media the lists ``images``, ``videos`` and ``audios`` in the order of their
-    members; any other member is bytes under its extension, and never unpickled.
-
-    Raises:
-        DataError: it is no tar archive, is cut short, or a member is no plain file inside it.
+    members; any other member is bytes under its extension, and never unpickled. DataError where it is no tar archive,
+    cut short, or a member is no plain file inside it.
     """
     opened = file.open()
     groups: list[tuple[str, _Members]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +37,7 @@ class Blocks:
     open: Callable[[int], Records]
     single: bool = False
 
-
-def all_records(blocks: Sequence[Blocks]) -> Iterator[Document]:
-    """Yield every record, in order."""
-    for part in blocks:
-        for block in range(part.count):
-            records = part.open(block)
+    def __iter__(self) -> Iterator[Document]:
+        for block in range(self.count):
+            records = self.open(block)
             yield from (records[index] for index in range(len(records)))

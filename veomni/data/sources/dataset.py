@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, repeat, zip_longest
+from itertools import accumulate, chain, repeat, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from veomni.data.options import Mixing
 from veomni.data.packing.order import hashed_uniform
-from veomni.data.sources.blocks import Blocks, Records, all_records
+from veomni.data.sources.blocks import Blocks, Records
 from veomni.data.sources.cache import cache_directory, digest, file_digest
 from veomni.data.sources.locations import shown
 from veomni.data.sources.opening import find_data
@@ -42,7 +42,7 @@ class OpenedSource:
     fingerprint: Callable[[Path], Mapping[str, Any]]
 
     def __iter__(self) -> Iterator[Document]:
-        return map(self.schema.converted, all_records(self.blocks))
+        return map(self.schema.converted, chain.from_iterable(self.blocks))
 
 
 class DocumentStream:
@@ -89,11 +89,9 @@ class IndexedDataset(DocumentStream):
         self.schema, self.paths = schema, [path for path, _ in files]
         self._records, self._indices = [records for _, records in files], indices
         self._offsets = np.array([0, *accumulate(map(len, self._records))])
-        parts = zip(self._records, self._offsets, self._offsets[1:], strict=False)
-        blocks = [
-            records.blocks(indices[slice(*np.searchsorted(indices, [first, stop]))] - first)
-            for records, first, stop in parts
-        ]
+        parts = np.split(indices, np.searchsorted(indices, self._offsets[1:-1]))
+        shares = zip(self._records, parts, self._offsets, strict=False)
+        blocks = [records.blocks(part - first) for records, part, first in shares]
         super().__init__([OpenedSource("data", 1.0, schema, blocks, self._facts)], Mixing())
 
     @property
@@ -112,22 +110,15 @@ class IndexedDataset(DocumentStream):
     def _facts(self, cache_dir: Path) -> Mapping[str, Any]:
         files = [file_digest(path, cache_dir) for path in self.paths]
         chosen = hashlib.blake2b(self._indices.tobytes(), digest_size=16).hexdigest()
-        return {
-            "files": len(files),
-            "bytes": sum(path.stat().st_size for path in self.paths),
-            "digest": digest([files, chosen, *self.schema.facts()]),
-        }
+        held, content = sum(path.stat().st_size for path in self.paths), [files, chosen, *self.schema.facts()]
+        return {"files": len(files), "bytes": held, "digest": digest(content)}
 
 
 def build_dataset(
-    paths: str | Sequence[str],
-    schema: RecordSchema | None = None,
-    *,
-    max_documents: Annotated[int, Ge(1)] | None = None,
-    eval_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0,
-    seed: int = 0,
-    cache_dir: str | Path | None = None,
-) -> tuple[IndexedDataset, IndexedDataset | None]:
+    paths: str | Sequence[str], schema: RecordSchema | None = None, *,
+    max_documents: Annotated[int, Ge(1)] | None = None, eval_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0,
+    seed: int = 0, cache_dir: str | Path | None = None,
+) -> tuple[IndexedDataset, IndexedDataset | None]:  # fmt: skip
     """Index the records of files, and return those to train on and the held-out ones, or None.
 
     Whether a document is held out depends on its index and ``seed`` alone, so appending data moves no document across.

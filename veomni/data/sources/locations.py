@@ -24,13 +24,9 @@ _SAMPLES, _SAMPLE_BYTES = 32, 1 << 12
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file with data.
+    """A file with data at a path or URL, of ``size`` bytes; messages use its ``name``, where empty its ``place``.
 
-    Attributes:
-        place: Path or URL, as it is opened.
-        size: Bytes.
-        relative: Its name within the directory that was given; what two copies of a data set have in common.
-        name: What messages call it; empty for its place.
+    ``relative`` is its name within the directory that was given; what two copies of a data set have in common.
     """
 
     place: str

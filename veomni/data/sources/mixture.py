@@ -23,13 +23,10 @@ _OPENED_TOGETHER = 16
 
 @dataclass(frozen=True)
 class DataSource:
-    """A source of a mixture.
+    """A source of a mixture: files, directories or URLs.
 
-    Attributes:
-        path: File, directory, URL, or several.
-        name: What metrics and messages call it; None for its path.
-        weight: Its share, relative to the other sources'; 0 leaves it out.
-        schema: What its records hold, and in which fields.
+    Metrics and messages use its ``name``, None for its paths; ``weight`` is relative to the other sources', 0 leaves it
+    out.
     """
 
     path: str | Sequence[str]
@@ -58,9 +55,8 @@ def build_mixture(
     shuffles them record by record. Built-in corpora and copies of indexed remote and compressed files are kept in
     ``cache_dir``, None for ``$XDG_CACHE_HOME/veomni``.
 
-    Raises:
-        ConfigError: an option is unknown, two sources have one name, or weights sum to zero.
-        DataError: a source cannot be read.
+    ConfigError where an option is unknown, two sources have one name, or weights sum to zero; DataError where a source
+    cannot be read.
     """
     mixing, cache = Mixing(sampling, stopping_strategy), cache_directory(cache_dir)
     _check(sources)

@@ -22,12 +22,9 @@ logger = create_logger(__name__)
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How files are read.
+    """How uncompressed files are read: ``read`` returns the records of one on this machine.
 
-    Attributes:
-        read: Returns the records of an uncompressed file on this machine.
-        split: Returns the blocks of an uncompressed file that is not copied; None where it must be on this machine.
-        splits_remote: Whether ``split`` can do so where the file is behind a URL.
+    ``split`` returns the blocks of one that is not copied, behind a URL only where ``splits_remote``.
     """
 
     read: Callable[[DataFile, RecordSchema], Records]
@@ -63,8 +60,7 @@ TABLES = {
 
 _TABLES_ALONE = {**TABLES, ".json": FileFormat(json_array)}  # JSON is a table where nothing else is there
 
-_UNSUPPORTED = frozenset({".csv", ".tsv", ".xlsx", ".xls"})
-"""Suffixes of tables that would be read as one plain text each."""
+_UNSUPPORTED = frozenset({".csv", ".tsv", ".xlsx", ".xls"})  # tables that would be read as one plain text each
 
 
 def find_data(path: str, cache_dir: Path) -> list[tuple[DataFile, FileFormat]]:

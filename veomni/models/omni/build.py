@@ -55,8 +55,7 @@ def build_omni_model(
     :func:`~veomni.models.build_config` takes; of a model with text and images take the part. The other arguments are
     those of :class:`OmniConfig` and :func:`~veomni.models.build_model`.
 
-    Raises:
-        ModelError: an encoder has no placeholder, or a part cannot be built.
+    ModelError where an encoder has no placeholder, or a part cannot be built.
     """
     sources = {"foundation": foundation, "image_encoder": image_encoder, "audio_encoder": audio_encoder}
     given = {name: source for name, source in sources.items() if source is not None}

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from veomni.data.sources.cache import build_once, lacks
 from veomni.data.sources.corpora.handwritten_digits import digit_drawings, handwritten_digits
 from veomni.data.sources.corpora.keypad_tones import keypad_tones
 from veomni.data.sources.corpora.number_words import number_words
-from veomni.data.sources.corpora.python_stdlib import python_stdlib_files
 
 PYTHON_STDLIB = "python-stdlib"
+# Packages of others, and files that are tests: some of those are not UTF-8 or not Python on purpose.
+_OTHERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+# Tables in Python's syntax: a fifth of all bytes, far easier to predict than code, and clustered in few directories.
+_TABLES = {"encodings", "pydoc_data", "_compat_pickle.py", "entities.py", "locale.py", "stringprep.py"}
+_GENERATED = "_sysconfigdata"
 
 Turn = tuple[Any, Any, dict[str, bytes]]
 """A question, its answer, and the content of media by the field of the record that lists them."""
@@ -43,6 +48,14 @@ def corpus_files(name: str, cache_dir: Path) -> list[Path]:
 
     build_once(directory, build, lacks(_RECORDS))
     return [directory / _RECORDS]
+
+
+def python_stdlib_files() -> list[Path]:
+    """Return the ``.py`` files of the standard library that are code, sorted by their path inside it."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = {path.relative_to(root): path for path in root.rglob("*.py") if not path.name.startswith(_GENERATED)}
+    code = (name for name in files if not (_OTHERS | _TABLES).intersection(name.parts))
+    return [files[name] for name in sorted(code, key=Path.as_posix)]
 
 
 def _record(question: Any, answer: Any, media: dict[str, bytes]) -> dict[str, Any]:
