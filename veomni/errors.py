@@ -1,11 +1,8 @@
-"""Typed errors. User-correctable errors exit with 78; a fault of the run exits with 70.
+"""Typed errors. User-correctable errors exit with 78; a fault of the run exits with 70."""
 
-Exit codes follow ``sysexits.h`` where it has a fitting one: 70 is EX_SOFTWARE, 75 EX_TEMPFAIL, 78 EX_CONFIG.
-"""
-
-EXIT_FAULT = 70
-EXIT_PREEMPTED = 75
-EXIT_BAD_INPUT = 78
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL
+EXIT_BAD_INPUT = 78  # EX_CONFIG
 
 
 class VeOmniError(Exception):

@@ -151,7 +151,11 @@ class Launcher(World):
             yield step
             reader.finish(step)
             if step.stopping:
-                self._exit_preempted()
+                name = self.signal.signal_name
+                logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)
+                self.reporter.close("preempted")
+                self.checkpoints.close()
+                raise SystemExit(EXIT_PREEMPTED)
         reader.close()
         self.reporter.end_loop()
 
@@ -258,9 +262,3 @@ class Launcher(World):
         self.checkpoints.close()
         self.reporter.close("finished")
         self.leave()
-
-    def _exit_preempted(self) -> None:
-        logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", self.signal.signal_name, self.step)
-        self.reporter.close("preempted")
-        self.checkpoints.close()
-        raise SystemExit(EXIT_PREEMPTED)

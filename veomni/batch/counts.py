@@ -57,10 +57,7 @@ def row_count(micro: MicroBatch) -> int:
 
 
 def sources_of(micro_batches: Sequence[MicroBatch]) -> dict[str, tuple[int, int]]:
-    """Return, by source of a mixture, how many documents micro-batches have, and tokens.
-
-    Every source is in it, so that ranks agree about the names; it is empty for other data.
-    """
+    """Return documents and tokens of micro-batches by source of a mixture, for all its sources; empty without one."""
     names = micro_batches[0].origin.source_names if micro_batches else ()
     found = [[0, 0] for _ in names]
     for micro in micro_batches:

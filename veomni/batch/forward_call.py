@@ -55,8 +55,7 @@ class ForwardCall:
 
     Attributes:
         owner: The adapter of the model.
-        args: Positional arguments; passes may replace them.
-        kwargs: Keyword arguments; passes may change them.
+        args: Positional arguments, which passes may replace, as they may change ``kwargs``.
         micro: The micro-batch that the model is called with, without inputs; None for other arguments.
         sequence: The ranks that share the model's rows; None where rows are whole.
         documents: The documents of the rows; None where they are not known: rows are padded, say.

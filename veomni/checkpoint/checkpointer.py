@@ -39,14 +39,9 @@ class Checkpointer:
     """Write and read ``<directory>/global_step_N``.
 
     A checkpoint is written under a temporary name, every rank hashes its files, rank 0 seals them with a manifest and
-    renames the directory; it is never written over. All methods are collective.
-
-    Args:
-        directory: Where checkpoints go; CheckpointError where another job uses it.
-        keep_last: How many valid ones stay; at least 2, so that a damaged one has one to fall back to.
-        async_save: Copy the state to host memory, and write it in the background on a gloo group of its own.
-        verify_hash: Compare contents, not only names and sizes, before loading.
-        signature: What must be equal in a run that loads.
+    renames the directory; it is never written over. All methods are collective. For the arguments see
+    ``CheckpointSchedule``; ``async_save`` copies the state to host memory, and writes it on a gloo group of its own.
+    A directory that another job uses is a CheckpointError.
     """
 
     def __init__(
@@ -82,7 +77,6 @@ class Checkpointer:
         return lock
 
     def _gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Return every rank's ``value``, in order of rank."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=group)
@@ -110,7 +104,8 @@ class Checkpointer:
                 return
             with self._together(step):
                 if self.rank == 0:  # a run fell back from it, and has now come past
-                    logger.warning("%s is damaged (%s): it is kept as %s", final, damage, directories.set_aside(final))
+                    aside = final.rename(f"{final}.damaged-{uuid.uuid4().hex}")  # for people to look at
+                    logger.warning("%s is damaged (%s): it is kept as %s", final, damage, aside)
         table = sharded_state.sharded_state(*_model_and_optimizer(state))
         others = {name: self._whole_state(part) for name, part in state.items() if name not in _SHARDED}
         with self._together(step):
@@ -191,10 +186,7 @@ class Checkpointer:
         return directories.published_steps(self.directory)
 
     def check_none_newer(self, step: int) -> None:
-        """Check that there are no checkpoints of later steps than the one a run starts from.
-
-        They are of an abandoned run: this one could not save those steps, and ``load_latest`` would take them.
-        """
+        """Check that no checkpoint is of a later step: an abandoned run's would stay, and ``load_latest`` take it."""
         newer = [found for found in self._gather(self.steps())[0] if found > step]
         if newer:
             problem = f"{self._path(newer[0])} is newer than step {step}, where this run starts"

@@ -53,11 +53,6 @@ def retire(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_aside(directory: Path) -> Path:
-    """Rename a damaged checkpoint, for people to look at, and return the new path; nothing deletes it."""
-    return directory.rename(f"{directory}.damaged-{uuid.uuid4().hex}")
-
-
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file that survives a crash of the machine."""
     with path.open("wb") as file:

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from veomni.checkpoint.manifest import content_problem
 from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
 from veomni.errors import CheckpointError
+from veomni.parallel.wrappers import local_shard
 
 WEIGHTS = "weights"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -64,14 +64,10 @@ def in_host_memory(table: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor):
             # Not value.to("cpu"): its sharding rule takes time exponential in the axes of the mesh.
             copies[name] = copied = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            _local(copied).copy_(_local(value), non_blocking=True)
+            local_shard(copied).copy_(local_shard(value), non_blocking=True)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return copies
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def save_table(table: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:

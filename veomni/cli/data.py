@@ -67,7 +67,6 @@ def _loader(config: Config) -> tuple[PackedLoader | StreamLoader, Any]:
 
 
 def _origins(row: MicroBatch) -> Iterator[Text]:
-    """Yield the places that the documents of a row come from."""
     for name, source in zip(row.origin.document_ids, row.origin.document_sources, strict=True):
         yield Text(f"{row.origin.source_names[source]}: {name.partition('/')[2]}", style="cyan")
 

@@ -38,10 +38,7 @@ def _safe(text: str) -> str:
 
 
 def plot_lengths(groups: Mapping[str, Sequence[int]], capacity: int, out: Path, title: str) -> None:
-    """Draw how many documents have how many tokens, and where a row of ``capacity`` tokens ends.
-
-    ``groups`` are the tokens of each document by what it holds, stacked in as many colours.
-    """
+    """Draw how many documents have how many tokens, a colour for each group, and where a row of ``capacity`` ends."""
     values = np.concatenate([np.asarray(lengths) for lengths in groups.values()])
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

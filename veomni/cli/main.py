@@ -11,9 +11,12 @@ from typing import Any, NamedTuple, NoReturn
 
 from typing_extensions import override
 
-from veomni.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError, LaunchError
+from veomni.errors import EXIT_BAD_INPUT, EXIT_FAULT, CheckpointError, ConfigError, LaunchError
 from veomni.launch import entrypoint
+from veomni.logging import create_logger
 from veomni.version import __version__
+
+logger = create_logger(__name__)
 
 _EPILOG = f"exit codes: 0 done, {EXIT_FAULT} fault, 75 preempted and saved, {EXIT_BAD_INPUT} bad input"
 
@@ -62,7 +65,7 @@ _COMMANDS = {
         takes_config=True,
     ),
     "export": _Command(
-        "veomni.cli.export:run", "write a checkpoint's model in Hugging Face layout, or the safetensors of any module",
+        "veomni.cli.main:export", "write a checkpoint's model in Hugging Face layout, or the safetensors of any module",
         {
             "checkpoint": {"type": Path, "help": "a run's checkpoints/global_step_N directory"},
             "output_dir": {"type": Path, "help": "where to write it"},
@@ -122,6 +125,27 @@ def launch(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, script, *given])  # noqa: S606
+
+
+def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Export in this process, one tensor at a time."""
+    import torch
+
+    from veomni.checkpoint import read_model_tensors
+    from veomni.models import build_config, build_tokenizer, export_tensors
+
+    assets = arguments.checkpoint.resolve().parent.parent / "model_assets"
+    config = tokenizer = None
+    if not assets.exists():
+        logger.info("%s is not there: the weights are written by the names of the module", assets)
+    elif (assets / "config.json").is_file():
+        config, tokenizer = build_config(assets), build_tokenizer(assets)
+    else:
+        problem = f"{assets} holds no config.json, so the architecture of {arguments.checkpoint} is unknown"
+        raise CheckpointError(problem, "restore it, or remove model_assets to write the weights by the module's names")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    tensors = read_model_tensors(arguments.checkpoint)
+    print(export_tensors(config, tensors, arguments.output_dir, tokenizer=tokenizer, dtype=dtype))
 
 
 def schema(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

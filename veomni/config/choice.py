@@ -38,7 +38,6 @@ class Choice:
     """Marks a field whose value is the section of a registered component.
 
     Args:
-        registry: What is chosen from.
         base: Keys and methods that all its sections share.
         default: Name that a mapping without one means.
         sibling: Key beside this one that holds the name; None where the value holds it.

@@ -1,7 +1,4 @@
-"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, no aliases, no tags, every error with its line.
-
-PyYAML reads YAML 1.1, where ``1e-4`` is a string, ``no`` is false and ``0123`` is 83.
-"""
+"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, aliases or tags, every error with its line."""
 
 import os
 import re
@@ -18,7 +15,8 @@ from veomni.version import __version__
 
 _MAX_BYTES = 1 << 20
 _PREFIX = "tag:yaml.org,2002:"
-# The plain scalars of the core schema (https://yaml.org/spec/1.2.2/#103-core-schema): tag, pattern and value.
+# The plain scalars of the core schema (https://yaml.org/spec/1.2.2/#103-core-schema): tag, pattern and value. PyYAML
+# reads YAML 1.1, where 1e-4 is a string, no is false and 0123 is 83.
 _SCALARS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("null", r"~|null|Null|NULL|", lambda text: None),
     ("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
@@ -135,10 +133,7 @@ def merged(
 
 
 def save_args(config: Section, output_dir: str | Path) -> Path:
-    """Write ``<output_dir>/veomni_cli.yaml``, which reads back as an equal configuration, and return its path.
-
-    The schema holds no secrets; the file is readable by its owner only all the same, and replaced in one step.
-    """
+    """Write ``<output_dir>/veomni_cli.yaml``, which reads back equal, in one step and for its owner only; return it."""
     path = Path(output_dir) / "veomni_cli.yaml"
     body = yaml.dump(config.model_dump(), Dumper=CoreDumper, sort_keys=False, width=120)
     text = f"# Every argument of a run of veomni {__version__}; start it again with this file.\n{body}"

@@ -47,14 +47,11 @@ SINGLE = Environment(0, 0, 1, 1, 0, "127.0.0.1", 0, "single")
 
 
 def detect_environment(env: Mapping[str, str] | None = None) -> Environment | None:
-    """Return the place that a launcher has set in ``env`` (this process's by default); None if it was started by hand.
-
-    torchrun's variables go before Slurm's: it runs inside Slurm jobs.
-    """
+    """Return the place that torchrun, else Slurm, has set in ``env`` (this process's by default); None without them."""
     from veomni.launch.slurm import detect_slurm
 
     env = os.environ if env is None else env
-    if any(env.get(name) for name in _RANK_VARIABLES):
+    if any(env.get(name) for name in _RANK_VARIABLES):  # torchrun runs inside Slurm jobs
         return _from_torchrun(env)
     return detect_slurm(env)
 

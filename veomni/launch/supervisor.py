@@ -103,8 +103,6 @@ class _RankProcess:
 
 
 class _Supervisor:
-    """Waits for ``ranks``; signals to pass on arrive in ``arrived``."""
-
     def __init__(self, ranks: Sequence[_RankProcess], arrived: deque[int]) -> None:
         self._ranks, self._arrived = ranks, arrived
         self._stop_requested = False

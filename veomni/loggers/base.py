@@ -52,10 +52,7 @@ LOGGERS: Registry[Callable[..., Logger]] = Registry("logger", group="veomni.logg
 
 
 class LoggerGroup:
-    """Calls several loggers, on rank 0 only.
-
-    A logger that raises is named in one warning and not used again; an essential one's error is passed on.
-    """
+    """Calls loggers on rank 0; one that raises is named in a warning and dropped, unless it is essential."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self._loggers = list(loggers)

@@ -25,10 +25,7 @@ class JsonlLogger(Logger):
     """Append a line per step to ``<output_dir>/metrics.jsonl``, and loads of experts to ``expert_load.jsonl``.
 
     Floats are written with all their digits (reading gives the same bits); numbers that are not finite, which JSON
-    does not have, are written as null, with one warning per key.
-
-    Args:
-        output_dir: Made when the first line is written.
+    does not have, are written as null, with one warning per key. The directory is made with the first line.
     """
 
     name = "jsonl"

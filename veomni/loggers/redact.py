@@ -25,9 +25,6 @@ def redact(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Secrets are strings under a key that names one (``api_key``, ``hf_token``, ``password``; not ``pad_token``), and
     the user information and signed parameters of URLs anywhere (``https://user:password@host/?token=...``).
-
-    Args:
-        config: Nested mappings, lists and plain values; it is not changed.
     """
     found: dict[str, Any] = _redact(config, secret=False)
     return found

@@ -13,10 +13,7 @@ from veomni.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Deal:
-    """Which of a step's units (samples, or ready batches) data rank ``rank`` of ``size`` gets.
-
-    ``drop_last`` leaves out the units that do not fill a step.
-    """
+    """Which of a step's units (samples, or ready batches) a data rank gets; ``drop_last``: of steps that are full."""
 
     rank: int
     size: int

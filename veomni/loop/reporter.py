@@ -31,10 +31,6 @@ class Reporter:
         log_every: Steps between reports; evaluations are always reported.
         plot: Draw <output_dir>/loss.png at the end, and expert_load.png of a mixture of experts.
         config: The run's configuration, for the loggers that keep one; secrets are redacted there.
-
-    Attributes:
-        clock: Measures the parts of a step.
-        step: The step whose numbers are reported.
     """
 
     def __init__(

@@ -36,7 +36,6 @@ class Step:
         index: The optimizer step, counted from 1 over the whole run.
         micro_batches: This rank's shards, on the CPU.
         totals: What the ranks agreed on: the sums of :func:`~veomni.loop.step_reader.counts_of`.
-        world: The ranks.
         stopping: Whether a process was signalled to stop before it.
         models: What each model that was accumulated on made of it.
     """
@@ -117,7 +116,6 @@ class ModelStep:
         self._backpropagated: set[int] = set()
 
     def _weights(self, shifts: bool, weight: Weight | None) -> tuple[list[float], float]:
-        """Return the weight of each micro-batch, and of all of the step."""
         if weight is None:
             weights = [token_weight(micro) if shifts else label_count(micro) for micro in self.micro_batches]
             total = self.totals["token_weight" if shifts else "labels"]

@@ -42,10 +42,7 @@ class StepReader:
         self._nonfinite_host = torch.zeros((), pin_memory=world.accelerator.supports_pinned_memory)
 
     def read(self, index: int) -> Step | None:
-        """Return the next step of all ranks, to be called ``index``; None where a rank has no more; collective.
-
-        Raises NonFiniteError on all ranks where the loss of an earlier step was not finite on some rank.
-        """
+        """Return the step ``index``, or None where a rank has no more; NonFiniteError after such a loss; collective."""
         batch, world = next(self._iterator, None), self._world
         ready = batch is not None
         micro_batches = [shard(micro, world) for micro in listed(batch)] if ready else []

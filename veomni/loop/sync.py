@@ -7,11 +7,7 @@ import torch.distributed as dist
 
 
 def sync_step(counts: Mapping[str, float]) -> dict[str, float]:
-    """Return the sum of every count over all ranks; collective.
-
-    Args:
-        counts: By the same names in the same order on every rank. They travel as float64, exact up to 2^53.
-    """
+    """Return sums over all ranks, exact up to 2^53, of counts with the same names in the same order; collective."""
     sums = torch.tensor(list(counts.values()), dtype=torch.float64)
     dist.all_reduce(sums)
     return dict(zip(counts, sums.tolist(), strict=True))

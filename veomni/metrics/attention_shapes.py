@@ -18,15 +18,7 @@ class UncountableError(Exception):
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One layer's attention.
-
-    Attributes:
-        name: Name of its module.
-        heads: Query heads.
-        qk_dim: Dimension of a query and of a key.
-        v_dim: Dimension of a value.
-        window: Keys a query sees at most, itself included; None is all before it.
-    """
+    """One layer's attention; a query sees ``window`` keys at most, itself included, or with None all before it."""
 
     name: str
     heads: int
@@ -43,9 +35,8 @@ class AttentionShape:
 def attention_shapes(model: nn.Module, config: Any) -> list[AttentionShape]:
     """Return the shape of each layer's attention, in order; ``config`` is the text part of the model's configuration.
 
-    Raises:
-        UncountableError: a layer does something other than causal softmax attention over all earlier tokens or a
-            window of them, or the weights contradict the configuration.
+    UncountableError where a layer does something other than causal softmax attention over all earlier tokens or a
+    window of them, or the weights contradict the configuration.
     """
     modules = {
         name: module for name, module in model.named_modules()

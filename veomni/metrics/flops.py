@@ -90,8 +90,6 @@ def causal_pairs(lengths: Tensor, window: int | None) -> int:
 
 
 class _ActiveWeight(NamedTuple):
-    """One parameter as one module uses it."""
-
     depth: int  # the layer it belongs to; -1 in front of the layers, their number behind them
     active: int  # its numbers that one token is multiplied with; 0 for lookups, norms and biases
     trainable: bool

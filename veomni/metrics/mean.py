@@ -9,12 +9,7 @@ from typing_extensions import override
 
 
 class WeightedMean(Metric):
-    """Weighted mean of numbers, of all of them and of each group, over all updates and ranks; sums are in float64.
-
-    Args:
-        groups: Number of groups, such as the sources that documents come from.
-        options: Of ``torchmetrics.Metric``, such as ``process_group``.
-    """
+    """Weighted mean of numbers, of all and of each of ``groups``, over updates and ranks; sums are float64."""
 
     full_state_update = False
     is_differentiable = False
@@ -26,10 +21,7 @@ class WeightedMean(Metric):
 
     @override
     def update(self, values: Tensor | float, weights: Tensor | float, groups: Tensor | None = None) -> None:
-        """Add numbers of this rank, ``[n]`` or one, each of a group, int64 ``[n]``; None is the first.
-
-        A number is not read where its weight is 0, as the mean of nothing may be NaN.
-        """
+        """Add ``[n]`` numbers or one, each of a group, int64 ``[n]`` (None: the first); NaN at weight 0 is left out."""
         given = (torch.as_tensor(each, dtype=torch.float64, device=self.sums.device) for each in (values, weights))
         number, weight = (each.detach().reshape(-1) for each in given)
         groups = torch.zeros_like(weight, dtype=torch.int64) if groups is None else groups

@@ -94,7 +94,6 @@ class Progress:
             self._bar = None
 
     def _write(self, line: str) -> None:
-        """Write a line, above the bar if there is one."""
         _AboveBar(self._stream).write(f"{line}\n")
         self._stream.flush()
 

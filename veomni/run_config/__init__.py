@@ -161,14 +161,10 @@ def load_config(argv: Sequence[str]) -> Config:
     everything that is wrong, and the fix; also where a file or directory that it names is not there.
     """
     if "--help" in argv or "-h" in argv:
-        print(_help())
+        keys = (f"  --{key}\n      {field.description}" for key, field in walk(Config) if "." in key)
+        print(f"usage: {USAGE}", "", *keys, sep="\n")
         sys.exit(0)
     config = Config.from_file(*parse_argv(argv))
     record_keys(Config)
     raise_problems((found for section in config.sections() for found in section.path_problems()), "the configuration")
     return config
-
-
-def _help() -> str:
-    keys = (f"  --{key}\n      {field.description}" for key, field in walk(Config) if "." in key)
-    return "\n".join((f"usage: {USAGE}", "", *keys))

@@ -27,10 +27,7 @@ from veomni.strategies.expert_parallel import ExpertParallel
 AxisSize = Annotated[int, Field(ge=1)]
 
 _PARAMETERS = Choice(
-    STRATEGIES,
-    sibling="data_parallel_mode",
-    kind=ParameterStrategy,
-    replicate="train.data_parallel_replicate_size",
+    STRATEGIES, sibling="data_parallel_mode", kind=ParameterStrategy, replicate="train.data_parallel_replicate_size"
 )
 _EXPERT_OPTIONS = Options(ExpertParallel, size="train.expert_parallel_size")
 _ULYSSES = Options(Ulysses, size="train.ulysses_parallel_size", validate_batches="train.validate_batches")

@@ -1,7 +1,4 @@
-"""The truth of a training step: one process, float64, every document alone, unsharded, PyTorch's own cross-entropy.
-
-Loss curves hide gradients of a wrong scale, so every parameter's gradient is compared.
-"""
+"""The truth of a training step: one process, float64, every document alone, unsharded, PyTorch's own cross-entropy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +62,7 @@ def backward_of(model: nn.Module, rows: list[list[Document]], device: str = "cpu
 
 def check(found: Truth, truth: Truth, bound: float) -> None:
     """Assert that loss, norm and every parameter's gradient are the truth's, relative and tensor by tensor."""
+    # Loss curves hide gradients of a wrong scale.
     missing = found.gradients.keys() ^ truth.gradients.keys()
     assert not missing, f"gradients on one side only: {sorted(missing)}"
     errors = {name: relative_error(found.gradients[name], tensor) for name, tensor in truth.gradients.items()}

@@ -1,7 +1,4 @@
-"""Run functions on several gloo ranks, forked from the warm test process: about a second for the first, less for more.
-
-Every rank leaves by ``os._exit`` after a barrier and ``destroy_process_group``: gloo aborts at exit otherwise.
-"""
+"""Run functions on several gloo ranks, forked from the warm test process: a second for the first, less for more."""
 
 import gc
 import os
@@ -105,7 +102,7 @@ class _Fork:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            os._exit(code)  # after a barrier and destroy_process_group: gloo aborts at exit otherwise
 
     def _run_cases(self, rank: int) -> bool:
         import torch

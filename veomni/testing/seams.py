@@ -1,7 +1,4 @@
-"""Declared places where a test replaces what the library does: for seeded bugs, faults and fakes.
-
-A seam is a public function, method or property that every step passes; a test names it instead of a module.
-"""
+"""Declared places where a test replaces what the library does: for seeded bugs, faults and fakes."""
 
 import functools
 import sys
@@ -28,7 +25,7 @@ from veomni.strategies.grad_norm import sharded_grad_norm, sharding_of
 
 
 class Seam(NamedTuple):
-    """One place; ``target`` is the function, the method or the property itself."""
+    """A public function, method or property that every step passes; a test names it instead of a module."""
 
     target: Any
 
