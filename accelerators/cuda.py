@@ -24,10 +24,8 @@ class CUDA(Accelerator):
     @classmethod
     def require(cls) -> None:
         if not torch.backends.cuda.is_built():
-            raise DeviceError(
-                f"accelerator cuda: this PyTorch ({torch.__version__}) was built without CUDA",
-                "install a CUDA or ROCm build of torch, or use accelerator cpu",
-            )
+            problem = f"accelerator cuda: this PyTorch ({torch.__version__}) was built without CUDA"
+            raise DeviceError(problem, "install a CUDA or ROCm build of torch, or use accelerator cpu")
         super().require()
 
     @property

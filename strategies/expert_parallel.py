@@ -157,7 +157,5 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
     for dim in range(1, parameter.ndim):
         if parameter.shape[dim] % ranks == 0:
             return Shard(dim)
-    raise ModelError(
-        f"no dimension of experts {list(parameter.shape)} divides by the {ranks} ranks that share each of them",
-        "use a larger expert parallel size, or another number of ranks",
-    )
+    problem = f"no dimension of experts {list(parameter.shape)} divides by the {ranks} ranks that share each of them"
+    raise ModelError(problem, "use a larger expert parallel size, or another number of ranks")

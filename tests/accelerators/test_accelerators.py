@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from veomni.accelerators import CPU, CUDA, NPU, Accelerator, select_accelerator
-from veomni.accelerators.peak_flops import peak_flops_by_name
+from veomni.accelerators.base import peak_flops_by_name
 from veomni.errors import ConfigError, DeviceError, MissingExtraError
 from veomni.testing.ranks import RankFailed, run_ranks
 

@@ -56,10 +56,8 @@ class RouterController(RouterHook):
         """Check the wrapped model; a ModelError if FSDP1's flat parameters hold a correction bias to be moved."""
         for router in self.routers if self.options.bias_update_rate else ():
             if isinstance(router.bias_values, nn.Parameter) and isinstance(model, FullyShardedDataParallel):
-                raise ModelError(
-                    f"the correction bias of {router.name} is a parameter, and fsdp1 flattens parameters",
-                    "use FSDP2, or aux_loss_coef instead of bias_update_rate",
-                )
+                problem = f"the correction bias of {router.name} is a parameter, and fsdp1 flattens parameters"
+                raise ModelError(problem, "use FSDP2, or aux_loss_coef instead of bias_update_rate")
 
     # ---------------------------------------------------------------- one step
 

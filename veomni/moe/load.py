@@ -23,11 +23,9 @@ logger = create_logger(__name__)
 class LoadCounter:
     """Counts on the device, without waiting for it: one vector, which one reduction sums over ranks.
 
-    Attributes:
-        assignments: int64 ``[experts of all routers]``, the tokens sent to each expert.
-        tokens: int64 ``[routers]``, the tokens that were routed.
-        nonfinite: int64 ``[routers]``, those of them with logits that are not finite.
-        sizes: Experts of every router.
+    Int64 ``[experts of all routers]`` ``assignments`` are the tokens sent to each expert, ``[routers]`` ``tokens``
+    those that were routed, ``nonfinite`` those of them with logits that are not finite. ``sizes`` are experts of every
+    router.
     """
 
     def __init__(self, routers: Sequence[Router], device: torch.device) -> None:
@@ -71,11 +69,8 @@ class LoadCounter:
 class RouterStatistics:
     """Sums over this rank's tokens of a micro-batch, without padding.
 
-    Attributes:
-        load: Tokens that every expert was sent.
-        probabilities: ``[experts of all routers]``, the sum of every expert's probability.
-        z: The sum of ``logsumexp(logits)^2`` over tokens and routers.
-        mask: bool ``[tokens]``, those that are not padding; None where all are.
+    ``probabilities`` are ``[experts of all routers]``, the sum of every expert's probability; ``z`` is the sum of
+    ``logsumexp(logits)^2`` over tokens and routers; ``mask``, bool ``[tokens]``, is None where no token is padding.
     """
 
     def __init__(
@@ -130,10 +125,8 @@ class RouterStatistics:
     def _check_subset(self, router: Router, tokens: int) -> None:
         problem = f"{router.name} routes {tokens} tokens of a micro-batch of {self._positions}"
         if self.options.needs_routers:
-            raise ModelError(
-                f"{problem}: padding cannot be identified",
-                "set aux_loss_coef, z_loss_coef and bias_update_rate of the router options to 0",
-            )
+            problem = f"{problem}: padding cannot be identified"
+            raise ModelError(problem, "set aux_loss_coef, z_loss_coef and bias_update_rate of the router options to 0")
         logger.warning_once("%s: the load of its experts is counted with padding", router.name)
 
 

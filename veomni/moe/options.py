@@ -7,8 +7,6 @@ from annotated_types import Ge
 
 from veomni.config.section import Validated
 
-BalanceScope = Literal["step", "micro_batch"]
-
 
 @dataclass(frozen=True)
 class MoEOptions(Validated):
@@ -28,7 +26,7 @@ class MoEOptions(Validated):
     aux_loss_coef: Annotated[float, Ge(0.0)] | None = None
     z_loss_coef: Annotated[float, Ge(0.0)] = 0.0
     bias_update_rate: Annotated[float, Ge(0.0)] = 0.0
-    balance_scope: BalanceScope = "step"
+    balance_scope: Literal["step", "micro_batch"] = "step"
     log_load_every: Annotated[int, Ge(1)] | None = 10
 
     @property

@@ -93,11 +93,8 @@ def replay_routing(model: nn.Module, log: RoutingLog) -> Iterator[None]:
     """Make the forwards of ``model`` inside the context choose the experts of the log's, one after another.
 
     It is exact under activation checkpointing too, as long as every forward is followed by its backward. ``model`` is
-    as for :func:`record_routing`, and ``log`` one of a model with routers of the same names.
-
-    Raises:
-        ModelError: the model has no routers that can be read, or one whose weights do not follow from its logits.
-        DataError: the log is one of other routers, experts or tokens, or of fewer forwards.
+    as for :func:`record_routing`; one whose weights do not follow from its logits is a ModelError too. A log of other
+    routers, experts or tokens, or of fewer forwards, is a DataError.
     """
     with _attached(_Replay(log), model) as routers:
         _check(log, routers)
@@ -128,10 +125,8 @@ class _Replay(RouterHook):
         self.number += 1
         self.waiting += torch.is_grad_enabled()
         if self.number >= len(self.log.forwards):
-            raise DataError(
-                f"the recorded routing holds {len(self.log.forwards)} forwards, and the model runs one more",
-                "record as many forwards as are replayed",
-            )
+            problem = f"the recorded routing holds {len(self.log.forwards)} forwards, and the model runs one more"
+            raise DataError(problem, "record as many forwards as are replayed")
 
     @override
     def choose(self, router: Router, decision: RoutingDecision) -> Tensor | None:
@@ -159,10 +154,8 @@ def _attached(hook: _Record | _Replay, model: nn.Module) -> Iterator[tuple[Route
     with hooked_routers(body) as found:
         if found.unreadable or not found.readable:
             which = found.unreadable[0] if found.unreadable else type(body).__name__
-            raise ModelError(
-                f"the routing of {which} can be neither recorded nor replayed: it has no router that can be read",
-                RouterScoring.fix,
-            )
+            problem = f"the routing of {which} can be neither recorded nor replayed: it has no router that can be read"
+            raise ModelError(problem, RouterScoring.fix)
         handle = body.register_forward_pre_hook(hook.begin)
         for router in found.readable:
             router.hooks.append(hook)

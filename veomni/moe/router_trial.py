@@ -22,16 +22,12 @@ _LARGE = 1e3  # more than any score
 
 @dataclass(frozen=True)
 class RouterFinding:
-    """What is the same for all routers of one kind.
+    """What is the same for all routers of one kind, which choose ``top_k`` of so many ``experts`` for a token.
 
-    Attributes:
-        experts: How many experts it chooses from.
-        top_k: How many it chooses for a token.
-        positions: Where in its output logits, weights and indices are.
-        scoring: How weights come from logits; None where no known formula gives them.
-        balance: What a load-balancing loss averages over tokens; None where none is defined.
-        bias_path: The module that has the correction bias, by its path inside the router, None for the block around it;
-            and the bias' name. None without one.
+    ``positions`` are where in the output logits, weights and indices are; ``scoring``, how weights come from logits
+    (None where no known formula gives them); ``balance``, what a load-balancing loss averages over tokens (None where
+    none is defined). ``bias_path`` is the module with the correction bias, by its path inside the router or None for
+    the block around it, and the bias' name; None without one.
     """
 
     experts: int

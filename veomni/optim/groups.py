@@ -54,16 +54,13 @@ def is_fsdp1(model: nn.Module) -> bool:
 
 
 def build_optimizer_groups(model: nn.Module, *, weight_decay: float, no_decay: Sequence[str]) -> Groups:
-    """Split the trained parameters into a group with weight decay and one without.
+    """Split the trained parameters (a ModelError without any) into a group with weight decay and one without.
 
     Parameters of fewer than two dimensions (norms, sinks) and biases are never decayed; matrices are, embeddings
     included, unless a shell pattern of ``no_decay`` matches their name or that of a module around them:
-    ``*.embed_tokens`` or ``model.layers.0.*``. A tied parameter comes once, and is named by any of its names. The split
-    is the same in every layout, before and after a strategy took the model over. Under FSDP1 this is collective.
-
-    Raises:
-        ConfigError: a pattern matches nothing.
-        ModelError: no parameter is trained.
+    ``*.embed_tokens`` or ``model.layers.0.*``; one that matches nothing is a ConfigError. A tied parameter comes once,
+    and is named by any of its names. The split is the same in every layout, before and after a strategy took the model
+    over. Under FSDP1 this is collective.
     """
     parameters = NamedParameters(model)
     exempt = parameters.matching(no_decay, "no_decay", may_miss=NO_DECAY)

@@ -114,10 +114,8 @@ class MultiLRScheduler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned; a CheckpointError where the schedules have other names."""
         if state_dict.keys() != self.schedulers.keys():
-            raise CheckpointError(
-                f"the state is of schedules {', '.join(state_dict)}, this run has {', '.join(self.schedulers)}",
-                "give them the names of the run that saved it",
-            )
+            problem = f"the state is of schedules {', '.join(state_dict)}, this run has {', '.join(self.schedulers)}"
+            raise CheckpointError(problem, "give them the names of the run that saved it")
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state_dict[name])
 

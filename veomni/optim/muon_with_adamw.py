@@ -52,10 +52,8 @@ class MuonWithAdamW(OptimizerRecipe):
     def members(self, model: nn.Module, groups: Groups) -> Mapping[str, Optimizer]:
         """Return Muon and AdamW for each mesh, called "muon.fsdp", "adamw.fsdp" and the like."""
         if is_fsdp1(model):
-            raise ModelError(
-                "muon needs the rows and columns of matrices, and FSDP1 keeps flat pieces of them",
-                "use FSDP2, or the optimizer adamw",
-            )
+            problem = "muon needs the rows and columns of matrices, and FSDP1 keeps flat pieces of them"
+            raise ModelError(problem, "use FSDP2, or the optimizer adamw")
         matrices: set[Tensor] = set(hidden_matrices(model, exclude=self._exclude))
         if not matrices:
             raise ModelError("muon found no matrix to train inside the model's blocks", "use the optimizer adamw")

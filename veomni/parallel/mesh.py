@@ -53,11 +53,8 @@ class ParallelDims:
         product = math.prod(dims.size(axis) for axis in AXES)
         if product != world_size:
             shown = " x ".join(f"{axis} {dims.size(axis)}" for axis in AXES if dims.size(axis) > 1) or "1"
-            raise LayoutError(
-                f"the mesh axes multiply to {product} ({shown}) but there are {world_size} ranks",
-                f"start {product} ranks (devices) or change the sizes",
-                field="Launcher.devices",
-            )
+            problem = f"the mesh axes multiply to {product} ({shown}) but there are {world_size} ranks"
+            raise LayoutError(problem, f"start {product} ranks (devices) or change the sizes", field="Launcher.devices")
         experts, fsdp, loss = dims.experts, dims.size("fsdp"), dims.size("loss")
         if fsdp % experts and (experts % fsdp or loss % experts):
             ranks, which = (loss, "there are") if fsdp == 1 else (fsdp, "that share parameters")

@@ -1,9 +1,9 @@
 """Which samples share a row: best-fit decreasing, and the order of the rows.
 
-Best-fit decreasing puts the longest sample first, always into the fullest row it fits in. Rows with the same free space
-are interchangeable, so samples of one length are placed by the run: a row with ``r`` tokens free takes ``r // length``
-of them and keeps ``r % length`` free. That is the same packing as one by one, in O(d log C) steps for d distinct
-lengths and rows of C tokens, whatever the number of samples (a loop over samples would take seconds per million).
+The longest sample comes first, and each goes into the fullest row it fits in. Rows with the same free space are
+interchangeable, so samples of one length are placed by the run: a row with ``r`` tokens free takes ``r // length`` of
+them and keeps ``r % length`` free. That is the same packing as one by one, in O(d log C) steps for d distinct lengths
+and rows of C tokens, whatever the number of samples (a loop over samples would take seconds per million).
 """
 
 from bisect import bisect_left, insort

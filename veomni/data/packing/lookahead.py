@@ -10,14 +10,10 @@ from veomni.data.text.samples import Sample
 class LookAhead:
     """Samples that wait for a row.
 
-    A row starts with the sample that has waited longest, so none waits for ever; then it takes the longest one that
-    still fits, the older of two equal ones, until none fits.
-
-    Args:
-        capacity: Tokens of a row.
-        media_capacity: Tokens of a row that may stand for media; None sets no bound. A sample with more of them gets a
-            row in which nothing else has media.
-        pack: Otherwise every sample has a row of its own.
+    A row of ``capacity`` tokens starts with the sample that has waited longest, so none waits for ever; then it takes
+    the longest one that still fits, the older of two equal ones, until none fits; without ``pack`` it ends there. At
+    most ``media_capacity`` of its tokens stand for media, None sets no bound; a sample with more of them gets a row in
+    which nothing else has media.
     """
 
     def __init__(self, capacity: int, media_capacity: int | None = None, *, pack: bool = True) -> None:

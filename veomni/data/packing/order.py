@@ -1,8 +1,7 @@
 """Orders that depend on (seed, epoch) alone: the same on every rank, any number of ranks, and any version of numpy.
 
 Keys are drawn with the splitmix64 finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
-2014) rather than a numpy ``Generator``, whose streams may change between numpy versions (NEP 19): a resumed run's order
-must not.
+2014): the streams of a numpy ``Generator`` may change between versions (NEP 19), and a resumed run's order must not.
 """
 
 import hashlib

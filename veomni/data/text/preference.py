@@ -27,10 +27,8 @@ def pair_of(document: Document) -> Pair:
         sides.append(conversation_of(Document(record, f"{document.where}, {key}"), "messages"))
     chosen, rejected = sides
     if chosen.messages[:-1] != rejected.messages[:-1]:
-        raise DataError(
-            f"{document.where}: chosen and rejected answer different prompts",
-            "make them equal up to their last message, or give the prompt apart",
-        )
+        problem = f"{document.where}: chosen and rejected answer different prompts"
+        raise DataError(problem, "make them equal up to their last message, or give the prompt apart")
     for side, name in ((chosen, "chosen"), (rejected, "rejected")):
         if side.messages[-1]["role"] != "assistant":
             raise DataError(f"{document.where}, {name}: the last message is not the assistant's", "end in the answer")

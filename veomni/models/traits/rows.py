@@ -89,9 +89,8 @@ class SplitsRows:
             f"{trial.name} does not take the place of a token from position_ids alone",
         )  # fmt: skip
         if calls.get() == before:
-            return Verdict(
-                False, f"the attention of {trial.name} does not go through transformers' attention interface"
-            )
+            problem = f"the attention of {trial.name} does not go through transformers' attention interface"
+            return Verdict(False, problem)
         return verdict
 
 
@@ -122,10 +121,9 @@ def carried_state(model: nn.Module) -> Verdict:
 
 
 def layer_outside_attention(model: nn.Module) -> str | None:
-    """Return the name of a layer that carries something along the sequence: state space, convolution.
+    """Return the name of a layer in the text part that carries something along the sequence: state space, convolution.
 
-    Such a layer mixes the documents of a packed row, and its state does not reach a part of a row on another rank.
-    Of a model with encoders, only the text part is looked at.
+    It mixes the documents of a packed row, and its state does not reach a part of a row on another rank.
     """
     text = {id(module) for module in text_part(model).modules()}
     for name, module in model.named_modules():
@@ -143,13 +141,9 @@ def text_part(model: nn.Module) -> nn.Module:
 
 
 def _judged(
-    trial: Trial,
-    run: Callable[[Tensor, Tensor], Tensor],
-    positions: Tensor,
-    elsewhere: Sequence[slice],
-    mixes: str,
+    trial: Trial, run: Callable[[Tensor, Tensor], Tensor], positions: Tensor, elsewhere: Sequence[slice], mixes: str,
     counts: str,
-) -> Verdict:
+) -> Verdict:  # fmt: skip
     """Compare three runs of one row, from tokens ``[seq]`` and position ids ``[seq]`` to outputs ``[seq, channels]``.
 
     Another token at place ``FIRST - 1`` must change nothing ``elsewhere``: ``mixes`` is the reason where it does. That

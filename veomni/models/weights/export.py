@@ -53,13 +53,10 @@ def export_hf(
 
     Args:
         model: Any module, sharded or wrapped by any strategy.
-        output_dir: Where to; an earlier export there is replaced once the new one is complete.
+        output_dir: An earlier export there is replaced once the new one is complete; anything else is a ModelError.
         tokenizer: A tokenizer or processor to save beside the weights.
         dtype: Dtype of the weights in the files; None keeps that of the parameters.
         max_shard_size: Bytes per file at most, unless a single tensor is larger.
-
-    Raises:
-        ModelError: the directory holds something else.
     """
     inner: Any = unwrap(model)
     export = _Export(Path(output_dir), tokenizer, dtype, max_shard_size)

@@ -63,10 +63,8 @@ def ring_attention(
     value_head_dim]`` in the format of ``query``. A position that sees nothing gets zeros. Other chunks: LayoutError.
     """
     if query.shape[2] % 2 or key.shape[2] != query.shape[2]:
-        raise LayoutError(
-            f"a rank of the ring holds {query.shape[2]} queries and {key.shape[2]} keys of each row",
-            "give every rank two chunks of each row, and its queries and keys the same ones",
-        )
+        problem = f"a rank of the ring holds {query.shape[2]} queries and {key.shape[2]} keys of each row"
+        raise LayoutError(problem, "give every rank two chunks of each row, and its queries and keys the same ones")
     result: Tensor = _RingAttention.apply(query, key, value, _Ring(rule, group, scale))
     return result
 

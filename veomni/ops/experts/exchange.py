@@ -26,14 +26,11 @@ EXCHANGE = "expert_exchange"
 
 @dataclass(frozen=True)
 class ExpertExchange:
-    """How a module's tokens reach experts on other ranks.
+    """How a module's tokens reach experts on the other ranks of ``group``: in ``chunks``, sent one behind the other.
 
-    Attributes:
-        group: The ranks that share the experts.
-        chunks: Parts of the tokens, sent one behind the other.
-        fixed_size: Exchange buffers of the largest size that could be needed, so that the host reads nothing from the
-            device; costs up to P times the memory of the rows.
-        shared: The shared experts of the same block, which run while the first tokens are in flight, or None.
+    ``fixed_size`` buffers have the largest size that could be needed, so that the host reads nothing from the device;
+    they cost up to P times the memory of the rows. ``shared`` experts of the same block, if any, run while the first
+    tokens are in flight.
     """
 
     group: ProcessGroup
@@ -102,13 +99,9 @@ class _Chunk:
         self.routing: Routing = route(index, num_experts)
 
     def lay_out(
-        self,
-        arriving: Tensor,
-        experts: Tensor,
-        splits: Splits | None = None,
-        slots: Tensor | None = None,
+        self, arriving: Tensor, experts: Tensor, splits: Splits | None = None, slots: Tensor | None = None,
         room: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Set how the rows lie in the buffers that are exchanged.
 
         ``arriving`` are the rows from each rank for each local expert, ``[P, local_experts]``; ``experts`` the local

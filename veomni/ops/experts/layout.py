@@ -40,8 +40,7 @@ def activation_of(module: nn.Module) -> SwiGLU | None:
 def find_activation(module: nn.Module) -> SwiGLU | None:
     """Return which SwiGLU a module's gating computes; None for another activation: the module is called for that.
 
-    The module's own function decides: a candidate counts only if it gives the same on numbers inside and far outside
-    of every limit.
+    A candidate counts only if it gives what the module's own function gives, inside and far outside of every limit.
     """
     act_fn = getattr(module, "act_fn", None)
     if not module.has_gate or (isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters())):

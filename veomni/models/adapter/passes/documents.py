@@ -48,11 +48,9 @@ class IsolateDocuments(InputPass):
         self.unexamined = carried_state(model)
 
     def before(self, call: ForwardCall) -> None:
-        """Set the documents of the call.
+        """Set the documents of the call; a ModelError where rows are packed and the model does not keep them apart.
 
-        Raises:
-            ModelError: rows are packed and the model does not keep them apart; or ranks share rows, and no argument is
-                a tensor of a micro-batch, which alone holds the layout of the whole rows.
+        So it is where ranks share rows and no argument is a tensor of a micro-batch: that alone holds the layout.
         """
         if call.sequence is not None and call.micro is None:
             problem = f"{type(call.owner.model).__name__} shares rows with other ranks, and was called with copies"

@@ -26,12 +26,10 @@ class TokenMeanLoss:
     """What ``model.loss_function`` is replaced by: cross-entropy averaged over this micro-batch's supervised tokens.
 
     Where these have weights, it is the weighted mean, ``sum(weight * loss) / sum(weight)``. A micro-batch without any
-    gives zero with zero gradients, not NaN. On the fused path the head returns its hidden states, and the projection
-    is done in here, which is right only where nothing happens in between: :class:`~veomni.models.traits.FusesHead`.
-
-    Attributes:
-        head: The projection to the vocabulary when it is fused with the loss, or None.
-        context: What the loss of the current micro-batch depends on beside labels; set by the caller of the model.
+    gives zero with zero gradients, not NaN. On the fused path the ``head`` returns its hidden states, and the
+    projection is done in here, which is right only where nothing happens in between:
+    :class:`~veomni.models.traits.FusesHead`. The caller of the model sets the ``context``: what the loss of the current
+    micro-batch depends on beside labels.
     """
 
     def __init__(self, head: nn.Linear | None) -> None:
