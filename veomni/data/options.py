@@ -84,7 +84,7 @@ class Order(Validated):
 
 @dataclass(frozen=True)
 class BatchShape(Validated):
-    """Rows of a step, and which of them this rank computes.
+    """Rows of a step, and which of them this rank computes (LayoutError: the batch sizes do not divide).
 
     Attributes:
         micro_batch_size: Rows of a micro-batch.
@@ -94,9 +94,6 @@ class BatchShape(Validated):
         shard: The positions of its rows that this rank holds, where several ranks share each row
             (``launcher.sequence_shard``).
         balance: Distribute the rows of a step by their cost, the squares of their documents' lengths.
-
-    Raises:
-        LayoutError: the batch sizes do not divide.
     """
 
     micro_batch_size: int = 1
@@ -108,13 +105,12 @@ class BatchShape(Validated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.global_batch_size % (self.size * self.micro_batch_size):
-            raise LayoutError(
-                f"global_batch_size {self.global_batch_size} is no multiple of "
-                f"{self.size} data ranks x micro_batch_size {self.micro_batch_size}",
-                f"use a multiple of {self.size * self.micro_batch_size}",
-                "BatchShape.global_batch_size BatchShape.micro_batch_size",
-            )
+        multiple = self.size * self.micro_batch_size
+        if self.global_batch_size % multiple:
+            parts = f"{self.size} data ranks x micro_batch_size {self.micro_batch_size}"
+            problem = f"global_batch_size {self.global_batch_size} is no multiple of {parts}"
+            field = "BatchShape.global_batch_size BatchShape.micro_batch_size"
+            raise LayoutError(problem, f"use a multiple of {multiple}", field)
 
 
 @dataclass(frozen=True)

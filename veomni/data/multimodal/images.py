@@ -22,7 +22,6 @@ _NO_IMAGES = {
     (b"%pdf", b"%!ps"): "a PDF or PostScript document",
 }  # fmt: skip
 _KEPT_BLOCKS = 4  # of at most 16 MiB
-_WHITE = (255, 255, 255, 255)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # in EXIF
 
 
@@ -108,7 +107,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         if image.mode.startswith("I") or image.mode == "F":
             return _from_numbers(image, name)
         if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, _WHITE)
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
     except (ValueError, OSError) as error:

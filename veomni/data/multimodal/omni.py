@@ -1,17 +1,12 @@
 """Composed models: encoders and decoders of any of the kinds in ``veomni.families.omni``."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL.Image import Image
 
 from veomni.data.multimodal.family import MediaFeatures
 from veomni.data.multimodal.qwen_audio import Qwen2Audio
 from veomni.families.omni import DECODERS, ENCODERS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 class Omni(Qwen2Audio):
@@ -23,7 +18,7 @@ class Omni(Qwen2Audio):
         self.placeholders = {kind: self.token(f"{kind}_token_id") for kind in (*kinds, *self.config.decoders)}
 
     @classmethod
-    def image_processor_of(cls, config: PreTrainedConfig) -> str | None:
+    def image_processor_of(cls, config: Any) -> str | None:
         """Return the processor of the image encoder, or None without one."""
         return None if config.vision_config is None else ENCODERS.get(config.vision_config.model_type).image_processor
 

@@ -78,11 +78,10 @@ class MediaReader:
             return (str(path) if path else name), content
         if reference.get("base64") is not None:
             return "base64", self._decode("base64", str(reference["base64"]))
-        given = reference.get("url") or path
-        if not given:
-            keys = ", ".join(sorted(map(str, reference))) or "none"
-            raise MediaError(f"an object without media (keys: {keys})", "give it bytes, base64, path or url")
-        return self._read(given)
+        if given := reference.get("url") or path:
+            return self._read(given)
+        keys = ", ".join(sorted(map(str, reference))) or "none"
+        raise MediaError(f"an object without media (keys: {keys})", "give it bytes, base64, path or url")
 
     def _decode(self, name: str, text: str) -> bytes:
         if len(text) > self.limits.max_bytes * 4 // 3 + 4:

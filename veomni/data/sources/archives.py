@@ -1,21 +1,17 @@
 """WebDataset archives: tar files whose members of one name are one record. Members are read in memory."""
 
-from __future__ import annotations
-
 import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from veomni.data.sources.blocks import Records
 from veomni.data.sources.files import decode, json_object
 from veomni.data.sources.locations import DataFile
 from veomni.data.sources.records import MEDIA_KEYS, Document
+from veomni.data.sources.schema import RecordSchema
 from veomni.errors import DataError
-
-if TYPE_CHECKING:
-    from veomni.data.sources.schema import RecordSchema
 
 KEY = "__key__"
 """Field of a record that holds what its members' names have in common."""

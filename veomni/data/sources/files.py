@@ -1,11 +1,9 @@
 """Text and JSON files as records, read lazily."""
 
-from __future__ import annotations
-
 import json
 import mmap
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +11,8 @@ from numpy.typing import NDArray
 from veomni.data.sources.blocks import Blocks, Records
 from veomni.data.sources.locations import DataFile
 from veomni.data.sources.records import Document
+from veomni.data.sources.schema import RecordSchema
 from veomni.errors import DataError
-
-if TYPE_CHECKING:
-    from veomni.data.sources.schema import RecordSchema
 
 RANGE_BYTES = 1 << 22  # bytes of JSONL in a block
 _CHUNK = 1 << 26

@@ -16,9 +16,8 @@ MESSAGES = "messages"
 class RecordFormat:
     """How a record holds a conversation; the arguments of a subclass are its options in a configuration.
 
-    Attributes:
-        keys: Fields that are read, beside that of the messages.
-        marks: Fields by which such records are recognised, for the message about a missing field.
+    ``keys`` are fields that are read, beside that of the messages; by ``marks`` such records are recognised, for the
+    message about a missing field.
     """
 
     keys: ClassVar[tuple[str, ...]] = ()

@@ -38,7 +38,7 @@ def media_conversation(document: Document, key: str) -> tuple[Conversation, list
     messages = document.record.get(key)
     if not isinstance(messages, list):
         return conversation_of(document, key), []  # raises
-    columns = {kind: _column(document, kind) for kind in KINDS}
+    columns = {kind: _column(document, key) for kind, key in MEDIA_KEYS.items()}
     contents: list[Any] = []
     items: list[MediaItem] = []
     for number, message in enumerate(messages, start=1):
@@ -66,12 +66,11 @@ def texts_of(document: Document, key: str) -> list[str]:
     return [part["text"] for content in parts for part in content if "text" in part]
 
 
-def _column(document: Document, kind: str) -> list[Any]:
-    value = document.record.get(MEDIA_KEYS[kind])
-    value = [] if value is None else value
-    if not isinstance(value, list):
-        raise DataError(f"{document.where}: field {MEDIA_KEYS[kind]!r} is no list", "make it a list of paths")
-    return list(value)
+def _column(document: Document, key: str) -> list[Any]:
+    value = document.record.get(key)
+    if not isinstance(value, list | None):
+        raise DataError(f"{document.where}: field {key!r} is no list", "make it a list of paths")
+    return list(value or [])
 
 
 def _parts(content: Any, where: str, columns: dict[str, list[Any]], items: list[MediaItem]) -> Any:

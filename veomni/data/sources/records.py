@@ -56,11 +56,10 @@ def field_of(document: Document, key: str, option: str) -> Any:
 def text_of(document: Document, key: str, option: str = "RecordSchema.text_key") -> str:
     """Return the text in field ``key``, which ``option`` chooses; DataError where it is missing, null or not text."""
     value = field_of(document, key, option)
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        fix = "make it a string, or remove the record"
-        raise DataError(f"{document.where}: field {key!r} is {kind}, not text", fix)
-    return value
+    if isinstance(value, str):
+        return value
+    problem = f"{document.where}: field {key!r} is {'null' if value is None else type(value).__name__}, not text"
+    raise DataError(problem, "make it a string, or remove the record")
 
 
 def from_json(value: Any, problem: str, fix: str) -> Any:

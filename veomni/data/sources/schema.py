@@ -15,7 +15,7 @@ from veomni.data.sources.records import MEDIA_KEYS, Document, MissingFieldError
 
 @dataclass(frozen=True)
 class RecordSchema:
-    """What records hold.
+    """What records hold (ConfigError: no data type or format has that name).
 
     Attributes:
         data_type: A data type, or the name of a registered one: plaintext, conversation, multimodal, pretokenized,
@@ -23,9 +23,6 @@ class RecordSchema:
         format: How records hold conversations, or the name of a registered record format: messages, sharegpt, alpaca.
         text_key: Field of a record that holds the text (plaintext).
         messages_key: Field of a record that holds the messages (conversation, multimodal).
-
-    Raises:
-        ConfigError: no data type or format has that name.
     """
 
     data_type: DataType | str = "plaintext"

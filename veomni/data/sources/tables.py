@@ -1,10 +1,8 @@
 """Parquet and Arrow files as records, read lazily; of their columns, those that the schema needs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +11,8 @@ from typing_extensions import override
 from veomni.data.sources.blocks import Blocks, Records
 from veomni.data.sources.locations import DataFile
 from veomni.data.sources.records import Document
+from veomni.data.sources.schema import RecordSchema
 from veomni.errors import DataError
-
-if TYPE_CHECKING:
-    from veomni.data.sources.schema import RecordSchema
 
 
 class ParquetFile(Records):

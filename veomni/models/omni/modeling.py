@@ -21,12 +21,10 @@ from veomni.parallel.plan import ParallelPlan
 
 @dataclass
 class OmniOutput:
-    """What a composed model returns.
+    """What a composed model returns: the sum of all losses, None without labels, and the foundation's logits.
 
-    Attributes:
-        loss: The sum of all losses of this micro-batch; None without labels.
-        losses: By component: "text", then the decoders'; each the mean over its own tokens, for ``Launcher.backward``.
-        logits: The foundation's, ``[batch, seq, vocab]``.
+    ``losses`` are by component: "text", then the decoders'; each the mean over its own tokens, for
+    ``Launcher.backward``. The logits are ``[batch, seq, vocab]``.
     """
 
     loss: Tensor | None
