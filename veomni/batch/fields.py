@@ -1,7 +1,4 @@
-"""The fields of a micro-batch: how each is packed, padded and split over ranks, and which part of a batch holds it.
-
-A field that is not in the table is passed to the model unchanged, and rejected where it would be packed or split.
-"""
+"""The fields of a micro-batch: how each is packed, padded and split over ranks, and which part of a batch holds it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +40,7 @@ class Field:
     holder: Literal["inputs", "targets", "rows"] = "inputs"
 
 
+# Fields not in it are passed to the model unchanged, and rejected where they would be packed or split.
 FIELDS: Registry[Field] = Registry("batch field")
 """Fields by name; ``FIELDS.register("your_field")(Field("item"))`` adds one of your model's."""
 

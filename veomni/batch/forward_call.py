@@ -1,7 +1,4 @@
-"""The forward that a model is in: what attention, masks, encoders and losses read and a model does not pass on.
-
-Functions registered with transformers are constant and read :func:`current_call`: models with other groups may coexist.
-"""
+"""The forward that a model is in: what attention, masks, encoders and losses read and a model does not pass on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +70,7 @@ class ForwardCall:
     fused: bool = False
 
 
+# Functions registered with transformers are constant and read it: models with other groups may coexist.
 _current: ContextVar[ForwardCall | None] = ContextVar("veomni_forward_call", default=None)
 
 

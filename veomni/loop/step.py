@@ -132,20 +132,17 @@ class ModelStep:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         if self.routers is not None:
-            self._begin_routing(self.routers)
+            self.routers.begin_step(self.totals["tokens"], len(self.micro_batches))
+        if self.routers is not None and self.routers.counts_first:
+            with same_draws_after(self._world.accelerator):
+                run = lambda held: forward(self._model, held.to(self._device))  # noqa: E731
+                self.routers.count_first(self.micro_batches, run)
         for index, (held, weight) in enumerate(zip(self.micro_batches, self.weights, strict=True)):
             last = index == len(self.micro_batches) - 1
             micro = replace(held.to(self._device), weight=weight, index=index, last=last, owner=self)
             watch = nullcontext() if self.routers is None else self.routers.micro_batch(held)
             with self._grad_sync(self._model, last), watch, loss_context(self._model, micro) as self._context:
                 yield micro
-
-    def _begin_routing(self, routers: RouterController) -> None:
-        routers.begin_step(self.totals["tokens"], len(self.micro_batches))
-        if routers.counts_first:
-            with same_draws_after(self._world.accelerator):
-                run = lambda held: forward(self._model, held.to(self._device))  # noqa: E731
-                routers.count_first(self.micro_batches, run)
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add a micro-batch's gradients; see ``Launcher.backward``."""

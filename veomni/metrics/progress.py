@@ -64,11 +64,7 @@ class Progress:
                 self._redirected.callback(handler.setStream, before)
 
     def update(self, step: int, metrics: Numbers) -> None:
-        """Show that ``step`` is done, with what is known of it.
-
-        That is ``loss``, ``tokens`` or ``samples`` with ``step_seconds``, ``mfu_causal``, metrics of the loop's own;
-        and those of an evaluation, on a line.
-        """
+        """Show that ``step`` is done: its loss, speed, MFU and the loop's own metrics; an evaluation's on a line."""
         if current_rank() != 0:
             return
         self._recent.append(metrics)

@@ -45,8 +45,7 @@ class Throughput:
     def end_step(self, amount: int, flops: StepFlops | None, unit: str = "tokens") -> dict[str, float | int | None]:
         """Stop the clock and return the step's numbers, by the columns of ``metrics.jsonl``.
 
-        ``amount`` are the tokens of the step over all ranks, without padding, or the "samples" of other data; ``flops``
-        are over all ranks, None when the model's are not known.
+        ``amount`` (tokens without padding, or the "samples" of other data) and ``flops`` are over all ranks.
         """
         self.mark("optimizer")
         seconds = self._last - self._start - self._sections.get("evaluation", 0.0)
