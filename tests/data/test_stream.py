@@ -357,6 +357,14 @@ def test_too_few_records_for_the_shards_are_named(tokenizer, tmp_path):
     assert len(list(itertools.islice(make_loader(dataset, tokenizer, **options), 3))) == 3, "nor one that is shuffled"
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_record_that_cannot_be_used_is_named_by_workers_too(count, tokenizer, tmp_path):
+    dataset = dataset_of(str(jsonl(tmp_path / "long.jsonl", [{"text": sentence(1) * 9}])), streaming=True)
+    options = {"count": count, "max_seq_len": 16, "stream_shards": 1, "pin_memory": False, "cache_dir": tmp_path}
+    with pytest.raises(DataError, match=r"long.jsonl, byte 0: \d+ tokens, more than max_seq_len 16"):
+        next(iter(make_loader(dataset, tokenizer, **options)))
+
+
 def test_held_out_conversations_come_once_in_order_each_time(tokenizer, tmp_path):
     """Preference pairs are made while they are read, held-out ones too."""
     rows = [{"prompt": sentence(n), "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(11)]

@@ -20,11 +20,11 @@ from veomni.data.loading.resumable import ResumableLoader
 from veomni.data.loading.source_cursor import SourceProgress
 from veomni.data.loading.stream_plan import StreamPlan
 from veomni.data.loading.stream_shard import StreamShard
-from veomni.data.loading.worker_pool import WorkerPool
+from veomni.data.loading.worker_pool import WorkerPool, received
 from veomni.data.options import BatchShape, Workers
 from veomni.data.packing.balance import by_cost
 from veomni.data.text.samples import Row
-from veomni.errors import CheckpointError
+from veomni.errors import CheckpointError, InputError
 from veomni.logging import create_logger
 
 logger = create_logger(__name__)
@@ -97,7 +97,7 @@ class StreamLoader(ResumableLoader):
         found: dict[int, Iterator[Given]] = {}
         for part in (self._shards[number::processes] for number in range(processes)):
             rows = _ShardRows(self.plan, {shard: self._states.get(shard) for shard in part}, first)
-            found |= dict.fromkeys(part, WorkerPool(rows, None, one) if self.workers.count else iter(rows))
+            found |= dict.fromkeys(part, WorkerPool(rows, None, one) if self.workers.count else map(received, rows))
         return found
 
     @override
@@ -138,10 +138,11 @@ class _ShardRows(IterableDataset[Given]):
     def __init__(self, plan: StreamPlan, states: Mapping[int, State | None], first: int) -> None:
         self._plan, self._states, self._first = plan, states, first
 
-    def __iter__(self) -> Iterator[Given]:
-        readers = {shard: StreamShard(self._plan, shard, state) for shard, state in self._states.items()}
-        for number in itertools.count(self._first):
-            reader = readers.get(number % self._plan.order.stream_shards)
-            if reader is not None:
-                row = reader.next_row()
-                yield row, reader.state_dict()
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            readers = {shard: StreamShard(self._plan, shard, state) for shard, state in self._states.items()}
+            for number in itertools.count(self._first):
+                if reader := readers.get(number % self._plan.order.stream_shards):
+                    yield reader.next_row(), reader.state_dict()
+        except InputError as error:
+            yield error

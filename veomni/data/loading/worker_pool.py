@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.data.options import Workers
-from veomni.errors import VeOmniError
+from veomni.errors import InputError, VeOmniError
 
 T = TypeVar("T")
 
@@ -52,8 +52,11 @@ class WorkerPool(Generic[T]):
     def __next__(self) -> T:
         """Return what the workers make next (WorkerError: a worker died, or nothing arrived in time)."""
         try:
-            made: T = _tensors(next(self._source))
+            made: T = received(next(self._source))
             return made
+        except InputError:
+            self._kill()  # it waits for a request, ignores SIGTERM, and would be joined when this process ends
+            raise
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
@@ -73,7 +76,10 @@ def _arrays(made: Any) -> Any:
     return made.map(Tensor, Tensor.numpy) if isinstance(made, MicroBatch) else made
 
 
-def _tensors(made: Any) -> Any:
+def received(made: Any) -> Any:
+    """Return what a worker sent, an InputError raised: torch would make a RuntimeError of it."""
+    if isinstance(made, InputError):
+        raise made
     return made.map(np.ndarray, torch.from_numpy) if isinstance(made, MicroBatch) else made
 
 
