@@ -1,4 +1,4 @@
-"""Loggers that know their rank: one clear line from rank 0, or one line per process, never a flood."""
+"""Loggers by rank: one clear line from rank 0, or one line per process, never a flood."""
 
 import logging
 import os

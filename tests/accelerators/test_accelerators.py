@@ -131,7 +131,7 @@ def test_cpu_facts():
     assert cpu.peak_flops(torch.bfloat16) is None
 
 
-def test_more_processes_than_devices_is_refused_unless_shared():
+def test_more_processes_than_devices_is_rejected_unless_shared():
     class OneGPU(CUDA):
         @classmethod
         def device_count(cls):

@@ -119,7 +119,7 @@ def test_the_digest_tells_rows_apart_and_is_the_same_for_all_parts():
         ({"pixel_values": torch.zeros(1, 8)}, (2, 0), "neither input_ids nor inputs_embeds"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(inputs, part, named):
+def test_what_cannot_be_cut_is_rejected(inputs, part, named):
     with pytest.raises(DataError, match=named) as caught:
         split_rows(inputs, SequenceShard(*part))
     assert caught.value.fix

@@ -194,7 +194,7 @@ class Evil:
         return os.system, (f"touch {self.canary}",)
 
 
-def test_metadata_that_runs_code_is_refused(tmp_path):
+def test_metadata_that_runs_code_is_rejected(tmp_path):
     saved(tmp_path)
     canary, step = tmp_path / "canary", tmp_path / "global_step_2"
     (step / "weights" / ".metadata").write_bytes(pickle.dumps(Evil(canary)))
@@ -285,7 +285,7 @@ def test_retention_order_and_foreign_directories(tmp_path):
     assert load_latest(tmp_path)[0] == 11
 
 
-def test_a_second_job_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+def test_a_second_job_is_rejected_and_a_dead_one_is_not_in_the_way(tmp_path):
     first = Checkpointer(tmp_path)
     with pytest.raises(CheckpointError, match=f"pid {os.getpid()}"):
         Checkpointer(tmp_path)

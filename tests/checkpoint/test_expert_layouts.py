@@ -122,7 +122,7 @@ def resume_with(directory: Path, experts: int, *, save: bool) -> None:
     launcher.close()
 
 
-def test_a_checkpoint_with_another_number_of_experts_is_refused(tmp_path):
+def test_a_checkpoint_with_another_number_of_experts_is_rejected(tmp_path):
     run_ranks(resume_with, 2, tmp_path, 4, save=True, init=False)
     with pytest.raises(RankFailed) as caught:
         run_ranks(resume_with, 2, tmp_path, 8, save=False, init=False)
@@ -132,7 +132,7 @@ def test_a_checkpoint_with_another_number_of_experts_is_refused(tmp_path):
     assert "of the run that saved it" in error.fix
 
 
-def test_weights_with_another_number_of_experts_are_refused(tmp_path):
+def test_weights_with_another_number_of_experts_are_rejected(tmp_path):
     materialized(tiny_config("qwen3_moe")).save_pretrained(tmp_path)
     with pytest.raises(ModelError) as caught:
         materialized(tiny_config("qwen3_moe", num_experts=8), weights=tmp_path)

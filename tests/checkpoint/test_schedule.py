@@ -159,7 +159,7 @@ def test_a_run_falls_back_from_a_damaged_one_and_comes_past_it(tmp_path, caplog,
     assert aside[0] in caplog.text
 
 
-def test_a_path_is_taken_or_refused_and_never_replaced_by_another(tmp_path):
+def test_a_path_is_taken_or_rejected_and_never_replaced_by_another(tmp_path):
     save(tmp_path / "old", 3, 6)
     assert resume(tmp_path / "new", resume=str(tmp_path / "old" / "global_step_3")) == (3, 3.0)
     damage(tmp_path / "old" / "global_step_6")
@@ -193,7 +193,7 @@ def test_a_valid_one_is_never_written_over(tmp_path, caplog, monkeypatch):
     assert resume(tmp_path) == (3, 3.0)
 
 
-def test_without_a_directory_nothing_is_saved_and_a_path_is_refused(tmp_path, monkeypatch):
+def test_without_a_directory_nothing_is_saved_and_a_path_is_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     schedule = CheckpointSchedule(save_steps=1)
     schedule.save_if_due(weighing(1), 1)

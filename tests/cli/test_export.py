@@ -158,7 +158,7 @@ def test_a_checkpoint_that_cannot_be_exported_ends_with_78_and_writes_nothing(
 
 
 @pytest.mark.parametrize("case", ["a file", "something else", "no such dtype", "no argument"])
-def test_a_place_that_cannot_be_written_to_is_refused_and_kept(
+def test_a_place_that_cannot_be_written_to_is_rejected_and_kept(
     output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     checkpoint, target = str(output_dir / "checkpoints" / "global_step_4"), tmp_path / "exported"

@@ -60,7 +60,7 @@ def test_lines_of_all_keys_are_known(tmp_path: Path) -> None:
         (b"a: " + b"x" * 2_000_000, "a.yaml is larger than 1 MiB"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_bad_file_is_rejected_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -77,7 +77,7 @@ def test_tabs_are_named_in_the_fix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
-def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_what_is_no_file_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         read_yaml(tmp_path / name)
 

@@ -35,7 +35,7 @@ def test_training_is_reproducible():
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
 
-def test_a_vocabulary_without_room_is_refused():
+def test_a_vocabulary_without_room_is_rejected():
     with pytest.raises(ConfigError, match="at least 269"):
         train_byte_bpe(TEXTS, 268)
 

@@ -181,12 +181,12 @@ def test_turns_of_weight_0_are_not_learned(name, marks, tokenizer):
     [(CALLING, {}, "chatml"), (TURNS, {"tools": [WEATHER]}, "llama3"), (TURNS, {"tools": [WEATHER]}, "gpt-oss"),
      ([TURNS[0], {**TURNS[1], "reasoning": "So."}], {}, "gemma")],
 )  # fmt: skip
-def test_what_a_template_would_leave_out_is_refused(messages, fields, name, tokenizer):
+def test_what_a_template_would_leave_out_is_rejected(messages, fields, name, tokenizer):
     with pytest.raises(DataError, match=r"here: the conversation has (tools|tool calls|thinking), .* no place for it"):
         tokenize([read(messages, **fields)], ["here"], tokenizer, CHAT_TEMPLATES.get(name))
 
 
-def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
+def test_a_template_that_rewrites_the_past_is_rejected(tokenizer):
     thinking = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
@@ -199,7 +199,7 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
     assert any(mask), "with one answer nothing follows that could change it"
 
 
-def test_the_refused_conversation_is_named(tokenizer):
+def test_the_rejected_conversation_is_named(tokenizer):
     odd = [TURNS[0], {"role": "assistant", "content": "ask"}, {"role": "tool", "content": "42"}]
     with pytest.raises(DataError, match="second: the chat template rejects the conversation: gemma has no role tool"):
         tokenize_conversations([TURNS, odd], ["first", "second"], tokenizer, CHAT_TEMPLATES.get("gemma"))

@@ -132,12 +132,12 @@ def test_urls_that_are_not_allowed(url, message):
     "host", ["127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "[::1]", "[fe80::1]",
              "[::ffff:169.254.169.254]", "100.64.0.1", "224.0.0.1", "localhost"],
 )  # fmt: skip
-def test_addresses_inside_the_network_are_refused_even_where_the_host_is_allowed(host):
+def test_addresses_inside_the_network_are_rejected_even_where_the_host_is_allowed(host):
     with pytest.raises(MediaError, match="an address inside the network"):
         Fetch([host.strip("[]")], max_bytes=10)(f"http://{host}/a.png")
 
 
-def test_link_local_is_refused_even_where_private_is_allowed():
+def test_link_local_is_rejected_even_where_private_is_allowed():
     with pytest.raises(MediaError, match="an address inside"):
         fetch(hosts=["169.254.169.254"], private=["169.254.169.254"])("http://169.254.169.254/")
 

@@ -153,13 +153,13 @@ def test_held_out_loader_reads_all_once_in_order_every_time(make, tokenizer):
         ({"on_overflow": "drop"}, "on_overflow"),
     ],
 )
-def test_a_state_of_another_order_is_refused(make, changes, named):
+def test_a_state_of_another_order_is_rejected(make, changes, named):
     state = make().state_dict()
     with pytest.raises(CheckpointError, match=named):
         make(**changes).load_state_dict(state)
 
 
-def test_a_state_of_other_data_is_refused(make, corpus, tokenizer, tmp_path):
+def test_a_state_of_other_data_is_rejected(make, corpus, tokenizer, tmp_path):
     changed = tmp_path / "train.jsonl"
     changed.write_text(corpus.read_text().replace("130: ", "9130: "))
     dataset = dataset_of(str(changed))
@@ -169,12 +169,12 @@ def test_a_state_of_other_data_is_refused(make, corpus, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"step": None}, {"step": "x"}, {"fingerprint": 3}, {"step": -1}])
-def test_a_damaged_state_is_refused(make, change):
+def test_a_damaged_state_is_rejected(make, change):
     with pytest.raises(CheckpointError):
         make().load_state_dict(make().state_dict() | change)
 
 
-def test_batch_sizes_that_do_not_divide_are_refused(make):
+def test_batch_sizes_that_do_not_divide_are_rejected(make):
     with pytest.raises(LayoutError, match=r"global_batch_size 8 .* 3 data ranks"):
         make(0, 3)
 
@@ -209,11 +209,13 @@ def test_a_hanging_worker_is_reported_and_ended(make):
     assert not victim.is_alive()
 
 
-def test_workers_outlive_the_signals_that_ask_the_trainer_to_stop(make):
+def test_workers_outlive_the_signals_that_stop_the_training_process(make):
     loop = iter(make(count=1, epochs=None))
     next(loop)
-    for worker in worker_processes():
+    workers = worker_processes()
+    for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     for _ in range(20):
         next(loop)
+    assert worker_processes() == workers != []

@@ -312,14 +312,14 @@ def test_a_source_that_shrinks_or_changes_is_named(tokenizer, tmp_path):
         ({"stopping": "all_exhausted"}, "stopping"), ({"max_media_tokens": 5}, "max_media_tokens"),
     ],
 )  # fmt: skip
-def test_a_state_of_another_order_is_refused(make, changes, named):
+def test_a_state_of_another_order_is_rejected(make, changes, named):
     loader = make()
     next(iter(loader))
     with pytest.raises(CheckpointError, match=named):
         make(**changes).load_state_dict(loader.state_dict())
 
 
-def test_a_state_of_one_rank_alone_is_refused_on_others(make):
+def test_a_state_of_one_rank_alone_is_rejected_on_others(make):
     ranks = [make(rank, 2) for rank in range(2)]
     dealt(ranks, 2)
     with pytest.raises(CheckpointError, match="lacks virtual shard 1 of 8"):
@@ -329,7 +329,7 @@ def test_a_state_of_one_rank_alone_is_refused_on_others(make):
 @pytest.mark.parametrize(
     "change", [{"step": None}, {"fingerprint": 3}, {"shards": {"0": {"rows": 1}}}, {"shards": {"a": {}}}, {"shards": 5}]
 )
-def test_a_damaged_state_is_refused(make, change):
+def test_a_damaged_state_is_rejected(make, change):
     loader = make()
     next(iter(loader))
     with pytest.raises(CheckpointError):

@@ -63,7 +63,7 @@ def launch() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "ten", "1.5", "1e3", "99999999999999999999"])
-def test_other_values_are_refused(value: str) -> None:
+def test_other_values_are_rejected(value: str) -> None:
     with pytest.raises(LaunchError, match="NCCL_TIMEOUT") as caught:
         collective_timeout({"NCCL_TIMEOUT": value})
     assert value in caught.value.problem

@@ -98,6 +98,16 @@ class Program:
         """Return the exit code."""
         return self.process.wait(seconds)
 
+    def end_by_killing(self, rank: int, ranks: int = 2, *, within: float = 10.0) -> None:
+        """Kill one of the ranks: the run names it, and all are gone within seconds."""
+        pids = self.pids(ranks)
+        os.kill(pids[rank], signal.SIGKILL)
+        killed = time.monotonic()
+        assert self.wait() == 70
+        assert time.monotonic() - killed < within
+        assert f"run failed: rank {rank} (pid {pids[rank]}) was killed by SIGKILL" in self.output
+        assert not any(is_running(pid) for pid in pids)
+
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:

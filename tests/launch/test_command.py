@@ -43,14 +43,14 @@ def test_optimisation_and_x_options_are_kept(tmp_path: Path) -> None:
     assert done.stdout.count("flags 1 1") == 2
 
 
-def test_a_program_from_standard_input_is_refused(tmp_path: Path) -> None:
+def test_a_program_from_standard_input_is_rejected(tmp_path: Path) -> None:
     done = run("-", cwd=tmp_path, text=CODE)
     assert done.returncode != 0
     assert "cannot be started from a program read from standard input" in done.stderr
     assert "rank" not in done.stdout
 
 
-def test_a_multiprocessing_worker_is_refused(tmp_path: Path) -> None:
+def test_a_multiprocessing_worker_is_rejected(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
         "import multiprocessing\nfrom veomni.launch import join_or_start\n"

@@ -56,7 +56,7 @@ def test_several_nodes_need_the_local_world_size() -> None:
         ("GROUP_RANK", "?"),
     ],
 )  # fmt: skip
-def test_values_that_cannot_be_are_refused_by_name(name: str, value: str) -> None:
+def test_values_that_cannot_be_are_rejected_by_name(name: str, value: str) -> None:
     with pytest.raises(LaunchError, match=r"RANK|SIZE|PORT") as caught:
         detect_environment({**TORCHRUN, name: value})
     assert value in caught.value.problem
@@ -93,6 +93,6 @@ def test_one_device_started_by_hand_is_rank_zero_and_leaves_the_environment_alon
 
 
 @pytest.mark.parametrize("devices", [0, -2])
-def test_fewer_devices_than_one_are_refused(devices: int) -> None:
+def test_fewer_devices_than_one_are_rejected(devices: int) -> None:
     with pytest.raises(LaunchError, match=str(devices)):
         join_or_start(devices)

@@ -57,7 +57,7 @@ def test_a_failing_logger_is_named_once_and_switched_off(tmp_path, caplog) -> No
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "the recorder logger failed and is switched off, training goes on: ConnectionError: no route to host"
+        "the recorder logger failed and is switched off, training continues: ConnectionError: no route to host"
     ]
 
 

@@ -262,7 +262,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_directories_are_refused_with_the_fix(what, tmp_path):
+def test_bad_directories_are_rejected_with_the_fix(what, tmp_path):
     problem, fix = BAD[what]
     directory = damage(tmp_path / "model", what)
     with pytest.raises(ModelError, match=problem) as error:

@@ -22,7 +22,7 @@ def test_a_tied_parameter_is_frozen_by_either_name():
     assert not model.model.embed_tokens.weight.requires_grad
 
 
-def test_a_pattern_that_matches_nothing_is_refused():
+def test_a_pattern_that_matches_nothing_is_rejected():
     model = build_model(tiny_config("llama"))
     with pytest.raises(ModelError, match=r"'model\.embed_token'") as error:
         freeze(model, ["lm_head", "model.embed_token"])

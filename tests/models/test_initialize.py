@@ -214,7 +214,7 @@ def _build_after_sharding():
         Materializer(model, device=CPU, seed=0)
 
 
-def test_a_sharded_model_is_refused():
+def test_a_sharded_model_is_rejected():
     run_ranks(_build_after_sharding, 1)
 
 

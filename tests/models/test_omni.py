@@ -248,7 +248,7 @@ def test_a_sharded_model_exports_the_same_parts(tmp_path):
         assert same_files(tmp_path.joinpath("sharded", *part.split(".")), weights().joinpath(*part.split(".")))
 
 
-def test_what_cannot_be_composed_is_refused():
+def test_what_cannot_be_composed_is_rejected():
     with pytest.raises(ModelError, match="image_token_id"):
         build_omni_model(weights() / "foundation", image_encoder=weights() / "image_encoder")
     with pytest.raises((ConfigError, ModelError), match="did you mean 'codes'"):

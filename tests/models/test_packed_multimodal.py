@@ -125,7 +125,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_documents_are_refused(case):
+def test_bad_documents_are_rejected(case):
     sample, message = BAD[case]
     with pytest.raises(DataError, match=message):
         MultimodalCollator(family_config("qwen2_5_vl"), max_seq_len=32)([[sample]])

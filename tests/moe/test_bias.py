@@ -120,7 +120,7 @@ def test_a_bias_that_is_a_parameter():
         ("llama", MoEOptions(z_loss_coef=0.1), "z_loss_coef"),
     ],
 )
-def test_models_that_cannot_are_refused_by_name(model, options, named):
+def test_models_that_cannot_are_rejected_by_name(model, options, named):
     def set_up():
         launcher = Launcher("single", accelerator="cpu")
         launcher.launch()

@@ -204,7 +204,7 @@ def too_many_experts(log):
         (too_many_experts, "experts up to 4, and there are 4"),
     ],
 )
-def test_a_log_that_does_not_fit_is_refused(change, says):
+def test_a_log_that_does_not_fit_is_rejected(change, says):
     model = build_on_cpu(tiny_config("qwen3_moe"))
     log = strange_log("qwen3_moe")
     change(log)
@@ -212,7 +212,7 @@ def test_a_log_that_does_not_fit_is_refused(change, says):
         model(input_ids=torch.zeros(4, ROW, dtype=torch.int64))
 
 
-def test_more_forwards_than_were_recorded_are_refused():
+def test_more_forwards_than_were_recorded_are_rejected():
     model = build_on_cpu(tiny_config("qwen3_moe"))
     with replay_routing(model, strange_log("qwen3_moe")), torch.no_grad():
         model(input_ids=torch.zeros(4, ROW, dtype=torch.int64))
@@ -220,7 +220,7 @@ def test_more_forwards_than_were_recorded_are_refused():
             model(input_ids=torch.zeros(4, ROW, dtype=torch.int64))
 
 
-def test_recomputing_one_of_two_forwards_is_refused():
+def test_recomputing_one_of_two_forwards_is_rejected():
     model = build_on_cpu(tiny_config("qwen3_moe")).train()
     model.gradient_checkpointing_enable()
     log = strange_log("qwen3_moe")
@@ -233,12 +233,12 @@ def test_recomputing_one_of_two_forwards_is_refused():
             (first + second).backward()
 
 
-def test_a_file_that_is_no_log_is_refused(tmp_path):
+def test_a_file_that_is_no_log_is_rejected(tmp_path):
     (tmp_path / "routing").write_bytes(b"not safetensors")
     with pytest.raises(DataError, match="no recorded routing"):
         RoutingLog.load(tmp_path / "routing")
 
 
-def test_dense_models_are_refused():
+def test_dense_models_are_rejected():
     with pytest.raises(ModelError, match="LlamaForCausalLM"), record_routing(build_on_cpu(tiny_config("llama"))):
         pass

@@ -33,7 +33,7 @@ def test_equals_pytorch_for_every_chunking(monkeypatch, rows, bias):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
 
 
-def test_second_backward_is_refused():
+def test_second_backward_is_rejected():
     hidden, weight, labels, _ = _inputs(torch.float64, False)
     loss = ops.linear_cross_entropy_sum(hidden, weight, labels)
     loss.backward(retain_graph=True)

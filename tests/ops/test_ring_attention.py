@@ -132,7 +132,7 @@ def test_which_kernel_computes_a_part(device, dtype, head_dim, value_dim, masked
     assert select_kernel(device, dtype, head_dim, value_dim, masked=masked) == kernel
 
 
-def test_uneven_chunks_are_refused():
+def test_uneven_chunks_are_rejected():
     odd = torch.zeros(1, 1, 3, HEAD_DIM)
     with pytest.raises(LayoutError, match="3 queries"):
         ring_attention(odd, odd, odd, RULES["causal"], group=None, scale=1.0)
@@ -148,7 +148,7 @@ def test_uneven_chunks_are_refused():
         (RULES["causal"], {"dropout": 0.1}, "dropout"),
     ],
 )
-def test_what_it_does_not_support_is_refused(mask, options, named):
+def test_what_it_does_not_support_is_rejected(mask, options, named):
     heads = torch.zeros(1, 1, 4, HEAD_DIM)
     with pytest.raises(ModelError, match=named):
         attend_on_ring(torch.nn.Module(), heads, heads, heads, mask, **options)

@@ -49,12 +49,12 @@ def test_the_standard_families_overlap(name):
         ("deepseek_v3", "no plain Linear called q_proj"),
     ],
 )
-def test_other_forms_are_refused_with_the_reason(name, reason):
+def test_other_forms_are_rejected_with_the_reason(name, reason):
     (_, module), *_ = attention_modules(build_model(tiny_config(name), weights="random"))
     assert reason in (why_not_overlapped(module) or "")
 
 
-def test_gated_queries_and_parts_of_its_own_are_refused():
+def test_gated_queries_and_parts_of_its_own_are_rejected():
     _, module = attention_modules(build_model(tiny_config("llama"), weights="random"))[0]
     module.q_proj = nn.Linear(32, 64)
     assert "gated" in (why_not_overlapped(module) or "")
@@ -66,7 +66,7 @@ def setup_only(name: str) -> None:
     launched_model(tiny_config(name))
 
 
-def test_a_model_is_refused_by_the_name_of_its_layer():
+def test_a_model_is_rejected_by_the_name_of_its_layer():
     with pytest.raises(RankFailed) as caught:
         run_ranks(setup_only, 2, "phi3", init=False)
     error = caught.value.exceptions[0]
@@ -90,7 +90,7 @@ def reading_its_hidden_states() -> None:
     launcher.setup_model(model)
 
 
-def test_a_forward_that_reads_its_hidden_states_is_refused_at_setup():
+def test_a_forward_that_reads_its_hidden_states_is_rejected_at_setup():
     with pytest.raises(RankFailed) as caught:
         run_ranks(reading_its_hidden_states, 2, init=False)
     error = caught.value.exceptions[0]

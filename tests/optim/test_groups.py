@@ -52,7 +52,7 @@ def split(model: nn.Module, no_decay: Any = ()) -> tuple[set[str], set[str]]:
     for group in build_optimizer_groups(model, weight_decay=0.1, no_decay=no_decay):
         found[group["weight_decay"]] = {names[id(parameter)] for parameter in group["params"]}
         listed += len(group["params"])
-    assert listed == len(found[0.1]) + len(found[0.0])  # nobody twice
+    assert listed == len(found[0.1]) + len(found[0.0])  # none twice
     return found[0.1], found[0.0]
 
 
@@ -81,7 +81,7 @@ def test_patterns_exempt_more(patterns, exempt) -> None:
     assert exempt <= kept
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name() -> None:
+def test_a_pattern_that_matches_nothing_is_rejected_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"(?s)no_decay: no parameter matches 'embd\.weight'.*'embed\.weight'"):
         split(Model(), ["embd.weight"])
 

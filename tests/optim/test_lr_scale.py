@@ -68,7 +68,7 @@ def test_all_rates_appear():
 @pytest.mark.parametrize(
     ("rates", "message"), [({"layres.0": 0.5}, "did you mean"), ({"layers.0": 0.0}, "greater than 0")]
 )
-def test_wrong_rates_are_refused(rates, message):
+def test_wrong_rates_are_rejected(rates, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(Model(), lr_scale=rates)
 

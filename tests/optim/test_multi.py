@@ -65,7 +65,7 @@ def test_its_state_is_that_of_one_optimizer(save, load):
     assert_same(one, other)
 
 
-def test_a_state_of_other_groups_is_refused():
+def test_a_state_of_other_groups_is_rejected():
     model = new_model()
     with pytest.raises(CheckpointError, match="groups of"):
         split(model).load_state_dict(AdamW(model.parameters()).state_dict())
@@ -110,7 +110,7 @@ def test_hooks_and_closures_run_once_a_step():
     assert calls == ["before", "closure", "after"]
 
 
-def test_shared_parameters_and_strange_groups_are_refused():
+def test_shared_parameters_and_strange_groups_are_rejected():
     model = new_model()
     with pytest.raises(ModelError, match="share parameters"):
         MultiOptimizer({"one": SGD(model.parameters()), "two": SGD(model.head.parameters())})
@@ -153,7 +153,7 @@ def test_members_can_have_schedules_of_their_own_and_these_resume():
                      pytest.approx([peak, peak]), pytest.approx([peak * 7 / 8, peak])]  # fmt: skip
 
 
-def test_schedules_of_other_names_are_refused():
+def test_schedules_of_other_names_are_rejected():
     optimizer = split(new_model())
     scheduler = two_schedules(optimizer)
     with pytest.raises(CheckpointError, match="of schedules first, this run has first, second"):

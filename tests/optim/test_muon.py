@@ -309,12 +309,12 @@ def on_fsdp1() -> None:
     build_optimizer(fsdp1_with_experts(new_model(), dense_mesh("fsdp2_2")), **OPTIONS)
 
 
-def test_fsdp1_is_refused_with_the_fix():
+def test_fsdp1_is_rejected_with_the_fix():
     with pytest.raises(RankFailed, match=r"(?s)FSDP1 keeps flat pieces.*fix: use FSDP2"):
         run_ranks(on_fsdp1, 2)
 
 
-def test_what_is_no_matrix_is_refused():
+def test_what_is_no_matrix_is_rejected():
     with pytest.raises(ModelError, match=r"the shape \[3\]"):
         Muon([nn.Parameter(torch.ones(3))])
     with pytest.raises(ModelError, match="no matrix to train"):
@@ -336,7 +336,7 @@ def strided() -> None:
     Muon([parameter]).step()
 
 
-def test_what_cannot_be_gathered_is_refused():
+def test_what_cannot_be_gathered_is_rejected():
     with pytest.raises(RankFailed, match="one optimizer for each mesh"):
         run_ranks(on_two_meshes, 2)
     with pytest.raises(RankFailed, match="sharded over several axes"):

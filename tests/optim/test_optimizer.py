@@ -125,7 +125,7 @@ def test_the_section_of_a_configuration_has_the_defaults_of_the_function() -> No
         assert tuple(optimizer.param_groups[1]["betas"]) == (0.9, 0.95)
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_an_unknown_name_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"(?s)no optimizer is called 'adam'.*did you mean 'adamw'"):
         build_optimizer(model(), name="adam", **OPTIONS)
 
@@ -143,6 +143,6 @@ def test_an_unknown_name_is_refused() -> None:
         (torch.optim.AdamW, {"weight_decay": "0.1"}, "weight_decay is '0.1'"),
     ],
 )
-def test_options_of_a_wrong_name_type_or_range_are_refused(name, wrong, message) -> None:
+def test_options_of_a_wrong_name_type_or_range_are_rejected(name, wrong, message) -> None:
     with pytest.raises(ConfigError, match=message):
         build_optimizer(model(), name, **wrong)

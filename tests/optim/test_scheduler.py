@@ -96,7 +96,7 @@ def test_warm_up_stable_decay_is_at_its_peak_in_between() -> None:
     assert min(found) > 0
 
 
-def test_a_decay_that_overlaps_the_warm_up_is_refused() -> None:
+def test_a_decay_that_overlaps_the_warm_up_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"26 steps of warm-up and 6 of decay .* 30 steps"):
         start(name="wsd", warmup_steps=26, decay_ratio=0.2)
 
@@ -147,12 +147,12 @@ def test_a_run_resumed_with_more_steps_follows_the_longer_schedule() -> None:
         ({"min_lr": 0.1}, r"(?s)min_lr is not a key.*did you mean 'min_lr_ratio'"),
     ],
 )
-def test_wrong_options_are_refused(wrong, message) -> None:
+def test_wrong_options_are_rejected(wrong, message) -> None:
     with pytest.raises(ConfigError, match=message):
         start(**wrong)
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_an_unknown_name_is_rejected() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         start(name="cosin")
     with pytest.raises(ConfigError, match=r"(?s)decay_shape is 'sqr'.*'sqrt'"):

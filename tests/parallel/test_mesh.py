@@ -36,7 +36,7 @@ def test_resolve_fills_in_the_rest(sizes, world, expected):
         ({"ep": 3}, 4, "expert parallel size 3 does not divide the 4 ranks"),
     ],
 )
-def test_layouts_that_do_not_work_are_refused(sizes, world, message):
+def test_layouts_that_do_not_work_are_rejected(sizes, world, message):
     with pytest.raises(LayoutError, match=message) as caught:
         ParallelDims(**sizes).resolve(world)
     assert caught.value.fix

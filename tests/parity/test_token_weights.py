@@ -187,7 +187,7 @@ def without_a_loss():
         next(iter(launcher.accumulate(model, step)))
 
 
-def test_a_model_whose_loss_knows_no_weights_is_refused():
+def test_a_model_whose_loss_knows_no_weights_is_rejected():
     with pytest.raises(RankFailed) as raised:
         run_ranks(without_a_loss, 1, init=False)
     assert isinstance(raised.value.exceptions[0], ModelError)

@@ -141,7 +141,7 @@ def refused(model: str, changes: dict) -> None:
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
-def test_models_that_cannot_be_split_are_refused(case):
+def test_models_that_cannot_be_split_are_rejected(case):
     model, changes, ranks, problem, fix = REFUSED[case]
     with pytest.raises(RankFailed) as caught:
         run_ranks(refused, 2 * ranks, model, changes, init=False)
@@ -165,6 +165,6 @@ def test_options_are_checked_when_they_are_given(options, problem):
         ExpertParallel(**options)
 
 
-def test_a_world_that_does_not_divide_is_refused_before_any_process():
+def test_a_world_that_does_not_divide_is_rejected_before_any_process():
     with pytest.raises(LayoutError, match="expert parallel size 4 does not divide the 2 ranks"):
         Launcher([FSDP2(), ExpertParallel(4)], accelerator="cpu", devices=2).launch()

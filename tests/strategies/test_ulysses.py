@@ -43,26 +43,26 @@ def two_attention_heads() -> None:
     launcher.setup_model(build_model(tiny_config("llama", num_attention_heads=2), weights="random"))
 
 
-def test_heads_that_do_not_divide_are_refused():
+def test_heads_that_do_not_divide_are_rejected():
     error = refusal(two_attention_heads, 4)
     assert isinstance(error, ModelError)
     assert "2 attention heads cannot be shared by 4 ranks (Ulysses.size)" in str(error)
     assert "use one of 1, 2" in str(error)
 
 
-def test_a_world_it_does_not_divide_is_refused_before_any_process_group():
+def test_a_world_it_does_not_divide_is_rejected_before_any_process_group():
     error = refusal(set_up, 3, "llama", 2)
     assert isinstance(error, LayoutError)
     assert "ulysses 2" in str(error)
 
 
-def test_a_size_below_one_is_refused():
+def test_a_size_below_one_is_rejected():
     with pytest.raises(ConfigError, match=r"Ulysses\.size is 0"):
         Ulysses(0)
 
 
 @pytest.mark.parametrize(("model", "named"), [("qwen3_next", "linear_attn"), ("t5", "takes no position_ids")])
-def test_models_that_cannot_be_split_are_refused_with_what_stands_in_the_way(model, named):
+def test_models_that_cannot_be_split_are_rejected_with_what_stands_in_the_way(model, named):
     error = refusal(set_up, 2, model, 2)
     assert isinstance(error, ModelError)
     assert named in str(error)
@@ -73,7 +73,7 @@ def on_a_ring(model_name: str, **changes) -> None:
     launcher.setup_model(build_model(tiny_config(model_name, **changes), weights="random"))
 
 
-def test_sinks_are_refused_on_a_ring():
+def test_sinks_are_rejected_on_a_ring():
     error = refusal(on_a_ring, 2, "gpt_oss")
     assert isinstance(error, ModelError)
     assert "s_aux" in str(error)
@@ -84,7 +84,7 @@ def test_a_ring_needs_no_heads_that_divide():
     run_ranks(on_a_ring, 2, "llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=24, init=False)
 
 
-def test_a_ring_of_no_ranks_is_refused():
+def test_a_ring_of_no_ranks_is_rejected():
     with pytest.raises(ConfigError, match=r"ContextParallel\.size is 0"):
         ContextParallel(0)
 
@@ -131,7 +131,7 @@ def plain_module() -> None:
     launched([DDP(), Ulysses(2)]).setup_model(nn.Linear(2, 2))
 
 
-def test_a_module_that_is_no_transformers_model_is_refused():
+def test_a_module_that_is_no_transformers_model_is_rejected():
     error = refusal(plain_module, 2)
     assert isinstance(error, ModelError)
     assert "Linear is not a transformers model" in str(error)
@@ -148,7 +148,7 @@ def unknown_backend() -> None:
     launcher.setup_model(model)
 
 
-def test_an_attention_that_cannot_take_document_borders_is_refused():
+def test_an_attention_that_cannot_take_document_borders_is_rejected():
     error = refusal(unknown_backend, 2)
     assert isinstance(error, ModelError)
     assert "linearised" in str(error)

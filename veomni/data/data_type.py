@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,7 +31,7 @@ Encoded = list[Tokens]
 _CONTEXT_LINES = 6
 
 
-class DataType:
+class DataType(ABC):
     """What a record is, and what becomes of it; the arguments of a subclass are its options in a configuration.
 
     Attributes:
@@ -55,20 +56,20 @@ class DataType:
         """Return the fields that are read from tables."""
         return self.keys
 
+    @abstractmethod
     def texts(self, document: Document, schema: RecordSchema) -> Iterable[str]:
         """Return the texts of a record, which a tokenizer is trained on; raises DataError if a field is missing."""
-        raise NotImplementedError
 
     def check(self, document: Document, schema: RecordSchema) -> None:
         """Raise DataError for a record without its fields."""
         next(iter(self.texts(document, schema)), None)
 
+    @abstractmethod
     def encode(self, documents: Documents, schema: RecordSchema, tokenizer: Tokenizer, template: str) -> list[Encoded]:
         """Return the documents of each record; raises DataError for one that cannot be used.
 
         ``template`` is the chat template's Jinja source; empty where no conversation is rendered.
         """
-        raise NotImplementedError
 
     def prompt(self, document: Document, schema: RecordSchema, tokenizer: Tokenizer) -> str | None:
         """Return the beginning of a record, for a model to continue; None where text alone cannot show it."""

@@ -68,5 +68,5 @@ class LoggerGroup:
                 self._loggers.remove(backend)
                 found = f"{type(error).__name__}: {error}"
                 logger.warning_rank0(
-                    "the %s logger failed and is switched off, training goes on: %s", backend.name, found
+                    "the %s logger failed and is switched off, training continues: %s", backend.name, found
                 )

@@ -127,7 +127,7 @@ def test_openai_messages_hold_sounds_as_base64():
     [("qwen2_audio", 1.1, "1.1 seconds of audio, and the model takes 1"), ("qwen2_audio", 0.001, "1.0 ms of audio"),
      ("qwen2_5_omni_thinker", 0.001, "too short"), ("qwen2_vl", 0.1, "no place for audio")],
 )  # fmt: skip
-def test_what_a_model_does_not_hear_is_refused(name, seconds, message):
+def test_what_a_model_does_not_hear_is_rejected(name, seconds, message):
     transform = transform_for(name)
     document = Document({"messages": [{"role": "user", "content": "<audio>"}, HEARD[1]],
                          "audios": [sound_bytes(tone(440, seconds, RATE))]}, "train, line 7")  # fmt: skip

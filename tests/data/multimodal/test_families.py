@@ -70,7 +70,7 @@ def test_settings_of_normalisation_are_followed(name, changes):
     assert torch.equal(sample["pixel_values"], torch.as_tensor(expected).float())
 
 
-def test_another_models_processor_is_refused(tmp_path):
+def test_another_models_processor_is_rejected(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
     with pytest.raises(ModelError, match="qwen2_vl models have a Qwen2VLImageProcessor, not CLIPImageProcessorPil"):
         build_family(config_of("qwen2_vl"), tokenizer_of("qwen2_vl"), tmp_path)
@@ -240,12 +240,12 @@ def test_damaged_files_of_a_model_are_named(name, content, message, tmp_path):
     [("llava", {"image_max_pixels": 100}), ("gemma3", {"video_fps": 1.0}), ("internvl", {"video_max_pixels": 9}),
      ("glm4v", {"video_min_frames": 2}), ("qwen2_audio", {"video_max_frames": 2})],
 )  # fmt: skip
-def test_settings_without_a_meaning_are_refused(name, settings):
+def test_settings_without_a_meaning_are_rejected(name, settings):
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.*: the processor of {name} models has no"):
         transform_for(name, **settings)
 
 
-def test_unknown_models_and_foreign_tokenizers_are_refused():
+def test_unknown_models_and_foreign_tokenizers_are_rejected():
     from transformers import BertConfig
 
     with pytest.raises(ConfigError, match="no multimodal family is known for 'bert' models"):

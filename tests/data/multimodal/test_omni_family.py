@@ -91,7 +91,7 @@ def test_a_conversation_goes_through_the_model(encoder):
     torch.testing.assert_close(sample["pixel_values"], expected, rtol=0, atol=0)
 
 
-def test_what_the_model_has_no_encoder_for_is_refused():
+def test_what_the_model_has_no_encoder_for_is_rejected():
     config = config_of("dinov2")
     config.audio_config = None
     with pytest.raises(MediaError, match="omni models take no audio"):
@@ -163,7 +163,7 @@ def test_what_decoders_generate_comes_from_conversations():
         ({"type": "latents", "latents": []}, "list of 3"),
     ],
 )
-def test_what_is_not_generated_is_refused(part, named):
+def test_what_is_not_generated_is_rejected(part, named):
     _, transform = generating()
     with pytest.raises(DataError, match=named) as error:
         transform(drawn(part))

@@ -31,6 +31,6 @@ def test_what_is_learned_moves_along(text, texts, expected, kept):
 
 
 @pytest.mark.parametrize(("text", "texts"), [("<i>", {}), ("", {"image": ["X"]}), ("<i><v>", {"image": ["X", "Y"]})])
-def test_numbers_that_differ_are_refused(text, texts):
+def test_numbers_that_differ_are_rejected(text, texts):
     with pytest.raises(DataError, match=r"a: the rendered conversation has \d (image|video) placeholders"):
         expand_placeholders(Rendered(text, []), TOKENS, texts, "a")

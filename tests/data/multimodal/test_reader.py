@@ -91,13 +91,13 @@ def test_bad_references_are_named(case, root):
     assert "secret\n" not in str(raised.value)
 
 
-def test_file_urls_are_refused_whatever_the_fetcher_allows(root):
+def test_file_urls_are_rejected_whatever_the_fetcher_allows(root):
     with pytest.raises(MediaError, match="file URLs"):
         MediaReader(root, fetch=lambda url: b"read")("file:///etc/passwd")
 
 
 @pytest.mark.parametrize("reference", ["sub/a.bin", CONTENT, {"base64": ENCODED}, "https://example.org/x"])
-def test_large_files_are_refused(root, reference):
+def test_large_files_are_rejected(root, reference):
     reader = MediaReader(root, fetch=lambda url: CONTENT, limits=MediaLimits(max_bytes=9))
     with pytest.raises(MediaError, match="10 bytes, more than 9"):
         reader(reference)

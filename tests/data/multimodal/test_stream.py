@@ -233,7 +233,7 @@ def test_media_that_wait_are_not_decoded(setup, monkeypatch):
     assert len(loader.state_dict()["shards"]["0"]["waiting"]) > 50
 
 
-def test_a_file_that_changes_while_it_waits_is_refused(setup, folder, tmp_path):
+def test_a_file_that_changes_while_it_waits_is_rejected(setup, folder, tmp_path):
     picture = tmp_path / "picture.png"
     picture.write_bytes(image_bytes(Image.fromarray(pixels(40, 60))))
     path = jsonl(tmp_path / "t.jsonl", [talk(f"<image>{n}", images=["picture.png"]) for n in range(12)])

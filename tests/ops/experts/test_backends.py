@@ -44,7 +44,7 @@ def test_the_wanted_one(name):
         ("triton", HOPPER, torch.bfloat16, 20, "experts have 20 channels", "auto or loop"),
     ],
 )
-def test_one_that_cannot_is_refused(wanted, available, compute, size, said, fix):
+def test_one_that_cannot_is_rejected(wanted, available, compute, size, said, fix):
     module = experts("qwen3_moe", moe_intermediate_size=size)
     with pytest.raises(ModelError) as error:
         choose_backend([module], wanted, available, compute)

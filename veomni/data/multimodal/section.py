@@ -36,7 +36,7 @@ class MediaSection(_OPTIONS):
     url_hosts: list[str] = Field([])
     """Hosts that media are fetched from (.example.com allows all below it); empty allows no URLs."""
     on_bad_media: Literal["error", "skip"] = "error"
-    """What happens to a record with media that cannot be used: skip leaves it out and says so."""
+    """What happens to a record with media that cannot be used: skip leaves it out, with a line in the log."""
     cache_gib: float = Field(0.0, ge=0)
     """Size in GiB of the cache of decoded media below data.cache_dir; 0 keeps none."""
 

@@ -133,5 +133,5 @@ def _construct_pretrained(cls: type[PreTrainedModel], config: PreTrainedConfig, 
         with registered_on_meta():
             return construct(cls, config, attention)
     except (ArithmeticError, ValueError, ImportError, AttributeError, LookupError, TypeError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]  # AutoModel goes on with the name of every configuration there is
+        reason = str(error).partition("\n")[0]  # the other lines list every configuration there is
         raise ModelError(f"{cls.__name__} cannot be built: {reason}", "correct its configuration") from error
