@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from veomni.batch.split import WHOLE_ROWS, SequenceShard
 from veomni.config.section import Validated
@@ -73,7 +73,7 @@ class Order(Validated):
 
     seed: int = 0
     shuffle: bool = True
-    epochs: int | None = None
+    epochs: Annotated[int, Ge(1)] | None = None
     stream_shards: Annotated[int, Ge(1)] = 32
     held_out: bool = False
 
@@ -96,10 +96,10 @@ class BatchShape(Validated):
         balance: Distribute the rows of a step by their cost, the squares of their documents' lengths.
     """
 
-    micro_batch_size: int = 1
-    global_batch_size: int = 1
-    rank: int = 0
-    size: int = 1
+    micro_batch_size: Annotated[int, Ge(1)] = 1
+    global_batch_size: Annotated[int, Ge(1)] = 1
+    rank: Annotated[int, Ge(0)] = 0
+    size: Annotated[int, Ge(1)] = 1
     shard: SequenceShard = WHOLE_ROWS
     balance: bool = False
 
@@ -127,7 +127,7 @@ class Workers(Validated):
     count: Annotated[int, Ge(0)] = 0
     prefetch_factor: Annotated[int, Ge(1)] = 2
     pin_memory: bool | Literal["auto"] = "auto"
-    timeout: float = 300.0
+    timeout: Annotated[float, Gt(0)] = 300.0
 
     @property
     def pins(self) -> bool:
