@@ -84,7 +84,7 @@ def test_ranks_see_each_other_and_share_the_cores(start: Start) -> None:
     assert {program.note(f"seen{rank}") for rank in range(2)} == {"child 2 3 ['two words', '--x=1'] True"}
 
 
-@pytest.mark.parametrize("ignore", [False, True], ids=["sleeping", "ignoring SIGTERM"])
+@pytest.mark.parametrize("ignores", [False, True], ids=["sleeping", "ignoring SIGTERM"])
 def test_a_killed_rank_takes_the_others_with_it(start: Start, ignores: bool) -> None:
     program = start(HANG, "3", *["ignore"] * ignores)
     program.end_by_killing(rank=1, ranks=3, within=10 if ignores else 4)
