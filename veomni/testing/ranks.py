@@ -1,6 +1,7 @@
 """Run functions on several gloo ranks, forked from the warm test process: a second for the first, less for more."""
 
 import gc
+import importlib
 import os
 import pickle
 import secrets
@@ -79,6 +80,7 @@ class _Fork:
         sys.stdout.flush()
         sys.stderr.flush()
         statuses = self._wait([self._start(rank) for rank in range(self.world_size)])
+        self._import_what_ranks_did()
         found: list[list[Any] | RankFailed] = []
         for number in range(len(self.cases)):
             results = [self._file(number, rank) for rank in range(self.world_size)]
@@ -86,6 +88,13 @@ class _Fork:
                 return [*found, self._failure(number, statuses)]
             found.append([pickle.loads(path.read_bytes()) for path in results])
         return found
+
+    def _import_what_ranks_did(self) -> None:
+        """Import what rank 0 has imported: the ranks of the next fork inherit it, where each would spend seconds."""
+        imported = self.scratch / "imported"
+        for name in imported.read_text().split() if imported.exists() else ():
+            with suppress(Exception):  # what a case has made up, or what only its working directory holds
+                importlib.import_module(name)
 
     def _file(self, number: int, rank: int, kind: str = "result") -> Path:
         return self.scratch / f"{number}.{rank}.{kind}"
@@ -113,13 +122,17 @@ class _Fork:
             LOCAL_WORLD_SIZE=str(self.world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port),
             GLOO_SOCKET_IFNAME="lo",
         )  # fmt: skip
+        inherited = set(sys.modules)
         for number, case in enumerate(self.cases):
+            if number:
+                gc.collect()  # groups and their threads end with the last object that holds them
             try:
                 _write(self._file(number, rank), pickle.dumps(self._result(case)))
             except BaseException as error:
                 _write(self._file(number, rank, "error"), _pickled(error))
                 return False
-            gc.collect()
+        if rank == 0:
+            _write(self.scratch / "imported", "\n".join(sys.modules.keys() - inherited).encode())
         return True
 
     def _result(self, case: Callable[[], Any]) -> Any:
