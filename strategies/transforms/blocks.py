@@ -27,6 +27,11 @@ logger = create_logger(__name__)
 
 Recompute = Literal["full", "selective"]
 
+_KEPT = frozenset({"veomni::expert_up", "veomni::exchange_evenly"})
+"""Operations of this package that a selective recomputation does not run again.
+
+Of experts' two products the first: the backward needs no second one. Exchanges of equal shares are those of attention.
+"""
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 
 
@@ -35,8 +40,9 @@ class ActivationCheckpointing(Validated, Strategy):
     """Recompute the activations of every block in the backward.
 
     Args:
-        mode: "full" keeps only a block's input. "selective" also keeps attention and every second matrix product, the
-            per-operation policy of torchtitan: most of the memory for a third of the recomputation.
+        mode: "full" keeps only a block's input. "selective" also keeps attention, with what it exchanged between ranks,
+            and every second matrix product, the per-operation policy of torchtitan: most of the memory for a third of
+            the recomputation.
     """
 
     name = "activation_checkpointing"
@@ -76,8 +82,7 @@ class _SaveEverySecondMatmul:
         self._attention = attention_operations()
 
     def __call__(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        # Of experts' two products the first: the backward needs no second one.
-        if operation in self._attention or operation.name() == "veomni::expert_up":
+        if operation in self._attention or operation.name() in _KEPT:
             return CheckpointPolicy.MUST_SAVE
         if operation in _MATMULS:
             self._matmuls[context.is_recompute] += 1

@@ -57,7 +57,7 @@ def balanced_step(
     precision: str = "fp64",
     accumulation: int = 1,
     recompute: str = "none",
-    compile: bool = False,
+    compile: str = "",
     mutate: Callable[[Launcher, Any], None] | None = None,
     **changes: Any,
 ) -> tuple[Outcome, dict[str, float], dict[str, list[int]]]:

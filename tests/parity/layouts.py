@@ -96,9 +96,9 @@ def one_step(name: str, layout: str, *, changes: dict[str, Any] | None = None, *
     return train_step(tiny_config(name, **changes or {}), lambda: beside(strategies(), **transforms), **options)
 
 
-def beside(strategies: Any, *, recompute: str = "none", compile: bool = False, balance: bool = False) -> list[Strategy]:
-    """Strategies, and transforms of the model beside them."""
+def beside(strategies: Any, *, recompute: str = "none", compile: str = "", balance: bool = False) -> list[Strategy]:
+    """Strategies, and transforms of the model beside them; ``compile`` is a backend of compilation."""
     found = [strategies] if isinstance(strategies, Strategy) else list(strategies)
     if recompute != "none":
         found.append(ActivationCheckpointing(recompute))
-    return [*found, *[Compile()] * compile, *[EncoderBalance()] * balance]
+    return [*found, *([Compile(compile)] if compile else []), *[EncoderBalance()] * balance]

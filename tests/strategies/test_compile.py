@@ -11,11 +11,11 @@ from veomni.testing.oracle import BOUNDS, check
 from veomni.testing.ranks import run_ranks
 
 
-def compiled_step(model_name, layout, precision, **options):
+def compiled_step(model_name, layout, precision, compile="inductor", **options):
     from torch._dynamo.utils import counters
 
     counters.clear()  # this process is forked from one that may have compiled in other tests
-    outcome = one_step(model_name, layout, precision=precision, compile=True, **options)
+    outcome = one_step(model_name, layout, precision=precision, compile=compile, **options)
     return outcome, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
@@ -24,6 +24,8 @@ def compiled_step(model_name, layout, precision, **options):
     [
         ("llama", "fsdp2_2", {"accumulation": 3}),
         ("qwen3", "ddp2", {"recompute": "selective"}),
+        ("qwen3", "ulysses2_fsdp2", {"recompute": "full", "compile": "aot_eager"}),
+        ("gpt_oss", "ulysses2_ddp", {"recompute": "selective", "compile": "aot_eager"}),
     ],
 )
 def test_gradients_of_compiled_blocks_are_those_of_the_oracle(model_name, layout, options):

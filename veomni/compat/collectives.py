@@ -1,4 +1,4 @@
-"""Broadcasts in buckets, timeouts of groups that exist, and several axes of a mesh as one."""
+"""Broadcasts in buckets, groups by name and their timeouts, and several axes of a mesh as one."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _resolve_process_group, _set_pg_timeout  # type: ignore[attr-defined]
 
 _BUCKET_BYTES = 250 * 1024**2  # DDP's own at the start
 
@@ -21,6 +21,12 @@ def broadcast_all(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
 def limit_group(group: ProcessGroup, timeout: timedelta) -> None:
     """Set how long a collective of ``group`` waits for the other ranks."""
     _set_pg_timeout(timeout, group)
+
+
+def group_named(name: str) -> ProcessGroup:
+    """Return the process group that has a ``group_name``."""
+    found: ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return found
 
 
 def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:

@@ -5,9 +5,7 @@ attention of transformers on them as if nothing were split, and exchanges the re
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,17 +17,8 @@ from veomni.ops.attention.whole_rows import SEQUENCE_GROUPS, group_of, register_
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
 
 _PER_HEAD = ("s_aux", "sinks")
-_exchanged: ContextVar[bool] = ContextVar("veomni_exchanged", default=False)
-
-
-@contextmanager
-def on_exchanged_heads() -> Iterator[None]:
-    """Run attention on queries, keys and values that have been exchanged already, and leave its output so."""
-    token = _exchanged.set(True)
-    try:
-        yield
-    finally:
-        _exchanged.reset(token)
+HEADS_EXCHANGED = "heads_exchanged"
+"""The attribute that is True on a module which exchanges heads before it attends, and after it."""
 
 
 def exchanges_heads(module: nn.Module) -> bool:
@@ -56,7 +45,8 @@ class UlyssesAttention:
         """
         group = group_of("ulysses", getattr(module, SEQUENCE_GROUPS, None))
         size = group.size()
-        if not _exchanged.get():
+        exchanged = getattr(module, HEADS_EXCHANGED, False)
+        if not exchanged:
             check_heads(query.shape[1], size)
             parts = [part.transpose(1, 2) for part in (query, key, value)]
             parts = [parts[0], *(repeat_heads(part, size) for part in parts[1:])]
@@ -65,7 +55,7 @@ class UlyssesAttention:
         mask = _local_mask(attention_mask, query, query.shape[1] * size, local)
         options = local_options(kwargs, local.heads)
         output, _ = self._backend(module)(local, query, key, value, mask, **options)
-        return (output if _exchanged.get() else gather_heads_scatter_seq(output, group)), None
+        return (output if exchanged else gather_heads_scatter_seq(output, group)), None
 
     def _backend(self, module: nn.Module) -> Callable[..., Any]:
         from transformers import AttentionInterface

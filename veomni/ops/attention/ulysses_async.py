@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
-from veomni.ops.attention.ulysses import check_heads, exchanges_heads, on_exchanged_heads, repeat_heads
+from veomni.ops.attention.ulysses import HEADS_EXCHANGED, check_heads, exchanges_heads, repeat_heads
 from veomni.ops.comm.all_to_all import AsyncAllToAll
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
 from veomni.ops.patch import PatchAttribute
@@ -87,6 +87,7 @@ class _Overlapped:
             patch(getattr(module, name), "forward", self._received(name))
         patch(module.o_proj, "forward", self._send_back)
         patch(module, "forward", self.forward)
+        patch(module, HEADS_EXCHANGED, True)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +101,7 @@ class _Overlapped:
         shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
         bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
         bound.arguments["position_embeddings"] = self.tables.whole(bound.arguments["position_embeddings"])
-        with on_exchanged_heads():
-            return self.inner(*bound.args, **bound.kwargs)
+        return self.inner(*bound.args, **bound.kwargs)
 
     def _start(self, name: str, projected: Tensor) -> AsyncAllToAll:
         heads, size = projected.unflatten(-1, (-1, self.module.head_dim)), self.group.size()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from veomni.ops.comm.all_to_all import all_to_all
+from veomni.ops.comm.even_exchange import exchange_evenly
 
 
 def gather_seq_scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
@@ -22,50 +22,22 @@ def gather_seq_scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> 
     From ``[batch, seq / P, heads, head_dim]``, whose heads (a multiple of P) and head_dim may differ, to
     ``[batch, seq, heads / P, head_dim]``; views of one buffer where ``batch`` is 1.
     """
-    return list(_SeqForHeads.apply(group, True, *tensors))
+    shares = [tensor.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4) for tensor in tensors]
+    received = exchange_evenly(torch.cat([share.flatten(3) for share in shares], dim=-1), group)
+    rows = received.transpose(0, 1).flatten(1, 2).split([share.shape[3] * share.shape[4] for share in shares], dim=-1)
+    return [part.unflatten(-1, share.shape[3:]) for part, share in zip(rows, shares, strict=True)]
 
 
 def gather_heads_scatter_seq(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """Give each rank all heads of its share of the positions, ``[batch, seq / P, heads, head_dim]``: the way back."""
-    result: Tensor = _SeqForHeads.apply(group, False, tensor)[0]
-    return result
+    received = exchange_evenly(tensor.unflatten(1, (group.size(), -1)).transpose(0, 1), group)
+    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def gather_sequence(tensor: Tensor, group: ProcessGroup, *, dim: int) -> Tensor:
     """Return all ranks' parts in order; the gradient of a part is the sum over what all ranks did with it."""
     result: Tensor = _Gather.apply(group, tensor, dim)
     return result
-
-
-class _SeqForHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, to_heads: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.to_heads = group, to_heads
-        return tuple((_send_heads if to_heads else _send_rows)(tensors, group))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(_send_rows if ctx.to_heads else _send_heads)(grads, ctx.group)
-
-
-def _send_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    parts = [tensor.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4) for tensor in tensors]
-    return [part.transpose(0, 1).flatten(1, 2) for part in _exchange(parts, group)]
-
-
-def _send_rows(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    parts = [tensor.unflatten(1, (group.size(), -1)).transpose(0, 1) for tensor in tensors]
-    return [part.permute(1, 2, 0, 3, 4).flatten(2, 3) for part in _exchange(parts, group)]
-
-
-def _exchange(parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Send each rank its entry of ``[P, batch, seq / P, heads / P, head_dim]``, of all tensors in one buffer."""
-    widths = [part.shape[3] * part.shape[4] for part in parts]
-    buffer = parts[0].new_empty(*parts[0].shape[:3], sum(widths))
-    for part, room in zip(parts, buffer.split(widths, dim=-1), strict=True):
-        room.unflatten(-1, part.shape[3:]).copy_(part)
-    received = all_to_all(buffer, None, group).split(widths, dim=-1)
-    return [room.unflatten(-1, part.shape[3:]) for part, room in zip(parts, received, strict=True)]
 
 
 class _Gather(torch.autograd.Function):
