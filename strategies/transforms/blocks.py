@@ -27,7 +27,7 @@ logger = create_logger(__name__)
 
 Recompute = Literal["full", "selective"]
 
-_KEPT = frozenset({"veomni::expert_up", "veomni::exchange_evenly"})
+_KEPT = frozenset({"veomni::expert_up", "veomni::exchange_evenly", "veomni::ring_attention"})
 """Operations of this package that a selective recomputation does not run again.
 
 Of experts' two products the first: the backward needs no second one. Exchanges of equal shares are those of attention.

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from veomni.batch.split import SequenceShard
 from veomni.errors import LayoutError, ModelError
 from veomni.ops.attention.block import Block, attend, merge_into, select_kernel
-from veomni.ops.attention.ring import MaskRule, attend_on_ring, ring_attention
+from veomni.ops.attention.ring import attend_on_ring, ring_attention
+from veomni.ops.attention.row_rules import CausalRule, MaskRule
 from veomni.testing.ranks import run_ranks
 
 SEQ, HEAD_DIM = 48, 8
@@ -31,16 +32,29 @@ def restrict_to_documents(batch, head, query, key):
     return (key <= query) & (DOCUMENTS[batch, query] == DOCUMENTS[batch, key])
 
 
+def window_in_documents(batch, head, query, key):
+    return restrict_to_documents(batch, head, query, key) & (key > query - 5)
+
+
 def both_ways(batch, head, query, key):
     return DOCUMENTS[batch, query] == DOCUMENTS[batch, key]
 
 
 RULES = {
-    "causal": MaskRule(causal, 2, plain_causal=True, causal=True),
-    "window": MaskRule(window, 2, plain_causal=False, causal=True),
-    "documents": MaskRule(restrict_to_documents, 2, plain_causal=False, causal=True),
-    "documents, not known to be causal": MaskRule(restrict_to_documents, 2, plain_causal=False, causal=False),
-    "both ways": MaskRule(both_ways, 2, plain_causal=False, causal=False),
+    "causal": MaskRule(causal, 2, causal=True),
+    "window": MaskRule(window, 2, causal=True),
+    "documents": MaskRule(restrict_to_documents, 2, causal=True),
+    "documents, not known to be causal": MaskRule(restrict_to_documents, 2, causal=False),
+    "both ways": MaskRule(both_ways, 2, causal=False),
+    "window in documents": MaskRule(window_in_documents, 2, causal=True),
+}
+STARTS = (DOCUMENTS.diff(prepend=DOCUMENTS[:, :1] - 1) != 0).flatten().nonzero().flatten()
+BOUNDARIES = torch.cat([STARTS, torch.tensor([2 * SEQ] * 3)]).to(torch.int32)  # a loader repeats the last one
+AS_DATA = {
+    "causal": CausalRule(2, SEQ),
+    "window": CausalRule(2, SEQ, window=5),
+    "documents": CausalRule(2, SEQ, BOUNDARIES, 33),
+    "window in documents": CausalRule(2, SEQ, BOUNDARIES, 33, window=5),
 }
 HEADS = {"as many": (4, 4, HEAD_DIM), "grouped": (4, 2, HEAD_DIM), "one": (3, 1, HEAD_DIM), "wide values": (4, 2, 12)}
 
@@ -62,7 +76,7 @@ def in_one_process(rule: MaskRule, sizes):
     return output, torch.autograd.grad(output, tensors, upstream)
 
 
-def on_a_ring(rule: MaskRule, sizes, dtype):
+def on_a_ring(rule, sizes, dtype):
     group = dist.group.WORLD
     part = SequenceShard(cp=group.size(), cp_rank=group.rank()).indices(SEQ)
     tensors, upstream = inputs(*sizes, dtype)
@@ -71,8 +85,9 @@ def on_a_ring(rule: MaskRule, sizes, dtype):
     return output.detach(), torch.autograd.grad(output, mine, upstream[:, :, part].to(dtype))
 
 
-def compare(ranks, rule, sizes, dtype, bound):
-    expected, gradients = in_one_process(rule, sizes)
+def compare(ranks, name, sizes, dtype, bound, rules=RULES):
+    expected, gradients = in_one_process(RULES[name], sizes)
+    rule = rules[name]
     for rank, (output, found) in enumerate(run_ranks(on_a_ring, ranks, rule, sizes, dtype)):
         part = SequenceShard(cp=ranks, cp_rank=rank).indices(SEQ)
         for got, whole in zip((output, *found), (expected, *gradients), strict=True):
@@ -84,18 +99,24 @@ def compare(ranks, rule, sizes, dtype, bound):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(name, ranks):
-    compare(ranks, RULES[name], HEADS["grouped"], torch.float64, 1e-13)
+    compare(ranks, name, HEADS["grouped"], torch.float64, 1e-13)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", AS_DATA)
+def test_every_rule_as_data(name, ranks):
+    compare(ranks, name, HEADS["grouped"], torch.float64, 1e-13, AS_DATA)
 
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", ["causal", "documents"])
 def test_any_heads(name, heads):
-    compare(2, RULES[name], HEADS[heads], torch.float64, 1e-13)
+    compare(2, name, HEADS[heads], torch.float64, 1e-13, AS_DATA)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", AS_DATA)
 def test_half_precision_adds_up_in_float32(name):
-    compare(4, RULES[name], HEADS["grouped"], torch.bfloat16, 2e-2)
+    compare(4, name, HEADS["grouped"], torch.bfloat16, 2e-2, AS_DATA)
 
 
 def test_parts_over_different_keys_add_up():

@@ -30,11 +30,23 @@ class Documents:
 
     Attributes:
         numbers: The number of each token's document, int64 ``[batch, seq]``; None where each row is one document.
+        boundaries: Offsets of documents into the flattened rows, int32 ``[documents + 1]``; None where not given.
+        longest: At least the tokens of the longest document; 0 where not given.
         encoders: Configuration classes of encoders, whose masks are not of these rows.
     """
 
     numbers: Tensor | None
+    boundaries: Tensor | None = None
+    longest: int = 0
     encoders: frozenset[type] = frozenset()
+
+    def numbers_for(self, config: Any, batch: int | None, length: int | None) -> Tensor | None:
+        """Return :attr:`numbers` for a mask of ``length`` positions in the part of a model with ``config``.
+
+        None where that is an encoder, or the mask is of other rows.
+        """
+        numbers = None if type(config) in self.encoders else self.numbers
+        return numbers if numbers is not None and numbers.shape == (batch, length) else None
 
     @property
     def positions(self) -> Tensor:

@@ -14,6 +14,9 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
 EFFICIENT_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention
+CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+VARLEN = torch.ops.aten._flash_attention_forward
+VARLEN_BACKWARD = torch.ops.aten._flash_attention_backward
 
 _SAVED = (
     ("aten", "_scaled_dot_product_flash_attention"),

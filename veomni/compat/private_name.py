@@ -49,6 +49,12 @@ PRIVATE = tuple(
          ("attn_bias", "logsumexp", "grad_input_mask")),
         (f"{_ATEN}_cudnn_attention", "1.7 times as fast as FlashAttention 2 on an H200",
          "varlen's kernel for dense rows too", ("attn_bias", "compute_log_sumexp", "return_debug_mask")),
+        (f"{_ATEN}_cudnn_attention_backward", _RING, "FlashAttention 2, half as fast on an H100",
+         ("logsumexp", "philox_seed", "philox_offset")),
+        ("torch:ops.aten._flash_attention_forward", _RING, "a mask for each pair of chunks",
+         ("cum_seq_q", "cum_seq_k", "max_q", "max_k")),
+        ("torch:ops.aten._flash_attention_backward", _RING, "a mask for each pair of chunks",
+         ("logsumexp", "rng_state", "unused")),
         # collectives
         ("torch.distributed:_broadcast_coalesced",
          "one message for many tensors, as DDP sends its own: a message per tensor costs its latency",

@@ -6,16 +6,18 @@ keys, as in FlashAttention (Dao et al., 2022, arXiv:2205.14135).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from veomni.compat import attention_kernels as kernels
+from veomni.ops.attention.row_rules import document_numbers
+from veomni.ops.attention.varlen import dense_kernel
 from veomni.parallel.wrappers import wide_dtype
 
-Kernel = Literal["math", "flash", "efficient"]
+Kernel = Literal["math", "varlen", "cudnn", "flash", "efficient"]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 _LARGEST_FLASH_HEAD = 256
@@ -26,6 +28,18 @@ _LSE_MULTIPLE = 32
 _HIDDEN = -3e4
 
 
+class Segments(NamedTuple):
+    """The documents of a block: a query sees the keys of its own.
+
+    Offsets into the flattened rows of queries and of keys, int32 ``[documents + 1]`` both, and at least the tokens of
+    the longest document.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest: int
+
+
 @dataclass(frozen=True)
 class Block:
     """Some queries, and the keys they are to see; ``scale`` is a factor on the scores.
@@ -33,7 +47,7 @@ class Block:
     Query, key and value are ``[batch, heads, q, head_dim]``, ``[batch, kv_heads, kv, head_dim]`` and ``[batch,
     kv_heads, kv, value_head_dim]``; ``kv_heads`` divides ``heads``. ``causal`` lets query ``i`` see keys up to ``i``
     only; ``q`` equals ``kv`` then, and there is no ``mask``, which is True where a query sees a key, ``[batch, 1, q,
-    kv]``, or None for everywhere.
+    kv]``, or None for everywhere. ``segments`` keeps documents apart.
     """
 
     query: Tensor
@@ -42,12 +56,30 @@ class Block:
     scale: float
     causal: bool = False
     mask: Tensor | None = None
+    segments: Segments | None = None
 
     @property
     def kernel(self) -> Kernel:
         """What computes it."""
-        query, masked = self.query, self.mask is not None
-        return select_kernel(query.device.type, query.dtype, query.shape[-1], self.value.shape[-1], masked=masked)
+        kernel = select_kernel(
+            self.query.device.type, self.query.dtype, self.query.shape[-1], self.value.shape[-1],
+            masked=self.mask is not None,
+        )  # fmt: skip
+        if kernel != "flash":
+            return kernel
+        if self.segments is not None:
+            return "varlen"
+        return dense_kernel(self.query, self.value) or "flash"
+
+    def visible(self) -> Tensor | None:
+        """Return the mask, or that of the segments; the causal one is not in it. None is everywhere."""
+        if self.segments is None:
+            return self.mask
+        queries, keys = (
+            document_numbers(boundaries, len(heads), heads.shape[2])
+            for boundaries, heads in ((self.segments.queries, self.query), (self.segments.keys, self.key))
+        )
+        return (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
 def select_kernel(device_type: str, dtype: torch.dtype, head_dim: int, value_head_dim: int, *, masked: bool) -> Kernel:
@@ -100,9 +132,10 @@ def _finite(lse: Tensor, instead: float) -> Tensor:
 
 def _scores(block: Block, query: Tensor, key: Tensor) -> Tensor:
     """Return ``[batch, kv_heads, heads / kv_heads * q, kv]``, minus infinity where hidden."""
-    scores, mask, length = _by_key_head(query, key) @ key.mT * block.scale, block.mask, query.shape[2]
+    scores, mask, length = _by_key_head(query, key) @ key.mT * block.scale, block.visible(), query.shape[2]
     if block.causal:
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        lower = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = lower if mask is None else mask & lower
     if mask is not None:
         scores.unflatten(2, (-1, length)).masked_fill_(~mask.unsqueeze(1), -torch.inf)
     return scores
@@ -141,19 +174,74 @@ def _flash(block: Block) -> tuple[Tensor, Tensor]:
 
 def _flash_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor) -> Gradients:
     query, key = block.query, block.key
-    # Nothing is drawn without dropout, but the kernel takes the state of a generator.
-    seed, offset = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
     grads: Gradients = kernels.FLASH_BACKWARD(
         grad, query, key, block.value, output, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0,
-        block.causal, seed, offset, scale=block.scale,
+        block.causal, *_no_randomness(block), scale=block.scale,
+    )  # fmt: skip
+    return grads
+
+
+def _varlen(block: Block) -> tuple[Tensor, Tensor]:
+    segments, (batch, _, length, _) = block.segments, block.query.shape
+    assert segments is not None
+    flat = [_flat(heads) for heads in (block.query, block.key, block.value)]
+    output, lse, *_ = kernels.VARLEN(
+        *flat, segments.queries, segments.keys, *_longest(block), 0.0, block.causal, False, scale=block.scale
+    )
+    lse = lse.unflatten(1, (batch, length)).transpose(0, 1)
+    # FlashAttention 2 gives a query without keys zeros, and an lse of plus infinity.
+    return output.unflatten(0, (batch, length)).transpose(1, 2), lse.masked_fill(lse == torch.inf, -torch.inf)
+
+
+def _varlen_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor) -> Gradients:
+    segments = block.segments
+    assert segments is not None
+    flat = [_flat(heads) for heads in (grad, block.query, block.key, block.value, output)]
+    grads = kernels.VARLEN_BACKWARD(
+        *flat, lse.transpose(0, 1).flatten(1).contiguous(), segments.queries, segments.keys, *_longest(block), 0.0,
+        block.causal, *_no_randomness(block), scale=block.scale,
+    )  # fmt: skip
+    query, key, value = (part.unflatten(0, (len(block.query), -1)).transpose(1, 2) for part in grads)
+    return query, key, value
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """Return what variable-length kernels take, ``[batch * seq, heads, head_dim]``."""
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _longest(block: Block) -> tuple[int, int]:
+    assert block.segments is not None
+    return min(block.segments.longest, block.query.shape[2]), min(block.segments.longest, block.key.shape[2])
+
+
+def _no_randomness(block: Block) -> tuple[Tensor, Tensor]:
+    """Return what kernels take as the state of a generator: nothing is drawn without dropout."""
+    device = block.query.device
+    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty((), dtype=torch.uint64, device=device)
+
+
+def _cudnn(block: Block) -> tuple[Tensor, Tensor]:
+    tensors = block.query, block.key, block.value
+    output, lse, *_ = kernels.CUDNN(*tensors, None, True, 0.0, block.causal, False, scale=block.scale)
+    return output, lse.squeeze(-1)
+
+
+def _cudnn_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor) -> Gradients:
+    query, key = block.query, block.key
+    state = torch.empty((), dtype=torch.int64, device=query.device)
+    grads: Gradients = kernels.CUDNN_BACKWARD(
+        grad, query, key, block.value, output, lse.contiguous().unsqueeze(-1), state, state, None, None, None,
+        query.shape[2], key.shape[2], 0.0, block.causal, scale=block.scale,
     )  # fmt: skip
     return grads
 
 
 def _efficient(block: Block) -> tuple[Tensor, Tensor]:
-    query, mask = block.query, block.mask
+    query, mask = block.query, block.visible()
     key, value = _repeated(block.key, query), _repeated(block.value, query)
-    output, lse, *_ = kernels.EFFICIENT(query, key, value, _bias(block), True, 0.0, block.causal, scale=block.scale)
+    bias = _bias(query, mask)
+    output, lse, *_ = kernels.EFFICIENT(query, key, value, bias, True, 0.0, block.causal, scale=block.scale)
     lse = lse[..., : query.shape[2]]  # the kernel's may be longer
     if mask is None:
         return output, lse
@@ -168,19 +256,19 @@ def _efficient_backward(block: Block, grad: Tensor, output: Tensor, lse: Tensor)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     query, unused = block.query, torch.empty((), dtype=torch.int64, device=grad.device)
     grad_query, grad_key, grad_value, _ = kernels.EFFICIENT_BACKWARD(
-        grad, query, _repeated(block.key, query), _repeated(block.value, query), _bias(block), output, aligned,
-        unused, unused, 0.0, [True, True, True, False], block.causal, scale=block.scale,
+        grad, query, _repeated(block.key, query), _repeated(block.value, query), _bias(query, block.visible()), output,
+        aligned, unused, unused, 0.0, [True, True, True, False], block.causal, scale=block.scale,
     )  # fmt: skip
     return grad_query, _summed(grad_key, block.key), _summed(grad_value, block.value)
 
 
-def _bias(block: Block) -> Tensor | None:
+def _bias(query: Tensor, mask: Tensor | None) -> Tensor | None:
     """Return what the kernel adds to the scores, ``[batch, heads, q, kv]``, its rows aligned in memory."""
-    if block.mask is None:
+    if mask is None:
         return None
-    width = block.mask.shape[-1]
-    room = block.query.new_zeros(*block.mask.shape[:-1], width + -width % _BIAS_MULTIPLE)[..., :width]
-    return room.masked_fill_(~block.mask, _HIDDEN).expand(-1, block.query.shape[1], -1, -1)
+    width = mask.shape[-1]
+    room = query.new_zeros(*mask.shape[:-1], width + -width % _BIAS_MULTIPLE)[..., :width]
+    return room.masked_fill_(~mask, _HIDDEN).expand(-1, query.shape[1], -1, -1)
 
 
 def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
@@ -197,6 +285,8 @@ def _summed(grad: Tensor, like: Tensor) -> Tensor:
 
 _KERNELS = {
     "math": (_math, _math_backward),
+    "varlen": (_varlen, _varlen_backward),
+    "cudnn": (_cudnn, _cudnn_backward),
     "flash": (_flash, _flash_backward),
     "efficient": (_efficient, _efficient_backward),
 }

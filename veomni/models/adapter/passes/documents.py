@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
@@ -18,7 +18,7 @@ from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.traits.rows import PassesDocuments, carried_state
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.masks import disable_packing_detection, reindex_mask, restrict_to_documents
-from veomni.ops.attention.ring import MASK_RULE, register_mask_rule
+from veomni.ops.attention.row_rules import MASK_RULE, document_numbers, register_mask_rule
 
 _MAKERS = ("sdpa", "eager", "flex_attention", MASK_RULE)
 _wrapped: set[Callable[..., Any]] = set()
@@ -77,14 +77,12 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
     micro = MicroBatch.of_call(inputs)
     if micro is not None and micro.rows.shard.size > 1:
         length = rows.shape[1] * micro.rows.shard.size
-        return Documents(None if boundaries is None else _between(boundaries, rows.shape[0], length))
+        if boundaries is None:
+            return Documents(None)
+        numbers = document_numbers(boundaries, rows.shape[0], length)
+        return Documents(numbers, boundaries, inputs.get("max_length_q") or length)
     numbers = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
     return None if boundaries is None and not bool(numbers[:, -1].any()) else Documents(numbers)
-
-
-def _between(boundaries: Tensor, batch: int, length: int) -> Tensor:
-    tokens = torch.arange(batch * length, device=boundaries.device, dtype=boundaries.dtype)
-    return torch.searchsorted(boundaries[1:], tokens, right=True).view(batch, length)
 
 
 def _wrap_mask_makers() -> None:
@@ -106,15 +104,15 @@ def _restrict_to_documents(make: Callable[..., Any]) -> Callable[..., Any]:
     def make_packed(*args: Any, **options: Any) -> Any:
         call = current_call()
         documents = None if call is None else call.documents
-        if documents is None or documents.numbers is None or type(options.get("config")) in documents.encoders:
+        if documents is None or options.get("q_length") != options.get("kv_length"):
             return make(*args, **options)
-        shape = options.get("batch_size"), options.get("q_length"), options.get("kv_length")
-        if shape != (*documents.numbers.shape, documents.numbers.shape[1]):
+        numbers = documents.numbers_for(options.get("config"), options.get("batch_size"), options.get("q_length"))
+        if numbers is None:
             return make(*args, **options)
         rule = options["mask_function"]
         if getattr(options.get("config"), "attention_chunk_size", None) is not None:
             rule = reindex_mask(rule, documents.positions)  # chunks are counted from the start of a document
-        options["mask_function"] = restrict_to_documents(rule, documents.numbers)
+        options["mask_function"] = restrict_to_documents(rule, numbers)
         options["allow_is_causal_skip"] = False
         return make(*args, **options)
 
