@@ -99,6 +99,11 @@ class Accelerator:
         return False
 
     @property
+    def flash_packages(self) -> tuple[str, ...]:
+        """PyTorch's names of the flash-attention packages that run on this device, fastest first."""
+        return ()
+
+    @property
     def experts_backends(self) -> tuple[str, ...]:
         """Backends that run mixture-of-experts layers on this device, fastest first; each but "loop" in bf16 only."""
         return ("loop",)

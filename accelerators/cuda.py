@@ -36,6 +36,13 @@ class CUDA(Accelerator):
 
     @property
     @override
+    def flash_packages(self) -> tuple[str, ...]:
+        if torch.version.hip is not None:
+            return ()
+        return {9: ("FA4", "FA3"), 10: ("FA4",)}.get(torch.cuda.get_device_capability()[0], ())
+
+    @property
+    @override
     def experts_backends(self) -> tuple[str, ...]:
         # PyTorch's grouped product has a kernel from Ampere on; those in Triton feed on Hopper's copy engine.
         if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):

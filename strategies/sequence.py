@@ -14,6 +14,7 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
 from veomni.config.section import Validated
 from veomni.errors import DataError, LayoutError, ModelError
+from veomni.logging import create_logger
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.adapter.passes.shared_media import share_towers
 from veomni.models.traits import RunsOnShards, SplitsRows, Trait
@@ -25,6 +26,8 @@ from veomni.ops.attention.ulysses_async import overlap_projections
 from veomni.ops.attention.whole_rows import UNSPLIT_ATTENTION, share_rows, use_attention
 from veomni.parallel.mesh import ParallelDims, ParallelState
 from veomni.strategies.base import SetupContext, Stage, Strategy
+
+logger = create_logger(__name__)
 
 _PACKING_BACKENDS = (
     "eager", "sdpa", "flex_attention", "varlen", "ring", "flash_attention_2", "flash_attention_3", "flash_attention_4",
@@ -85,7 +88,9 @@ class SequenceStrategy(Validated, Strategy):
             adapter.sequence = SequenceGroups(state.sequence_shard, state.group("sequence"), ulysses, ring)
             share_rows(text_part(model), adapter.sequence, adapter.patch)
             share_towers(adapter, adapter.sequence)
-        use_attention(model, self.install(adapter, backend, state))
+        attention = self.install(adapter, backend, state)
+        use_attention(model, attention)
+        logger.info_rank0("attention over %d ranks: %s", state.size(self.axis), attention)
 
     @abstractmethod
     def install(self, adapter: ModelAdapter, backend: str, state: ParallelState) -> str:

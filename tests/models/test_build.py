@@ -93,7 +93,7 @@ def test_encoders_that_mask_padding_keep_an_attention_that_takes_masks(name):
 
     composed = Path(__file__).parents[2] / "configs/model_configs/tiny_omni.json"
     model = build_model(family_config(name) if name == "qwen2_audio" else composed, weights="random")
-    resolve_attention(model, varlen=True)
+    resolve_attention(model, torch.device("cpu"), varlen=True)
     assert model.config.get_text_config()._attn_implementation == "varlen"
     assert model.config.audio_config._attn_implementation == "sdpa"
 

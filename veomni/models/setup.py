@@ -41,7 +41,8 @@ def setup_model(
 
     # What the model computes with
     isolate_documents(model)
-    resolve_attention(model, varlen=precision.compute is torch.bfloat16 and accelerator.supports_varlen_attention)
+    varlen = precision.compute is torch.bfloat16 and accelerator.supports_varlen_attention
+    resolve_attention(model, device, varlen=varlen, packages=accelerator.flash_packages)
     resolve_experts(model, precision.compute, accelerator.experts_backends)
     _store_in(model, precision.storage)
     _share_values(model)

@@ -14,7 +14,8 @@ from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.attention import attention_of, set_attention
 from veomni.models.transformers_api.capabilities import caps_scores, supports_flash_attention
 from veomni.models.transformers_api.experts import has_experts, register_experts
-from veomni.ops.attention.varlen import VARLEN, register_attention
+from veomni.ops.attention.flash_package import replace_flash_kernels
+from veomni.ops.attention.varlen import VARLEN, kernels_in_use, register_attention
 from veomni.ops.experts.backends import choose_backend
 from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import ACTIVATION, find_activation, holds_experts
@@ -22,10 +23,11 @@ from veomni.ops.experts.layout import ACTIVATION, find_activation, holds_experts
 logger = create_logger(__name__)
 
 
-def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
+def resolve_attention(model: nn.Module, device: torch.device, *, varlen: bool, packages: Sequence[str] = ()) -> None:
     """Give a model whose attention was left open the fastest one that is exact for packed rows.
 
-    ``varlen`` says whether the device runs variable-length attention in the precision of the run.
+    ``varlen`` says whether the device runs variable-length attention in the precision of the run, ``packages`` which
+    flash-attention packages it can run, by PyTorch's names.
     """
     if ModelAdapter.of(model).attention_open and varlen:
         if reason := _why_not_varlen(model):
@@ -33,7 +35,8 @@ def resolve_attention(model: nn.Module, *, varlen: bool) -> None:
         else:
             register_attention()
             model.set_attn_implementation(VARLEN)  # type: ignore[operator]
-            logger.info_rank0("attention: varlen")
+            replace_flash_kernels(packages, device)
+            logger.info_rank0("attention: varlen (%s)", kernels_in_use())
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if family_record(config).padded_audio and attention_of(module) == VARLEN:
