@@ -3,8 +3,6 @@
 Outputs over them add up (Liu et al., 2023, arXiv:2310.01889): heads need not divide, and no rank holds a whole row.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +11,15 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from veomni.batch.fields import scope_of
-from veomni.batch.split import zigzag_chunks
 from veomni.compat.collectives import group_named
 from veomni.errors import LayoutError
-from veomni.ops.attention.block import Block, Segments, attend, attend_backward, merge_into
+from veomni.ops.attention.ring_rounds import Ring, output_like
 from veomni.ops.attention.row_rules import CausalRule, MaskRule, Rule, make_row_rule, register_mask_rule, unsupported
 from veomni.ops.attention.varlen import in_autocast_dtype
 from veomni.ops.attention.whole_rows import SEQUENCE_GROUPS, group_of, register_whole_rows
-from veomni.ops.comm.all_to_all import RingStep
 from veomni.parallel.wrappers import wide_dtype
 
 RING = "ring"
-Part = tuple[slice, slice, Block]
 
 
 def ring_attention(
@@ -40,111 +35,10 @@ def ring_attention(
         problem = f"a rank of the ring holds {query.shape[2]} queries and {key.shape[2]} keys of each row"
         raise LayoutError(problem, "give every rank two chunks of each row, and its queries and keys the same ones")
     if isinstance(rule, MaskRule):
-        return _by_function(query, key, value, _Ring(rule, group, scale))
+        return _by_function(query, key, value, Ring(rule, group, scale))
     options = rule.boundaries, rule.longest, rule.window, group.group_name, scale
     output: Tensor = _attend(query, key, value, *options)[0]
     return output
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """What forward and backward have in common."""
-
-    rule: Rule
-    group: ProcessGroup
-    scale: float
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output in the format of ``query`` and the lse, over all keys."""
-        dtype = wide_dtype(query.dtype)
-        output = _output_like(query, value, dtype).zero_()
-        lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-        with torch.autocast(query.device.type, enabled=False):
-            for parts in self._rounds(query, key, value):
-                for queries, _, block in parts:
-                    merge_into(output[:, :, queries], lse[:, :, queries], *attend(block))
-        return output.to(query.dtype), lse
-
-    def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of this rank's queries, keys and values.
-
-        The gradients of keys and values are sent one step behind them, so that they too are in flight while the next
-        block is computed, and one step further: from the last rank that adds to them to their own.
-        """
-        dtype = wide_dtype(query.dtype)
-        grad = torch.empty_like(output).copy_(grad)  # cuDNN takes it laid out as the output is
-        grad_query = torch.zeros_like(query, dtype=dtype)
-        behind: RingStep | None = None
-        with torch.autocast(grad.device.type, enabled=False):
-            for parts in self._rounds(query, key, value):
-                totals = [torch.zeros_like(part, dtype=dtype) for part in (key, value)]
-                for queries, keys, block in parts:
-                    own, *others = attend_backward(
-                        block, grad[:, :, queries], output[:, :, queries], lse[:, :, queries]
-                    )
-                    grad_query[:, :, queries] += own
-                    for total, other in zip(totals, others, strict=True):
-                        total[:, :, keys] += other
-                if behind is not None:
-                    for total, so_far in zip(totals, behind.wait(), strict=True):
-                        total += so_far
-                behind = RingStep(totals, self.group)
-        assert behind is not None  # there is a rank
-        # They are received in one buffer, and an operation returns tensors of their own.
-        grad_key, grad_value = (part.to(key.dtype, copy=True) for part in behind.wait())
-        return grad_query.to(query.dtype), grad_key, grad_value
-
-    def _rounds(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Iterator[Part]]:
-        """Yield the parts of each rank's keys and values, this one's first; meanwhile those of the next come in."""
-        size, rank = self.group.size(), self.group.rank()
-        for step in range(size):
-            coming = RingStep((key, value), self.group) if step + 1 < size else None
-            yield self._parts((rank - step) % size, query, key, value)
-            if coming is not None:
-                key, value = coming.wait()
-
-    def _parts(self, source: int, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Part]:
-        """Yield some of this rank's queries, some of rank ``source``'s keys that they see, and both as a block."""
-        if isinstance(self.rule, MaskRule) or self.rule.window:
-            return self._pairs(source, query, key, value)
-        return self._whole(self.rule, source, query, key, value)
-
-    def _whole(self, rule: CausalRule, source: int, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Part]:
-        """Yield all as one block: chunks of one rank lie in order, and a chunk of another is seen whole or not at all.
-
-        All queries see the first chunk of an earlier rank, and the second ones both chunks of a later rank.
-        """
-        size, rank, width = self.group.size(), self.group.rank(), query.shape[2] // 2
-        queries = slice(width, None) if source > rank else slice(None)
-        keys = slice(width) if source < rank else slice(None)
-        segments = None
-        if rule.boundaries is not None:
-            first, second = zigzag_chunks(size, rank)
-            q_chunks = [second] if source > rank else [first, second]
-            kv_chunks = zigzag_chunks(size, source)[: 1 if source < rank else 2]
-            segments = Segments(rule.segments(q_chunks, width), rule.segments(kv_chunks, width), rule.longest)
-        parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        yield queries, keys, Block(*parts, self.scale, source == rank, segments=segments)
-
-    def _pairs(self, source: int, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Part]:
-        """Yield every pair of chunks that see each other, with a mask."""
-        size, width = self.group.size(), query.shape[2] // 2
-        positions = torch.arange(2 * size * width, device=query.device).view(-1, width)
-        halves = slice(width), slice(width, None)
-        for queries, q_chunk in zip(halves, zigzag_chunks(size, self.group.rank()), strict=True):
-            for keys, kv_chunk in zip(halves, zigzag_chunks(size, source), strict=True):
-                if self.rule.reaches(q_chunk, kv_chunk, width):
-                    mask = self.rule.visible(positions[q_chunk], positions[kv_chunk])
-                    parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-                    yield queries, keys, Block(*parts, self.scale, mask=mask)
-
-
-def _output_like(query: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return room for ``[batch, heads, q, value_head_dim]``, laid out as projections read it: heads after positions."""
-    batch, heads, length, _ = query.shape
-    return query.new_empty(batch, length, heads, value.shape[-1], dtype=dtype).transpose(1, 2)
 
 
 # One operation, so that a compiled block stays in one graph; what it takes of a rule and a group is data.
@@ -161,7 +55,7 @@ def _attend(
 @_attend.register_fake
 def _attended(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(query.shape[:3], dtype=wide_dtype(query.dtype))
-    return _output_like(query, value, query.dtype), lse
+    return output_like(query, value, query.dtype), lse
 
 
 @torch.library.custom_op("veomni::ring_attention_backward", mutates_args=())
@@ -177,10 +71,10 @@ def _gradients(grad: Tensor, heads: list[Tensor], *options: Any) -> tuple[Tensor
     return torch.empty_like(query), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _ring(query: Tensor, boundaries: Tensor | None, longest: int, window: int, group: str, scale: float) -> _Ring:
+def _ring(query: Tensor, boundaries: Tensor | None, longest: int, window: int, group: str, scale: float) -> Ring:
     ranks = group_named(group)
     rule = CausalRule(len(query), query.shape[2] * ranks.size(), boundaries, longest, window)
-    return _Ring(rule, ranks, scale)
+    return Ring(rule, ranks, scale)
 
 
 def _set_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,7 +91,7 @@ _attend.register_autograd(_backward, setup_context=_set_context)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _by_function(query: Tensor, key: Tensor, value: Tensor, ring: _Ring) -> Tensor:
+def _by_function(query: Tensor, key: Tensor, value: Tensor, ring: Ring) -> Tensor:
     """Attend by a rule that an operation cannot take; a compiled block breaks here."""
     output: Tensor = _ByFunction.apply(query, key, value, ring)
     return output
@@ -205,7 +99,7 @@ def _by_function(query: Tensor, key: Tensor, value: Tensor, ring: _Ring) -> Tens
 
 class _ByFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: _Ring) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Ring) -> Tensor:
         output, lse = ring.forward(query, key, value)
         ctx.ring = ring
         ctx.save_for_backward(query, key, value, output, lse)
