@@ -58,6 +58,7 @@ class Row:
 ROWS = {
     "tiny": Row("tiny_qwen3", 2, 64),
     "tiny_ulysses": Row("tiny_qwen3", 1, 128, ulysses=2, recompute="full"),
+    "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
     "tiny_moe_ep": Row("tiny_qwen3_moe", 2, 64, experts=-1),
     "dense": Row("qwen3_1.7b", 4, 4096),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
@@ -72,6 +73,8 @@ ROWS = {
     "ulysses_overlap": Row("qwen3_1.7b", 1, 131_072, ulysses=-1, overlap=True, recompute="full"),
     "ring": Row("qwen3_1.7b", 1, 131_072, ring=-1, recompute="full"),
     "ring2_ulysses": Row("qwen3_1.7b", 1, 131_072, ring=2, ulysses=2, recompute="full"),
+    "ulysses_packed": Row("qwen3_1.7b", 1, 131_072, ulysses=-1, recompute="full", packed=4000),
+    "ring_packed": Row("qwen3_1.7b", 1, 131_072, ring=-1, recompute="full", packed=4000),
     "ulysses_4b_64k": Row("qwen3_4b", 1, 65_536, ulysses=-1, recompute="full"),
     "ulysses_4b_128k": Row("qwen3_4b", 1, 131_072, ulysses=-1, recompute="full"),
     "long_32k": Row("qwen3_1.7b", 1, 32_768, recompute="full"),
@@ -134,6 +137,7 @@ def micro_batch(row, vocabulary, seed):
 def measure(row, args):
     """Train, and return what this rank measured."""
     import torch
+    from torch._dynamo.utils import counters
 
     from veomni import Launcher, build_model
 
@@ -177,6 +181,7 @@ def measure(row, args):
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "reserved_gib": torch.cuda.memory_reserved() / 2**30 if cuda else 0.0,
         "growth_mib": (allocated[-1] - allocated[args.warmup]) / 2**20,
+        "graph_breaks": float(sum(counters["graph_break"].values())),
     }
     if args.profile:
         result |= profile(launcher, model, optimizer, batches)
@@ -275,7 +280,8 @@ def report(name, result):
     print(
         f"{name:18s} {result['tokens_per_second']:9,.0f} tokens/s  {result['median_ms']:8.1f} ms  "
         f"slowest {result['worst_over_median']:4.2f}x  peak {result['peak_gib']:5.1f} GiB  "
-        f"reserved {result['reserved_gib']:5.1f} GiB  growth {result['growth_mib']:+.1f} MiB",
+        f"reserved {result['reserved_gib']:5.1f} GiB  growth {result['growth_mib']:+.1f} MiB  "
+        f"graph breaks {result['graph_breaks']:.0f}",
         flush=True,
     )
     if "gaps_ms" in result:

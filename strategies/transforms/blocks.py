@@ -30,7 +30,7 @@ Recompute = Literal["full", "selective"]
 _KEPT = frozenset({"veomni::expert_up", "veomni::exchange_evenly", "veomni::ring_attention"})
 """Operations of this package that a selective recomputation does not run again.
 
-Of experts' two products the first: the backward needs no second one. Exchanges of equal shares are those of attention.
+Of experts' two products the first: the backward needs no second one. Exchanges are those of attention.
 """
 _MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import current_flash_attention_impl
 
 from veomni.batch.split import SequenceShard
 from veomni.ops.attention.block import Block, Segments, attend, attend_backward, merge_into
+from veomni.ops.attention.flash_package import replace_flash_kernels
 from veomni.ops.attention.ring import ring_attention
 from veomni.ops.attention.row_rules import CausalRule
 from veomni.ops.attention.varlen import kernels_in_use, varlen_attention
@@ -103,6 +106,22 @@ WHOLE_ROWS = {
 @pytest.mark.parametrize("case", WHOLE_ROWS)
 def test_whole_rows(case):
     (found,) = run_ranks(on_whole_rows, 1, *WHOLE_ROWS[case], init=False, timeout=SECONDS)
+    assert max(found) <= BOUND, found
+
+
+def beside_a_package(folder: str) -> tuple[str | None, list[float]]:
+    sys.path.insert(0, folder)
+    replace_flash_kernels(("FA4",), device())
+    return current_flash_attention_impl(), on_whole_rows(*WHOLE_ROWS["packed"])
+
+
+@pytest.mark.skipif(KIND == "cpu", reason="variable-length kernels need a GPU")
+def test_a_package_that_does_not_fit_is_not_used(tmp_path):
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    for module in ("flash_attn", "flash_attn/cute"):
+        (tmp_path / module / "__init__.py").touch()
+    ((used, found),) = run_ranks(beside_a_package, 1, str(tmp_path), init=False, timeout=SECONDS)
+    assert used is None
     assert max(found) <= BOUND, found
 
 

@@ -26,6 +26,8 @@ def compiled_step(model_name, layout, precision, compile="inductor", **options):
         ("qwen3", "ddp2", {"recompute": "selective"}),
         ("qwen3", "ulysses2_fsdp2", {"recompute": "full", "compile": "aot_eager"}),
         ("gpt_oss", "ulysses2_ddp", {"recompute": "selective", "compile": "aot_eager"}),
+        ("gpt_oss", "async2_ddp", {"recompute": "full", "compile": "aot_eager"}),
+        ("qwen3", "async2_fsdp1", {"recompute": "selective", "compile": "aot_eager"}),
         ("gemma3_text", "ring2_ddp", {"recompute": "full", "compile": "aot_eager"}),
         ("qwen3", "ring2_fsdp1", {"recompute": "selective", "compile": "aot_eager"}),
     ],

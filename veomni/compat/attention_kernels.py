@@ -25,11 +25,13 @@ _SAVED = (
     ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
     ("aten", "_scaled_dot_product_fused_attention_overrideable"),
     ("torch_attn", "_varlen_attn"),
+    ("_c10d_functional", "all_to_all_single"),  # of heads, in flight
+    ("_c10d_functional", "wait_tensor"),
 )
 
 
 @functools.cache
 def attention_operations() -> frozenset[Any]:
-    """Return the operations of all attention kernels there are here: a release may lack some."""
+    """Return the operations of attention kernels and their exchanges that there are here: a release may lack some."""
     found = (getattr(getattr(torch.ops, namespace), name, None) for namespace, name in _SAVED)
     return frozenset(operation.default for operation in found if operation is not None)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -26,6 +27,18 @@ def limit_group(group: ProcessGroup, timeout: timedelta) -> None:
 def group_named(name: str) -> ProcessGroup:
     """Return the process group that has a ``group_name``."""
     found: ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return found
+
+
+def start_all_to_all(rows: Tensor, size: int, group: str) -> Tensor:
+    """Start to send each of ``size`` ranks its entry of the first dimension; what is returned is to be awaited."""
+    received: Tensor = torch.ops._c10d_functional.all_to_all_single(rows, [1] * size, [1] * size, group)
+    return received
+
+
+def await_collective(received: Tensor) -> Tensor:
+    """Return what a collective was started for, when it is there."""
+    found: Tensor = torch.ops._c10d_functional.wait_tensor(received)
     return found
 
 

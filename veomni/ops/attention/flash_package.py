@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import attention
 
+from veomni.errors import DeviceError
 from veomni.logging import create_logger
 from veomni.ops.attention.varlen import varlen_attention
 
@@ -22,7 +23,8 @@ _BOUND = 2e-2  # relative, between two kernels in bfloat16
 def replace_flash_kernels(names: Sequence[str], device: torch.device) -> None:
     """Use the first of PyTorch's flash implementations (``FA4``, ``FA3``) that is installed, for the whole process.
 
-    It computes a small example first: a package that does not fit this PyTorch, or is wrong, is reported and not used.
+    It computes a small example first: a package that does not fit this PyTorch, or is wrong, is reported and not used;
+    it is a DeviceError where this PyTorch cannot undo the replacement.
     """
     if attention.current_flash_attention_impl() is not None:
         return
@@ -55,7 +57,11 @@ def _try(name: str, device: torch.device) -> str | None:
             return None
         reason = f"its results differ from PyTorch's by {max(errors):.1e}"
     if attention.current_flash_attention_impl() is not None:
-        attention.restore_flash_attention_impl()
+        restore = getattr(attention, "restore_flash_attention_impl", None)  # the oldest supported release may lack it
+        if restore is None:
+            fix = f"set attention to varlen, or remove the package of {_MODULES[name]}"
+            raise DeviceError(f"{name} is installed and does not work here: {reason}", fix, "build_model.attention")
+        restore()
     return reason
 
 

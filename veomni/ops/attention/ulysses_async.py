@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from veomni.errors import ModelError
 from veomni.ops.attention.ulysses import HEADS_EXCHANGED, check_heads, exchanges_heads, repeat_heads
-from veomni.ops.comm.all_to_all import AsyncAllToAll
+from veomni.ops.comm.even_exchange import finish_exchange, start_exchange
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_sequence
 from veomni.ops.patch import PatchAttribute
 
@@ -27,12 +27,15 @@ def overlap_projections(model: nn.Module, group: ProcessGroup, patch: PatchAttri
 
     A module that is not of the standard form is a ModelError, which says why.
     """
-    tables = _RotaryTables(group)
-    for name, module in attention_modules(model):
+    modules = attention_modules(model)
+    for name, module in modules:
         reason = why_not_overlapped(module)
         if reason:
             raise ModelError(f"{name} ({type(module).__name__}) cannot overlap its exchanges: {reason}", *_FIX)
-        _Overlapped(module, group, tables, patch)
+        _Overlapped(module, group, patch)
+    for each in model.modules():
+        if type(each).__name__.endswith("RotaryEmbedding"):
+            patch(each, "forward", _whole_tables(each.forward, modules[0][1], group))
 
 
 def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -74,48 +77,43 @@ class _Overlapped:
 
     Queries, keys and values are projected from this rank's positions and sent as each is ready. Then the forward runs
     as if it held the whole row and a part of the heads: its projections return what was received. Its hidden states
-    have the right shape and no values (meta device): what computes with them fails in the trial run of the set-up.
+    have the right shape and no values: what computes with them fails in the trial run of the set-up.
     """
 
-    def __init__(self, module: nn.Module, group: ProcessGroup, tables: _RotaryTables, patch: PatchAttribute) -> None:
-        self.module, self.group, self.tables = module, group, tables
+    def __init__(self, module: nn.Module, group: ProcessGroup, patch: PatchAttribute) -> None:
+        self.module, self.group = module, group
         self.inner: Callable[..., Any] = module.forward
-        self.signature = inspect.signature(self.inner)
+        self.names = list(inspect.signature(self.inner).parameters)
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
-        self.exchanges: dict[str, AsyncAllToAll] = {}
         for name in _INPUTS:
             patch(getattr(module, name), "forward", self._received(name))
         patch(module.o_proj, "forward", self._send_back)
         patch(module, "forward", self.forward)
         patch(module, HEADS_EXCHANGED, True)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend as the module does; where another attention is in use (a probe), do nothing else."""
         if not exchanges_heads(self.module):
             return self.inner(*args, **kwargs)
-        bound = self.signature.bind(*args, **kwargs)
-        hidden = bound.arguments["hidden_states"]
-        for name in _INPUTS:
-            self.exchanges[name] = self._start(name, self.project[name](hidden))
-        shape = hidden.shape[0], hidden.shape[1] * self.group.size(), hidden.shape[2]
-        bound.arguments["hidden_states"] = torch.empty(shape, dtype=hidden.dtype, device="meta")
-        bound.arguments["position_embeddings"] = self.tables.whole(bound.arguments["position_embeddings"])
-        return self.inner(*bound.args, **bound.kwargs)
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        hidden = arguments["hidden_states"]
+        rooms = {name: self._start(name, self.project[name](hidden)) for name in _INPUTS}
+        return self.inner(**{**arguments, "hidden_states": _InFlight(hidden, self.group.size(), rooms)})
 
-    def _start(self, name: str, projected: Tensor) -> AsyncAllToAll:
+    def _start(self, name: str, projected: Tensor) -> Tensor:
         heads, size = projected.unflatten(-1, (-1, self.module.head_dim)), self.group.size()
         if name == "q_proj":
             check_heads(heads.shape[2], size)
         shares = repeat_heads(heads, size).unflatten(2, (size, -1))
-        return AsyncAllToAll.start(shares.permute(2, 0, 1, 3, 4), None, self.group)
+        return start_exchange(shares.permute(2, 0, 1, 3, 4), self.group)
 
-    def _received(self, name: str) -> Callable[[Tensor], Tensor]:
-        def forward(hidden: Tensor) -> Tensor:
-            exchange = self.exchanges.pop(name, None)
-            if exchange is None:
-                return self.project[name](hidden)
-            return exchange.wait().transpose(0, 1).flatten(1, 2).flatten(2)  # [batch, seq, heads / P * head_dim]
+    def _received(self, name: str) -> Callable[[Tensor | _InFlight], Tensor]:
+        def forward(hidden: Tensor | _InFlight) -> Tensor:
+            if isinstance(hidden, Tensor):
+                projected: Tensor = self.project[name](hidden)
+                return projected
+            shares = finish_exchange(hidden.rooms[name], self.group)
+            return shares.transpose(0, 1).flatten(1, 2).flatten(2)  # [batch, seq, heads / P * head_dim]
 
         return forward
 
@@ -126,22 +124,28 @@ class _Overlapped:
         return self.project["o_proj"](attended)
 
 
-class _RotaryTables:
-    """Cosines and sines of whole rows; gathered once for all layers that are given the same ones."""
+class _InFlight:
+    """Stands for the hidden states of whole rows; ``rooms`` are filled with their projections meanwhile."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
-        self.known: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, part: Tensor, size: int, rooms: dict[str, Tensor]) -> None:
+        self.shape = (part.shape[0], part.shape[1] * size, part.shape[2])
+        self.dtype, self.device = part.dtype, part.device
+        self.rooms = rooms
 
-    def whole(self, tables: Any) -> tuple[Tensor, ...]:
+
+def _whole_tables(forward: Callable[..., Any], attention: nn.Module, group: ProcessGroup) -> Callable[..., Any]:
+    """Return a rotary embedding's forward with cosines and sines of whole rows, where ``attention`` exchanges heads.
+
+    They are gathered once for all layers, and outside of them.
+    """
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tables = forward(*args, **kwargs)
+        if not exchanges_heads(attention):
+            return tables
         if not (isinstance(tables, tuple) and all(isinstance(table, Tensor) for table in tables)):
             raise ModelError("the model's rotary embedding is not a pair of cosines and sines", *_FIX)
-        return tuple(self._gathered(table) for table in tables)
+        return tuple(gather_sequence(table, group, dim=-2) for table in tables)
 
-    def _gathered(self, table: Tensor) -> Tensor:
-        for part, whole in self.known:
-            if part is table:
-                return whole
-        whole = gather_sequence(table, self.group, dim=-2)
-        self.known = [*self.known[-7:], (table, whole)]  # cosine and sine, of up to four kinds of layers
-        return whole
+    return run

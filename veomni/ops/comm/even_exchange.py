@@ -1,4 +1,4 @@
-"""An all-to-all of equal shares as one operation: compiled graphs contain it, a recomputation may keep its result."""
+"""All-to-all of equal shares, at once or in flight: compiled graphs contain it, a recomputation may keep its result."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from veomni.compat.collectives import group_named
+from veomni.compat.collectives import await_collective, group_named, start_all_to_all
 
 
 def exchange_evenly(rows: Tensor, group: ProcessGroup) -> Tensor:
@@ -17,6 +17,43 @@ def exchange_evenly(rows: Tensor, group: ProcessGroup) -> Tensor:
     """
     received: Tensor = _exchange(rows, group.group_name)
     return received
+
+
+def start_exchange(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """Start an exchange of one entry of the first dimension for each rank; return room that is filled meanwhile.
+
+    Only :func:`finish_exchange` may read it. Its gradient is the exchange back, which starts where the forward was
+    awaited, and is awaited where the forward started.
+    """
+    room: Tensor = _Start.apply(rows, group.size(), group.group_name)
+    return room
+
+
+def finish_exchange(room: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the rows received, when they are there."""
+    received: Tensor = _Finish.apply(room, group.size(), group.group_name)
+    return received
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, size: int, group: str) -> Tensor:
+        return start_all_to_all(rows.contiguous(), size, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return await_collective(grad), None, None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, room: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return await_collective(room).view_as(room)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return start_all_to_all(grad.contiguous(), ctx.size, ctx.group), None, None
 
 
 # A graph holds the name of a group where it cannot hold the group; models with other groups have other names.
