@@ -39,7 +39,7 @@ def main() -> None:
     if launcher.is_rank_zero:
         config.save_assets(model, tokenizer)
 
-    for step in launcher.track(loader, max_steps=steps):
+    for step in launcher.track(loader, max_steps=steps, gc_steps=train.gc_steps):
         for micro in launcher.accumulate(model, step):
             output = model(**micro.inputs)
             # A composed model has a loss for each of its components, each the mean over its own tokens.

@@ -1,6 +1,7 @@
 """The launcher: the few verbs a training loop calls. It delegates; every decision belongs to a strategy."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from veomni.logging import create_logger
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.dataloader import StepLoader, step_loader, warn_unsaved_loader
 from veomni.loop.evaluation import Measure, evaluate
+from veomni.loop.garbage import GarbageSchedule
 from veomni.loop.losses import component_losses, source_metrics
 from veomni.loop.randomness import RandomState, seed_process, use_deterministic_algorithms
 from veomni.loop.reporter import Reporter
@@ -128,36 +130,45 @@ class Launcher(World):
         """
         return step_loader(loader, self.data_parallel, seed=self.seed, accumulate=accumulate, epochs=epochs)
 
-    def track(self, loader: Iterable[Any], *, max_steps: int | None = None) -> Iterator[Step]:
+    def track(
+        self, loader: Iterable[Any], *, max_steps: int | None = None, gc_steps: Annotated[int, Ge(1)] | None = 50
+    ) -> Iterator[Step]:
         """Yield one optimizer step at a time until the data or ``max_steps`` ends; collective.
 
         A rank without a batch ends the loop on all ranks. So does a signal to any rank, after the current step has been
-        saved by :meth:`checkpoint`; the process then exits with 75. The loader yields lists of this data rank's
-        micro-batches (``MicroBatch.of`` names the kinds); ``max_steps`` is the last step of the run, counted from 1.
-        All ranks raise a NonFiniteError where the loss of an earlier step was not finite.
+        saved by :meth:`checkpoint`; the process then exits with 75. All ranks raise a NonFiniteError where the loss of
+        an earlier step was not finite.
+
+        Args:
+            loader: Yields lists of this data rank's micro-batches (``MicroBatch.of`` names the kinds).
+            max_steps: The last step of the run, counted from 1.
+            gc_steps: Steps between runs of Python's garbage collector, at the same step on all ranks, and of objects
+                made since the first step only; null leaves it to Python, which stops one rank at a time.
         """
-        reader = StepReader(loader, self, self.reporter.measure)
-        total = max_steps if max_steps is not None else last_step(loader, self.step)
-        self.reporter.start(self.step, total)
-        while total is None or self.step < total:
-            self.reporter.clock.start_step()
-            step = reader.read(self.step + 1)
-            if step is None:
-                self.checkpoints.last = True  # the data has ended: what is saved now is final
-                break
-            self.step, self.reporter.step = step.index, step
-            self.checkpoints.stopping, self.checkpoints.last = step.stopping, self.step == total
-            self.reporter.clock.mark("data")
-            yield step
-            reader.finish(step)
-            if step.stopping:
-                name = self.signal.signal_name
-                logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)
-                self.reporter.close("preempted")
-                self.checkpoints.close()
-                raise SystemExit(EXIT_PREEMPTED)
-        reader.close()
-        self.reporter.end_loop()
+        with closing(GarbageSchedule(gc_steps)) as garbage:
+            reader = StepReader(loader, self, self.reporter.measure)
+            total = max_steps if max_steps is not None else last_step(loader, self.step)
+            self.reporter.start(self.step, total)
+            while total is None or self.step < total:
+                garbage.before(self.step + 1)
+                self.reporter.clock.start_step()
+                step = reader.read(self.step + 1)
+                if step is None:
+                    self.checkpoints.last = True  # the data has ended: what is saved now is final
+                    break
+                self.step, self.reporter.step = step.index, step
+                self.checkpoints.stopping, self.checkpoints.last = step.stopping, self.step == total
+                self.reporter.clock.mark("data")
+                yield step
+                reader.finish(step)
+                if step.stopping:
+                    name = self.signal.signal_name
+                    logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)
+                    self.reporter.close("preempted")
+                    self.checkpoints.close()
+                    raise SystemExit(EXIT_PREEMPTED)
+            reader.close()
+            self.reporter.end_loop()
 
     def accumulate(self, model: nn.Module, step: Step, *, weight: Weight | None = None) -> Iterator[MicroBatch]:
         """Yield the step's micro-batches on the device; gradients are exchanged in the last one's backward only.

@@ -92,7 +92,7 @@ def counts(
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.0, momentum=0.9, **options)
     found = []
     with collector_off():
-        for batch in launcher.track([rows(launcher)] * STEPS):
+        for batch in launcher.track([rows(launcher)] * STEPS, gc_steps=None):
             for micro in launcher.accumulate(model, batch):
                 launcher.backward(model(**micro.inputs).loss, micro)
             launcher.clip_grad_norm(model, 1.0)

@@ -39,10 +39,10 @@ _REPORTS = Options(
     Reporter, output_dir="train.output_dir", loggers="train.loggers", log_every="train.log_every", config=""
 )
 _OPTIONS: Any = options_of(
-    Launcher, Launcher.setup_model, Reporter,
+    Launcher, Launcher.setup_model, Launcher.track, Reporter,
     supplied=(
-        "strategy", "accelerator", "precision", "devices", "self", "model", "router", "output_dir", "loggers",
-        "progress_bar", "plot", "config",
+        "strategy", "accelerator", "precision", "devices", "self", "model", "router", "loader", "max_steps",
+        "output_dir", "loggers", "progress_bar", "plot", "config",
     ),
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ class TrainSection(_OPTIONS):
     """Layout, arithmetic, length and outputs of a run."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
-    configures = ("Launcher", "setup_model", "BatchShape")
+    configures = ("Launcher", "setup_model", "track", "BatchShape")
     renames: ClassVar[Mapping[str, str]] = {"ContextParallel.size": "context_parallel_size"}
 
     data_parallel_mode: str = "fsdp2"
