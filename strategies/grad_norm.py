@@ -1,5 +1,6 @@
 """The 2-norm of sharded gradients, each parameter counted once, with collectives that do not depend on a rank's own."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -10,11 +11,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from veomni.compat.tensors import multiply
+from veomni.accelerators.host_copy import HostCopy
+from veomni.compat.tensors import multiply, norms
 from veomni.errors import LoopError, NonFiniteError
 from veomni.parallel.wrappers import local_shard, wide_dtype
 
 
+@torch.no_grad()  # else a shard of a DTensor is the output of an autograd function
 def sharded_grad_norm(
     parameters: Iterable[nn.Parameter], device: torch.device, flat: ProcessGroup | None = None
 ) -> Tensor:
@@ -46,10 +49,12 @@ def sharded_grad_norm(
 
 def _square_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return the sum of squares of local tensors as a 0-d tensor on ``device``, in float32 or better."""
-    norms = [torch.linalg.vector_norm(grad, dtype=wide_dtype(grad.dtype)) for grad in gradients if grad.numel()]
-    if not norms:
-        return torch.zeros((), device=device)
-    return torch.stack([norm.to(device) for norm in norms]).square().sum()
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        if gradient.numel():
+            by_kind[gradient.device, gradient.dtype].append(gradient)
+    parts = [torch.stack(norms(each, wide_dtype(dtype))).to(device) for (_, dtype), each in by_kind.items()]
+    return torch.cat(parts).square().sum() if parts else torch.zeros((), device=device)
 
 
 def sharding_of(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, ...]]:
@@ -60,23 +65,27 @@ def sharding_of(parameter: nn.Parameter) -> tuple[DeviceMesh | None, tuple[int, 
     return parameter.device_mesh, axes
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients by ``min(1, max_norm / norm)``; a LoopError where ``max_norm`` is not above 0.
 
-    A ``norm`` that is not finite is a NonFiniteError: it is equal on all ranks, so all of them raise and none steps.
+    A ``norm`` that is not finite is a NonFiniteError, and gradients stay as they are: it is equal on all ranks, so all
+    of them raise and none steps.
     """
     if not max_norm > 0:
         raise LoopError(f"clip_grad_norm() was given max_norm {max_norm}", "give more than 0; math.inf only measures")
-    if not torch.isfinite(norm):
-        raise NonFiniteError(
-            f"the gradient norm is {norm.item()}: no rank takes the step and no parameter changed; "
-            "look at the last batch, the learning rate and the precision"
-        )
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
             gradient = local_shard(parameter.grad)
             by_device[gradient.device].append(gradient)
+    found = HostCopy(norm)
+    coefficient = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     for device, gradients in by_device.items():
         multiply(gradients, coefficient.to(device))
+    # A loop may catch the error and leave the step out, so the host waits here; meanwhile the device scales.
+    if not math.isfinite(value := found.read().item()):
+        raise NonFiniteError(
+            f"the gradient norm is {value}: no rank takes the step and no parameter changed; "
+            "look at the last batch, the learning rate and the precision"
+        )

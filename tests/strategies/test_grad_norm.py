@@ -64,3 +64,20 @@ def test_an_infinite_gradient_of_one_rank_stops_all_of_them():
     with pytest.raises(RankFailed) as caught:
         run_ranks(clipped, 4, "ep2_fsdp2", 1.0, spoil=2)
     assert [type(error) for error in caught.value.exceptions.values()] == [NonFiniteError] * 4
+
+
+def left_out(layout: str) -> bool:
+    """Whether a loop that catches the error finds the gradients as they were."""
+    model = laid_out(layout)
+    give_gradients(model, 0)
+    local = [parameter.grad.to_local() for parameter in model.parameters()]
+    local[0][0, 0] = torch.nan
+    before = [gradient.clone() for gradient in local]
+    norm = sharded_grad_norm(model.parameters(), torch.device("cpu"))
+    with pytest.raises(NonFiniteError):
+        clip_gradients(model.parameters(), norm, 0.5)
+    return all(own.equal(other) for own, other in zip(local[1:], before[1:], strict=True))
+
+
+def test_gradients_stay_where_the_norm_is_not_finite():
+    assert run_ranks(left_out, 2, "fsdp2_2") == [True, True]

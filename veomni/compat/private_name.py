@@ -106,6 +106,7 @@ PRIVATE = tuple(
         # tensors
         ("torch:_foreach_mul_", _FOREACH, _LOOP),
         ("torch:_foreach_lerp_", _FOREACH, _LOOP),
+        ("torch:_foreach_norm", _FOREACH, _LOOP),
         ("torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
          "the place of a rank's shard in the whole tensor, for weights that are read shard by shard",
          "every rank reads whole tensors", ("global_shape", "mesh", "placements")),

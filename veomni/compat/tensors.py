@@ -9,7 +9,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["TorchDispatchMode", "WrittenStorages", "lerp", "multiply", "same_values", "shard_box", "storage_key"]
+__all__ = [
+    "TorchDispatchMode",
+    "WrittenStorages",
+    "lerp",
+    "multiply",
+    "norms",
+    "same_values",
+    "shard_box",
+    "storage_key",
+]
 
 
 def shard_box(tensor: DTensor) -> tuple[slice, ...]:
@@ -36,6 +45,11 @@ def multiply(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
 def lerp(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Move every tensor towards the one of ``ends`` by ``weight`` of their difference, in place."""
     torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the 2-norm of every tensor, 0-d in ``dtype``; at least one, all on one device and in one format."""
+    return tuple(torch._foreach_norm(list(tensors), 2, dtype=dtype))
 
 
 def storage_key(tensor: Tensor) -> int:
