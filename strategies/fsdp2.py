@@ -69,15 +69,20 @@ class FSDP2(Validated, ParameterStrategy):
     @contextmanager
     def grad_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
         sharded = set_up_as(FSDPModule, model)
-        sharded.set_requires_gradient_sync(last)
-        sharded.set_is_last_backward(last)
-        if not self.reshard_after_backward:
-            sharded.set_reshard_after_backward(last)
+        if last:  # so it is outside of steps as well, and setting it visits every module
+            yield
+            return
+        self._set_last(sharded, False)
         try:
             yield
         finally:
-            sharded.set_requires_gradient_sync(True)
-            sharded.set_is_last_backward(True)
+            self._set_last(sharded, True)
+
+    def _set_last(self, model: FSDPModule, last: bool) -> None:
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        if not self.reshard_after_backward:
+            model.set_reshard_after_backward(last)
 
     @override
     def grad_norm(self, model: nn.Module) -> Tensor:

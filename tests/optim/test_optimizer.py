@@ -28,21 +28,22 @@ def gradients(step: int, network: nn.Module) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in network.parameters()]
 
 
-def train(network: nn.Module, name: str, steps: int = 4, **options) -> torch.optim.Optimizer:
+def train(network: nn.Module, name: str, steps: int = 4, whole_gradients=False, **options) -> torch.optim.Optimizer:
     optimizer = build_optimizer(network, name, **OPTIONS, **OWN[name], **options)
     whole = model()
     for step in range(steps):
         for parameter, gradient in zip(network.parameters(), gradients(step, whole), strict=True):
-            parameter.grad = shard_like(gradient, parameter)
+            parameter.grad = shard_like(gradient, parameter, whole_gradients)
         optimizer.step()
     return optimizer
 
 
-def shard_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def shard_like(gradient: Tensor, parameter: Tensor, whole: bool) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     if isinstance(parameter, DTensor):
-        return distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        placements = [Replicate()] * parameter.device_mesh.ndim if whole else parameter.placements
+        return distribute_tensor(gradient, parameter.device_mesh, placements)
     return gradient
 
 
@@ -91,12 +92,13 @@ def test_steps_follow_the_formula(name, truth, fused) -> None:
     assert_equal(list(network.parameters()), truth())
 
 
-def sharded(name: str, mixed: bool) -> tuple[bool, list[Tensor]]:
+def sharded(name: str, mixed: bool, whole_gradients: bool = False) -> tuple[bool, list[Tensor]]:
     network = model()
     fully_shard(network[0])
     if not mixed:
         fully_shard(network)
-    fused = all(group["fused"] for group in train(network, name).param_groups)
+    optimizer = train(network, name, whole_gradients=whole_gradients)
+    fused = all(group["fused"] for group in optimizer.param_groups)
     return fused, [p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach() for p in network.parameters()]
 
 
@@ -107,6 +109,11 @@ def test_sharded_parameters_take_the_same_steps(name, truth, mixed) -> None:
     for fused, values in run_ranks(sharded, 2, name, mixed):
         assert fused is (name == "adamw")  # of several meshes, each has an optimizer of its own
         assert_equal(values, truth())
+
+
+def test_gradients_may_be_whole_where_parameters_are_sharded() -> None:
+    for _, values in run_ranks(sharded, 2, "adamw", mixed=True, whole_gradients=True):
+        assert_equal(values, adamw())
 
 
 def test_devices_without_a_fused_kernel_are_named(caplog) -> None:

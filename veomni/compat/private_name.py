@@ -98,6 +98,12 @@ PRIVATE = tuple(
          "FSDP2 copies as PyTorch does: exact, and slower for many large parameters",
          ("unsharded_grads", "reduce_scatter_input", "world_size")),
         ("torch:_chunk_cat", "pads gradients that do not divide", "pad them one by one"),
+        # optimizers
+        ("torch.optim:Adam._init_group", "the one place where parameters become the lists that are updated",
+         "updates go through the dispatch of DTensors: exact, and 4 ms of the host for 300 parameters",
+         ("group",)),
+        ("torch.distributed.tensor:DTensor._local_tensor", "to_local() takes 2 us for each of four tensors a parameter",
+         "call to_local()"),
         # safe_pickle
         (f"{_STORED}.filesystem:_StorageInfo", "where the bytes of a tensor lie", _UNREADABLE),
         (f"{_STORED}.metadata:_MEM_FORMAT_ENCODING", "the memory format of a tensor", _UNREADABLE),

@@ -9,8 +9,9 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, Field
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
+from veomni.compat.optimizers import AdamW, on_shards
 from veomni.config.section import ComponentSection, checked, section_of
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
@@ -63,7 +64,7 @@ class OptimizerSection(ComponentSection):
         groups = split_by_lr_scale(model, groups, self.lr_scale)
         if isinstance(factory, type) and issubclass(factory, OptimizerRecipe):
             return scale_lr(combine(factory(**options).members(model, groups)))
-        create = cast("Callable[..., Optimizer]", partial(factory, **options))
+        create = cast("Callable[..., Optimizer]", partial(on_shards(factory), **options))
         try:
             return scale_lr(combine(members_by_mesh(groups, create)))
         except TypeError as error:
