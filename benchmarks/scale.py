@@ -191,26 +191,36 @@ def measure(row, args):
 def profile(launcher, model, optimizer, batches, steps=3):
     """Profile further steps; return how long the device waits, and for how long only collectives run, per step."""
     import torch
+    from torch.profiler import ProfilerActivity, record_function
 
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for step in launcher.track([batches[index % len(batches)] for index in range(steps)] * 100):
-            for micro in launcher.accumulate(model, step):
-                launcher.backward(model(**micro.inputs).loss, micro)
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+    endless = launcher.track(batches[index % len(batches)] for index in range(100_000))
+    for number in range(2 + steps):
+        if number == 2:  # the first step of a loop is set-up, and Python's garbage is collected behind it
+            torch.cuda.synchronize()
+            profiler.start()
+        with record_function("track"):
+            step = next(endless)
+        for micro in launcher.accumulate(model, step):
+            with record_function("forward"):
+                loss = model(**micro.inputs).loss
+            with record_function("backward"):
+                launcher.backward(loss, micro)
+        with record_function("clip_grad_norm"):
             launcher.clip_grad_norm(model, 1.0)
+        with record_function("optimizer.step"):
             optimizer.step()
+        with record_function("zero_grad"):
             optimizer.zero_grad()
-            steps -= 1
-            if not steps:
-                break
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
+        trace = file.read_text()
     if os.environ.get("SCALE_TRACE") and launcher.is_rank_zero:
-        profiler.export_chrome_trace(os.environ["SCALE_TRACE"])
-    return device_time(events, 3)
+        Path(os.environ["SCALE_TRACE"]).write_text(trace)
+    return device_time(json.loads(trace)["traceEvents"], steps)
 
 
 def device_time(events, steps):
@@ -224,14 +234,43 @@ def device_time(events, steps):
     for a, b, name in spans:
         kernels[name[:90]] = kernels.get(name[:90], 0.0) + (b - a) / 1e3 / steps
     exposed = sum(b - a for a, b in everything) - sum(b - a for a, b in compute)
+    largest = sorted(pairwise(everything), key=lambda pair: pair[0][1] - pair[1][0])[:8]
     return {
         "gaps_ms": sum(gaps) / steps,
         "gaps_over_50us_ms": sum(gap for gap in gaps if gap > 0.05) / steps,
         "gaps_over_50us": sum(gap > 0.05 for gap in gaps) / steps,
-        "largest_gaps_ms": [round(gap, 2) for gap in sorted(gaps, reverse=True)[:8]],
+        "largest_gaps": [describe_gap(events, before[1], after[0]) for before, after in largest],
         "exposed_collectives_ms": exposed / 1e3 / steps,
         "compute_ms": sum(b - a for a, b in compute) / 1e3 / steps,
         "kernels_ms": dict(sorted(kernels.items(), key=lambda item: -item[1])[:25]),
+    }
+
+
+def describe_gap(events, begin, end):
+    """What stands around a time in which the device has nothing to run, and what the host does in it.
+
+    The kernel after it was launched "late" after the gap began, under some operations, outermost first; 0.00 is a
+    kernel that was queued in time, and waited for another stream or rank.
+    """
+    timed = [e for e in events if "dur" in e and "ts" in e]
+    device = [e for e in timed if e.get("cat") in {"kernel", "gpu_memcpy", "gpu_memset"}]
+    before = max((e for e in device if e["ts"] + e["dur"] <= begin + 1e-3), key=lambda e: e["ts"] + e["dur"])
+    after = min((e for e in device if e["ts"] >= end - 1e-3), key=lambda e: e["ts"])
+    calls = [e for e in timed if e.get("cat") in {"cuda_runtime", "cuda_driver"}]
+    own = after["args"].get("correlation")
+    launch = next((e for e in calls if e["args"].get("correlation") == own), None)
+    waits = [e for e in calls if "ynchronize" in e["name"] and e["ts"] < end and e["ts"] + e["dur"] > begin]
+    under = []
+    if launch is not None:
+        spans = (e for e in timed if e.get("cat") in {"cpu_op", "user_annotation"} and e["tid"] == launch["tid"])
+        under = sorted((e for e in spans if e["ts"] <= launch["ts"] <= e["ts"] + e["dur"]), key=lambda e: e["ts"])
+    return {
+        "ms": round((end - begin) / 1e3, 2),
+        "before": before["name"][:60],
+        "after": after["name"][:60],
+        "late_ms": 0.0 if launch is None else round(max(0.0, launch["ts"] - begin) / 1e3, 2),
+        "under": [e["name"][:40] for e in under],
+        "host_waits": sorted({e["name"] for e in waits}),
     }
 
 
@@ -288,7 +327,12 @@ def report(name, result):
         exposed, gaps = result["exposed_collectives_ms"], result["gaps_ms"]
         print(f"{'':18s} compute {result['compute_ms']:.1f} ms, collectives alone {exposed:.1f}, gaps {gaps:.1f}")
         count, long = result["gaps_over_50us"], result["gaps_over_50us_ms"]
-        print(f"{'':18s} {count:.0f} gaps over 50 us, {long:.1f} ms; largest {result['largest_gaps_ms']}", flush=True)
+        print(f"{'':18s} {count:.0f} gaps over 50 us, {long:.1f} ms; the largest of all profiled steps:")
+        for gap in result["largest_gaps"]:
+            around = f"{gap['before']} | {gap['after']}, launched {gap['late_ms']:.2f} ms after it began"
+            under, waits = " > ".join(gap["under"]), ", ".join(gap["host_waits"])
+            line = f"{gap['ms']:5.2f} ms: {around}{under and f', in {under}'}{waits and f'; {waits}'}"
+            print(f"{'':20s} {line}", flush=True)
 
 
 def main():
