@@ -22,6 +22,7 @@ class RowLayout:
         shard: Which positions of the rows this rank holds.
         position_fractions: What position ids have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of 2^24;
             None where they are whole.
+        packed: What :func:`is_packed` found before the micro-batch was moved to a device; None before.
     """
 
     document_lengths: tuple[int, ...] = ()
@@ -29,6 +30,7 @@ class RowLayout:
     digest: int = 0
     shard: SequenceShard = WHOLE_ROWS
     position_fractions: Tensor | None = None
+    packed: bool | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> Self:
@@ -46,6 +48,12 @@ def _lengths_of(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(ids, Tensor) or ids.is_nested or not ids.dim():
         return ()
     return (int(ids.shape[-1]),) * (ids.numel() // max(1, int(ids.shape[-1])))
+
+
+def is_packed(positions: Tensor) -> bool:
+    """Whether position ids, ``[batch, seq]`` or ``[axes, batch, seq]``, start again within a row; read by the host."""
+    rows = positions[0] if positions.dim() == 3 else positions
+    return bool((torch.diff(rows, dim=-1) != 1).any())
 
 
 def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from veomni.batch.documents import RowLayout, located_row_lengths
+from veomni.batch.documents import RowLayout, is_packed, located_row_lengths
 from veomni.batch.fields import holder_of
 from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
 from veomni.errors import DataError
@@ -188,11 +188,24 @@ class MicroBatch:
         def move(value: Any) -> Any:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
 
-        return self.map(_Movable, move)
+        return self._examined().map(_Movable, move)
+
+    def _examined(self) -> Self:
+        """Return this micro-batch with what a forward would have to wait for its device to find out."""
+        positions = self.inputs.get("position_ids")
+        if not isinstance(positions, Tensor) or positions.device.type != "cpu" or "cu_seq_lens_q" in self.inputs:
+            return self
+        if positions.dim() not in (2, 3) or not positions.numel():
+            return self
+        return replace(self, rows=replace(self.rows, packed=is_packed(positions)))
 
     def pin_memory(self) -> Self:
-        """Return this micro-batch in page-locked memory."""
-        return self.map(_Pinnable, lambda value: value.pin_memory())
+        """Return this micro-batch in page-locked memory; what is on a device stays there."""
+
+        def pin(value: Any) -> Any:
+            return value if isinstance(value, Tensor) and value.device.type != "cpu" else value.pin_memory()
+
+        return self.map(_Pinnable, pin)
 
     def split(self, shard: SequenceShard) -> Self:
         """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`."""

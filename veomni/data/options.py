@@ -120,7 +120,8 @@ class Workers(Validated):
     Attributes:
         count: Processes per rank that prepare micro-batches; 0 prepares micro-batches in the loop.
         prefetch_factor: Micro-batches that each process keeps ready.
-        pin_memory: Copy micro-batches to the device from page-locked memory; ``auto`` where there is an accelerator.
+        pin_memory: Copy micro-batches to page-locked memory while the step before them runs, not when they are moved to
+            the device; ``auto`` where there is an accelerator.
         timeout: Seconds after which a process that returns nothing is an error.
     """
 

@@ -76,9 +76,10 @@ def source_metrics(step: ModelStep, state: ParallelState) -> dict[str, float | i
     sources = sources_of(step.micro_batches)
     if len(sources) < 2:
         return {}
+    step.check_complete()
     counts = torch.tensor(list(sources.values()), dtype=torch.float64).T / state.size("sequence")
-    losses = step.source_sums
-    numbers = torch.cat([torch.zeros(2, len(sources)) if losses is None else losses.cpu(), counts])
+    losses = None if step.source_copy is None else step.source_copy.read()
+    numbers = torch.cat([torch.zeros(2, len(sources)) if losses is None else losses, counts])
     dist.all_reduce(numbers)  # as ranks agree before a step: small, in float64, on the CPU
     found: dict[str, float | int | None] = {}
     for name, (loss, supervised, documents, tokens) in zip(sources, numbers.T.tolist(), strict=True):

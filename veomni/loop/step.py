@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from veomni.accelerators.host_copy import HostCopy
 from veomni.batch.counts import label_count, token_weight
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, LoopError, ModelError
@@ -96,6 +97,7 @@ class ModelStep:
         losses: The same by component of a composed model.
         source_sums: Of a mixture, the summed losses of this rank's supervised tokens, each times its weight, and summed
             weights, by source; ``[2, sources]`` on the device; None where the model computes its loss itself.
+        source_copy: The same for the host, once every micro-batch had its backward.
         routers: What balances and reports the model's routers.
     """
 
@@ -112,6 +114,7 @@ class ModelStep:
         self.loss = torch.zeros((), device=self._device)
         self.losses: dict[str, Tensor] = {}
         self.source_sums: Tensor | None = None
+        self.source_copy: HostCopy | None = None
         self._context: Any = None
         self._backpropagated: set[int] = set()
 
@@ -135,20 +138,25 @@ class ModelStep:
             self.routers.begin_step(self.totals["tokens"], len(self.micro_batches))
         if self.routers is not None and self.routers.counts_first:
             with same_draws_after(self._world.accelerator):
-                run = lambda held: forward(self._model, held.to(self._device))  # noqa: E731
+                run = lambda held: forward(self._model, self._moved(held))  # noqa: E731
                 self.routers.count_first(self.micro_batches, run)
         for index, (held, weight) in enumerate(zip(self.micro_batches, self.weights, strict=True)):
             last = index == len(self.micro_batches) - 1
-            micro = replace(held.to(self._device), weight=weight, index=index, last=last, owner=self)
+            micro = replace(self._moved(held), weight=weight, index=index, last=last, owner=self)
             watch = nullcontext() if self.routers is None else self.routers.micro_batch(held)
             with self._grad_sync(self._model, last), watch, loss_context(self._model, micro) as self._context:
                 yield micro
+
+    def _moved(self, held: MicroBatch) -> MicroBatch:
+        """Return a micro-batch on the device; the host does not wait for what the device has to do before."""
+        pins = self._world.accelerator.supports_pinned_memory
+        return (held.pin_memory() if pins else held).to(self._device)
 
     def backward(self, loss: Tensor | Mapping[str, Tensor], micro: MicroBatch) -> None:
         """Add a micro-batch's gradients; see ``Launcher.backward``."""
         self._check(loss, micro)
         if self.routers is not None:
-            self.routers.before_backward()
+            self.routers.before_backward(micro.last)
         share = shared_loss(loss, micro, self)
         self.loss = self.loss + share.detach()
         (share * self._world.state.size("loss")).backward()
@@ -156,6 +164,8 @@ class ModelStep:
             sums = self._context.source_sums
             self.source_sums = sums if self.source_sums is None else self.source_sums + sums
         self._backpropagated.add(micro.index)
+        if self.source_sums is not None and len(self._backpropagated) == len(self.micro_batches):
+            self.source_copy = HostCopy(self.source_sums)
         if self.routers is not None and micro.last:
             self.routers.end_step()
 

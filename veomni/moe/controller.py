@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
 
+from veomni.accelerators.host_copy import HostCopy
 from veomni.batch.micro_batch import MicroBatch
 from veomni.compat.modules import in_backward
 from veomni.errors import ModelError, NonFiniteError
@@ -42,6 +43,7 @@ class RouterController(RouterHook):
         self._micro = RouterStatistics(self.routers, options, device, dtype)
         self._losses = torch.zeros(2, device=device, dtype=dtype)  # balance and z, this rank's share of the step's
         self._relative_load: tuple[Tensor, ...] = ()
+        self._nonfinite: HostCopy | None = None
         self._per_token, self._micro_batches = 1.0, 1
         self._inside = self._counting = self._counted = False
         for router in self.routers:
@@ -104,15 +106,21 @@ class RouterController(RouterHook):
         finally:
             self._inside = False
 
-    def before_backward(self) -> None:
-        """Sum the loads that the gradients in the coming backward depend on, and add up the losses."""
+    def before_backward(self, last: bool) -> None:
+        """Sum the loads that the gradients in the coming backward depend on, and add up the losses.
+
+        The ``last`` one of a step also queues the copy of what :meth:`end_step` reads, ahead of the backward, which
+        does not change it: the host never waits for the backward.
+        """
         balances = bool(self.options.aux_loss_coef)
         if not self._counted:
             self._step.add(self._micro.load)
-            if balances and self._micro_batches == 1:
+            if last:
                 self._finish_counting()
-            elif balances:
+            if balances and self._micro_batches > 1:
                 self._share(self._micro.load)
+        if last:
+            self._nonfinite = HostCopy(self._step.nonfinite)
         if balances:
             self._losses[0] += (torch.cat(self._relative_load) * self._micro.probabilities).sum() / self._per_token
         self._losses[1] += self._micro.z / self._per_token
@@ -122,8 +130,6 @@ class RouterController(RouterHook):
 
         Logits of a router that are not finite are a NonFiniteError on all ranks.
         """
-        if not self._counted:
-            self._finish_counting()
         if self.options.aux_loss_coef or self.options.z_loss_coef:
             dist.all_reduce(self._losses, group=self._state.group("loss"))
         self._check_finite()
@@ -163,7 +169,8 @@ class RouterController(RouterHook):
         self._relative_load = load.relative(self._dtype).split(load.sizes)
 
     def _check_finite(self) -> None:
-        counts = self._step.nonfinite.tolist()  # the one value the host waits for in a step
+        assert self._nonfinite is not None
+        counts = self._nonfinite.read().tolist()
         names = [router.name for router, count in zip(self.routers, counts, strict=True) if count]
         if names:
             raise NonFiniteError(

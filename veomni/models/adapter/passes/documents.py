@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veomni.batch.documents import is_packed
 from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
@@ -65,15 +66,17 @@ class IsolateDocuments(InputPass):
 
 
 def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
-    """Return the documents of the rows in a model's arguments; None for padded rows, caches, and one document a row.
+    """Return the documents of the rows in a model's arguments; None for padded rows and caches.
 
-    ``position_ids`` are ``[batch, seq]``, or ``[axes, batch, seq]`` with text first.
+    ``position_ids`` are ``[batch, seq]``, or ``[axes, batch, seq]`` with text first; without them each row is one
+    document. On a device those of a micro-batch are not read again: they were examined before they were moved.
     """
-    positions = inputs.get("position_ids")
-    if positions is None or inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
+    if inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
         return None
+    positions, boundaries = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+    if positions is None:
+        return Documents(None)
     rows = positions[0] if positions.dim() == 3 else positions
-    boundaries = inputs.get("cu_seq_lens_q")
     micro = MicroBatch.of_call(inputs)
     if micro is not None and micro.rows.shard.size > 1:
         length = rows.shape[1] * micro.rows.shard.size
@@ -81,8 +84,11 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
             return Documents(None)
         numbers = document_numbers(boundaries, rows.shape[0], length)
         return Documents(numbers, boundaries, inputs.get("max_length_q") or length)
-    numbers = (torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-    return None if boundaries is None and not bool(numbers[:, -1].any()) else Documents(numbers)
+    examined = MicroBatch.of_call({"position_ids": positions})
+    packed = True if boundaries is not None else None if examined is None else examined.rows.packed
+    if packed is None:
+        packed = is_packed(positions)
+    return Documents((torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1) if packed else None)
 
 
 def _wrap_mask_makers() -> None:
