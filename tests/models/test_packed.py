@@ -10,6 +10,7 @@ import torch
 
 from tests.models.layouts import CPU
 from tests.models.tiny import TEXT_MODELS, tiny_config
+from veomni.batch.micro_batch import MicroBatch
 from veomni.models import Materializer, build_model
 
 LENGTHS = (7, 12, 5)
@@ -67,6 +68,24 @@ def test_packed_equals_unpacked(name, attention):
     for key in ours:
         scale = theirs[key].abs().max() + 1e-12
         assert (ours[key] - theirs[key]).abs().max() / scale < 1e-5, key
+
+
+def test_rows_of_micro_batches_are_as_their_positions_say():
+    """Which is examined before they are moved; positions that replace those of a micro-batch count as they are."""
+    model = double_model("mistral", "sdpa")
+    row = torch.cat(documents(), dim=1)
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents()])[None]
+    plain = torch.arange(row.shape[1])[None]
+    one, several = (MicroBatch.of({"input_ids": row, "position_ids": each}).to("cpu") for each in (plain, positions))
+    assert (one.rows.packed, several.rows.packed) == (False, True)
+    packed, whole = (model(input_ids=row, position_ids=each, use_cache=False).logits for each in (positions, plain))
+    assert (packed - whole).abs().max() > 1e-2
+    for micro, replaced, expected in (
+        (one, {}, whole), (several, {}, packed),
+        (one, {"position_ids": positions.clone()}, packed), (several, {"position_ids": plain.clone()}, whole),
+    ):  # fmt: skip
+        found = model(**{**micro.inputs, **replaced}, use_cache=False).logits
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

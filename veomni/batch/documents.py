@@ -22,7 +22,8 @@ class RowLayout:
         shard: Which positions of the rows this rank holds.
         position_fractions: What position ids have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of 2^24;
             None where they are whole.
-        packed: What :func:`is_packed` found before the micro-batch was moved to a device; None before.
+        packed: What :func:`is_packed` found before the micro-batch was moved to a device; None before. Changing
+            position ids in place afterwards is unsupported; a changed copy is examined again.
     """
 
     document_lengths: tuple[int, ...] = ()

@@ -104,7 +104,7 @@ class Muon(Optimizer):
         parameters = self._parameters()
         have = [parameter.grad is not None for parameter in parameters]
         if self._mesh is not None:
-            flags = torch.tensor(have, dtype=torch.int32, device=self._mesh.device_type)
+            flags = torch.tensor(have, dtype=torch.int32)  # on the host, which would wait for the device
             for axis in range(self._mesh.ndim):
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._mesh.get_group(axis))
             have = flags.tolist()
