@@ -77,7 +77,9 @@ def test_rows_of_micro_batches_are_as_their_positions_say():
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents()])[None]
     plain = torch.arange(row.shape[1])[None]
     one, several = (MicroBatch.of({"input_ids": row, "position_ids": each}).to("cpu") for each in (plain, positions))
-    assert (one.rows.packed, several.rows.packed) == (False, True)
+    assert one.rows.boundaries == {}
+    assert several.rows.boundaries["cu_seq_lens_q"].tolist() == [0, 7, 19, 24, 28]
+    assert several.rows.boundaries["max_length_q"] == 12
     packed, whole = (model(input_ids=row, position_ids=each, use_cache=False).logits for each in (positions, plain))
     assert (packed - whole).abs().max() > 1e-2
     for micro, replaced, expected in (
@@ -86,6 +88,28 @@ def test_rows_of_micro_batches_are_as_their_positions_say():
     ):  # fmt: skip
         found = model(**{**micro.inputs, **replaced}, use_cache=False).logits
         assert torch.equal(found, expected)
+
+
+class Reached(Exception):
+    """What the first attention was called with."""
+
+
+def stop(module, args, kwargs):
+    raise Reached(kwargs)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_attention_without_a_mask_is_given_the_boundaries_of_packed_rows(moved):
+    model = build_model(tiny_config("llama"), attention="varlen")
+    Materializer(model, device=CPU, seed=3)(model)
+    model.model.layers[0].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents()])[None]
+    inputs = {"input_ids": torch.cat(documents(), dim=1), "position_ids": positions}
+    with pytest.raises(Reached) as caught:
+        model(**MicroBatch.of(inputs).to("cpu").inputs if moved else inputs, use_cache=False)
+    (given,) = caught.value.args
+    assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 7, 19, 24, 28]
+    assert given["max_length_q"] == given["max_length_k"] == 12
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

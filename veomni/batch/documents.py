@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from veomni.batch.split import WHOLE_ROWS, SequenceShard, row_shape
+from veomni.batch.split import WHOLE_ROWS, SequenceShard, boundaries_of, row_shape
 from veomni.errors import DataError
 
 
@@ -22,8 +22,8 @@ class RowLayout:
         shard: Which positions of the rows this rank holds.
         position_fractions: What position ids have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of 2^24;
             None where they are whole.
-        packed: What :func:`is_packed` found before the micro-batch was moved to a device; None before. Changing
-            position ids in place afterwards is unsupported; a changed copy is examined again.
+        boundaries: What :func:`boundary_arguments` found in position ids before they were moved to a device; None
+            before. Changing them in place afterwards is unsupported; a changed copy is examined again.
     """
 
     document_lengths: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class RowLayout:
     digest: int = 0
     shard: SequenceShard = WHOLE_ROWS
     position_fractions: Tensor | None = None
-    packed: bool | None = None
+    boundaries: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> Self:
@@ -51,10 +51,16 @@ def _lengths_of(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     return (int(ids.shape[-1]),) * (ids.numel() // max(1, int(ids.shape[-1])))
 
 
-def is_packed(positions: Tensor) -> bool:
-    """Whether position ids, ``[batch, seq]`` or ``[axes, batch, seq]``, start again within a row; read by the host."""
-    rows = positions[0] if positions.dim() == 3 else positions
-    return bool((torch.diff(rows, dim=-1) != 1).any())
+def boundary_arguments(positions: Tensor) -> dict[str, Any]:
+    """Return the arguments that say where documents of packed rows begin (``MicroBatch``); none for whole rows.
+
+    ``positions`` are ``[batch, seq]``, or ``[axes, batch, seq]`` with text first; the host waits for their device.
+    """
+    found = boundaries_of(positions)
+    if found is None:
+        return {}
+    longest = int(found.diff().max())
+    return {"cu_seq_lens_q": found, "cu_seq_lens_k": found, "max_length_q": longest, "max_length_k": longest}
 
 
 def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:

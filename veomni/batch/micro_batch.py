@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from veomni.batch.documents import RowLayout, is_packed, located_row_lengths
+from veomni.batch.documents import RowLayout, boundary_arguments, located_row_lengths
 from veomni.batch.fields import holder_of
 from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
 from veomni.errors import DataError
@@ -178,7 +178,11 @@ class MicroBatch:
             self,
             inputs=change_all(self.inputs),
             args=change_all(self.args),
-            rows=replace(self.rows, position_fractions=change_all(self.rows.position_fractions)),
+            rows=replace(
+                self.rows,
+                position_fractions=change_all(self.rows.position_fractions),
+                boundaries=change_all(self.rows.boundaries),
+            ),
             targets=Targets(change_all(self.targets.loss_weights), change_all(self.targets.source_ids)),
         )
 
@@ -193,19 +197,21 @@ class MicroBatch:
     def _examined(self) -> Self:
         """Return this micro-batch with what a forward would have to wait for its device to find out."""
         positions = self.inputs.get("position_ids")
-        if not isinstance(positions, Tensor) or positions.device.type != "cpu" or "cu_seq_lens_q" in self.inputs:
+        if not isinstance(positions, Tensor) or positions.device.type != "cpu" or self.rows.boundaries is not None:
             return self
-        if positions.dim() not in (2, 3) or not positions.numel():
+        if "cu_seq_lens_q" in self.inputs or positions.dim() not in (2, 3) or not positions.numel():
             return self
-        return replace(self, rows=replace(self.rows, packed=is_packed(positions)))
+        return replace(self, rows=replace(self.rows, boundaries=boundary_arguments(positions)))
 
     def pin_memory(self) -> Self:
-        """Return this micro-batch in page-locked memory; what is on a device stays there."""
+        """Return this micro-batch in page-locked memory; what is on a device, nested or sparse stays as it is."""
 
         def pin(value: Any) -> Any:
-            return value if isinstance(value, Tensor) and value.device.type != "cpu" else value.pin_memory()
+            if isinstance(value, Tensor) and (value.device.type != "cpu" or value.layout is not torch.strided):
+                return value
+            return value.pin_memory()
 
-        return self.map(_Pinnable, pin)
+        return self._examined().map(_Pinnable, pin)
 
     def split(self, shard: SequenceShard) -> Self:
         """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`."""

@@ -112,7 +112,7 @@ def _whole_rows(inputs: Mapping[str, Any], shard: SequenceShard) -> dict[str, An
     if whole.get("position_ids") is None:
         whole["position_ids"] = torch.arange(length).expand(batch, length)
     given = whole.get("cu_seq_lens_q")
-    boundaries = _boundaries_of(whole["position_ids"]) if given is None else given
+    boundaries = boundaries_of(whole["position_ids"]) if given is None else given
     tail = -length % shard.multiple
     if tail:
         boundaries = _padded_boundaries(boundaries, batch, length, tail)
@@ -152,7 +152,7 @@ def _check_rows(inputs: Mapping[str, Any], batch: int, length: int, shard: Seque
             )
 
 
-def _boundaries_of(positions: Tensor) -> Tensor | None:
+def boundaries_of(positions: Tensor) -> Tensor | None:
     """Return where documents start, int32 ``[documents + 1]`` over the flattened rows; None if each row is one."""
     rows = positions[0] if positions.dim() == 3 else positions
     starts = torch.diff(rows, prepend=rows[:, :1], dim=-1) != 1

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from veomni.batch.documents import is_packed
+from veomni.batch.documents import boundary_arguments
 from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
 from veomni.models.adapter.adapter import InputPass, ModelAdapter, Stage
 from veomni.models.traits.rows import PassesDocuments, carried_state
+from veomni.models.transformers_api.attention import text_attention_of
 from veomni.models.transformers_api.capabilities import is_pretrained
 from veomni.models.transformers_api.masks import disable_packing_detection, reindex_mask, restrict_to_documents
 from veomni.ops.attention.row_rules import MASK_RULE, document_numbers, register_mask_rule
+from veomni.ops.attention.varlen import VARLEN
 
 _MAKERS = ("sdpa", "eager", "flex_attention", MASK_RULE)
 _wrapped: set[Callable[..., Any]] = set()
@@ -62,6 +64,8 @@ class IsolateDocuments(InputPass):
         verdict = (call.owner.traits or {}).get(PassesDocuments, self.unexamined)
         if found.numbers is not None and not verdict.ok:
             raise ModelError(verdict.reason, PassesDocuments.fix)
+        if text_attention_of(call.owner.model) == VARLEN:
+            call.kwargs |= found.arguments
         call.documents = replace(found, encoders=self.encoders)
 
 
@@ -85,10 +89,12 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
         numbers = document_numbers(boundaries, rows.shape[0], length)
         return Documents(numbers, boundaries, inputs.get("max_length_q") or length)
     examined = MicroBatch.of_call({"position_ids": positions})
-    packed = True if boundaries is not None else None if examined is None else examined.rows.packed
-    if packed is None:
-        packed = is_packed(positions)
-    return Documents((torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1) if packed else None)
+    found = None if examined is None else examined.rows.boundaries
+    if boundaries is not None:
+        found = {}
+    elif not (found := boundary_arguments(positions) if found is None else found):
+        return Documents(None)
+    return Documents((torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1), arguments=found)
 
 
 def _wrap_mask_makers() -> None:
