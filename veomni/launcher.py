@@ -146,29 +146,32 @@ class Launcher(World):
                 made since the first step only; null leaves it to Python, which stops one rank at a time.
         """
         with closing(GarbageSchedule(gc_steps)) as garbage:
-            reader = StepReader(loader, self, self.reporter.measure)
-            total = max_steps if max_steps is not None else last_step(loader, self.step)
-            self.reporter.start(self.step, total)
-            while total is None or self.step < total:
-                garbage.before(self.step + 1)
-                self.reporter.clock.start_step()
-                step = reader.read(self.step + 1)
-                if step is None:
-                    self.checkpoints.last = True  # the data has ended: what is saved now is final
-                    break
-                self.step, self.reporter.step = step.index, step
-                self.checkpoints.stopping, self.checkpoints.last = step.stopping, self.step == total
-                self.reporter.clock.mark("data")
-                yield step
-                reader.finish(step)
-                if step.stopping:
-                    name = self.signal.signal_name
-                    logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)
-                    self.reporter.close("preempted")
-                    self.checkpoints.close()
-                    raise SystemExit(EXIT_PREEMPTED)
-            reader.close()
-            self.reporter.end_loop()
+            yield from self._steps(loader, max_steps, garbage)
+
+    def _steps(self, loader: Iterable[Any], max_steps: int | None, garbage: GarbageSchedule) -> Iterator[Step]:
+        reader = StepReader(loader, self, self.reporter.measure)
+        total = max_steps if max_steps is not None else last_step(loader, self.step)
+        self.reporter.start(self.step, total)
+        while total is None or self.step < total:
+            garbage.before(self.step + 1)
+            self.reporter.clock.start_step()
+            step = reader.read(self.step + 1)
+            if step is None:
+                self.checkpoints.last = True  # the data has ended: what is saved now is final
+                break
+            self.step, self.reporter.step = step.index, step
+            self.checkpoints.stopping, self.checkpoints.last = step.stopping, self.step == total
+            self.reporter.clock.mark("data")
+            yield step
+            reader.finish(step)
+            if step.stopping:
+                name = self.signal.signal_name
+                logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)
+                self.reporter.close("preempted")
+                self.checkpoints.close()
+                raise SystemExit(EXIT_PREEMPTED)
+        reader.close()
+        self.reporter.end_loop()
 
     def accumulate(self, model: nn.Module, step: Step, *, weight: Weight | None = None) -> Iterator[MicroBatch]:
         """Yield the step's micro-batches on the device; gradients are exchanged in the last one's backward only.

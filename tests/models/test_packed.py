@@ -77,9 +77,9 @@ def test_rows_of_micro_batches_are_as_their_positions_say():
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents()])[None]
     plain = torch.arange(row.shape[1])[None]
     one, several = (MicroBatch.of({"input_ids": row, "position_ids": each}).to("cpu") for each in (plain, positions))
-    assert one.rows.boundaries == {}
-    assert several.rows.boundaries["cu_seq_lens_q"].tolist() == [0, 7, 19, 24, 28]
-    assert several.rows.boundaries["max_length_q"] == 12
+    assert one.rows.boundaries == (None, 0)
+    boundaries, longest = several.rows.boundaries
+    assert (boundaries.tolist(), longest) == ([0, 7, 19, 24, 28], 12)
     packed, whole = (model(input_ids=row, position_ids=each, use_cache=False).logits for each in (positions, plain))
     assert (packed - whole).abs().max() > 1e-2
     for micro, replaced, expected in (

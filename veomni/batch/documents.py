@@ -22,7 +22,7 @@ class RowLayout:
         shard: Which positions of the rows this rank holds.
         position_fractions: What position ids have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of 2^24;
             None where they are whole.
-        boundaries: What :func:`boundary_arguments` found in position ids before they were moved to a device; None
+        boundaries: What :func:`find_boundaries` returns of position ids, found before they were moved to a device; None
             before. Changing them in place afterwards is unsupported; a changed copy is examined again.
     """
 
@@ -31,7 +31,7 @@ class RowLayout:
     digest: int = 0
     shard: SequenceShard = WHOLE_ROWS
     position_fractions: Tensor | None = None
-    boundaries: Mapping[str, Any] | None = None
+    boundaries: tuple[Tensor | None, int] | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> Self:
@@ -51,16 +51,14 @@ def _lengths_of(inputs: Mapping[str, Any]) -> tuple[int, ...]:
     return (int(ids.shape[-1]),) * (ids.numel() // max(1, int(ids.shape[-1])))
 
 
-def boundary_arguments(positions: Tensor) -> dict[str, Any]:
-    """Return the arguments that say where documents of packed rows begin (``MicroBatch``); none for whole rows.
+def find_boundaries(positions: Tensor) -> tuple[Tensor | None, int]:
+    """Return where documents of packed rows begin, int32 ``[documents + 1]`` over the flattened rows, and the longest.
 
-    ``positions`` are ``[batch, seq]``, or ``[axes, batch, seq]`` with text first; the host waits for their device.
+    It is None, and 0, where each row is one document. ``positions`` are ``[batch, seq]``, or ``[axes, batch, seq]``
+    with text first; the host waits for their device.
     """
     found = boundaries_of(positions)
-    if found is None:
-        return {}
-    longest = int(found.diff().max())
-    return {"cu_seq_lens_q": found, "cu_seq_lens_k": found, "max_length_q": longest, "max_length_k": longest}
+    return found, 0 if found is None else int(found.diff().max())
 
 
 def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The forward that a model is in: what attention, masks, encoders and losses read and a model does not pass on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,14 +32,12 @@ class Documents:
         numbers: The number of each token's document, int64 ``[batch, seq]``; None where each row is one document.
         boundaries: Offsets of documents into the flattened rows, int32 ``[documents + 1]``; None where not given.
         longest: At least the tokens of the longest document; 0 where not given.
-        arguments: For attention without a mask: arguments that say where documents begin and the call does not have.
         encoders: Configuration classes of encoders, whose masks are not of these rows.
     """
 
     numbers: Tensor | None
     boundaries: Tensor | None = None
     longest: int = 0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
     encoders: frozenset[type] = frozenset()
 
     def numbers_for(self, config: Any, batch: int | None, length: int | None) -> Tensor | None:

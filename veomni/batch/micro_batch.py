@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from veomni.batch.documents import RowLayout, boundary_arguments, located_row_lengths
+from veomni.batch.documents import RowLayout, find_boundaries, located_row_lengths
 from veomni.batch.fields import holder_of
 from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
 from veomni.errors import DataError
@@ -199,9 +199,10 @@ class MicroBatch:
         positions = self.inputs.get("position_ids")
         if not isinstance(positions, Tensor) or positions.device.type != "cpu" or self.rows.boundaries is not None:
             return self
-        if "cu_seq_lens_q" in self.inputs or positions.dim() not in (2, 3) or not positions.numel():
+        given = "cu_seq_lens_q" in self.inputs or self.rows.shard.size > 1
+        if given or positions.dim() not in (2, 3) or not positions.numel():
             return self
-        return replace(self, rows=replace(self.rows, boundaries=boundary_arguments(positions)))
+        return replace(self, rows=replace(self.rows, boundaries=find_boundaries(positions)))
 
     def pin_memory(self) -> Self:
         """Return this micro-batch in page-locked memory; what is on a device, nested or sparse stays as it is."""

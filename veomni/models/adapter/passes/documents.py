@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veomni.batch.documents import boundary_arguments
+from veomni.batch.documents import find_boundaries
 from veomni.batch.forward_call import Documents, ForwardCall, current_call
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import ModelError
@@ -64,8 +64,9 @@ class IsolateDocuments(InputPass):
         verdict = (call.owner.traits or {}).get(PassesDocuments, self.unexamined)
         if found.numbers is not None and not verdict.ok:
             raise ModelError(verdict.reason, PassesDocuments.fix)
-        if text_attention_of(call.owner.model) == VARLEN:
-            call.kwargs |= found.arguments
+        if found.longest and text_attention_of(call.owner.model) == VARLEN:
+            call.kwargs |= {"cu_seq_lens_q": found.boundaries, "cu_seq_lens_k": found.boundaries}
+            call.kwargs |= {"max_length_q": found.longest, "max_length_k": found.longest}
         call.documents = replace(found, encoders=self.encoders)
 
 
@@ -89,12 +90,13 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
         numbers = document_numbers(boundaries, rows.shape[0], length)
         return Documents(numbers, boundaries, inputs.get("max_length_q") or length)
     examined = MicroBatch.of_call({"position_ids": positions})
-    found = None if examined is None else examined.rows.boundaries
-    if boundaries is not None:
-        found = {}
-    elif not (found := boundary_arguments(positions) if found is None else found):
+    known = None if examined is None else examined.rows.boundaries
+    longest = 0
+    if boundaries is None:
+        boundaries, longest = find_boundaries(positions) if known is None else known
+    if boundaries is None:
         return Documents(None)
-    return Documents((torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1), arguments=found)
+    return Documents((torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1), boundaries, longest)
 
 
 def _wrap_mask_makers() -> None:
