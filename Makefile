@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := $(shell sed -nE 's/^ *"transformers>=([0-9.]+),.*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test oldest quality style commit build clean
+.PHONY: help train test gpu oldest quality style commit build clean
 
 help: ## Show these lines
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -27,6 +27,14 @@ train: $(STAMP) ## Train a small language model here: the tiny example, on every
 TEST_WORKERS ?= 2
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest --quiet --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# With the build of torch for GPUs that PYTHON has; pytest needs no plugin. Ranks are forked before CUDA is initialised, which the
+# other files do when they run, so tests/gpu is first.
+GPU_TESTS ?= tests/gpu tests/models/test_multimodal_cuda.py tests/ops/test_cross_entropy.py tests/ops/experts/test_experts.py
+GPU_TESTS_ON ?= cuda
+gpu: ## Run the tests that need GPUs on all GPUs of this host, and write docs/gpu_runs.md
+	@status=0; GPU_TESTS_ON=$(GPU_TESTS_ON) $(PYTHON) -m pytest -o addopts= -o timeout=900 --quiet -rs \
+		--junitxml=output/gpu.xml $(GPU_TESTS) || status=$$?; $(PYTHON) -m tests.gpu.page output/gpu.xml && exit $$status
 
 # The versions of constraints.txt, except those that an older transformers decides.
 $(OLDEST)/.installed: pyproject.toml constraints.txt

@@ -30,9 +30,11 @@ from veomni.testing.ranks import RankFailed, run_ranks
 ALL = {**LAYOUTS, **EXPERT_LAYOUTS}
 
 
-def train(directory: Path, layout: str, name: str, steps: int, *, load: bool) -> tuple[dict[str, Any], list[float]]:
+def train(
+    directory: Path, layout: str, name: str, steps: int, *, load: bool, accelerator: str = "cpu"
+) -> tuple[dict[str, Any], list[float]]:
     """Train, save at the end; return what a checkpoint holds (as resumed, or as saved), unsharded, and the losses."""
-    launcher = Launcher(ALL[layout][1](), accelerator="cpu", precision="fp64", timeout_seconds=60)
+    launcher = Launcher(ALL[layout][1](), accelerator=accelerator, precision="fp64", timeout_seconds=60)
     launcher.launch()
     model = launcher.setup_model(build_model(tiny_config("qwen3_moe"), weights="random")).train()
     optimizer = build_optimizer(model, name=name, lr=1e-2, no_decay=())
@@ -63,7 +65,7 @@ def train(directory: Path, layout: str, name: str, steps: int, *, load: bool) ->
 def everything(state: dict[str, Any]) -> dict[str, Any]:
     table = sharded_state(state["model"], state["optimizer"])
     return {
-        name: whole(value).clone() if isinstance(value, Tensor) else value
+        name: whole(value).cpu().clone() if isinstance(value, Tensor) else value
         for name, value in table.items()
         if not name.endswith((".fused", ".foreach"))
     }

@@ -86,23 +86,31 @@ def _fits(parameters: str, rows: str, experts: str, ranks: int) -> bool:
     return ranks >= least and ranks % (replicas * _size(ROWS[rows])) == 0 and ranks % _size(EXPERTS[experts]) == 0
 
 
-MATRIX = Matrix(
-    {
-        "parameters": list(PARAMETERS), "rows": list(ROWS), "experts": list(EXPERTS), "model": DENSE + SPARSE,
-        "ranks": (1, 2, 4), "precision": ("fp64", "fp32", "bf16"), "blocks": list(BLOCKS),
-        "compiled": (False, True), "accumulation": (1, 3), "weighted": (False, True),
-    },
-    [
-        Rule(("parameters", "rows", "experts", "ranks"), _fits),
-        Rule(("experts", "model"), lambda experts, model: experts == "together" or model in SPARSE),
-        Rule(("rows", "model"), lambda rows, model: not ("ring" in rows and model == "gpt_oss")),  # its sinks
-        Rule(("rows", "model"), lambda rows, model: not ("async" in rows and model in FUSED_PROJECTIONS)),
-        Rule(("compiled", "precision"), lambda compiled, precision: not (compiled and precision == "fp64")),
-        Rule(("model", "precision"), lambda model, precision: (
-            precision == "fp64" or model in DENSE or (model, precision) in STABLE_CHOICES
-        )),
-    ],
-)  # fmt: skip
+def matrix(ranks: tuple[int, ...], precisions: tuple[str, ...]) -> Matrix:
+    """Return the matrix of steps on these numbers of ranks, with the layouts that one of them fits."""
+    return Matrix(
+        {
+            "parameters": [one for one in PARAMETERS if any(_fits(one, "whole", "together", size) for size in ranks)],
+            "rows": [one for one in ROWS if any(_fits("fsdp2", one, "together", size) for size in ranks)],
+            "experts": [one for one in EXPERTS if any(_fits("fsdp2", "whole", one, size) for size in ranks)],
+            "model": DENSE + SPARSE, "ranks": ranks, "precision": precisions, "blocks": list(BLOCKS),
+            "compiled": (False, True), "accumulation": (1, 3), "weighted": (False, True),
+        },
+        RULES,
+    )  # fmt: skip
+
+
+RULES = [
+    Rule(("parameters", "rows", "experts", "ranks"), _fits),
+    Rule(("experts", "model"), lambda experts, model: experts == "together" or model in SPARSE),
+    Rule(("rows", "model"), lambda rows, model: not ("ring" in rows and model == "gpt_oss")),  # its sinks
+    Rule(("rows", "model"), lambda rows, model: not ("async" in rows and model in FUSED_PROJECTIONS)),
+    Rule(("compiled", "precision"), lambda compiled, precision: not (compiled and precision == "fp64")),
+    Rule(("model", "precision"), lambda model, precision: (
+        precision == "fp64" or model in DENSE or (model, precision) in STABLE_CHOICES
+    )),
+]  # fmt: skip
+MATRIX = matrix((1, 2, 4), ("fp64", "fp32", "bf16"))
 
 
 @dataclass(frozen=True)
@@ -130,11 +138,12 @@ class Case:
         beside = (make() for make in (*EXPERTS[self.experts], *ROWS[self.rows], *BLOCKS[self.blocks]))
         return [PARAMETERS[self.parameters](), *beside, *[COMPILE()] * self.compiled]
 
-    def run(self) -> Outcome:
+    def run(self, **options: Any) -> Outcome:
+        """``options`` are those of ``train_step``, and its launcher's."""
         config = tiny_config(self.model)
         return train_step(
             config, self.strategies, rows=global_rows(config.vocab_size, weighted=self.weighted),
-            accumulation=self.accumulation, precision=self.precision, max_norm=MAX_NORM,
+            accumulation=self.accumulation, precision=self.precision, max_norm=MAX_NORM, **options,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import math
 import os
 import pickle
 import secrets
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -50,21 +51,37 @@ def run_ranks(
 
 
 def run_cases(
-    cases: Sequence[Callable[[], Any]], world_size: int, *, init: bool = True, timeout: float = 90.0
+    cases: Sequence[Callable[[], Any]], world_size: int, *, init: bool = True, timeout: float = 90.0, at_once: int = 1
 ) -> list[list[Any] | RankFailed]:
     """Run cases one after the other on the same forked ranks; return what every rank returned, or how a case failed.
 
     A case that fails, or takes longer than ``timeout`` seconds, ends its ranks, and those behind it run on new ones.
     Cases are anything that a fork inherits, closures too; results travel by pickle. ``RANK``, ``WORLD_SIZE``,
     ``LOCAL_RANK`` and ``MASTER_*`` are set, as torchrun sets them, so that a ``Launcher`` joins; for those that launch
-    one, ``init`` is False, and no gloo group is made first.
+    one, ``init`` is False, and no gloo group is made first. ``at_once`` forks run side by side and share the cases; on
+    GPUs too, as long as this process has not initialised CUDA, which no fork of it could do again.
     """
-    found: list[list[Any] | RankFailed] = []
-    while len(found) < len(cases):
-        together = cases[len(found) : len(found) + _TOGETHER]
-        with tempfile.TemporaryDirectory() as scratch:
-            found += _Fork(together, world_size, Path(scratch), init, timeout).run()
-    return found
+    length = max(1, min(_TOGETHER, math.ceil(len(cases) / at_once)))
+    waiting = [range(len(cases))[start : start + length] for start in range(0, len(cases), length)]
+    running: list[tuple[range, _Fork]] = []
+    found: dict[int, list[Any] | RankFailed] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    part = waiting.pop(0)
+                    folder = Path(tempfile.mkdtemp(dir=scratch))
+                    running.append((part, _Fork([cases[at] for at in part], world_size, folder, init, timeout)))
+                for part, fork in [each for each in running if each[1].ended()]:
+                    running.remove((part, fork))
+                    outcomes = fork.outcomes()
+                    found.update(zip(part, outcomes, strict=False))
+                    waiting[:0] = [part[len(outcomes) :]] * (len(outcomes) < len(part))
+                time.sleep(0.005)
+        finally:
+            for _, fork in running:
+                fork.kill()
+    return [found[at] for at in range(len(cases))]
 
 
 class _Fork:
@@ -75,17 +92,44 @@ class _Fork:
     ) -> None:
         self.cases, self.world_size, self.scratch, self.init, self.timeout = cases, world_size, scratch, init, timeout
         self.port = free_port()
-
-    def run(self) -> list[list[Any] | RankFailed]:
+        self.statuses: dict[int, int] = {}
+        self.deadline, self.finished, self.failed = time.monotonic() + timeout, 0, False
         sys.stdout.flush()
         sys.stderr.flush()
-        statuses = self._wait([self._start(rank) for rank in range(self.world_size)])
+        self.pids = [self._start(rank) for rank in range(world_size)]
+
+    def ended(self) -> bool:
+        """Return whether all ranks have; those that outlive a case's timeout, or a dead peer, are killed."""
+        for rank in self.running():
+            pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            if pid:
+                self.statuses[rank] = status
+        if not self.failed and any(self.statuses.values()):
+            self.failed, self.deadline = True, min(self.deadline, time.monotonic() + _GRACE)
+        if time.monotonic() > self.deadline:
+            if not self.failed and (now := len(os.listdir(self.scratch))) > self.finished:
+                self.deadline, self.finished = time.monotonic() + self.timeout, now
+            else:
+                self.kill()
+        return len(self.statuses) == len(self.pids)
+
+    def running(self) -> list[int]:
+        """Return the ranks that have not ended."""
+        return [rank for rank in range(self.world_size) if rank not in self.statuses]
+
+    def kill(self) -> None:
+        """Send SIGKILL to every rank that runs."""
+        for rank in self.running():
+            os.kill(self.pids[rank], signal.SIGKILL)
+
+    def outcomes(self) -> list[list[Any] | RankFailed]:
+        """Return what every rank returned of each case, up to the first that failed."""
         self._import_what_ranks_did()
         found: list[list[Any] | RankFailed] = []
         for number in range(len(self.cases)):
             results = [self._file(number, rank) for rank in range(self.world_size)]
             if not all(path.exists() for path in results):
-                return [*found, self._failure(number, statuses)]
+                return [*found, self._failure(number)]
             found.append([pickle.loads(path.read_bytes()) for path in results])
         return found
 
@@ -147,27 +191,9 @@ class _Fork:
                 dist.destroy_process_group()
         return result
 
-    def _wait(self, pids: Sequence[int]) -> dict[int, int]:
-        """Return how every rank ended; those that outlive a case's timeout, or a dead peer, are killed."""
-        statuses: dict[int, int] = {}
-        deadline, finished, failed = time.monotonic() + self.timeout, 0, False
-        while len(statuses) < len(pids):
-            running = {rank: pid for rank, pid in enumerate(pids) if rank not in statuses}
-            statuses |= {rank: ended[1] for rank, pid in running.items() if (ended := os.waitpid(pid, os.WNOHANG))[0]}
-            if not failed and any(statuses.values()):
-                failed, deadline = True, min(deadline, time.monotonic() + _GRACE)
-            if time.monotonic() > deadline:
-                if not failed and (now := len(os.listdir(self.scratch))) > finished:
-                    deadline, finished = time.monotonic() + self.timeout, now
-                    continue
-                for rank in running.keys() - statuses.keys():
-                    os.kill(running[rank], signal.SIGKILL)
-            time.sleep(0.005)
-        return statuses
-
-    def _failure(self, number: int, statuses: Mapping[int, int]) -> RankFailed:
+    def _failure(self, number: int) -> RankFailed:
         texts, exceptions = [], {}
-        for rank, status in sorted(statuses.items()):
+        for rank, status in sorted(self.statuses.items()):
             error = self._file(number, rank, "error")
             if error.exists():
                 text, exceptions[rank] = pickle.loads(error.read_bytes())

@@ -1,0 +1,34 @@
+"""The devices of these tests: ``GPU_TESTS_ON=cuda`` takes the GPUs of this host, over NCCL; ``cpu`` two gloo ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from veomni.testing.ranks import RankFailed, run_cases
+
+KIND = os.environ.get("GPU_TESTS_ON", "")
+# By NVML: CUDA is not initialised here, so ranks can be forked.
+COUNT = {"cuda": torch.cuda.device_count, "cpu": lambda: 2, "": lambda: 0}[KIND]()
+RANKS = tuple(ranks for ranks in (1, 2, 4) if ranks <= COUNT)
+LAUNCHER = {"accelerator": KIND, "backend": "auto"}
+"""Options of a launcher on these devices."""
+
+SECONDS = 240.0
+"""Of a case: kernels may be compiled in each of its processes."""
+
+
+def on_devices(cases: Sequence[Callable[[], Any]], ranks: int) -> list[list[Any] | RankFailed]:
+    """Run cases that launch, each of its ranks on a GPU of its own, as many side by side as there are cores for."""
+    at_once = max(1, (os.cpu_count() or 1) // (3 * ranks))
+    return run_cases(cases, ranks, init=False, timeout=SECONDS, at_once=at_once)
+
+
+def outcome_of(found: list[Any] | RankFailed) -> list[Any]:
+    """Return what each rank returned, or raise how the case failed."""
+    if isinstance(found, RankFailed):
+        raise found
+    return found
