@@ -40,6 +40,8 @@ class Row:
         experts, ulysses, ring: Ranks of each axis; 0 leaves the axis out, -1 is the number of GPUs.
         recompute: Activation checkpointing.
         packed: Rows hold documents of log-normal lengths with this median.
+        reduce: Format that gradients are summed in.
+        prefetch, offload: Options of FSDP2.
     """
 
     model: str
@@ -53,6 +55,9 @@ class Row:
     recompute: str = "none"
     packed: int = 0
     attention: str = "auto"
+    reduce: str = "fp32"
+    prefetch: int = 0
+    offload: bool = False
 
 
 ROWS = {
@@ -61,6 +66,10 @@ ROWS = {
     "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
     "tiny_moe_ep": Row("tiny_qwen3_moe", 2, 64, experts=-1),
     "dense": Row("qwen3_1.7b", 4, 4096),
+    "dense_reduce_bf16": Row("qwen3_1.7b", 4, 4096, reduce="bf16"),
+    "dense_prefetch1": Row("qwen3_1.7b", 4, 4096, prefetch=1),
+    "dense_prefetch2": Row("qwen3_1.7b", 4, 4096, prefetch=2),
+    "dense_offload": Row("qwen3_1.7b", 4, 4096, offload=True),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
     "dense_8b": Row("qwen3_8b", 2, 4096, recompute="full"),
     "dense_8b_selective": Row("qwen3_8b", 2, 4096, recompute="selective"),
@@ -68,6 +77,7 @@ ROWS = {
     "moe2_ep": Row("qwen3_30b_a3b", 4, 4096, layers=2, experts=-1),
     "moe8": Row("qwen3_30b_a3b", 4, 4096, layers=8),
     "moe8_ep": Row("qwen3_30b_a3b", 4, 4096, layers=8, experts=-1),
+    "moe8_ep_prefetch2": Row("qwen3_30b_a3b", 4, 4096, layers=8, experts=-1, prefetch=2),
     "moe12_ep": Row("qwen3_30b_a3b", 4, 4096, layers=12, experts=-1),
     "ulysses": Row("qwen3_1.7b", 1, 131_072, ulysses=-1, recompute="full"),
     "ulysses_overlap": Row("qwen3_1.7b", 1, 131_072, ulysses=-1, overlap=True, recompute="full"),
@@ -97,7 +107,7 @@ def strategies_of(row, gpus):
     def ranks(size):
         return gpus if size == -1 else size
 
-    chosen = [FSDP2()]
+    chosen = [FSDP2(prefetch=row.prefetch, cpu_offload=row.offload)]
     if row.experts:
         chosen.append(ExpertParallel(ranks(row.experts)))
     if row.ring:
@@ -140,9 +150,11 @@ def measure(row, args):
     from torch._dynamo.utils import counters
 
     from veomni import Launcher, build_model
+    from veomni.strategies.transforms.precision import select_precision
 
     cuda = torch.cuda.is_available()
-    launcher = Launcher(strategies_of(row, args.gpus), precision="bf16", devices=args.gpus)
+    precision = select_precision("bf16", reduce=row.reduce)
+    launcher = Launcher(strategies_of(row, args.gpus), precision=precision, devices=args.gpus)
     launcher.launch()
     model = launcher.setup_model(build_model(build_config(row), weights="random", attention=row.attention)).train()
     optimizer = launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-5, fused=True)

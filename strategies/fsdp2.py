@@ -22,13 +22,16 @@ from veomni.strategies.units import ShardedUnits, cast_policy
 class FSDP2(Validated, ParameterStrategy):
     """Shard parameters, gradients and optimizer state with ``fully_shard``.
 
+    Blocks, and an embedding and a head with weights of their own, are gathered when they are used; the rest is gathered
+    for the whole forward and backward.
+
     Args:
         replicate: Number of replicas of the sharded model; more than 1 is HSDP.
         reshard_after_forward: Free a block's gathered parameters after its forward and gather them again for the
             backward.
         reshard_after_backward: Free them between the micro-batches of an accumulated step.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory.
-        prefetch: Units (blocks, and the experts inside them) whose gathering is started ahead in the forward and the
+        prefetch: Units (blocks, experts inside them, the head) whose gathering is started ahead in the forward and the
             backward; 0 leaves it to PyTorch, which gathers one ahead where nothing synchronises with the host. Experts
             on several ranks do synchronise: with them, 0 is 1.
     """
@@ -53,14 +56,19 @@ class FSDP2(Validated, ParameterStrategy):
             # Modeling code that keeps a module in float32 casts that module's inputs itself.
             fp32 = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
             units.add(model.get_submodule(name), mesh, fp32, reshard=False)
-        policy = cast_policy(context.precision)
-        blocks = [model.get_submodule(name) for name in context.plan.blocks]
+        policy, plan = cast_policy(context.precision), context.plan
+        reshard = self.reshard_after_forward and context.state.size("fsdp") > 1  # unsharded ones would free nothing
+        blocks = [model.get_submodule(name) for name in plan.blocks]
+        heads = [model.get_submodule(name) for name in plan.heads]
+        for name in plan.embeddings:
+            units.add_embedding(model.get_submodule(name), mesh, policy, reshard=reshard)
+        for head in heads:
+            units.add_head(head, mesh, policy)
         for module in [*blocks, model]:
-            # The backward starts with the last block, so its parameters stay, and those outside of the blocks: the loss
-            # reads the head's weight. Unsharded ones would free nothing.
-            stays = module in [*blocks[-1:], model] or context.state.size("fsdp") == 1
-            units.add(module, mesh, policy, reshard=self.reshard_after_forward and not stays)
-        set_prefetch(blocks, max(self.prefetch, 1 if context.placed else 0))
+            # The backward starts with the last block, so its parameters stay. So do those outside of all units.
+            stays = module in [*blocks[-1:], model]
+            units.add(module, mesh, policy, reshard=reshard and not stays)
+        set_prefetch([*blocks, *heads], max(self.prefetch, 1 if context.placed else 0))
         ModelAdapter.of(model).add(units)
         context.materialize(model, "")
         return model

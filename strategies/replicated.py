@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
@@ -61,7 +63,7 @@ class DDP(Validated, ParameterStrategy):
     def parallelize(self, model: nn.Module, context: SetupContext) -> nn.Module:
         context.materialize(model, "")
         ignore_parameters(model, context.placed_parameters())
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model.to(context.device),
             device_ids=[context.device] if context.device.index is not None else None,
             process_group=context.state.group("loss"),
@@ -70,6 +72,9 @@ class DDP(Validated, ParameterStrategy):
             gradient_as_bucket_view=True,
             **_keep_buffers_local(),
         )
+        if context.precision.reduce is torch.bfloat16:
+            wrapped.register_comm_hook(context.state.group("loss"), bf16_compress_hook)
+        return wrapped
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:

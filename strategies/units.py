@@ -26,6 +26,7 @@ class ShardedUnits(InputPass):
         offload = CPUOffloadPolicy(pin_memory=context.accelerator.supports_pinned_memory)
         self.offload_policy = offload if context.parameters.cpu_offload else OffloadPolicy()
         self._kept: list[FSDPModule] = []
+        self._until_the_end: list[FSDPModule] = []
         self._keep = True
 
     def add(
@@ -42,6 +43,18 @@ class ShardedUnits(InputPass):
             self._kept.append(unit)
         return unit
 
+    def add_embedding(
+        self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, reshard: bool
+    ) -> None:
+        """Shard a lookup table, whose backward reads indices and no values: it is not gathered for it."""
+        self.add(module, mesh, policy, reshard=reshard).set_unshard_in_backward(False)
+
+    def add_head(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        """Shard a head, whose weight a loss may read after the head's forward: it stays for the rest of the model's."""
+        unit = self.add(module, mesh, policy, reshard=False)
+        self._kept.remove(unit)
+        self._until_the_end.append(unit)
+
     def before(self, call: ForwardCall) -> None:
         """Keep parameters gathered only where a backward may follow."""
         keep = torch.is_grad_enabled()
@@ -49,6 +62,11 @@ class ShardedUnits(InputPass):
             self._keep = keep
             for unit in self._kept:
                 unit.set_reshard_after_forward(not keep, recurse=False)
+
+    def close(self, call: ForwardCall) -> None:
+        """Free heads where no backward follows, which frees them otherwise."""
+        for unit in self._until_the_end if not torch.is_grad_enabled() else ():
+            unit.reshard()
 
 
 def cast_policy(precision: Precision, *, cast_inputs: bool = True) -> MixedPrecisionPolicy:

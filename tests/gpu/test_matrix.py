@@ -14,7 +14,7 @@ import pytest
 
 from tests.gpu.devices import KIND, LAUNCHER, RANKS, on_devices, outcome_of
 from tests.models.tiny import tiny_config
-from tests.parity.matrix import MAX_NORM, SPARSE, Case, matrix, plain
+from tests.parity.matrix import MAX_NORM, PRECISIONS, SPARSE, Case, matrix, plain
 from tests.together import selected
 from veomni.models import build_model
 from veomni.moe import RoutingLog, record_routing
@@ -22,7 +22,7 @@ from veomni.testing.documents import global_rows
 from veomni.testing.oracle import BOUNDS, Truth, backward_of, check, initial_model, relative_error
 from veomni.testing.routing import Choices
 
-CASES = [Case(**case) for precision in BOUNDS for case in matrix(RANKS, (precision,)).cover()]
+CASES = [Case(**case) for precision in PRECISIONS for case in matrix(RANKS, (precision,)).cover()]
 
 
 def true_step(model: str, weighted: bool) -> tuple[Truth, list[Choices]]:
@@ -63,7 +63,7 @@ def test_the_step_is_the_oracles(case, steps, record_property):
     for outcome in outcomes:
         errors = [relative_error(outcome.gradients[name], gradient) for name, gradient in truth.gradients.items()]
         record_property("error", max(errors))
-        check(outcome, truth, BOUNDS[case.precision])
+        check(outcome, truth, case.bound)
         factor = MAX_NORM / (outcome.grad_norm + 1e-6)
         for name, gradient in outcome.gradients.items():
             assert (outcome.clipped[name] - gradient * factor).norm() <= 1e-6 * gradient.norm() * factor, name

@@ -37,6 +37,22 @@ def test_blocks_are_the_repeated_layers_of_every_tower(name):
     assert len(inside) > 0.6 * len(list(model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("name", "embeddings", "heads"),
+    [
+        ("llama", ("model.embed_tokens",), ("lm_head",)),
+        ("llava", ("model.language_model.embed_tokens",), ("lm_head",)),
+        ("qwen3", (), ()),  # tied
+        ("t5", (), ()),  # shared by encoder and decoder
+        ("gemma3_text", (), ()),  # scales what it looks up
+        ("nomic_bert", ("embeddings.word_embeddings",), ()),
+    ],
+)
+def test_embeddings_and_heads_with_weights_of_their_own(name, embeddings, heads):
+    plan = derive_plan(build_model(tiny_config(name)))
+    assert (plan.embeddings, plan.heads) == (embeddings, heads)
+
+
 def test_modules_that_stay_in_float32():
     assert derive_plan(build_model("ernie4_5_moe", overrides=_ERNIE)).keep_fp32 == ("model.layers.1.mlp.gate",)
     # gpt_oss lists its norms for float16 only

@@ -23,7 +23,9 @@ from veomni.strategies import (
     Single,
     Ulysses,
 )  # fmt: skip
+from veomni.strategies.transforms.precision import select_precision
 from veomni.testing.documents import global_rows
+from veomni.testing.oracle import BOUNDS
 from veomni.testing.step import Outcome, train_step
 
 PARAMETERS: dict[str, Any] = {
@@ -68,6 +70,9 @@ BLOCKS: dict[str, tuple[Any, ...]] = {
 }
 COMPILE = partial(Compile, "aot_eager")  # what Dynamo and autograd make of blocks, without making kernels
 
+PRECISIONS: dict[str, Any] = {
+    "fp64": "fp64", "fp32": "fp32", "bf16": "bf16", "bf16_sums": select_precision("bf16", reduce="bf16"),
+}  # fmt: skip
 MAX_NORM = 0.01
 """Every step clips its gradients to it, after they have been compared."""
 
@@ -110,7 +115,7 @@ RULES = [
         precision == "fp64" or model in DENSE or (model, precision) in STABLE_CHOICES
     )),
 ]  # fmt: skip
-MATRIX = matrix((1, 2, 4), ("fp64", "fp32", "bf16"))
+MATRIX = matrix((1, 2, 4), tuple(PRECISIONS))
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,17 @@ class Case:
         beside = (make() for make in (*EXPERTS[self.experts], *ROWS[self.rows], *BLOCKS[self.blocks]))
         return [PARAMETERS[self.parameters](), *beside, *[COMPILE()] * self.compiled]
 
+    @property
+    def bound(self) -> float:
+        """What it may be off by, relative."""
+        return BOUNDS[self.precision.partition("_")[0]]
+
     def run(self, **options: Any) -> Outcome:
         """``options`` are those of ``train_step``, and its launcher's."""
         config = tiny_config(self.model)
         return train_step(
             config, self.strategies, rows=global_rows(config.vocab_size, weighted=self.weighted),
-            accumulation=self.accumulation, precision=self.precision, max_norm=MAX_NORM, **options,
+            accumulation=self.accumulation, precision=PRECISIONS[self.precision], max_norm=MAX_NORM, **options,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from tests.models.tiny import tiny_config
 from tests.pairwise import pairs_of
 from tests.parity.matrix import CASES, MATRIX, MAX_NORM
 from veomni.testing.documents import global_rows
-from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
+from veomni.testing.oracle import Truth, check, truth_of
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def truth(model: str, weighted: bool) -> Truth:
 def test_the_step_is_the_oracles(case, outcomes):
     expected = truth(case.model, case.weighted)
     for outcome in outcomes(case):
-        check(outcome, expected, BOUNDS[case.precision])
+        check(outcome, expected, case.bound)
         factor = MAX_NORM / (outcome.grad_norm + 1e-6)
         for name, gradient in outcome.gradients.items():
             assert (outcome.clipped[name] - gradient * factor).norm() <= 1e-6 * gradient.norm() * factor, name

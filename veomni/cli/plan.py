@@ -88,8 +88,9 @@ def _size(count: float) -> str:
 def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str, float]:
     """Return bytes on one rank by what takes them, without activations; parameters are spread over ``shards`` ranks.
 
-    ``gathered`` are copies in the compute format: blocks gathered by FSDP (two at a time, all of them when they stay
-    gathered; of the experts only the rank's own), or the weights that autocast keeps under ``single`` and ``ddp``.
+    ``gathered`` are copies in the compute format: units gathered by FSDP (two blocks at a time, or one and an embedding
+    or head; all of them when they stay gathered; of the experts only the rank's own), or the weights that autocast
+    keeps under ``single`` and ``ddp``.
     """
     precision = select_precision(train.precision)
     trained = _count(model, trained=True)
@@ -133,9 +134,14 @@ def _gathered(model: nn.Module, train: TrainSection, precision: Precision, shard
         for block in plan.blocks
     ]
     options = train.strategy.arguments()
+    ends = [_count(model.get_submodule(name)) for name in (*plan.embeddings, *plan.heads)]
+    ends = ends if train.data_parallel_mode == "fsdp2" else []  # others hold them in the outermost unit
     stays = not options.get("reshard_after_forward", True) or options.get("sharding") == "grad_op"
-    at_once = sum(sizes) if stays else max(sizes, default=0) * (1 + max(1, options.get("prefetch", 0)))
-    return min(everything, everything - sum(sizes) + at_once) * precision.compute.itemsize
+    if stays:
+        return everything * precision.compute.itemsize
+    block = max(sizes, default=0)
+    at_once = block + max(block * max(1, options.get("prefetch", 0)), *ends, 0)
+    return min(everything, everything - sum(sizes) - sum(ends) + at_once) * precision.compute.itemsize
 
 
 def _count(module: nn.Module, *, trained: bool = False) -> int:

@@ -1,6 +1,8 @@
 """The parallel plan of a model, derived from its modules."""
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -25,7 +27,9 @@ def derive_plan(model: nn.Module) -> ParallelPlan:
         if any(keeps_fp32(model, f"{name}.{key}") for key, _ in module.named_parameters(recurse=False))
     }
     experts = tuple(name for name, module in model.named_modules() if holds_experts(module))
-    return ParallelPlan(_blocks(model), keep_fp32=_outermost(model, lambda module: id(module) in fp32), experts=experts)
+    outermost = _outermost(model, lambda module: id(module) in fp32)
+    embeddings, heads = _ends(model, outermost)
+    return ParallelPlan(_blocks(model), outermost, experts, embeddings, heads)
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
@@ -39,6 +43,20 @@ def _blocks(model: nn.Module) -> tuple[str, ...]:
     repeated = _repeated_children(model)
     rules.append(lambda module: id(module) in repeated)
     return next((names for is_block in rules if (names := _outermost(model, is_block))), ())
+
+
+def _ends(model: Any, apart: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of embedding and head: of those that are plain layers, with a weight that nothing else holds."""
+    if not is_pretrained(model):
+        return (), ()
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    names = {id(module): name for name, module in model.named_modules() if name not in apart}
+
+    def own(module: nn.Module | None, kind: type[nn.Module]) -> tuple[str, ...]:
+        plain = type(module) is kind and all(holders[id(each)] == 1 for each in module.parameters())
+        return (names[id(module)],) if plain and id(module) in names else ()
+
+    return own(model.get_input_embeddings(), nn.Embedding), own(model.get_output_embeddings(), nn.Linear)
 
 
 def _outermost(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> tuple[str, ...]:
