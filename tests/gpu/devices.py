@@ -14,7 +14,7 @@ KIND = os.environ.get("GPU_TESTS_ON", "")
 # By NVML: CUDA is not initialised here, so ranks can be forked.
 COUNT = {"cuda": torch.cuda.device_count, "cpu": lambda: 2, "": lambda: 0}[KIND]()
 RANKS = tuple(ranks for ranks in (1, 2, 4) if ranks <= COUNT)
-LAUNCHER = {"accelerator": KIND, "backend": "auto"}
+LAUNCHER = {"accelerator": KIND, "backend": "auto", "timeout_seconds": 120.0}
 """Options of a launcher on these devices."""
 
 SECONDS = 240.0
@@ -22,8 +22,11 @@ SECONDS = 240.0
 
 
 def on_devices(cases: Sequence[Callable[[], Any]], ranks: int) -> list[list[Any] | RankFailed]:
-    """Run cases that launch, each of its ranks on a GPU of its own, as many side by side as there are cores for."""
-    at_once = max(1, (os.cpu_count() or 1) // (3 * ranks))
+    """Run cases that launch, each of its ranks on a GPU of its own, as many side by side as there are cores for.
+
+    GPUs give processes that share them turns of milliseconds, which ranks of one case wait for: six at most.
+    """
+    at_once = max(1, min(6, (os.cpu_count() or 1) // (3 * ranks)))
     return run_cases(cases, ranks, init=False, timeout=SECONDS, at_once=at_once)
 
 

@@ -27,7 +27,7 @@ NAMES = [
 
 
 def allocated() -> int:
-    return torch.accelerator.memory_allocated() if KIND != "cpu" else 0
+    return torch.get_device_module(KIND).memory_allocated() if KIND != "cpu" else 0
 
 
 def before_each_step(layout: str, model_type: str, kept: list[Any] | None = None) -> list[int]:

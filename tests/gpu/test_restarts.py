@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ __all__ = ["corpus"]
 
 STEPS = 120
 FOREVER = 1_000_000
-TIMEOUT = 10
+TIMEOUT = 15
 """Seconds that a collective waits."""
 
 
@@ -36,7 +37,8 @@ class Run:
         script = [sys.executable, str(ROOT / "examples/train.py"), str(ROOT / "configs/text/tiny.yaml")]
         folder.mkdir(exist_ok=True)
         command = [*script, *arguments(corpus, folder / "out", options)]
-        self.program = Program(folder, command, clean_environment(NCCL_TIMEOUT=str(TIMEOUT)))
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.program = Program(folder, command, clean_environment(NCCL_TIMEOUT=str(TIMEOUT), PYTHONPATH=paths))
 
     def rows(self) -> list[dict[str, float]]:
         return rows(self.folder / "out") if (self.folder / "out/metrics.jsonl").exists() else []
@@ -44,8 +46,17 @@ class Run:
     def ranks(self, after: int) -> list[int]:
         """The processes of its ranks, once so many steps are reported."""
         wait_until(lambda: len(self.rows()) >= after or self.program.process.poll() is not None, 240)
-        pid = self.program.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return children(self.program.process.pid)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` started, in the order of their numbers."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, fields = stat.read_text().rpartition(")")
+            found += [int(name.split()[0])] * (int(fields.split()[1]) == pid)
+    return sorted(found)
 
 
 @pytest.fixture(scope="module")

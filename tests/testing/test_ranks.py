@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.launch.conftest import wait_until
 from veomni.testing.ranks import RankFailed, run_cases, run_ranks
 
 
@@ -58,3 +60,16 @@ def test_cases_share_ranks_until_one_fails():
     assert "ValueError: rank 0" in str(broken)
     assert [pid for pid, total in fourth if total == 3] == third
     assert not set(first) & set(third)
+
+
+def meet(folder, own, other):
+    (folder / own).touch()
+    wait_until((folder / other).exists)
+    return own
+
+
+def test_forks_run_side_by_side(tmp_path):
+    cases = [partial(meet, tmp_path, "one", "other"), lambda: raises_on(0), partial(meet, tmp_path, "other", "one")]
+    first, broken, third = run_cases(cases, 1, at_once=3)
+    assert isinstance(broken, RankFailed)
+    assert (first, third) == (["one"], ["other"])
