@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
@@ -73,13 +75,18 @@ class DDP(Validated, ParameterStrategy):
             **_keep_buffers_local(),
         )
         if context.precision.reduce is torch.bfloat16:
-            wrapped.register_comm_hook(context.state.group("loss"), bf16_compress_hook)
+            wrapped.register_comm_hook(context.state.group("loss"), average_in_bf16)
         return wrapped
 
     @override
     def grad_sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         wrapped = set_up_as(DistributedDataParallel, model)
         return nullcontext() if last else wrapped.no_sync()
+
+
+def average_in_bf16(group: ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
+    """Average a bucket of gradients in bf16: PyTorch's hook, which DDP takes by its own name with NCCL only."""
+    return bf16_compress_hook(group, bucket)
 
 
 def _keep_buffers_local() -> dict[str, Any]:

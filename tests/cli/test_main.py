@@ -130,11 +130,11 @@ def test_plan_counts_what_a_rank_holds(capsys: pytest.CaptureFixture[str]) -> No
     found = facts(capsys)
     count, gib = 8_190_735_360, 1024**3
     block = 4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
-    root = 2 * 151_936 * 4096 + 4096
+    norm, embedding = 4096, 151_936 * 4096
     assert found["parameters of the model"] == f"{count:,}"
     assert found["parameters per rank"] == f"{count * 4 / 8 / gib:.3f} GiB (device)"
     assert found["optimizer per rank"] == f"{count * 8 / 8 / gib:.3f} GiB (device)"
-    assert found["gathered per rank"] == f"{(root + 2 * block) * 2 / gib:.3f} GiB (device)"
+    assert found["gathered per rank"] == f"{(norm + block + embedding) * 2 / gib:.3f} GiB (device)"
     # 6 FLOPs per weight (no embedding, no norm) and token; 12 per attended pair, in 36 layers of 32 heads of 128.
     tokens, pairs = 64 * 4096, 64 * 4096 * 4097 / 2
     flops = 6 * (count - 151_936 * 4096 - 36 * (2 * 4096 + 2 * 128) - 4096) * tokens + 12 * pairs * 36 * 32 * 128

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.models.tiny import tiny_config
 from tests.pairwise import pairs_of
-from tests.parity.matrix import CASES, MATRIX, MAX_NORM
+from tests.parity.matrix import CASES, MATRIX, MAX_NORM, plain
 from veomni.testing.documents import global_rows
 from veomni.testing.oracle import Truth, check, truth_of
+from veomni.testing.ranks import RankFailed, run_cases
 
 
 @functools.cache
@@ -35,3 +38,12 @@ def test_every_pair_is_in_it():
     assert covered == possible
     assert len(possible) > 900
     assert len(CASES) <= 150
+
+
+def test_sums_in_bf16_are_bf16():
+    reduced = [replace(plain(name, 2), precision="bf16_sums", accumulation=1) for name in ("ddp", "fsdp1", "fsdp2")]
+    cases = [*reduced, replace(reduced[0], precision="bf16")]
+    for case, found in zip(cases, run_cases([one.run for one in cases], 2, init=False), strict=True):
+        assert not isinstance(found, RankFailed), found
+        exact = [torch.equal(grad, grad.bfloat16().float()) for grad in found[0].gradients.values()]
+        assert all(exact) if case in reduced else not any(exact), case
