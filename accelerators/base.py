@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from veomni.compat.allocations import record_allocations, stop_recording, when_out_of_memory, write_allocations
 from veomni.errors import DeviceError
 from veomni.registry import Registry
 
@@ -26,6 +28,7 @@ class Accelerator:
         backend: The collective backend of its devices.
         unavailable: What is wrong where none of its devices is there, and the fix.
         supports_pinned_memory: Whether copies from page-locked host memory to a device overlap with compute.
+        supports_memory_history: Whether its allocator can record what it does.
     """
 
     name: ClassVar[str]
@@ -33,6 +36,7 @@ class Accelerator:
     backend: ClassVar[str]
     unavailable: ClassVar[tuple[str, str]] = ("no device is visible", "use accelerator cpu")
     supports_pinned_memory: ClassVar[bool] = True
+    supports_memory_history: ClassVar[bool] = False
 
     @classmethod
     def module(cls) -> Any:
@@ -75,6 +79,19 @@ class Accelerator:
     def reset_peak_memory(self) -> None:
         """Start a new measurement of :meth:`peak_memory`."""
         self.module().reset_peak_memory_stats()
+
+    def record_memory(self, entries: int, out_of_memory: Callable[[], None]) -> None:
+        """Record the latest ``entries`` allocations of this process, and call back before an out-of-memory error."""
+        record_allocations(self.module(), entries)
+        when_out_of_memory(out_of_memory)
+
+    def write_memory_history(self, path: Path) -> None:
+        """Write what is allocated and what :meth:`record_memory` recorded, for https://pytorch.org/memory_viz."""
+        write_allocations(self.module(), path)
+
+    def stop_recording_memory(self) -> None:
+        """Undo :meth:`record_memory`."""
+        stop_recording(self.module())
 
     def total_memory(self) -> int:
         """Return the bytes of memory of the current device."""

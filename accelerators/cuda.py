@@ -15,6 +15,7 @@ class CUDA(Accelerator):
     name = "cuda"
     device_type = "cuda"
     backend = "nccl"
+    supports_memory_history = True
     unavailable = (
         "no GPU is visible",
         "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use accelerator cpu",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from veomni.launcher import Launcher as Launcher
     from veomni.logging import create_logger as create_logger
     from veomni.loop.checkpoint_schedule import CheckpointSchedule as CheckpointSchedule
+    from veomni.loop.profile import Profile as Profile
     from veomni.loop.reporter import Reporter as Reporter
     from veomni.loop.sample import show_sample as show_sample
     from veomni.models import build_config as build_config
@@ -38,6 +39,7 @@ _NAMES = {
     "veomni.launcher": "Launcher",
     "veomni.logging": "create_logger",
     "veomni.loop.checkpoint_schedule": "CheckpointSchedule",
+    "veomni.loop.profile": "Profile",
     "veomni.loop.reporter": "Reporter",
     "veomni.loop.sample": "show_sample",
     "veomni.models": "build_config build_model build_processor build_tokenizer",

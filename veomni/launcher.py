@@ -11,6 +11,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -82,12 +83,14 @@ class Launcher(World):
         self.precision = precision if isinstance(precision, Precision) else select_precision(precision)
         self.seed, self.deterministic = seed, deterministic
         self.reporter = reporter or Reporter(progress_bar=False)
+        self.reporter.profile.check(runs_on)
         self.checkpoints = checkpoints or CheckpointSchedule()
         self.step = 0
 
     @override
     def launch(self) -> None:
         super().launch()
+        self.reporter.profile.open(self.reporter.output_dir, self)
         seed_process(self.seed, self.rank)
         if self.deterministic:
             use_deterministic_algorithms()
@@ -154,8 +157,9 @@ class Launcher(World):
         self.reporter.start(self.step, total)
         while total is None or self.step < total:
             garbage.before(self.step + 1)
-            self.reporter.clock.start_step()
-            step = reader.read(self.step + 1)
+            self.reporter.start_step(self.step + 1)
+            with record_function("data"):
+                step = reader.read(self.step + 1)
             if step is None:
                 self.checkpoints.last = True  # the data has ended: what is saved now is final
                 break
@@ -164,6 +168,7 @@ class Launcher(World):
             self.reporter.clock.mark("data")
             yield step
             reader.finish(step)
+            self.reporter.profile.finish_step(requested=step.profiling)
             if step.stopping:
                 name = self.signal.signal_name
                 logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)
@@ -226,8 +231,9 @@ class Launcher(World):
 
         if self.reporter.step is not None:
             self.reporter.step.of(model).check_complete()
-        norm = self.parameter_strategy.grad_norm(model)
-        clip_gradients(model.parameters(), norm, max_norm)
+        with record_function("clip"):
+            norm = self.parameter_strategy.grad_norm(model)
+            clip_gradients(model.parameters(), norm, max_norm)
         return norm
 
     def log(self, metrics: Mapping[str, float | int | Tensor | None]) -> None:

@@ -175,6 +175,32 @@ def test_a_signal_reaches_all_ranks_and_75_comes_back(start: Start, number: sign
     assert "run failed" not in program.output
 
 
+def test_a_request_for_a_profile_reaches_all_ranks_and_kills_none_that_starts_up(start: Start) -> None:
+    program = start(
+        """
+        from veomni.launch.signals import ProfileSignal
+
+        rank = os.environ.get("RANK")
+        if rank is not None:
+            note(f"early{rank}", os.getpid())
+            while not (Path(os.environ["NOTES"]) / "go").exists():
+                time.sleep(0.01)
+        place = join_or_start(2)
+        asked = ProfileSignal()
+        note(f"pid{place.rank}", os.getpid())
+        while not asked.requested:
+            time.sleep(0.01)
+        """
+    )
+    program.note("early0"), program.note("early1")
+    program.send(signal.SIGUSR2)
+    wait_until(lambda: "passing SIGUSR2 on" in program.output)
+    Path(program.notes / "go").touch()
+    program.pids(2)
+    program.send(signal.SIGUSR2)
+    assert program.wait() == 0, program.output
+
+
 def test_a_second_sigterm_kills_at_once(start: Start) -> None:
     program = start(STOP, "slow", "stuck")
     pids = program.pids(2)

@@ -11,13 +11,15 @@ class PrivateName:
 
     A contract test resolves all of them, and their ``parameters`` that are passed by name, on both ends of the
     supported range. ``path`` is ``module:qualified.name``, ``module:Class().name`` of an attribute that only instances
-    have. ``reason`` is what it is used for; ``without``, what happens under a release that lacks it.
+    have. ``reason`` is what it is used for; ``without``, what happens under a release that lacks it; ``device``, the
+    device that torch must be built for to have it.
     """
 
     path: str
     reason: str
     without: str
     parameters: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def resolve(self) -> Any:
         """Return the object; an AttributeError where the installed release lacks it."""
@@ -36,10 +38,16 @@ _STORED, _UNREADABLE = "torch.distributed.checkpoint", "no checkpoint can be rea
 _MARKS, _UNMARKED = "torch:ops.profiler._record_function", "selective checkpointing of experts under FSDP2 fails"
 _COUNTED = "from torch 2.13 on, each operation of a recomputation must have one in the forward"
 _COPIED = "removes hooks that a copy came with"
+_HISTORY, _NO_SNAPSHOT = "the history of a device's allocations has no public name", "no memory snapshots"
 
 PRIVATE = tuple(
     PrivateName(*fields)
     for fields in (
+        # allocations
+        ("torch.cuda.memory:_record_memory_history", _HISTORY, _NO_SNAPSHOT, ("enabled", "max_entries", "stacks")),
+        ("torch.cuda.memory:_dump_snapshot", _HISTORY, _NO_SNAPSHOT, ("filename",)),
+        ("torch:_C._cuda_attach_out_of_memory_observer", "writes the history before the error frees what it shows",
+         "no snapshot where memory runs out", (), "cuda"),
         # attention_kernels
         (f"{_ATEN}_flash_attention", _RING, "the slower math kernel", ("is_causal",)),
         (f"{_ATEN}_flash_attention_backward", _RING, "the slower math kernel",

@@ -1,4 +1,4 @@
-"""Signals: handlers that are put back, and a request to stop that a training loop reads at its step boundaries."""
+"""Signals: handlers that are put back, and requests that a training loop reads at its step boundaries."""
 
 import os
 import signal
@@ -48,6 +48,19 @@ class StopSignal(ExitStack):
             self.requested, self.signal_name, self._since = True, signal.Signals(number).name, time.monotonic()
         elif number in URGENT and time.monotonic() - self._since > _ECHO_SECONDS:
             take_default(number)
+
+
+class ProfileSignal(ExitStack):
+    """A handler of SIGUSR2, until :meth:`close`: it sets ``requested``, for the training loop to read and to clear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested = False
+        before = signal.signal(signal.SIGUSR2, self._handle)  # also where exec_rank.py has it ignored until now
+        self.callback(signal.signal, signal.SIGUSR2, signal.SIG_DFL if before is None else before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
 
 
 def take_default(number: int) -> None:

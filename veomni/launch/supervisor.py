@@ -20,7 +20,7 @@ from veomni.launch.signals import URGENT, handled
 from veomni.logging import create_logger
 
 _EXEC_RANK = str(Path(__file__).with_name("exec_rank.py"))
-_FORWARDED = (*URGENT, signal.SIGUSR1, signal.SIGHUP)
+_FORWARDED = (*URGENT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _GRACE_SECONDS = 5.0
 _KILL_SECONDS = 4.0  # grace and this together stay below the ten seconds in which all ranks must be gone
 _POLL_SECONDS = 0.02

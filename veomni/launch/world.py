@@ -14,7 +14,7 @@ from veomni.batch.split import SequenceShard
 from veomni.errors import LoopError
 from veomni.launch.environment import collective_timeout, detect_environment
 from veomni.launch.join import join_or_start
-from veomni.launch.signals import StopSignal
+from veomni.launch.signals import ProfileSignal, StopSignal
 from veomni.logging import create_logger
 from veomni.parallel.mesh import ParallelState, init_process_group, set_parallel_state
 from veomni.strategies import Strategy
@@ -40,6 +40,7 @@ class World:
     world_size: int
     local_rank: int
     signal: StopSignal
+    profile_signal: ProfileSignal
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class World:
         init_process_group(self.device, self.backend, rank=self.rank, world_size=self.world_size, timeout=self.timeout)
         self.state = ParallelState(dims, self.device.type, timeout=self.timeout)
         set_parallel_state(self.state)
-        self.signal = StopSignal()
+        self.signal, self.profile_signal = StopSignal(), ProfileSignal()
         compat.install()
 
     @property
@@ -109,5 +110,6 @@ class World:
         """Put the process back as it was before :meth:`launch`."""
         if "signal" in vars(self):
             self.signal.close()
+            self.profile_signal.close()
         compat.uninstall()
         set_parallel_state(None)

@@ -13,6 +13,7 @@ from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import LoopError
 from veomni.loggers import JsonlLogger, Logger, LoggerGroup
 from veomni.logging import create_logger, current_rank
+from veomni.loop.profile import Profile
 from veomni.loop.step import Step
 from veomni.metrics import FlopsCounter, Progress, StepFlops, Throughput, plot_expert_load, plot_loss
 from veomni.moe import ExpertLoad
@@ -31,6 +32,8 @@ class Reporter:
         log_every: Steps between reports; evaluations are always reported.
         plot: Draw <output_dir>/loss.png at the end, and expert_load.png of a mixture of experts.
         config: The run's configuration, for the loggers that keep one; secrets are redacted there.
+        profile: Which steps are traced, into ``<output_dir>/profile``, on the ranks that it names; None is
+            ``Profile()``, which acts on a signal.
     """
 
     def __init__(
@@ -42,12 +45,13 @@ class Reporter:
         log_every: Annotated[int, Ge(1)] = 1,
         plot: bool = True,
         config: Mapping[str, Any] | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.progress_bar, self.log_every, self.plot, self.config = progress_bar, log_every, plot, config
         used = [*([] if self.output_dir is None else [JsonlLogger(self.output_dir)]), *loggers]
         self._loggers, self._active = LoggerGroup(used), bool(used) or progress_bar
-        self.clock = Throughput()
+        self.clock, self.profile = Throughput(), profile or Profile()
         self.step: Step | None = None
         self._flops: FlopsCounter | None = None
         self._progress: Progress | None = None
@@ -74,6 +78,11 @@ class Reporter:
     def resume_from(self, step: int) -> None:
         """Drop what was reported past ``step``; those steps are taken again."""
         self._loggers.each(lambda each: each.truncate_after(step))
+
+    def start_step(self, step: int) -> None:
+        """Start the clock, and the trace, of a step."""
+        self.profile.start_step(step)
+        self.clock.start_step()
 
     def start(self, step: int, total: int | None) -> None:
         """Write the header and show progress from ``step`` towards ``total``."""
@@ -119,8 +128,9 @@ class Reporter:
             self._progress.close()
 
     def close(self, status: str) -> None:
-        """Close the bar and the loggers; when the run is finished, draw the plots and write the summary."""
+        """Close bar, profile and loggers; when the run is finished, draw the plots and write the summary."""
         self.end_loop()
+        self.profile.close()
         self._loggers.each(lambda each: each.finalize(status))
         if status == "finished" and current_rank() == 0:
             if self.plot and self.output_dir is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from veomni.accelerators.host_copy import HostCopy
 from veomni.batch.counts import label_count, token_weight
@@ -38,6 +39,7 @@ class Step:
         micro_batches: This rank's shards, on the CPU.
         totals: What the ranks agreed on: the sums of :func:`~veomni.loop.step_reader.counts_of`.
         stopping: Whether a process was signalled to stop before it.
+        profiling: Whether a process was signalled before it to profile the next steps.
         models: What each model that was accumulated on made of it.
     """
 
@@ -46,6 +48,7 @@ class Step:
     totals: Mapping[str, float]
     world: World
     stopping: bool = False
+    profiling: bool = False
     models: dict[nn.Module, ModelStep] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
@@ -145,6 +148,8 @@ class ModelStep:
             micro = replace(self._moved(held), weight=weight, index=index, last=last, owner=self)
             watch = nullcontext() if self.routers is None else self.routers.micro_batch(held)
             with self._grad_sync(self._model, last), watch, loss_context(self._model, micro) as self._context:
+                self._forward = record_function("forward")
+                self._forward.__enter__()
                 yield micro
 
     def _moved(self, held: MicroBatch) -> MicroBatch:
@@ -159,7 +164,9 @@ class ModelStep:
             self.routers.before_backward(micro.last)
         share = shared_loss(loss, micro, self)
         self.loss = self.loss + share.detach()
-        (share * self._world.state.size("loss")).backward()
+        self._forward.__exit__(None, None, None)
+        with record_function("backward"):
+            (share * self._world.state.size("loss")).backward()
         if self._context.source_sums is not None:
             sums = self._context.source_sums
             self.source_sums = sums if self.source_sums is None else self.source_sums + sums

@@ -49,12 +49,15 @@ class StepReader:
         exhausted = ready and getattr(self._loader, "exhausted", False)
         decisions = {
             "ready": ready, "stop": world.signal.requested, "nonfinite": bool(self._nonfinite_host),
+            "profile": world.profile_signal.requested,
             "exhausted": exhausted and all(micro.is_empty for micro in micro_batches),
         }  # fmt: skip
         length = {"length": len(micro_batches), "squared_length": len(micro_batches) ** 2}
         counts = counts_of(micro_batches, self._measure(micro_batches), world.state.size("sequence"))
         sums = sync_step({**decisions, **length, **counts})
         _check_finite(sums["nonfinite"])
+        if sums["profile"]:
+            world.profile_signal.requested = False
         with_batch, ranks = sums["ready"], world.world_size
         if 0 < with_batch < ranks:
             logger.warning_rank0("uneven data: dropped a last batch held by only %d of %s ranks", with_batch, ranks)
@@ -63,7 +66,7 @@ class StepReader:
         if sums["squared_length"] * ranks != sums["length"] ** 2:  # ranks would wait for each other in a forward
             problem = f"rank {world.rank} has {len(micro_batches)} micro-batches in step {index}, and others have not"
             raise LoopError(problem, "give every rank as many, as setup_dataloader and build_dataloader do")
-        return Step(index, micro_batches, sums, world, stopping=sums["stop"] > 0)
+        return Step(index, micro_batches, sums, world, stopping=sums["stop"] > 0, profiling=sums["profile"] > 0)
 
     def finish(self, step: Step) -> None:
         """Check that every micro-batch of a step was backpropagated, and take note of losses that are not finite."""

@@ -87,8 +87,9 @@ class Config(Section):
         output_dir = Path(train.output_dir)
         loggers = [section.build(output_dir=output_dir) for section in train.loggers]
         reporter = train.logging.build(
-            output_dir=output_dir, loggers=loggers, log_every=train.log_every, config=self.model_dump(mode="json")
-        )
+            output_dir=output_dir, loggers=loggers, log_every=train.log_every, config=self.model_dump(mode="json"),
+            profile=train.profile.build(),
+        )  # fmt: skip
         return train.make(
             Launcher,
             strategy=strategies,

@@ -16,6 +16,7 @@ from veomni.config.section import ComponentSection, options_of
 from veomni.launcher import Launcher
 from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
+from veomni.loop.profile import Profile
 from veomni.loop.reporter import Reporter
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
@@ -36,13 +37,14 @@ _SCHEDULERS = Choice(SCHEDULERS, base=SchedulerSection, default="cosine")
 _CHECKPOINTS = Options(CheckpointSchedule, directory="train.output_dir", signature="")
 _LOGGERS = Choice(LOGGERS, output_dir="train.output_dir")
 _REPORTS = Options(
-    Reporter, output_dir="train.output_dir", loggers="train.loggers", log_every="train.log_every", config=""
-)
+    Reporter, output_dir="train.output_dir", loggers="train.loggers", log_every="train.log_every", config="",
+    profile="train.profile",
+)  # fmt: skip
 _OPTIONS: Any = options_of(
     Launcher, Launcher.setup_model, Launcher.track, Reporter,
     supplied=(
         "strategy", "accelerator", "precision", "devices", "self", "model", "router", "loader", "max_steps",
-        "output_dir", "loggers", "progress_bar", "plot", "config",
+        "output_dir", "loggers", "progress_bar", "plot", "config", "profile",
     ),
 )  # fmt: skip
 
@@ -122,6 +124,7 @@ class TrainSection(_OPTIONS):
     eval: EvalSection = EvalSection()
     """Evaluation on held-out data."""
     logging: Annotated[ComponentSection, _REPORTS] = configured({}, "What is shown and drawn besides metrics.jsonl.")
+    profile: Annotated[ComponentSection, Options(Profile)] = configured({}, "Traces of steps, and of their memory.")
     loggers: list[Annotated[ComponentSection, _LOGGERS]] = Field(default=[])
     """Where metrics go besides metrics.jsonl: wandb, tensorboard or another package's, a name or its mapping."""
 
