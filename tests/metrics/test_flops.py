@@ -144,6 +144,7 @@ def test_tied_heads_are_counted_and_embeddings_are_not() -> None:
         ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}, "has a part 'c_attn'"),
         ("llama4_text", {"num_local_experts": 2}, "chunked_attention"),
         ("doge", {}, "has a parameter 'A'"),
+        ("gemma4_text", {"global_head_dim": 16}, "layers differ"),
     ],
 )
 def test_what_is_not_understood_is_not_guessed(model_type, changes, reason, caplog) -> None:
@@ -164,7 +165,7 @@ def test_the_configurations_shipped_are_countable() -> None:
     folder = Path(__file__).parents[2] / "configs" / "model_configs"
     for path in folder.glob("*.json"):
         values = json.loads(path.read_text())
-        if "vision_config" in values:  # work of towers is not counted
+        if "vision_config" in values:  # tests/metrics/test_encoder_flops.py
             continue
         values["num_hidden_layers"], values["layer_types"] = 1, None
         config = CONFIG_MAPPING[values.pop("model_type")](**values)

@@ -73,7 +73,8 @@ class Reporter:
         """Return the FLOPs of this rank's micro-batches; 0 if not known."""
         if self._flops is None:
             return StepFlops(0.0, 0.0)
-        return self._flops.step_flops([length for micro in micro_batches for length in micro.rows.document_lengths])
+        lengths = [length for micro in micro_batches for length in micro.rows.document_lengths]
+        return self._flops.step_flops(lengths, [micro.inputs for micro in micro_batches])
 
     def resume_from(self, step: int) -> None:
         """Drop what was reported past ``step``; those steps are taken again."""

@@ -1,5 +1,6 @@
 """The shape of every attention layer of a transformers model, read from its configuration and proved by its weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +33,14 @@ class AttentionShape:
         return 2 * self.heads * (self.qk_dim + self.v_dim)
 
 
-def attention_shapes(model: nn.Module, config: Any) -> list[AttentionShape]:
-    """Return the shape of each layer's attention, in order; ``config`` is the text part of the model's configuration.
+def attention_shapes(named: Mapping[str, nn.Module], config: Any) -> list[AttentionShape]:
+    """Return the shape of each layer's attention, in order, from the modules and the configuration of a language model.
 
     UncountableError where a layer does something other than causal softmax attention over all earlier tokens or a
     window of them, or the weights contradict the configuration.
     """
     modules = {
-        name: module for name, module in model.named_modules()
+        name: module for name, module in named.items()
         if "Attention" in type(module).__name__ and next(module.parameters(), None) is not None
     }  # fmt: skip
     layers = getattr(config, "num_hidden_layers", None)
@@ -54,6 +55,8 @@ def attention_shapes(model: nn.Module, config: Any) -> list[AttentionShape]:
 
 
 def _dimensions(config: Any) -> tuple[int, int, int]:
+    if getattr(config, "is_heterogeneous", False):  # reading an attribute that layers differ in is an error
+        raise UncountableError("the dimensions of its layers differ")
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         raise UncountableError(f"num_attention_heads is {heads}")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from veomni.logging import create_logger
 from veomni.metrics.attention_shapes import UncountableError, attention_shapes
+from veomni.metrics.encoder_flops import EncoderFlops, encoders_of
+from veomni.models.adapter.passes.media import media_owner
 
 logger = create_logger(__name__)
 
@@ -37,13 +39,18 @@ class FlopsCounter:
     - ``full`` counts ``s^2`` pairs for every document and layer, as torchtitan and PaLM's appendix B do, without
       windows: where they are much shorter than documents it is more than any kernel computes.
 
+    - Encoders of images, videos and audio are in both: :class:`~veomni.metrics.encoder_flops.EncoderFlops`.
+
     Args:
         linear: FLOPs per token, forward and backward, of all products with weights.
         attention: FLOPs per (query, key) pair, forward and backward, summed over the layers that share a window.
+        encoders: Count what is in front of the language model.
     """
 
-    def __init__(self, linear: float, attention: Mapping[int | None, float]) -> None:
-        self.linear, self.attention = linear, dict(attention)
+    def __init__(
+        self, linear: float, attention: Mapping[int | None, float], encoders: Sequence[EncoderFlops] = ()
+    ) -> None:
+        self.linear, self.attention, self.encoders = linear, dict(attention), tuple(encoders)
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self | None:
@@ -64,22 +71,34 @@ class FlopsCounter:
         if not hasattr(model, "config") or not hasattr(model.config, "get_text_config"):
             raise UncountableError("it has no transformers configuration")
         config = model.config.get_text_config()  # type: ignore[operator]
-        weights = list(_active_weights(model, config))
+        owner = media_owner(model)
+        encoders, parts = ([], []) if owner is None else encoders_of(owner)
+        elsewhere = {id(module) for part in parts for module in part.modules()}
+        modules = {name: module for name, module in model.named_modules() if id(module) not in elsewhere}
+        weights = list(_active_weights(modules, config))
         first = min((weight.depth for weight in weights if weight.trainable), default=None)
+        if any(encoder.trains for encoder in encoders):
+            first = -1  # gradients go through all layers to the encoder
         linear = sum(2 * weight.active * weight.passes(first) for weight in weights)
         attention: dict[int | None, float] = defaultdict(float)
-        for shape in attention_shapes(model, config):
+        for shape in attention_shapes(modules, config):
             passes = 3 if first is not None and _depth_of(shape.name, outside=-1) >= first else 1
             attention[shape.window] += shape.flops_per_pair * passes
-        return cls(float(linear), attention)
+        return cls(float(linear), attention, encoders)
 
-    def step_flops(self, document_lengths: Sequence[int] | Tensor) -> StepFlops:
-        """Return the FLOPs of a step over documents of these lengths, int64 ``[documents]`` on the CPU, unpadded."""
+    def step_flops(
+        self, document_lengths: Sequence[int] | Tensor, media: Sequence[Mapping[str, Any]] = ()
+    ) -> StepFlops:
+        """Return the FLOPs of a step over documents of these lengths, int64 ``[documents]`` on the CPU, unpadded.
+
+        ``media`` are the inputs of its micro-batches, which have the sizes of images, videos and audio.
+        """
         lengths = torch.as_tensor(document_lengths, dtype=torch.int64)
         linear = self.linear * int(lengths.sum())
         causal = sum(flops * causal_pairs(lengths, window) for window, flops in self.attention.items())
         full = sum(self.attention.values()) * int((lengths * lengths).sum())
-        return StepFlops(causal=linear + causal, full=linear + full)
+        encoded = sum(encoder.step_flops(media) for encoder in self.encoders)
+        return StepFlops(causal=linear + causal + encoded, full=linear + full + encoded)
 
 
 def causal_pairs(lengths: Tensor, window: int | None) -> int:
@@ -104,10 +123,10 @@ def _depth_of(name: str, outside: int) -> int:
     return int(index.group(1)) if index else outside
 
 
-def _active_weights(model: nn.Module, config: Any) -> Iterator[_ActiveWeight]:
+def _active_weights(modules: Mapping[str, nn.Module], config: Any) -> Iterator[_ActiveWeight]:
     """Yield every module's own parameters, a tied one once for each module that uses it."""
     outside = -1
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{key}" if path else key
             depth = _depth_of(name, outside)

@@ -38,7 +38,7 @@ def prepare_towers(model: nn.Module) -> None:
 
     Other models are left alone; calling it again changes nothing.
     """
-    owner = _owner(model) if is_pretrained(model) else None
+    owner = media_owner(model)
     adapter = ModelAdapter.of(model)
     if owner is None or adapter.towers:
         return
@@ -118,8 +118,13 @@ class DistinguishPlaceholders(InputPass):
         return tuple(mask.unsqueeze(-1) for mask in found)
 
 
-def _owner(model: nn.Module) -> nn.Module | None:
-    """Return the module whose forward calls the encoders; one with a head only passes on what the body inside does."""
+def media_owner(model: nn.Module) -> nn.Module | None:
+    """Return the module whose forward calls the encoders of a transformers model, or None.
+
+    It is the innermost: a model with a head only passes on what the body inside does.
+    """
+    if not is_pretrained(model):
+        return None
     for module in model.modules():
         if hasattr(module, "get_placeholder_mask") and hasattr(module, "get_image_features"):
             return module
