@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from veomni.checkpoint.manifest import content_problem
 from veomni.checkpoint.safe_storage import SafePlanner, SafeReader
+from veomni.compat.tensors import with_shard
 from veomni.errors import CheckpointError
 from veomni.parallel.wrappers import local_shard
 
@@ -61,13 +63,23 @@ def in_host_memory(table: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a table in host memory, which is pinned where it comes from a CUDA device."""
     copies = dict(table)
     for name, value in table.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and hasattr(local_shard(value), "__tensor_flatten__"):
+            copied = _host_copy(local_shard(value))
+            copies[name] = with_shard(value, copied) if isinstance(value, DTensor) else copied
+        elif isinstance(value, Tensor):
             # Not value.to("cpu"): its sharding rule takes time exponential in the axes of the mesh.
             copies[name] = copied = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             local_shard(copied).copy_(local_shard(value), non_blocking=True)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return copies
+
+
+def _host_copy(wrapper: Any) -> Tensor:
+    """Copy a tensor that is made of others, as torchao's 8-bit moments are: it has no operation that does."""
+    names, context = wrapper.__tensor_flatten__()
+    parts = {name: getattr(wrapper, name).to("cpu", copy=True) for name in names}
+    return type(wrapper).__tensor_unflatten__(parts, context, wrapper.size(), wrapper.stride())
 
 
 def save_table(table: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "same_values",
     "shard_box",
     "storage_key",
+    "with_shard",
 ]
 
 
@@ -25,6 +26,11 @@ def shard_box(tensor: DTensor) -> tuple[slice, ...]:
     """Return the part of the whole tensor that this rank holds."""
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def with_shard(tensor: DTensor, shard: Tensor) -> DTensor:
+    """Return a tensor that is distributed as ``tensor`` is, with another shard, which may lie on another device."""
+    return DTensor(shard, tensor._spec, requires_grad=False)
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Optimizers, which parameters weight decay applies to, and learning-rate schedules."""
 
+from veomni.optim.adamw_8bit import AdamW8bit
 from veomni.optim.groups import build_optimizer_groups, scale_lr, split_by_lr_scale
 from veomni.optim.multi import MultiLRScheduler, MultiOptimizer, combine, members_by_mesh
 from veomni.optim.muon import Muon
@@ -10,6 +11,7 @@ from veomni.optim.scheduler import SCHEDULERS, SchedulerSection, Shape, build_sc
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULERS",
+    "AdamW8bit",
     "MultiLRScheduler",
     "MultiOptimizer",
     "Muon",
