@@ -169,6 +169,7 @@ class Launcher(World):
             yield step
             reader.finish(step)
             self.reporter.profile.finish_step(requested=step.profiling)
+            self.profile_signal.requested &= not step.profiling  # also of a signal that reached several ranks
             if step.stopping:
                 name = self.signal.signal_name
                 logger.info_rank0("stopped by %s after step %s; the checkpoint is saved", name, self.step)

@@ -104,6 +104,8 @@ class Profile:
     def finish_step(self, *, requested: bool) -> None:
         """End the step; ``requested`` on all ranks asks for a trace of the next ones, after one that warms up."""
         if self._start is not None:
+            if requested:
+                logger.info_rank0("SIGUSR2 is ignored: steps are being profiled")
             if self._step == self._start + self.count - 1:
                 self._finish_trace()
             elif self._range is not None:
@@ -153,4 +155,7 @@ class Profile:
             logger.info("rank %s: allocations are in %s", self._rank, path)
 
     def _out_of_memory(self) -> None:
-        self._write_memory("out_of_memory")
+        try:
+            self._write_memory("out_of_memory")
+        except OSError as error:  # it would take the place of the error that is about to be raised
+            logger.error("rank %s: allocations cannot be written: %s", self._rank, error)

@@ -56,8 +56,6 @@ class StepReader:
         counts = counts_of(micro_batches, self._measure(micro_batches), world.state.size("sequence"))
         sums = sync_step({**decisions, **length, **counts})
         _check_finite(sums["nonfinite"])
-        if sums["profile"]:
-            world.profile_signal.requested = False
         with_batch, ranks = sums["ready"], world.world_size
         if 0 < with_batch < ranks:
             logger.warning_rank0("uneven data: dropped a last batch held by only %d of %s ranks", with_batch, ranks)
