@@ -5,11 +5,14 @@ Sliding windows (4) are shorter than the documents. The padded tail of the row i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.models.layouts import CPU
 from tests.models.tiny import TEXT_MODELS, tiny_config
+from veomni.batch.documents import find_boundaries
 from veomni.batch.micro_batch import MicroBatch
 from veomni.models import Materializer, build_model
 
@@ -77,9 +80,6 @@ def test_rows_of_micro_batches_are_as_their_positions_say():
     positions = torch.cat([torch.arange(document.shape[1]) for document in documents()])[None]
     plain = torch.arange(row.shape[1])[None]
     one, several = (MicroBatch.of({"input_ids": row, "position_ids": each}).to("cpu") for each in (plain, positions))
-    assert one.rows.boundaries == (None, 0)
-    boundaries, longest = several.rows.boundaries
-    assert (boundaries.tolist(), longest) == ([0, 7, 19, 24, 28], 12)
     packed, whole = (model(input_ids=row, position_ids=each, use_cache=False).logits for each in (positions, plain))
     assert (packed - whole).abs().max() > 1e-2
     for micro, replaced, expected in (
@@ -88,6 +88,11 @@ def test_rows_of_micro_batches_are_as_their_positions_say():
     ):  # fmt: skip
         found = model(**{**micro.inputs, **replaced}, use_cache=False).logits
         assert torch.equal(found, expected)
+        changed = replace(micro, inputs={**micro.inputs, **replaced})
+        assert torch.equal(model(**changed.inputs, use_cache=False).logits, expected)
+    plain[0, 7:] = positions[0, 7:]  # of the same tensor, moved once more
+    boundaries, longest = find_boundaries(MicroBatch.of({"position_ids": plain}).to("cpu").inputs["position_ids"])
+    assert (boundaries.tolist(), longest) == ([0, 7, 19, 24, 28], 12)
 
 
 class Reached(Exception):

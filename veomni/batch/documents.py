@@ -10,6 +10,8 @@ from torch import Tensor
 from veomni.batch.split import WHOLE_ROWS, SequenceShard, boundaries_of, row_shape
 from veomni.errors import DataError
 
+_BOUNDARIES = "veomni_boundaries"
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -22,8 +24,6 @@ class RowLayout:
         shard: Which positions of the rows this rank holds.
         position_fractions: What position ids have beyond whole numbers, int32 ``[batch, seq, 3]`` in parts of 2^24;
             None where they are whole.
-        boundaries: What :func:`find_boundaries` returns of position ids, found before they were moved to a device; None
-            before. Changing them in place afterwards is unsupported; a changed copy is examined again.
     """
 
     document_lengths: tuple[int, ...] = ()
@@ -31,7 +31,6 @@ class RowLayout:
     digest: int = 0
     shard: SequenceShard = WHOLE_ROWS
     position_fractions: Tensor | None = None
-    boundaries: tuple[Tensor | None, int] | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], *, position_fractions: Tensor | None = None) -> Self:
@@ -55,10 +54,29 @@ def find_boundaries(positions: Tensor) -> tuple[Tensor | None, int]:
     """Return where documents of packed rows begin, int32 ``[documents + 1]`` over the flattened rows, and the longest.
 
     It is None, and 0, where each row is one document. ``positions`` are ``[batch, seq]``, or ``[axes, batch, seq]``
-    with text first; the host waits for their device.
+    with text first. Of those on a device the host must wait for it, unless :func:`keep_boundaries` has examined them.
     """
+    kept: tuple[Tensor | None, int] | None = getattr(positions, _BOUNDARIES, None)
+    if kept is not None:
+        return kept
     found = boundaries_of(positions)
     return found, 0 if found is None else int(found.diff().max())
+
+
+def keep_boundaries(positions: Tensor, moved: Tensor) -> None:
+    """Find the boundaries of ``positions`` on the host, and keep them on ``moved``, their copy on a device.
+
+    They are those of this very tensor: changing it in place afterwards is unsupported, a changed copy has none.
+    """
+    if positions.dim() not in (2, 3) or not positions.numel():
+        return
+    if hasattr(positions, _BOUNDARIES):  # it may have been changed since it was moved from the host to the host
+        delattr(positions, _BOUNDARIES)
+    found, longest = find_boundaries(positions)
+    if found is not None:
+        held = found.pin_memory() if moved.device.type != "cpu" and positions.is_pinned() else found
+        found = held.to(moved.device, non_blocking=True)
+    setattr(moved, _BOUNDARIES, (found, longest))
 
 
 def token_mask(inputs: Mapping[str, Any], rows: RowLayout) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from veomni.batch.documents import RowLayout, find_boundaries, located_row_lengths
+from veomni.batch.documents import RowLayout, keep_boundaries, located_row_lengths
 from veomni.batch.fields import holder_of
 from veomni.batch.split import SequenceShard, digest_of, row_shape, split_fields
 from veomni.errors import DataError
@@ -178,31 +178,24 @@ class MicroBatch:
             self,
             inputs=change_all(self.inputs),
             args=change_all(self.args),
-            rows=replace(
-                self.rows,
-                position_fractions=change_all(self.rows.position_fractions),
-                boundaries=change_all(self.rows.boundaries),
-            ),
+            rows=replace(self.rows, position_fractions=change_all(self.rows.position_fractions)),
             targets=Targets(change_all(self.targets.loss_weights), change_all(self.targets.source_ids)),
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """Return this micro-batch on ``device``; copies from pinned memory do not block."""
+        """Return this micro-batch on ``device``; copies from pinned memory do not block.
+
+        The host examines whether rows are packed, for which a forward would have to wait for the device.
+        """
 
         def move(value: Any) -> Any:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
 
-        return self._examined().map(_Movable, move)
-
-    def _examined(self) -> Self:
-        """Return this micro-batch with what a forward would have to wait for its device to find out."""
-        positions = self.inputs.get("position_ids")
-        if not isinstance(positions, Tensor) or positions.device.type != "cpu" or self.rows.boundaries is not None:
-            return self
-        given = "cu_seq_lens_q" in self.inputs or self.rows.shard.size > 1
-        if given or positions.dim() not in (2, 3) or not positions.numel():
-            return self
-        return replace(self, rows=replace(self.rows, boundaries=find_boundaries(positions)))
+        moved, positions = self.map(_Movable, move), self.inputs.get("position_ids")
+        known = "cu_seq_lens_q" in self.inputs or self.rows.shard.size > 1
+        if isinstance(positions, Tensor) and positions.device.type == "cpu" and not known:
+            keep_boundaries(positions, moved.inputs["position_ids"])
+        return moved
 
     def pin_memory(self) -> Self:
         """Return this micro-batch in page-locked memory; what is on a device, nested or sparse stays as it is."""
@@ -212,7 +205,7 @@ class MicroBatch:
                 return value
             return value.pin_memory()
 
-        return self._examined().map(_Pinnable, pin)
+        return self.map(_Pinnable, pin)
 
     def split(self, shard: SequenceShard) -> Self:
         """Return the shard of one of the ranks that share its rows; see :func:`~veomni.batch.split.split_fields`."""

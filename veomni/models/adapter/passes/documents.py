@@ -74,7 +74,7 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
     """Return the documents of the rows in a model's arguments; None for padded rows and caches.
 
     ``position_ids`` are ``[batch, seq]``, or ``[axes, batch, seq]`` with text first; without them each row is one
-    document. On a device those of a micro-batch are not read again: they were examined before they were moved.
+    document. Those of a micro-batch were examined before they were moved, and are not read on the device.
     """
     if inputs.get("attention_mask") is not None or inputs.get("past_key_values") is not None:
         return None
@@ -89,11 +89,9 @@ def documents_of(inputs: Mapping[str, Any]) -> Documents | None:
             return Documents(None)
         numbers = document_numbers(boundaries, rows.shape[0], length)
         return Documents(numbers, boundaries, inputs.get("max_length_q") or length)
-    examined = MicroBatch.of_call({"position_ids": positions})
-    known = None if examined is None else examined.rows.boundaries
     longest = 0
     if boundaries is None:
-        boundaries, longest = find_boundaries(positions) if known is None else known
+        boundaries, longest = find_boundaries(positions)
     if boundaries is None:
         return Documents(None)
     return Documents((torch.diff(rows, prepend=rows[:, :1] - 1, dim=-1) != 1).cumsum(-1), boundaries, longest)
