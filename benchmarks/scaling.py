@@ -321,13 +321,15 @@ def table(args: argparse.Namespace) -> None:
     from veomni.models import derive_plan
 
     row, rates = ROWS[args.row], json.loads(args.rates.read_text())
+    if row.ring:
+        sys.exit(f"{args.row} has a ring, whose messages have no formula here")
     model = build_model(build_config(row), weights="random")
     known = dict(pair.split(":") for pair in args.measured.split(",") if pair)
     print("ranks   gathered   reduced exchanged GiB  messages     exposed  tokens/s  measured")
     for world in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         layout = Layout(
             world, row.rows, row.length, ulysses=share(row.ulysses, world), experts=share(row.experts, world),
-            recompute=row.recompute == "full",
+            recompute=row.recompute == "full", reduce=2 if row.reduce == "bf16" else 4,
         )  # fmt: skip
         found = list(messages(model, layout))
         compute = layout.tokens / args.one
