@@ -39,7 +39,7 @@ def before_each_step(layout: str, model_type: str, kept: list[Any] | None = None
     place, found = launcher.data_parallel, []
     rows = share(global_rows(vocabulary(model_type)), place.rank, place.size, 2)
     with collector_off():
-        for batch in launcher.track([rows] * STEPS):
+        for batch in launcher.track([rows] * STEPS, gc_steps=None):
             launcher.accelerator.synchronize()
             found.append(allocated())
             for micro in launcher.accumulate(model, batch):

@@ -86,7 +86,7 @@ def test_a_hung_collective_ends_the_run(runs):
     ranks, started = runs["hung"].ranks(after=3), time.monotonic()
     os.kill(ranks[-1], signal.SIGSTOP)
     assert runs["hung"].program.wait(180) == 70, runs["hung"].program.output
-    assert TIMEOUT - 1 < time.monotonic() - started < TIMEOUT + 60
+    assert TIMEOUT - 1 < time.monotonic() - started < TIMEOUT + 120
     assert not any(is_running(pid) for pid in ranks)
 
 

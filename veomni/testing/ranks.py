@@ -134,9 +134,15 @@ class _Fork:
         return found
 
     def _import_what_ranks_did(self) -> None:
-        """Import what rank 0 has imported: the ranks of the next fork inherit it, where each would spend seconds."""
+        """Import what rank 0 has imported: the ranks of the next fork inherit it, where each would spend seconds.
+
+        Not where there are accelerators: an import may initialise one, and no fork can use it then.
+        """
+        import torch
+
         imported = self.scratch / "imported"
-        for name in imported.read_text().split() if imported.exists() else ():
+        used = imported.exists() and not torch.accelerator.is_available()
+        for name in imported.read_text().split() if used else ():
             if name.partition(".")[0] in ("torch", "transformers", "veomni"):
                 with suppress(ImportError):  # a module that a case has made up
                     importlib.import_module(name)
