@@ -56,7 +56,8 @@ def setup_model(
     # What it gets its values from, later; and what is added to its forward
     plan = derive_plan(model)
     group = dist.group.WORLD if broadcast_weights else None
-    materialize = Materializer(model, device=owner.storage_device(device), seed=launcher.seed, group=group)
+    storage = owner.storage_device(device)
+    materialize = Materializer(model, device=storage, seed=launcher.seed, group=group, drawn_on=device)
     launcher.reporter.describe_model(model, accelerator, precision, launcher.world_size)
     install_token_loss(model, fused=fused_loss)
     dtype = torch.float64 if precision.name == "fp64" else torch.float32

@@ -23,15 +23,19 @@ class Materializer:
     """Gives the meta parameters and buffers of a model, not wrapped or sharded yet, storage on ``device`` and values.
 
     Values come from the model's safetensors, each rank reading only the part it holds, or from a random stream that
-    depends on the seed and the module's name alone. Dtypes are those of the meta tensors; random values are computed
-    in float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay tied. With a
+    depends on the seed, the module's name and the kind of device ``drawn_on`` (None: ``device``), so that parameters
+    start equal whether they are offloaded or not. Dtypes are those of the meta tensors; random values are computed in
+    float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay tied. With a
     ``group``, rank 0 reads each tensor once and broadcasts it. Weights that do not fit the model are a ModelError.
     """
 
-    def __init__(self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None,
+        drawn_on: torch.device | None = None,
+    ) -> None:  # fmt: skip
         self.device, self._group = device, group
         skeleton = skeleton_of(model)
-        self._initializer = Initializer(skeleton, device, seed) if _meta_slots(model, "") else None
+        self._initializer = Initializer(skeleton, drawn_on or device, seed) if _meta_slots(model, "") else None
         self._streams: dict[str, WeightStream] = {}
         for part, directory in ModelAdapter.of(model).weights.items():
             self._streams[part] = WeightStream(skeleton.get_submodule(part), SafetensorsFiles(directory))
