@@ -214,14 +214,9 @@ def profile(launcher, model, optimizer, batches, steps=3):
         with record_function("track"):
             step = next(endless)
         for micro in launcher.accumulate(model, step):
-            with record_function("forward"):
-                loss = model(**micro.inputs).loss
-            with record_function("backward"):
-                launcher.backward(loss, micro)
-        with record_function("clip_grad_norm"):
-            launcher.clip_grad_norm(model, 1.0)
-        with record_function("optimizer.step"):
-            optimizer.step()
+            launcher.backward(model(**micro.inputs).loss, micro)
+        launcher.clip_grad_norm(model, 1.0)
+        optimizer.step()
         with record_function("zero_grad"):
             optimizer.zero_grad()
     torch.cuda.synchronize()

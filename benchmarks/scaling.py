@@ -158,7 +158,10 @@ def totals(found: Iterator[Message]) -> dict[str, int]:
 # ---------------------------------------------------------------- what a step really sends
 
 
-WHOLE_BUFFER = {"_allgather_base_": (GATHER, 0), "_reduce_scatter_base_": (REDUCE, 1), "alltoall_base_": (EXCHANGE, 1)}
+WHOLE_BUFFER = {
+    "_allgather_base_": (GATHER, 0), "_reduce_scatter_base_": (REDUCE, 1), "alltoall_base_": (EXCHANGE, 1),
+    "exchange_evenly": (EXCHANGE, 0),
+}  # fmt: skip
 """The argument of a collective that holds all ranks' part, or goes to all of them."""
 
 
@@ -177,7 +180,7 @@ def counted(config: Any, layout: Layout) -> dict[str, int]:
 
     class Bytes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "c10d":
+            if func.namespace in ("c10d", "veomni"):
                 name, at = WHOLE_BUFFER.get(func.overloadpacket.__name__, ("", 0))
                 if name:
                     summed[name] += args[at].numel() * args[at].element_size()

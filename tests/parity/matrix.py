@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from tests.models.tiny import tiny_config
 from tests.pairwise import Matrix, Rule
 from veomni.strategies import (
@@ -153,8 +151,6 @@ class Case:
     def run(self, **options: Any) -> Outcome:
         """``options`` are those of ``train_step``, and its launcher's."""
         config = tiny_config(self.model)
-        if self.compiled:
-            torch.compiler.reset()  # as in a process of its own: a graph of another case may hold its groups
         return train_step(
             config, self.strategies, rows=global_rows(config.vocab_size, weighted=self.weighted),
             accumulation=self.accumulation, precision=PRECISIONS[self.precision], max_norm=MAX_NORM, **options,

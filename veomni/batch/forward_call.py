@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from veomni.batch.micro_batch import MicroBatch
 from veomni.batch.split import SequenceShard
+from veomni.compat.collectives import group_key
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class SequenceGroups:
     ranks: ProcessGroup
     ulysses: ProcessGroup | None = None
     ring: ProcessGroup | None = None
+    key: str = field(init=False)
+    """What compiled graphs are guarded by; see :func:`~veomni.compat.collectives.group_key`."""
+
+    def __post_init__(self) -> None:
+        groups = [group for group in (self.ulysses, self.ring) if group is not None]
+        object.__setattr__(self, "key", ", ".join(map(group_key, groups)) or "none")
 
 
 @dataclass(frozen=True)

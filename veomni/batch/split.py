@@ -153,7 +153,13 @@ def _check_rows(inputs: Mapping[str, Any], batch: int, length: int, shard: Seque
 
 
 def boundaries_of(positions: Tensor) -> Tensor | None:
-    """Return where documents start, int32 ``[documents + 1]`` over the flattened rows; None if each row is one."""
+    """Return where documents start, int32 ``[documents + 1]`` over the flattened rows; None if each row is one.
+
+    Three axes are of one document each: time, height and width repeat within an image. A fourth, in front of them,
+    counts the text.
+    """
+    if positions.dim() == 3 and len(positions) == 3:
+        return None
     rows = positions[0] if positions.dim() == 3 else positions
     starts = torch.diff(rows, prepend=rows[:, :1], dim=-1) != 1
     starts[:, 0] = True

@@ -30,6 +30,15 @@ def group_named(name: str) -> ProcessGroup:
     return found
 
 
+def group_key(group: ProcessGroup) -> str:
+    """Return what a compiled graph holds of a group: its name, size and rank.
+
+    Dynamo guards the type of a group only. Traced code that reads this text from an attribute is compiled again for
+    another group.
+    """
+    return f"{group.group_name} {group.size()} {group.rank()}"
+
+
 def start_all_to_all(rows: Tensor, size: int, group: str) -> Tensor:
     """Start to send each of ``size`` ranks its entry of the first dimension; what is returned is to be awaited."""
     received: Tensor = torch.ops._c10d_functional.all_to_all_single(rows, [1] * size, [1] * size, group)

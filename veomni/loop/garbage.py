@@ -27,7 +27,7 @@ class AutomaticCollection:
 
     def resume(self) -> None:
         """Put it back to where it was before the first of the schedules that are left; objects frozen then stay so."""
-        self._schedules -= 1
+        self._schedules = max(0, self._schedules - 1)  # none is left in a forked process
         if self._schedules:
             return
         if not self._frozen:

@@ -70,8 +70,9 @@ def fresh_like(plain: nn.Module, launcher: Launcher, name: str) -> nn.Module:
     fresh.load_state_dict({key: values[key] for key in fresh.state_dict() if key in values}, strict=False)
     fresh.tie_weights()
     if isinstance(plain, FSDPModule):
-        for block in derive_plan(fresh).blocks:
-            fully_shard(fresh.get_submodule(block), mesh=launcher.state.parameter_mesh)
+        plan = derive_plan(fresh)
+        for unit in (*plan.embeddings, *plan.heads, *plan.blocks):
+            fully_shard(fresh.get_submodule(unit), mesh=launcher.state.parameter_mesh)
         fully_shard(fresh, mesh=launcher.state.parameter_mesh)
     return fresh.train(plain.training)
 

@@ -12,7 +12,7 @@ from torch import nn
 from tests.models.tiny import tiny_config
 from veomni.launcher import Launcher
 from veomni.models import build_model
-from veomni.strategies import DDP, FSDP2, ActivationCheckpointing, ContextParallel, Ulysses
+from veomni.strategies import DDP, FSDP2, ActivationCheckpointing, Compile, ContextParallel, Ulysses
 from veomni.testing.documents import global_rows, share
 from veomni.testing.oracle import BOUNDS, Truth, check, truth_of
 from veomni.testing.ranks import run_ranks
@@ -25,15 +25,22 @@ PAIRS: dict[str, tuple[int, Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-def set_up(strategies: list[Any]) -> tuple[Launcher, nn.Module]:
-    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp64", timeout_seconds=60)
+BLOCKS: dict[str, tuple[str, list[Any]]] = {
+    "plain": ("fp64", []),
+    "recomputed": ("fp64", [ActivationCheckpointing()]),
+    "compiled": ("fp32", [Compile("aot_eager")]),
+}
+
+
+def set_up(strategies: list[Any], precision: str) -> tuple[Launcher, nn.Module]:
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision=precision, timeout_seconds=60)
     launcher.launch()
     return launcher, launcher.setup_model(build_model(tiny_config("qwen3"), weights="random")).train()
 
 
-def interleaved(first: Callable[[], Any], second: Callable[[], Any], recompute: bool) -> list[Truth]:
-    more = [ActivationCheckpointing()] if recompute else []
-    pairs = [set_up([*strategies(), *more]) for strategies in (first, second)]
+def interleaved(first: Callable[[], Any], second: Callable[[], Any], blocks: str) -> list[Truth]:
+    precision, more = BLOCKS[blocks]
+    pairs = [set_up([*strategies(), *more], precision) for strategies in (first, second)]
     rows = global_rows(tiny_config("qwen3").vocab_size)
     steps, micros = [], []
     for launcher, model in pairs:
@@ -52,11 +59,11 @@ def interleaved(first: Callable[[], Any], second: Callable[[], Any], recompute: 
     return found
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_each_model_uses_its_own_groups(pair: str, recompute: bool) -> None:
+def test_each_model_uses_its_own_groups(pair: str, blocks: str) -> None:
     ranks, first, second = PAIRS[pair]
     truth = truth_of(tiny_config("qwen3"))
-    for found in run_ranks(partial(interleaved, first, second, recompute), ranks, init=False):
+    for found in run_ranks(partial(interleaved, first, second, blocks), ranks, init=False):
         for outcome in found:
-            check(outcome, truth, BOUNDS["fp64"])
+            check(outcome, truth, BOUNDS[BLOCKS[blocks][0]])

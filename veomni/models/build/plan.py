@@ -49,6 +49,10 @@ def _ends(model: Any, apart: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[st
     """Return the names of embedding and head: of those that are plain layers, with a weight that nothing else holds."""
     if not is_pretrained(model):
         return (), ()
+    try:
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # transformers does not know them, and the model does not name them
+        return (), ()
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     names = {id(module): name for name, module in model.named_modules() if name not in apart}
 
@@ -56,7 +60,7 @@ def _ends(model: Any, apart: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[st
         plain = type(module) is kind and all(holders[id(each)] == 1 for each in module.parameters())
         return (names[id(module)],) if plain and id(module) in names else ()
 
-    return own(model.get_input_embeddings(), nn.Embedding), own(model.get_output_embeddings(), nn.Linear)
+    return own(ends[0], nn.Embedding), own(ends[1], nn.Linear)
 
 
 def _outermost(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ def replace_flash_kernels(names: Sequence[str], device: torch.device) -> None:
             reason = _try(name, device)
             if reason is None:
                 return
-            logger.warning_rank0("attention: %s is installed and not used: %s", name, reason)
+            logger.warning("attention: %s is installed and not used: %s", name, reason)
 
 
 def _is_installed(module: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from veomni.compat.collectives import group_key
 from veomni.errors import ModelError
 from veomni.ops.attention.ulysses import HEADS_EXCHANGED, check_heads, exchanges_heads, repeat_heads
 from veomni.ops.comm.even_exchange import finish_exchange, start_exchange
@@ -81,7 +82,7 @@ class _Overlapped:
     """
 
     def __init__(self, module: nn.Module, group: ProcessGroup, patch: PatchAttribute) -> None:
-        self.module, self.group = module, group
+        self.module, self.group, self.key = module, group, group_key(group)
         self.inner: Callable[..., Any] = module.forward
         self.names = list(inspect.signature(self.inner).parameters)
         self.project = {name: getattr(module, name).forward for name in _PROJECTIONS}
@@ -93,7 +94,7 @@ class _Overlapped:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attend as the module does; where another attention is in use (a probe), do nothing else."""
-        if not exchanges_heads(self.module):
+        if not exchanges_heads(self.module) or not self.key:  # reading the key guards a compiled graph
             return self.inner(*args, **kwargs)
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         hidden = arguments["hidden_states"]
@@ -131,6 +132,9 @@ class _InFlight:
         self.shape = (part.shape[0], part.shape[1] * size, part.shape[2])
         self.dtype, self.device = part.dtype, part.device
         self.rooms = rooms
+
+    def size(self) -> tuple[int, ...]:
+        return self.shape
 
 
 def _whole_tables(forward: Callable[..., Any], attention: nn.Module, group: ProcessGroup) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ def use_attention(body: Any, name: str) -> None:
 def group_of(axis: Literal["ulysses", "ring"], groups: SequenceGroups | None) -> ProcessGroup:
     """Return the ranks that share rows over ``axis``; a ModelError where the model was not set up with them."""
     group: ProcessGroup | None = getattr(groups, axis, None)
-    if group is None:
+    if group is None or groups is None or not groups.key:  # reading the key guards a compiled graph
         raise ModelError(f"the model's attention is that of {axis}, without its ranks", "set the model up with them")
     return group
 

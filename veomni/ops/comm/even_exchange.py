@@ -56,7 +56,7 @@ class _Finish(torch.autograd.Function):
         return start_all_to_all(grad.contiguous(), ctx.size, ctx.group), None, None
 
 
-# A graph holds the name of a group where it cannot hold the group; models with other groups have other names.
+# A graph holds the name of a group where it cannot hold the group; what calls this guards it (``group_key``).
 @torch.library.custom_op("veomni::exchange_evenly", mutates_args=())
 def _exchange(rows: Tensor, group: str) -> Tensor:
     received = torch.empty_like(rows, memory_format=torch.contiguous_format)
