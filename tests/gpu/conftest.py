@@ -13,7 +13,7 @@ from tests.gpu.devices import COUNT, KIND, on_devices, outcome_of
 
 # Of tiny steps that run side by side: a communicator takes memory by channel, and every case makes several.
 os.environ.setdefault("NCCL_MAX_CTAS", "2")
-# What asks whether there are GPUs may not initialise CUDA before the forks.
+# The check for GPUs may not initialise CUDA before the forks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 WARM = (

@@ -14,5 +14,5 @@ if __name__ == "__main__":
         sys.exit(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != int(supervisor):  # it died before the request was made
         sys.exit(f"the supervisor {supervisor} is gone")
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it asks for a profile, and must not kill a rank that starts up
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it requests a profile, and must not kill a rank that starts up
     os.execv(command[0], command)  # noqa: S606 (the very program that the user started)

@@ -23,7 +23,7 @@ _HISTORY = 100_000  # allocations and frees: some steps of a large model, about 
 
 
 class Profile:
-    """Write traces of steps, and of the memory they allocate; SIGUSR2 to a rank or its supervisor asks for one more.
+    """Write traces of steps, and of the memory they allocate; SIGUSR2 to a rank or its supervisor requests one more.
 
     A trace has the operations and kernels of ``count`` steps in succession of a rank, for ui.perfetto.dev or
     chrome://tracing. The step before them warms the profiler up, where there is one; a signal is acted on after the
@@ -102,7 +102,7 @@ class Profile:
         return since == 0 or (since > 0 and self.every is not None and since % self.every == 0)
 
     def finish_step(self, *, requested: bool) -> None:
-        """End the step; ``requested`` on all ranks asks for a trace of the next ones, after one that warms up."""
+        """End the step; ``requested`` on all ranks requests a trace of the next ones, after one that warms up."""
         if self._start is not None:
             if requested:
                 logger.info_rank0("SIGUSR2 is ignored: steps are being profiled")

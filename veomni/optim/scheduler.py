@@ -210,6 +210,5 @@ class _FactorLR(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
-        self._last_lr = (
-            self.get_lr()
-        )  # tensors of its own, where rates are tensors: the next step writes into the group's
+        # Rates may be tensors: these are others than the groups', which the next step writes into.
+        self._last_lr = self.get_lr()
