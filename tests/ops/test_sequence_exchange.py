@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from veomni.batch.forward_call import SequenceGroups
+from veomni.batch.split import SequenceShard
+from veomni.ops.attention.whole_rows import group_of
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads, gather_sequence
-from veomni.testing.ranks import run_ranks
+from veomni.testing.ranks import free_port, run_ranks
 
 
 def whole(batch, seq, heads, width, seed):
@@ -90,3 +97,41 @@ def test_bytes_sent_are_those_of_the_formula(ranks):
     for calls, sent, expected in run_ranks(count_bytes, ranks):
         assert calls == 4, "queries, keys and values travel together, forward and backward"
         assert sent == expected
+
+
+class Exchanging(nn.Module):
+    """Exchanges over the groups that it was given, as attention does."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.sequence_groups = SequenceGroups(SequenceShard(), group, ulysses=group)
+
+    def forward(self, tensor):
+        (exchanged,) = gather_seq_scatter_heads([tensor], group_of("ulysses", self.sequence_groups))
+        return exchanged
+
+
+def launched_again(ports):
+    """Process groups end and begin again with the same names, other sizes and other ranks."""
+    rank, found = int(os.environ["RANK"]), []
+    full = whole(1, 8, 4, 3, 0)
+    for port, groups in zip(ports, [[[0, 1], [2, 3]], [[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0, 1, 2, 3]]], strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        dist.init_process_group("gloo")
+        made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+        ranks, group = next(each for each in made if rank in each[0])
+        module = Exchanging(group)
+        module.compile(backend="eager")
+        place, size = ranks.index(rank), len(ranks)
+        part = module(full.chunk(size, 1)[place])
+        found.append(part.shape == full.chunk(size, 2)[place].shape and torch.equal(part, full.chunk(size, 2)[place]))
+        dist.barrier()
+        del made, group, module
+        gc.collect()
+        dist.destroy_process_group()
+    return found
+
+
+def test_compiled_exchanges_are_those_of_a_later_launch():
+    for found in run_ranks(launched_again, 4, [free_port() for _ in range(4)], init=False):
+        assert found == [True] * 4

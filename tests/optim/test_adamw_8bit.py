@@ -86,7 +86,7 @@ def save(directory: Path, layout: str, *, async_save: bool) -> None:
     steps(state, range(2))
     checkpointer = Checkpointer(directory, async_save=async_save)
     checkpointer.save(state, 2)
-    steps(state, range(2, 3))  # goes on while the copies are written
+    steps(state, range(2, 3))  # the copies are written meanwhile
     checkpointer.close()
 
 

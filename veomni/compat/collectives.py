@@ -33,8 +33,8 @@ def group_named(name: str) -> ProcessGroup:
 def group_key(group: ProcessGroup) -> str:
     """Return what a compiled graph holds of a group: its name, size and rank.
 
-    Dynamo guards the type of a group only. Traced code that reads this text from an attribute is compiled again for
-    another group.
+    Dynamo guards the name alone, and names are given again once the default group was destroyed. Traced code that reads
+    this text from an attribute is compiled again for another size or rank.
     """
     return f"{group.group_name} {group.size()} {group.rank()}"
 

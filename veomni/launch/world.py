@@ -1,7 +1,6 @@
 """From the environment to a process with a device, a process group and a mesh."""
 
 import os
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -114,5 +113,3 @@ class World:
             self.profile_signal.close()
         compat.uninstall()
         set_parallel_state(None)
-        if "torch._dynamo" in sys.modules:  # graphs know groups by address, which one of a later launch may have
-            torch.compiler.reset()
