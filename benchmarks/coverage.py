@@ -140,7 +140,7 @@ def plain(model_type: str, mode: str) -> None:
     except ModelError:  # nothing that learns tokens: the launcher says so
         return
     tokens = rows(packed=True)[0][0].tokens[None]
-    architecture._from_config(config)(**plain_inputs(model_type, tokens), use_cache=False)
+    architecture(config)(**plain_inputs(model_type, tokens), use_cache=False)
 
 
 def truth(model_type: str, mode: str, packed: bool) -> Truth:

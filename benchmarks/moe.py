@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from veomni.models.transformers_api.experts import EXPERTS_IMPLEMENTATION
 from veomni.ops.experts.forward import experts_forward
 from veomni.ops.experts.layout import ACTIVATION, find_activation
 
@@ -25,7 +26,7 @@ ROUNDS = 3
 def build(args):
     config = SimpleNamespace(
         num_experts=args.experts, hidden_size=args.hidden, moe_intermediate_size=args.intermediate, hidden_act="silu",
-        _experts_implementation="eager",
+        **{EXPERTS_IMPLEMENTATION: "eager"},
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -52,7 +53,7 @@ def contenders(module, args):
         found["veomni compiled"] = torch.compile(found["veomni"], fullgraph=True)
 
     def transformers(hidden, index, weights, name="grouped_mm"):
-        module.config._experts_implementation = name
+        setattr(module.config, EXPERTS_IMPLEMENTATION, name)
         return module(hidden, index, weights)
 
     found["transformers"] = transformers
@@ -82,7 +83,7 @@ def build_float32(module):
     with torch.device("cuda"):
         wide = Qwen3MoeExperts(module.config)
     wide.load_state_dict({name: value.float() for name, value in module.state_dict().items()})
-    wide.config = SimpleNamespace(**{**vars(module.config), "_experts_implementation": "eager"})
+    wide.config = SimpleNamespace(**{**vars(module.config), EXPERTS_IMPLEMENTATION: "eager"})
     return wide
 
 

@@ -147,9 +147,9 @@ def micro_batch(row, vocabulary, seed):
 def measure(row, args):
     """Train, and return what this rank measured."""
     import torch
-    from torch._dynamo.utils import counters
 
     from veomni import Launcher, build_model
+    from veomni.compat.dry_runs import graph_breaks
     from veomni.strategies.transforms.precision import select_precision
 
     cuda = torch.cuda.is_available()
@@ -193,7 +193,7 @@ def measure(row, args):
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "reserved_gib": torch.cuda.memory_reserved() / 2**30 if cuda else 0.0,
         "growth_mib": (allocated[-1] - allocated[args.warmup]) / 2**20,
-        "graph_breaks": float(sum(counters["graph_break"].values())),
+        "graph_breaks": float(graph_breaks()),
     }
     if args.profile:
         result |= profile(launcher, model, optimizer, batches)

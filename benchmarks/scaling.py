@@ -168,11 +168,10 @@ WHOLE_BUFFER = {
 def counted(config: Any, layout: Layout) -> dict[str, int]:
     """Run a step as rank 0 of a process group without other ranks, and return the bytes of each operation."""
     import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from veomni import Launcher, build_model
+    from veomni.compat.dry_runs import join_fake_ranks
+    from veomni.compat.tensors import TorchDispatchMode
     from veomni.strategies import FSDP2, ActivationCheckpointing, ExpertParallel, Ulysses
     from veomni.testing import seams
 
@@ -187,7 +186,7 @@ def counted(config: Any, layout: Layout) -> dict[str, int]:
             return func(*args, **(kwargs or {}))
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(layout.world), LOCAL_WORLD_SIZE=str(layout.world))
-    dist.init_process_group("fake", rank=0, world_size=layout.world, store=FakeStore())
+    join_fake_ranks(layout.world)
     beside = [Ulysses(layout.ulysses)] * (layout.ulysses > 1) + [ActivationCheckpointing("full")] * layout.recompute
     if layout.experts > 1:
         beside.append(ExpertParallel(layout.experts, exchange="fixed" if layout.fixed else "exact"))

@@ -11,7 +11,7 @@ import pytest
 import veomni
 
 PACKAGE = Path(veomni.__file__).parent
-ROOTS = (PACKAGE, *(PACKAGE.parent / name for name in ("strategies", "accelerators", "examples")))
+ROOTS = (PACKAGE, *(PACKAGE.parent / name for name in ("strategies", "accelerators", "examples", "benchmarks")))
 ALLOWED = (PACKAGE / "compat", PACKAGE / "models" / "transformers_api")
 OWN = ("self", "cls", "ctx")
 ACCESS = ("getattr", "hasattr", "setattr", "delattr")

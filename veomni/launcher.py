@@ -148,7 +148,10 @@ class Launcher(World):
             gc_steps: Steps between runs of Python's garbage collector, at the same step on all ranks, and of objects
                 made since the first step only; null leaves it to Python, which stops one rank at a time.
         """
-        with closing(GarbageSchedule(gc_steps)) as garbage:
+        return self._collected(GarbageSchedule(gc_steps), loader, max_steps)
+
+    def _collected(self, garbage: GarbageSchedule, loader: Iterable[Any], max_steps: int | None) -> Iterator[Step]:
+        with closing(garbage):
             yield from self._steps(loader, max_steps, garbage)
 
     def _steps(self, loader: Iterable[Any], max_steps: int | None, garbage: GarbageSchedule) -> Iterator[Step]:

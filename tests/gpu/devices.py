@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from veomni.testing.ranks import RankFailed, run_cases
@@ -14,6 +15,8 @@ KIND = os.environ.get("GPU_TESTS_ON", "")
 # By NVML: CUDA is not initialised here, so ranks can be forked.
 COUNT = {"cuda": torch.cuda.device_count, "cpu": lambda: 2, "": lambda: 0}[KIND]()
 RANKS = tuple(ranks for ranks in (1, 2, 4) if ranks <= COUNT)
+on_gpus = pytest.mark.skipif(KIND != "cuda" or not COUNT, reason="run by make gpu, on GPUs")
+two_devices = pytest.mark.skipif(COUNT < 2, reason="run by make gpu, on two GPUs or more")
 LAUNCHER = {"accelerator": KIND, "backend": "auto", "timeout_seconds": 120.0}
 """Options of a launcher on these devices."""
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.gpu.devices import on_gpus
 from veomni.optim import build_optimizer
 from veomni.testing.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")  # counted without CUDA
+pytestmark = on_gpus
 pytest.importorskip("torchao")
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import current_flash_attention_impl
 
+from tests.gpu.devices import KIND, SECONDS, on_gpus, two_devices
 from veomni.batch.split import SequenceShard
 from veomni.ops.attention.block import Block, Segments, attend, attend_backward, merge_into
 from veomni.ops.attention.flash_package import replace_flash_kernels
@@ -25,13 +25,8 @@ from veomni.ops.attention.varlen import kernels_in_use, varlen_attention
 from veomni.ops.comm.sequence_exchange import gather_heads_scatter_seq, gather_seq_scatter_heads
 from veomni.testing.ranks import run_ranks
 
-KIND = os.environ.get("GPU_TESTS_ON", "")
-COUNT = {"cuda": torch.cuda.device_count, "cpu": lambda: 2, "": lambda: 0}[KIND]()
 DTYPE, BOUND = (torch.bfloat16, 1e-2) if KIND == "cuda" else (torch.float32, 1e-5)
-SCALE, SECONDS = 0.11, 240.0
-
-pytestmark = pytest.mark.skipif(not COUNT, reason="run by make gpu, on GPUs")
-two_devices = pytest.mark.skipif(COUNT < 2, reason="needs two GPUs")
+SCALE = 0.11
 
 
 def device() -> torch.device:
@@ -102,7 +97,7 @@ WHOLE_ROWS = {
 }
 
 
-@pytest.mark.skipif(KIND == "cpu", reason="variable-length kernels need a GPU")
+@on_gpus
 @pytest.mark.parametrize("case", WHOLE_ROWS)
 def test_whole_rows(case):
     (found,) = run_ranks(on_whole_rows, 1, *WHOLE_ROWS[case], init=False, timeout=SECONDS)
@@ -115,7 +110,7 @@ def beside_a_package(folder: str) -> tuple[str | None, list[float]]:
     return current_flash_attention_impl(), on_whole_rows(*WHOLE_ROWS["packed"])
 
 
-@pytest.mark.skipif(KIND == "cpu", reason="variable-length kernels need a GPU")
+@on_gpus
 def test_a_package_that_does_not_fit_is_not_used(tmp_path):
     (tmp_path / "flash_attn/cute").mkdir(parents=True)
     for module in ("flash_attn", "flash_attn/cute"):

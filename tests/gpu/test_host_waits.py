@@ -6,7 +6,6 @@ work queued behind it, and are not counted here.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpu.devices import on_gpus, two_devices
 from tests.loop.test_host_reads import BATCHES, IDS, LAYERS, STRATEGIES
 from tests.models.tiny import tiny_config
 from veomni.launcher import Launcher
@@ -22,8 +22,7 @@ from veomni.models import build_model
 from veomni.strategies import Compile
 from veomni.testing.ranks import run_ranks
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # ranks are forked from here
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = [on_gpus, two_devices]
 WARM, COUNTED = 3, 2  # kernels are compiled and memory is pinned in the first steps
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.gpu.devices import on_gpus
 from veomni.launcher import Launcher
 from veomni.loop.profile import Profile
 from veomni.loop.reporter import Reporter
 from veomni.testing.ranks import RankFailed, run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")  # counted without CUDA
+pytestmark = on_gpus
 
 
 def train(output_dir, *, too_much):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.examples.conftest import corpus
 from tests.examples.script import ROOT, SHORT, agree, arguments, rows
-from tests.gpu.devices import KIND, RANKS
+from tests.gpu.devices import KIND, RANKS, two_devices
 from tests.launch.conftest import Program, clean_environment, is_running, wait_until
 
 __all__ = ["corpus"]
@@ -81,7 +81,7 @@ def test_a_killed_rank_ends_the_run(runs):
     assert not any(is_running(pid) for pid in ranks)
 
 
-@pytest.mark.skipif(RANKS[-1:] < (2,), reason="needs 2 GPUs")
+@two_devices
 def test_a_hung_collective_ends_the_run(runs):
     ranks, started = runs["hung"].ranks(after=3), time.monotonic()
     os.kill(ranks[-1], signal.SIGSTOP)

@@ -141,7 +141,7 @@ def test_workers_that_are_forked_meanwhile_collect_automatically():
 
 def test_steps_below_one_are_rejected():
     def loop():
-        next(launched().track([[{"input": torch.ones(1, 2)}]], gc_steps=0))
+        launched().track([[{"input": torch.ones(1, 2)}]], gc_steps=0)
 
     with pytest.raises(AssertionError, match="gc_steps is 0") as failed:
         run_ranks(loop, 1, init=False)

@@ -117,6 +117,10 @@ PRIVATE = tuple(
         (f"{_STORED}.metadata:_MEM_FORMAT_ENCODING", "the memory format of a tensor", _UNREADABLE),
         ("torch.serialization:_get_layout", "the function that the layout of a tensor is pickled as", _UNREADABLE,
          ("name",)),
+        # dry_runs
+        ("torch._dynamo.utils:counters", "benchmarks print the breaks of compiled graphs", "no such figure"),
+        ("torch.testing._internal.distributed.fake_pg:FakeStore",
+         "benchmarks count the bytes of collectives without other ranks", "formulas are compared with nothing"),
         # tensors
         ("torch:_foreach_mul_", _FOREACH, _LOOP),
         ("torch:_foreach_lerp_", _FOREACH, _LOOP),

@@ -58,7 +58,8 @@ class Profile:
         self._rank, self._writes = 0, False
         self._accelerator: Accelerator | None = None  # that records its allocations
         self._start: int | None = None  # first step of the trace that is due or being made
-        self._step = 0
+        self._step = self._finished = 0
+        self._planned = False  # whether a step of the plan was reached
         self._trace: profile | None = None
         self._range: record_function | None = None
 
@@ -84,8 +85,12 @@ class Profile:
     def start_step(self, step: int) -> None:
         """Begin the step ``step``, before its data is read."""
         self._step = step
+        due = next((due for due in (step, step + 1) if self._is_due(due)), None)
+        self._planned = self._planned or due is not None
         if self._start is None:
-            self._start = next((due for due in (step, step + 1) if self._is_due(due)), None)
+            self._start = due
+        elif due == step != self._start:
+            logger.warning_rank0("no profile from step %s on: those from %s on are being profiled", due, self._start)
         if self._start is None or not self._writes:
             return
         if self._trace is None:
@@ -103,6 +108,7 @@ class Profile:
 
     def finish_step(self, *, requested: bool) -> None:
         """End the step; ``requested`` on all ranks requests a trace of the next ones, after one that warms up."""
+        self._finished = self._step
         if self._start is not None:
             if requested:
                 logger.info_rank0("SIGUSR2 is ignored: steps are being profiled")
@@ -119,6 +125,8 @@ class Profile:
     def close(self) -> None:
         """Write the trace in hand, which the end of a run cuts short, and record allocations no more."""
         self._finish_trace()
+        if self.first is not None and self._finished and not self._planned:
+            logger.warning_rank0("no step was profiled: Profile.first %s is none of this run's", self.first)
         if self._accelerator is not None:
             self._accelerator.stop_recording_memory()
             self._accelerator = None
@@ -129,11 +137,12 @@ class Profile:
             return
         if self._step < start:  # the run ended in the step that warms up
             trace.start_trace()
-            trace.stop_trace()
-            return
         self._end_range()
         trace.stop_trace()
-        steps = f"{start}-{self._step}"
+        if self._finished < start:
+            logger.warning_rank0("no profile from step %s on: the run ended before", start)
+            return
+        steps = f"{start}-{self._finished}"
         trace.export_chrome_trace(str(self._file("trace", f"step_{steps}", "json.gz")))
         self._write_memory(f"step_{steps}")
         logger.info_rank0("profiled steps %s: %s", steps, self._directory)
@@ -157,5 +166,5 @@ class Profile:
     def _out_of_memory(self) -> None:
         try:
             self._write_memory("out_of_memory")
-        except OSError as error:  # it would take the place of the error that is about to be raised
+        except Exception as error:  # it would take the place of the error that is about to be raised
             logger.error("rank %s: allocations cannot be written: %s", self._rank, error)

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from veomni.models.transformers_api.capabilities import is_pretrained
 
+EXPERTS_IMPLEMENTATION = "_experts_implementation"
+"""The attribute of a configuration that names the function for experts."""
+
 
 def has_experts(model: nn.Module) -> bool:
     """Return whether a model's experts go through transformers' experts interface."""
