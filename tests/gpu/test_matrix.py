@@ -16,7 +16,6 @@ from tests.gpu.devices import KIND, LAUNCHER, RANKS, on_devices, outcome_of
 from tests.models.tiny import tiny_config
 from tests.parity.matrix import MAX_NORM, PRECISIONS, SPARSE, Case, matrix, plain
 from tests.together import selected
-from veomni.models import build_model
 from veomni.moe import RoutingLog, record_routing
 from veomni.testing.documents import global_rows
 from veomni.testing.oracle import BOUNDS, Truth, backward_of, check, initial_model, relative_error
@@ -39,8 +38,6 @@ def true_step(model: str, weighted: bool) -> tuple[Truth, list[Choices]]:
 def steps(request) -> Callable[[Case], tuple[Truth, list[Any]]]:
     """The truth of a case, and what its ranks came to; all cases of the run at its first use."""
     cases = selected(request.session.items, request.module)
-    for model in {case.model for case in cases}:
-        build_model(tiny_config(model), weights="random")  # imports it, for all ranks
     needed = list(dict.fromkeys((case.model, case.weighted) for case in cases))
     truths = dict(zip(needed, on_devices([partial(true_step, *key) for key in needed], 1), strict=True))
     found = {}

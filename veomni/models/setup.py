@@ -57,7 +57,7 @@ def setup_model(
     plan = derive_plan(model)
     group = dist.group.WORLD if broadcast_weights else None
     storage = owner.storage_device(device)
-    materialize = Materializer(model, device=storage, seed=launcher.seed, group=group, drawn_on=device)
+    materialize = Materializer(model, device=device, seed=launcher.seed, group=group, storage=storage)
     launcher.reporter.describe_model(model, accelerator, precision, launcher.world_size)
     install_token_loss(model, fused=fused_loss)
     dtype = torch.float64 if precision.name == "fp64" else torch.float32

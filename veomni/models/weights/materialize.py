@@ -20,22 +20,24 @@ logger = create_logger(__name__)
 
 
 class Materializer:
-    """Gives the meta parameters and buffers of a model, not wrapped or sharded yet, storage on ``device`` and values.
+    """Gives the meta parameters and buffers of a model, not wrapped or sharded yet, memory and values.
 
-    Values come from the model's safetensors, each rank reading only the part it holds, or from a random stream that
-    depends on the seed, the module's name and the kind of device ``drawn_on`` (None: ``device``), so that parameters
-    start equal whether they are offloaded or not. Dtypes are those of the meta tensors; random values are computed in
-    float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay tied. With a
-    ``group``, rank 0 reads each tensor once and broadcasts it. Weights that do not fit the model are a ModelError.
+    The model runs on ``device``; its parameters live on ``storage`` (None: ``device``), its buffers, which a forward
+    reads as they are, on ``device``. Values come from the model's safetensors, each rank reading only the part it
+    holds, or from a random stream that depends on the seed, the module's name and the kind of ``device``, so that
+    parameters start equal whether they are offloaded or not. Dtypes are those of the meta tensors; random values are
+    computed in float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay
+    tied. With a ``group``, rank 0 reads each tensor once and broadcasts it. Weights that do not fit the model are a
+    ModelError.
     """
 
     def __init__(
         self, model: nn.Module, *, device: torch.device, seed: int, group: ProcessGroup | None = None,
-        drawn_on: torch.device | None = None,
+        storage: torch.device | None = None,
     ) -> None:  # fmt: skip
-        self.device, self._group = device, group
+        self.device, self.storage, self._group = device, storage or device, group
         skeleton = skeleton_of(model)
-        self._initializer = Initializer(skeleton, drawn_on or device, seed) if _meta_slots(model, "") else None
+        self._initializer = Initializer(skeleton, device, seed) if _meta_slots(model, "") else None
         self._streams: dict[str, WeightStream] = {}
         for part, directory in ModelAdapter.of(model).weights.items():
             self._streams[part] = WeightStream(skeleton.get_submodule(part), SafetensorsFiles(directory))
@@ -62,7 +64,8 @@ class Materializer:
         tensor = self._made.get(name)
         if tensor is None:
             with torch.no_grad():  # of a DTensor: storage for this rank's shard
-                tensor = fresh[name] = like(slot.tensor, torch.empty_like(slot.tensor, device=self.device))
+                device = self.storage if isinstance(slot.tensor, nn.Parameter) else self.device
+                tensor = fresh[name] = like(slot.tensor, torch.empty_like(slot.tensor, device=device))
             if own in self._tied:
                 self._made[name] = tensor
         return tensor
