@@ -29,10 +29,14 @@ class Rule:
 
 @dataclass
 class Matrix:
-    """Factors by name, with their values (hashable), and rules that forbid combinations."""
+    """Factors by name, with their values (hashable), and rules that forbid combinations.
+
+    ``costs`` are of values whose cases take long: to be chosen, such a value must bring that many more pairs.
+    """
 
     factors: Mapping[str, Sequence[Any]]
     rules: Sequence[Rule] = ()
+    costs: Mapping[tuple[str, Any], int] = field(default_factory=dict)
     left: dict[Pair, None] = field(default_factory=dict, repr=False)
 
     def cover(self, first: Sequence[Case] = ()) -> list[Case]:
@@ -73,7 +77,8 @@ class Matrix:
         return None
 
     def _gain(self, case: Case, name: str, value: Any) -> int:
-        return sum(pair_of(name, value, other, held) in self.left for other, held in case.items())
+        brought = sum(pair_of(name, value, other, held) in self.left for other, held in case.items())
+        return brought - self.costs.get((name, value), 0)
 
     def _take(self, cases: list[Case], case: Case) -> None:
         cases.append({name: case[name] for name in self.factors})

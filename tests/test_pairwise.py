@@ -30,6 +30,12 @@ def test_every_pair_is_covered(rules):
     assert cases == Matrix(FACTORS, rules).cover()
 
 
+def test_a_value_with_costs_is_in_fewer_cases():
+    plain, costly = Matrix(FACTORS, RULES).cover(), Matrix(FACTORS, RULES, {("e", 4): 4}).cover()
+    assert {pair for case in costly for pair in pairs_of(case)} == {pair for case in plain for pair in pairs_of(case)}
+    assert sum(case["e"] == 4 for case in costly) < sum(case["e"] == 4 for case in plain)
+
+
 def test_given_cases_come_first_and_count():
     first = [{"a": 3, "b": "q", "c": True, "d": "y", "e": 1}]
     cases = Matrix(FACTORS, RULES).cover(first)
