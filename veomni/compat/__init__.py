@@ -8,8 +8,9 @@ def install() -> None:
     """Change functions of torch for all models, without a change of results; calling it again changes nothing."""
     from torch.utils.checkpoint import SAC_IGNORED_OPS
 
-    from veomni.compat import modules, sharding
+    from veomni.compat import gloo, modules, sharding
 
+    gloo.share_loop()
     sharding.replace_copy_in(sharding.copy_gradients)
     SAC_IGNORED_OPS.update(modules.profiler_marks())
 
@@ -18,7 +19,8 @@ def uninstall() -> None:
     """Put back torch's own."""
     from torch.utils.checkpoint import SAC_IGNORED_OPS
 
-    from veomni.compat import modules, sharding
+    from veomni.compat import gloo, modules, sharding
 
+    gloo.use_own_loops()
     sharding.replace_copy_in(sharding.TORCH_COPY_IN)
     SAC_IGNORED_OPS.difference_update(modules.profiler_marks())

@@ -38,6 +38,8 @@ _STORED, _UNREADABLE = "torch.distributed.checkpoint", "no checkpoint can be rea
 _MARKS, _UNMARKED = "torch:ops.profiler._record_function", "selective checkpointing of experts under FSDP2 fails"
 _COUNTED = "from torch 2.13 on, each operation of a recomputation must have one in the forward"
 _COPIED = "removes hooks that a copy came with"
+_GLOO = "torch.distributed:ProcessGroupGloo"
+_OPTIONS, _LOOPS = "torch gives the constructor of a gloo group no options", "each gloo group has its own event loop"
 _HISTORY, _NO_SNAPSHOT = "the history of a device's allocations has no public name", "no memory snapshots"
 
 PRIVATE = tuple(
@@ -80,6 +82,11 @@ PRIVATE = tuple(
         ("torch.distributed.device_mesh:DeviceMesh._flatten",
          "one axis of several, which shares the groups of its mesh",
          "make a mesh for each view, with groups of its own", ("mesh_dim_name",)),
+        # gloo
+        (f"{_GLOO}.__init__", _OPTIONS, _LOOPS),
+        (f"{_GLOO}._Options()._devices", _OPTIONS, _LOOPS),
+        (f"{_GLOO}._Options()._threads", _OPTIONS, _LOOPS),
+        (f"{_GLOO}._Options()._timeout", _OPTIONS, _LOOPS),
         # modules
         ("torch:_C._current_graph_task_id", "distinguishes a recomputed forward", "AttributeError"),
         ("torch.nn:Module._compiled_call_impl", "Module.compile() keeps the compiled call there, and has no way back",

@@ -81,11 +81,11 @@ class World:
         self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         self.device = self.accelerator.device(place.local_rank)
         self.accelerator.set_device(self.device)
+        compat.install()
         init_process_group(self.device, self.backend, rank=self.rank, world_size=self.world_size, timeout=self.timeout)
         self.state = ParallelState(dims, self.device.type, timeout=self.timeout)
         set_parallel_state(self.state)
         self.signal, self.profile_signal = StopSignal(), ProfileSignal()
-        compat.install()
 
     @property
     def is_rank_zero(self) -> bool:

@@ -189,7 +189,10 @@ class _Fork:
     def _result(self, case: Callable[[], Any]) -> Any:
         import torch.distributed as dist
 
+        from veomni.compat import gloo
+
         if self.init and not dist.is_initialized():
+            gloo.share_loop()
             dist.init_process_group("gloo", timeout=timedelta(seconds=self.timeout))
         result = case()
         if dist.is_initialized():

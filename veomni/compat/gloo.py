@@ -1,0 +1,45 @@
+"""One event loop for all gloo groups of a process: torch gives each group its own.
+
+A loop wakes a hundred times a second, and a mesh has some twenty groups, on GPUs too: for tensors of the host.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+import torch.distributed as dist
+
+GLOO: Any = getattr(dist, "ProcessGroupGloo", None)  # torch may be built without it
+OWN_LOOP = GLOO.__init__ if hasattr(GLOO, "_Options") else None
+
+
+def share_loop() -> None:
+    """Let every gloo group that torch makes from now on use the process's one loop."""
+    if OWN_LOOP is not None:
+        GLOO.__init__ = _on_shared_loop
+
+
+def use_own_loops() -> None:
+    """Put back torch's constructor; groups that were made stay as they are."""
+    if OWN_LOOP is not None:
+        GLOO.__init__ = OWN_LOOP
+
+
+def _on_shared_loop(group: Any, *arguments: Any, **timeout: Any) -> None:
+    """Construct a group with the options that torch itself derives from ``timeout``, but for the devices."""
+    assert OWN_LOOP is not None
+    if timeout:
+        options = GLOO._Options()
+        options._devices, options._timeout = _devices(os.getpid()), timeout["timeout"]
+        options._threads = 2 * len(options._devices)
+        arguments += (options,)
+    OWN_LOOP(group, *arguments)
+
+
+@cache
+def _devices(process: int) -> list[Any]:
+    """Return the devices of a process (a fork inherits no thread), on the interfaces that torch chooses."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if not names:
+        return [GLOO.create_default_device()]
+    return [GLOO.create_device(interface=name) for name in names.split(",")]
