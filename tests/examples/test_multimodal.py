@@ -12,8 +12,8 @@ import pytest
 from tests.examples.script import ROOT, agree, rows
 from veomni.testing.ranks import run_ranks
 
-SIX_STEPS = {
-    "train.precision": "fp64", "train.max_steps": 6, "data.max_seq_len": 128, "train.eval.every_steps": 3,
+STEPS = {
+    "train.precision": "fp64", "train.max_steps": 4, "data.max_seq_len": 128, "train.eval.every_steps": 2,
     "train.eval.max_batches": 2, "train.logging.plot": "false", "train.accelerator": "cpu",
     "train.checkpoint.keep_last": 5,
 }  # fmt: skip
@@ -40,7 +40,7 @@ def train(name, cache, output_dir, layout, **options):
         "model.config_path": ROOT / f"configs/model_configs/{'tiny_qwen3_vl' if name == 'vlm' else 'tiny_omni'}.json",
         "data.cache_dir": cache, "train.output_dir": output_dir,
     }  # fmt: skip
-    given = {**paths, **SIX_STEPS, **layout, **options}
+    given = {**paths, **STEPS, **layout, **options}
     run_ranks(
         script, layout["train.devices"], name, *(f"--{key}={value}" for key, value in given.items()), init=False,
         timeout=240,
@@ -50,9 +50,9 @@ def train(name, cache, output_dir, layout, **options):
 
 @pytest.fixture(scope="module", params=NAMES)
 def alone(request, cache, tmp_path_factory):
-    """Six steps of one process, saved after three."""
+    """Four steps of one process, saved after two."""
     output_dir = tmp_path_factory.mktemp(request.param)
-    steps = train(request.param, cache, output_dir, ALONE, **{"train.checkpoint.save_steps": 3})
+    steps = train(request.param, cache, output_dir, ALONE, **{"train.checkpoint.save_steps": 2})
     return request.param, output_dir, steps
 
 
@@ -77,7 +77,7 @@ def test_four_ranks_that_share_rows_train_as_one_does(alone, cache, tmp_path):
 def test_a_run_goes_on_on_four_ranks(alone, cache, tmp_path):
     name, output_dir, expected = alone
     shutil.copytree(output_dir, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/global_step_6")
+    shutil.rmtree(tmp_path / "run/checkpoints/global_step_4")
     same(train(name, cache, tmp_path / "run", FOUR), expected)
 
 

@@ -23,7 +23,7 @@ def compiled_step(model_name, layout, precision, compile="inductor", **options):
     ("model_name", "layout", "options"),
     [
         ("llama", "fsdp2_2", {"accumulation": 3}),
-        ("qwen3", "ddp2", {"recompute": "selective"}),
+        ("qwen3", "ddp2", {"recompute": "selective", "compile": "aot_eager"}),
         ("qwen3", "ulysses2_fsdp2", {"recompute": "full", "compile": "aot_eager"}),
         ("gpt_oss", "ulysses2_ddp", {"recompute": "selective", "compile": "aot_eager"}),
         ("gpt_oss", "async2_ddp", {"recompute": "full", "compile": "aot_eager"}),
@@ -41,16 +41,13 @@ def test_gradients_of_compiled_blocks_are_those_of_the_oracle(model_name, layout
         assert not breaks
 
 
-@pytest.mark.parametrize(
-    ("model_name", "layout", "changes"),
-    [("qwen2_moe", "ep2_chunks", {"num_hidden_layers": 1}), ("deepseek_v3", "ep2_fsdp1", {})],
-)
-def test_compiled_blocks_with_experts_on_other_ranks(model_name, layout, changes):
+@pytest.mark.parametrize(("model_name", "layout"), [("qwen2_moe", "ep2_chunks"), ("deepseek_v3", "ep2_fsdp1")])
+def test_compiled_blocks_with_experts_on_other_ranks(model_name, layout):
     """Their graphs break where tokens are exchanged, and where shared experts run meanwhile."""
     for outcome, graphs, _ in run_ranks(
-        compiled_step, 2, model_name, layout, "fp32", accumulation=3, changes=changes, init=False, timeout=240
+        compiled_step, 2, model_name, layout, "fp32", "aot_eager", accumulation=3, init=False, timeout=240
     ):
-        check(outcome, oracle(model_name, **changes), BOUNDS["fp32"])
+        check(outcome, oracle(model_name), BOUNDS["fp32"])
         assert graphs >= 2
 
 
