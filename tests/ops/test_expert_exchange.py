@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from veomni.ops.experts.exchange import Dispatch, ExpertExchange, exchange_experts
 from veomni.ops.experts.permute import Routing
@@ -31,13 +32,14 @@ OPTIONS = [
 def world(rank: int, choice: str) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens, experts and weights of a rank; float64, the same whoever asks."""
     generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
-    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+    tokens = max(0, TOKENS - 6 * rank) if choice == "uneven" else TOKENS
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    index = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].contiguous()
     if choice == "one rank":
         index[:, 0], index[:, 1], index[:, 2] = 5, 6, 7
     if choice == "some to none":  # zaya's routers skip experts so
         index[::2, 1] = EXPERTS
-    weights = torch.rand(TOKENS, TOP_K, generator=generator, dtype=torch.float64)
+    weights = torch.rand(tokens, TOP_K, generator=generator, dtype=torch.float64)
     return hidden.requires_grad_(), index, weights.requires_grad_()
 
 
@@ -69,7 +71,7 @@ def exchanged(choice: str, options: dict) -> dict[str, Tensor]:
     stack = expert_weights().detach()[rank * local : (rank + 1) * local].clone().requires_grad_()
     exchange = ExpertExchange(dist.group.WORLD, **options)
     out = exchange_experts(hidden, index, weights, local, run_stack(stack), exchange)
-    (out * torch.arange(1, TOKENS + 1)[:, None] * (rank + 1)).sum().backward()
+    (out * torch.arange(1, len(out) + 1)[:, None] * (rank + 1)).sum().backward()
     return {"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad, "stack": stack.grad}
 
 
@@ -84,10 +86,10 @@ def expected(size: int, choice: str) -> list[dict[str, Tensor]]:
                 for k in range(TOP_K)
                 if index[t, k] < EXPERTS
             )
-            for t in range(TOKENS)
+            for t in range(len(hidden))
         ]
-        out = torch.stack(rows)
-        (out * torch.arange(1, TOKENS + 1)[:, None] * (rank + 1)).sum().backward()
+        out = torch.stack(rows) if rows else hidden * weights.sum()
+        (out * torch.arange(1, len(out) + 1)[:, None] * (rank + 1)).sum().backward()
         found.append({"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad})
     local = EXPERTS // size
     for rank, part in enumerate(found):
@@ -95,8 +97,15 @@ def expected(size: int, choice: str) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("choice", ["any", "one rank", "some to none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+CASES = [
+    (options, choice)
+    for options in OPTIONS
+    for choice in ("any", "one rank", "some to none", "uneven")
+    if not (choice == "uneven" and options.get("fixed_size"))  # which needs as many tokens on all ranks
+]
+
+
+@pytest.mark.parametrize(("options", "choice"), CASES, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
 def test_results_and_gradients_are_those_of_one_process(size, options, choice):
     for found, truth in zip(run_ranks(exchanged, size, choice, options), expected(size, choice), strict=True):
@@ -173,6 +182,22 @@ def test_a_token_travels_once_to_each_rank_and_back_and_the_host_reads_once(size
             torch.float64: (sent * (HIDDEN + TOP_K) + received * HIDDEN) * 8,
         }
         assert backward == {torch.float64: (sent * HIDDEN + received * (HIDDEN + TOP_K)) * 8}
+
+
+def sent_in_recomputation() -> Counter:
+    hidden, index, weights = world(dist.get_rank(), "any")
+    exchange = ExpertExchange(dist.group.WORLD)
+    out = checkpoint(run_exchange, hidden, index, weights, exchange, use_reentrant=False)
+    with SentBytes() as backward:
+        out.sum().backward()
+    return backward.sent
+
+
+def test_a_recomputation_does_not_send_results_again():
+    rows = torch.stack(rows_to_ranks(2))
+    for rank, found in enumerate(run_ranks(sent_in_recomputation, 2)):
+        sent, received = int(rows[rank].sum()), int(rows[:, rank].sum())
+        assert found[torch.float64] == (2 * sent * HIDDEN + sent * TOP_K + received * (HIDDEN + TOP_K)) * 8
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits, all_to_all
-from veomni.ops.experts.permute import Routing, permute_tokens, route, sum_tokens
+from veomni.ops.experts.permute import Routing, gather_tokens, permute_tokens, route, sum_tokens
 from veomni.ops.experts.shared import SharedExperts
+from veomni.ops.host_copy import HostCopy
 
 RunExperts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 """Tokens ``[tokens, hidden]``, the routing of their choice, it and its weights ``[tokens, k]`` to the tokens' sums."""
@@ -63,8 +64,11 @@ class Dispatch:
     def __init__(self, hidden: Tensor, top_k_index: Tensor, local_experts: int, exchange: ExpertExchange) -> None:
         parts = zip(*(each.tensor_split(exchange.chunks) for each in (hidden, top_k_index)), strict=True)
         self.chunks = [_Chunk(tokens, index, local_experts, exchange) for tokens, index in parts]
-        if not exchange.fixed_size:
-            _fit_sizes(self.chunks, exchange.group)
+        sizes = None if exchange.fixed_size else _sizes(self.chunks, exchange.group)
+        self.chunks[0].pack()  # by the device, while the host waits for the sizes
+        if sizes is not None:
+            for chunk, ((to_ranks, _), (from_ranks, pairs)) in zip(self.chunks, sizes.read().tolist(), strict=True):
+                chunk.fit(Splits(to_ranks, from_ranks), sum(pairs))
         self.chunks[0].dispatch()
 
     def combine(self, weights: Tensor, run: RunExperts) -> Tensor:
@@ -96,6 +100,7 @@ class _Chunk:
         pairs: Pairs of a received token and an expert of this rank, or the most there can be.
     """
 
+    _packed: tuple[Tensor, Tensor] | None = None
     _choice: AsyncAllToAll
     _weights: AsyncAllToAll
     _tokens: AsyncAllToAll
@@ -108,7 +113,7 @@ class _Chunk:
             chosen = torch.arange(ranks, device=index.device).expand(count, ranks)
         else:
             chosen = _ranks_once(index // local_experts, ranks)
-        self.routing = route(chosen, ranks)
+        self.routing = route(chosen, ranks).first(count * min(chosen.shape[1], ranks))
         self.splits: Splits | None = None
         self.pairs = count * ranks * min(index.shape[1], local_experts)
 
@@ -123,10 +128,18 @@ class _Chunk:
         self.splits, self.pairs = splits, pairs
         self.routing = self.routing.first(sum(splits.sent))
 
+    def pack(self) -> tuple[Tensor, Tensor]:
+        """Gather what the rows to send chose, and the rows; or more of them, as long as the sizes are not read."""
+        self._packed = self._local_choice(), gather_tokens(self.tokens, self.routing)
+        return self._packed
+
     def dispatch(self) -> None:
         """Send the tokens to the ranks of their experts, and ahead of them what they chose there."""
-        self._choice = AsyncAllToAll.start(self._local_choice(), self.splits, self.group)
-        self._tokens = AsyncAllToAll.start(permute_tokens(self.tokens, self.routing), self.splits, self.group)
+        (choice, rows), count = self._packed or self.pack(), len(self.routing.order)
+        self._packed = None
+        self._choice = AsyncAllToAll.start(choice[:count], self.splits, self.group)
+        tokens = permute_tokens(self.tokens, self.routing, rows[:count])
+        self._tokens = AsyncAllToAll.start(tokens, self.splits, self.group)
 
     def _local_choice(self) -> Tensor:
         """Return of every row the numbers of its experts on the rank it goes to, ``local_experts`` for all others."""
@@ -164,9 +177,10 @@ def _ranks_once(ranks: Tensor, size: int) -> Tensor:
     return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, size)], 1)
 
 
-def _fit_sizes(chunks: Sequence[_Chunk], group: ProcessGroup) -> None:
-    """Let all chunks send exactly the rows there are: the host reads their sizes, for all chunks at once."""
+def _sizes(chunks: Sequence[_Chunk], group: ProcessGroup) -> HostCopy:
+    """Return the sizes of all chunks, ``[chunks, 2, 2, P]``: rows and pairs to each rank, and rows and pairs from each.
+
+    They are all that the host reads.
+    """
     sent = torch.stack([chunk.counts() for chunk in chunks], 1)  # [P, chunks, 2]
-    sizes = torch.stack([sent, all_to_all(sent, None, group)]).permute(2, 0, 3, 1).tolist()
-    for chunk, ((to_ranks, _), (from_ranks, pairs)) in zip(chunks, sizes, strict=True):
-        chunk.fit(Splits(to_ranks, from_ranks), sum(pairs))
+    return HostCopy(torch.stack([sent, all_to_all(sent, None, group)]).permute(2, 0, 3, 1))

@@ -49,10 +49,18 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
     return Routing(offsets, order, inverse, top_k_index.shape[1])
 
 
-def permute_tokens(hidden: Tensor, routing: Routing) -> Tensor:
-    """Return of every row of ``routing`` its token of ``[tokens, hidden]``, ``[rows, hidden]``."""
-    rows: Tensor = _Permute.apply(hidden, routing)
-    return rows
+def permute_tokens(hidden: Tensor, routing: Routing, rows: Tensor | None = None) -> Tensor:
+    """Return of every row of ``routing`` its token of ``[tokens, hidden]``, ``[rows, hidden]``.
+
+    ``rows`` is :func:`gather_tokens` of the same, where that was called before.
+    """
+    permuted: Tensor = _Permute.apply(hidden, gather_tokens(hidden, routing) if rows is None else rows, routing)
+    return permuted
+
+
+def gather_tokens(hidden: Tensor, routing: Routing) -> Tensor:
+    """Return the rows of :func:`permute_tokens`, without a gradient."""
+    return rows_of_tokens(hidden.detach(), routing.order, routing.inverse, routing.top_k)
 
 
 def sum_tokens(rows: Tensor, routing: Routing) -> Tensor:
@@ -63,28 +71,27 @@ def sum_tokens(rows: Tensor, routing: Routing) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, routing: Routing) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, routing: Routing) -> Tensor:
         ctx.save_for_backward(routing.inverse)
         ctx.top_k = routing.top_k
-        return rows_of_tokens(hidden, routing.order, routing.inverse, routing.top_k)
+        return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return sum_of_rows(grads[0].contiguous(), inverse, ctx.top_k), None
+        return sum_of_rows(grads[0].contiguous(), inverse, ctx.top_k), None, None
 
 
 class _Sum(torch.autograd.Function):
+    # The routing is no saved tensor: a block that is recomputed would exchange its results again to save it.
     @staticmethod
     def forward(ctx: Any, rows: Tensor, routing: Routing) -> Tensor:
-        ctx.save_for_backward(routing.order, routing.inverse)
-        ctx.top_k = routing.top_k
+        ctx.routing = routing
         return sum_of_rows(rows, routing.inverse, routing.top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        order, inverse = ctx.saved_tensors
-        return rows_of_tokens(grads[0].contiguous(), order, inverse, ctx.top_k), None
+        return gather_tokens(grads[0].contiguous(), ctx.routing), None
 
 
 def combine_rows(rows: Tensor, routing: Routing, weights: Tensor) -> Tensor:
