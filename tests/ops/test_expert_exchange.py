@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from veomni.ops.experts.exchange import Dispatch, ExpertExchange, exchange_experts
+from veomni.ops.experts.exchange import Dispatch, ExpertExchange, exchange_experts, ranks_of_token
 from veomni.ops.experts.permute import Routing
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.testing.ranks import run_ranks
@@ -167,6 +167,14 @@ def rows_to_ranks(size: int) -> list[Tensor]:
     """For each rank, how many of its tokens go to each: a token goes once to a rank, however many experts it has."""
     by_rank = [world(rank, "any")[1] // (EXPERTS // size) for rank in range(size)]
     return [torch.stack([(ranks == rank).any(1).sum() for rank in range(size)]) for ranks in by_rank]
+
+
+@pytest.mark.parametrize(("experts", "top_k", "ranks"), [(128, 8, 4), (8, 3, 2), (64, 6, 64)])
+def test_a_token_goes_to_as_many_ranks_as_drawn_ones_do(experts, top_k, ranks):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(20_000, experts, generator=generator).argsort(1)[:, :top_k] // (experts // ranks)
+    seen = torch.zeros(20_000, ranks).scatter_(1, drawn, 1.0).sum(1).mean().item()
+    assert ranks_of_token(experts, top_k, ranks) == pytest.approx(seen, rel=1e-2)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -5,6 +5,7 @@ several chunks, one chunk's tokens are in flight while the experts run on anothe
 the VeOmni paper (arXiv:2508.02317) and COMET (arXiv:2502.19811).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ class _Chunk:
         if exchange.fixed_size:
             chosen = torch.arange(ranks, device=index.device).expand(count, ranks)
         else:
-            chosen = _ranks_once(index // local_experts, ranks)
+            chosen = ranks_once(index // local_experts, ranks)
         self.routing = route(chosen, ranks).first(count * min(chosen.shape[1], ranks))
         self.splits: Splits | None = None
         self.pairs = count * ranks * min(index.shape[1], local_experts)
@@ -170,11 +171,16 @@ class _Chunk:
         self._tokens.wait()
 
 
-def _ranks_once(ranks: Tensor, size: int) -> Tensor:
+def ranks_once(ranks: Tensor, size: int) -> Tensor:
     """Return the ranks of ``[tokens, k]`` in order, ``size`` in place of each that a token has twice."""
     ranks, _ = ranks.sort(1)
     again = ranks[:, 1:] == ranks[:, :-1]
     return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, size)], 1)
+
+
+def ranks_of_token(experts: int, top_k: int, ranks: int) -> float:
+    """Return how many of ``ranks`` hold some of a token's ``top_k`` experts on average, if all are equally likely."""
+    return ranks * (1 - math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k))
 
 
 def _sizes(chunks: Sequence[_Chunk], group: ProcessGroup) -> HostCopy:
