@@ -110,43 +110,40 @@ def test_experts_larger_than_a_tile(name, backend):
     values = inputs(tokens=600, hidden=328)
     result = gradients(module, ours(module, backend), torch.bfloat16, values, "cuda")
     assert_close(result, truth(module, values), BOUNDS[torch.bfloat16])
+    for spare in (0, 100):
+        check_a_rank(module, slice(1, 3), backend, "cuda", values, spare)
 
 
-def shard(module, first, count):
-    """The module as a rank has it that holds ``count`` experts only."""
-    module = copy.deepcopy(module)
-    for name, parameter in module.named_parameters():
+def check_a_rank(whole, own, backend, device, values, spare):
+    """What a rank computes that holds the experts ``own``, over as many rows as it has pairs, and ``spare`` more."""
+    hidden, index, weights = values
+    dtype, here = whole.down_proj.dtype, (index >= own.start) & (index < own.stop)
+    expected = truth(whole, (hidden, index, weights.where(here, 0.0)))
+    expected["weights"] = expected["weights"].where(here, 0.0)
+    module = copy.deepcopy(whole)
+    for name, parameter in whole.named_parameters():
         if len(parameter) == EXPERTS:
-            setattr(module, name, nn.Parameter(parameter.detach()[first : first + count].clone()))
-    return module
+            setattr(module, name, nn.Parameter(parameter.detach()[own].clone()))
+            expected[name] = expected[name][own]
+    local = torch.where(here, index - own.start, own.stop - own.start).to(device)
+    rows = route(local, own.stop - own.start).first(int(here.sum()) + spare)
+
+    def run(hidden, index, weights):
+        with Float64Throughout() if dtype is torch.float64 else nullcontext():
+            return local_experts(module, hidden, rows, local, weights, backend)
+
+    result = gradients(module, run, dtype, values, device)
+    assert not result["weights"][~here.to(device)].any()
+    assert_close(result, expected, BOUNDS[dtype])
 
 
 @each_backend
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4", "nemotron_h", "muse_spark"])
-@pytest.mark.parametrize(("first", "count"), [(1, 2), (EXPERTS - 1, 1)], ids=["some", "none"])
-def test_pairs_of_experts_elsewhere_have_no_row(name, backend, dtype, device, first, count):
-    """What a rank of several computes: as many rows as there are pairs of its own, or a few more; or no row at all."""
+@pytest.mark.parametrize("own", [slice(1, 3), slice(EXPERTS - 1, EXPERTS)], ids=["some", "none"])
+def test_pairs_of_experts_elsewhere_have_no_row(name, backend, dtype, device, own):
     whole = experts(name, dtype, scale=0.2).to(device)
-    hidden, index, weights = inputs()
-    own = (index >= first) & (index < first + count)
-    kept = hidden, index, weights.where(own, 0.0)
-    expected = truth(whole, kept)
-    expected["weights"] = expected["weights"].where(own, 0.0)
-    for parameter_name, value in expected.items():
-        if parameter_name not in ("output", "hidden", "weights") and len(value) == EXPERTS:
-            expected[parameter_name] = value[first : first + count]
     for spare in (0, 5):
-        module = shard(whole, first, count)
-
-        def run(hidden, index, weights, module=module, spare=spare):
-            local = torch.where(own.to(device), index - first, count)
-            rows = route(local, count).first(int(own.sum()) + spare)
-            with Float64Throughout() if dtype is torch.float64 else nullcontext():
-                return local_experts(module, hidden, rows, local, weights, backend)
-
-        result = gradients(module, run, dtype, (hidden, index, weights), device)
-        assert not result["weights"][~own.to(device)].any()
-        assert_close(result, expected, BOUNDS[dtype])
+        check_a_rank(whole, own, backend, device, inputs(), spare)
 
 
 @each_backend
