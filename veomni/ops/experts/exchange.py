@@ -63,19 +63,22 @@ class Dispatch:
     """Tokens sent to the ranks of their experts chunk by chunk; the first chunk is in flight."""
 
     def __init__(self, hidden: Tensor, top_k_index: Tensor, local_experts: int, exchange: ExpertExchange) -> None:
-        parts = zip(*(each.tensor_split(exchange.chunks) for each in (hidden, top_k_index)), strict=True)
+        parts = zip(*(_split(each, exchange.chunks) for each in (hidden, top_k_index)), strict=True)
         self.chunks = [_Chunk(tokens, index, local_experts, exchange) for tokens, index in parts]
         sizes = None if exchange.fixed_size else _sizes(self.chunks, exchange.group)
         self.chunks[0].pack()  # by the device, while the host waits for the sizes
         if sizes is not None:
-            for chunk, ((to_ranks, _), (from_ranks, pairs)) in zip(self.chunks, sizes.read().tolist(), strict=True):
-                chunk.fit(Splits(to_ranks, from_ranks), sum(pairs))
+            self._fit(sizes)
         self.chunks[0].dispatch()
+
+    def _fit(self, sizes: HostCopy) -> None:
+        for chunk, ((to_ranks, _), (from_ranks, pairs)) in zip(self.chunks, sizes.read().tolist(), strict=True):
+            chunk.fit(Splits(to_ranks, from_ranks), sum(pairs))
 
     def combine(self, weights: Tensor, run: RunExperts) -> Tensor:
         """Run the experts and return each token's weighted sum, ``[tokens, hidden]``."""
         # All of them ahead of the next chunk's tokens, which this chunk's experts need not wait for.
-        for chunk, share in zip(self.chunks, weights.tensor_split(len(self.chunks)), strict=True):
+        for chunk, share in zip(self.chunks, _split(weights, len(self.chunks)), strict=True):
             chunk.send_weights(share)
         results: list[Tensor] = []
         for index, chunk in enumerate(self.chunks):
@@ -169,6 +172,12 @@ class _Chunk:
         """Wait for what is in flight and discard it."""
         self._choice.wait()
         self._tokens.wait()
+
+
+def _split(tokens: Tensor, chunks: int) -> Sequence[Tensor]:
+    """Return as many chunks on every rank, also of few tokens, and of tokens that are not as many everywhere."""
+    even, more = divmod(len(tokens), chunks)
+    return tokens.split([even + (chunk < more) for chunk in range(chunks)]) if chunks > 1 else [tokens]
 
 
 def ranks_once(ranks: Tensor, size: int) -> Tensor:
