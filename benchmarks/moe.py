@@ -1,10 +1,12 @@
 """A layer's experts, forward and backward: VeOmni, transformers' grouped products and Liger's fused MoE side by side.
 
     python benchmarks/moe.py --tokens 16384,65536
+    python benchmarks/moe.py --tokens 16384 --ranks 4
 
 Prints milliseconds, TFLOP/s, the share of the rate of an 8192^3 matrix product in the same process, memory kept for the
 backward, and every contender's error against transformers' loop over experts in float32. Needs one NVIDIA GPU, and
-liger-kernel for its row.
+liger-kernel for its row. With ``--ranks``, what one of several ranks that share the experts does in turn with the layer
+that is not spread, without the exchange: packing rows, its experts over the tokens of all, and summing what comes back.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from veomni.models.transformers_api.experts import EXPERTS_IMPLEMENTATION
-from veomni.ops.experts.forward import experts_forward
+from veomni.ops.experts.exchange import ranks_once
+from veomni.ops.experts.forward import experts_forward, local_experts
 from veomni.ops.experts.layout import ACTIVATION, find_activation
+from veomni.ops.experts.permute import permute_tokens, route, sum_tokens
 
 ROUNDS = 3
 
@@ -98,6 +102,73 @@ def milliseconds(function):
     return do_bench(function, warmup=50, rep=250, return_mode="median")
 
 
+def as_a_rank(module, args, tokens):
+    """One of ``args.ranks`` ranks: its experts, the tokens that reach it, their choice there, and how it runs them."""
+    local = args.experts // args.ranks
+    hidden, index, weights, _ = problem(args, tokens * args.ranks)
+    with torch.no_grad():
+        for name, parameter in list(module.named_parameters()):
+            setattr(module, name, torch.nn.Parameter(parameter[:local].clone()))
+        come = (index < local).any(1)
+        hidden, index, weights = hidden[come], index[come].clamp(max=local), weights[come]
+    module.num_experts = module.config.num_experts = local
+    pairs = int((index < local).sum())
+
+    def run(hidden, index, weights):
+        return local_experts(module, hidden, route(index, local).first(pairs), index, weights, args.backend)
+
+    values = hidden.detach().requires_grad_(), index, weights.detach().requires_grad_(), torch.randn_like(hidden)
+    return run, values, pairs
+
+
+def pack_and_sum(args, tokens):
+    """The two passes of a rank over what it sends and what comes back, forward and backward."""
+    hidden, index, _, grad = problem(args, tokens)
+    chosen = ranks_once(index // (args.experts // args.ranks), args.ranks)
+    routing = route(chosen, args.ranks)
+    routing = routing.first(int(routing.offsets[-1]))
+    print(f"  a token goes to {len(routing.order) / tokens:.2f} of {args.ranks} ranks")
+
+    def run():
+        sums = sum_tokens(permute_tokens(hidden, routing), routing)
+        return torch.autograd.grad(sums, hidden, grad)
+
+    return milliseconds(run)
+
+
+def compare_with_a_rank(args, tokens, rate):
+    module, here = build(args), build(args)
+    values, (run, received, pairs) = problem(args, tokens), as_a_rank(here, args, tokens)
+    found = {
+        "not spread": (partial(experts_forward, module, backend=args.backend), module, values, tokens * args.top_k),
+        f"one of {args.ranks}": (run, here, received, pairs),
+    }
+    inside = received[1] < here.num_experts
+    outputs, *_ = forward_backward(run, here, *received)
+    kept = received[0], received[1].where(inside, 0), received[2].detach().where(inside, 0.0), received[3]
+    exact, *_ = reference(here, *kept)
+    times = {name: [] for name in found}
+    for _ in range(ROUNDS):
+        for name, (call, owner, given, _) in found.items():
+            times[name].append(
+                milliseconds(lambda call=call, owner=owner, given=given: forward_backward(call, owner, *given))
+            )
+    print(f"{tokens} tokens, {args.experts} experts, top {args.top_k}, {args.hidden} -> {args.intermediate}, bf16")
+    for name, (call, owner, given, rows) in found.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward_backward(call, owner, *given)
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        tflops = 18 * rows * args.hidden * args.intermediate / min(times[name]) / 1e9
+        print(
+            f"  {name:12s} {len(given[0])} tokens, {rows} rows: {min(times[name]):.2f} ms (to {max(times[name]):.2f}) "
+            f"{tflops:.0f} TFLOP/s {tflops / rate:.0%} of matmul, keeps {kept_gib(call, *given[:3]):.2f} GiB, "
+            f"most at once {peak:.2f} GiB"
+        )
+    passes = pack_and_sum(args, tokens)
+    print(f"  error of the sums {worst_error([outputs], [exact]):.1e}, packing and summing {passes:.2f} ms")
+
+
 def matmul_rate():
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / milliseconds(lambda: left @ right) / 1e9
@@ -146,14 +217,18 @@ def main():
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--check-tokens", type=int, default=16_384, help="compare with float32 up to so many tokens")
+    parser.add_argument("--ranks", type=int, help="what one of so many ranks does that share the experts")
     parser.add_argument("--compiled", action="store_true", help="also VeOmni under torch.compile")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     rate = matmul_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: matmul 8192^3 runs at {rate:.0f} TFLOP/s")
     module = build(args)
-    for tokens in args.tokens.split(","):
-        compare(module, args, int(tokens), rate)
+    for tokens in map(int, args.tokens.split(",")):
+        if args.ranks:
+            compare_with_a_rank(args, tokens, rate)
+        else:
+            compare(module, args, tokens, rate)
 
 
 if __name__ == "__main__":

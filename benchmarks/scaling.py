@@ -136,15 +136,21 @@ def head_exchange(config: Any, layout: Layout, block: int) -> Iterator[Message]:
 
 
 def expert_exchange(config: Any, layout: Layout, block: int) -> Iterator[Message]:
-    """Counts, then rows to the experts and results back; the backward mirrors the rows."""
-    top_k, experts = config.num_experts_per_tok, config.num_experts
-    copies = layout.experts * min(top_k, experts // layout.experts) if layout.fixed else top_k
-    rows = layout.tokens * copies * config.hidden_size * layout.compute
+    """Numbers of rows; choices, tokens and weights to the ranks of a token's experts; sums back; the backward mirrors.
+
+    A recomputation sends what goes to the experts once more, and no sums back.
+    """
+    from veomni.ops.experts.exchange import ranks_of_token
+
+    top_k = config.num_experts_per_tok
+    ranks = layout.experts if layout.fixed else ranks_of_token(config.num_experts, top_k, layout.experts)
+    rows = layout.tokens * ranks
+    tokens, weights = (round(rows * width * layout.compute) for width in (config.hidden_size, top_k))
+    there = [round(rows * top_k * 4), tokens, weights, *([] if layout.fixed else [layout.experts * 2 * 8])]
     for _ in range(layout.micro_batches):
-        for forward in range(1 + layout.recompute):
-            yield Message(EXCHANGE, experts * 8, layout.experts, block, backward=bool(forward))
-            yield from [Message(EXCHANGE, rows, layout.experts, block, backward=bool(forward))] * 2
-        yield from [Message(EXCHANGE, rows, layout.experts, block, backward=True)] * 2
+        yield from (Message(EXCHANGE, size, layout.experts, block) for size in (*there, tokens))
+        again = there if layout.recompute else []
+        yield from (Message(EXCHANGE, size, layout.experts, block, True) for size in (*again, tokens, weights, tokens))
 
 
 def totals(found: Iterator[Message]) -> dict[str, int]:
@@ -228,6 +234,7 @@ CHECKED = [
     *(("qwen3", Layout(world, ulysses=2, recompute=world == 8)) for world in (2, 4, 8)),
     *(("qwen3_moe", Layout(world, rows=2, experts=2, fixed=True)) for world in (2, 4, 8)),
     ("qwen3_moe", Layout(8, micro_batches=2, experts=4, ulysses=2, fixed=True)),
+    ("qwen3_moe", Layout(4, rows=2, experts=2, fixed=True, recompute=True)),
 ]
 
 

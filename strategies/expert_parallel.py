@@ -40,8 +40,8 @@ class ExpertParallel(Validated, Strategy):
         placement: "adjacent" ranks share experts, or "strided" ones: then each expert is gathered among neighbours, and
             tokens are exchanged between nodes.
         chunks: Parts of the tokens, each exchanged while experts run on another.
-        exchange: "exact" sends the rows there are, whose number the host reads once per layer; "fixed" sends buffers
-            of the largest possible size and reads nothing.
+        exchange: "exact" sends a token to the ranks that hold some of its experts; the host reads once per layer how
+            many. "fixed" sends every token to all ranks, and the host reads nothing: ranks must have equally many.
     """
 
     name = "expert_parallel"
@@ -96,7 +96,7 @@ class ExpertParallel(Validated, Strategy):
     def _exchange_of(self, adapter: ModelAdapter, name: str, state: ParallelState) -> ExpertExchange:
         plain = ExpertExchange(state.group("ep"), self.chunks, fixed_size=self.exchange == "fixed")
         experts = int(adapter.model.get_submodule(name).num_experts)  # type: ignore[arg-type]
-        dispatch = partial(Dispatch, num_experts=experts, exchange=plain)
+        dispatch = partial(Dispatch, local_experts=experts // self.size, exchange=plain)
         shared = shared_experts_beside(adapter.model, name, dispatch, adapter.patch)
         return replace(plain, shared=shared)
 

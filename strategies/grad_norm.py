@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from veomni.accelerators.host_copy import HostCopy
 from veomni.compat.tensors import multiply, norms
 from veomni.errors import LoopError, NonFiniteError
+from veomni.ops.host_copy import HostCopy
 from veomni.parallel.wrappers import local_shard, wide_dtype
 
 

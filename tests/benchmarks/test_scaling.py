@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.scaling import EXCHANGE, GATHER, REDUCE, Layout, Message, counted, messages, seconds_of, totals
+from benchmarks.scaling import (
+    EXCHANGE,
+    GATHER,
+    REDUCE,
+    Layout,
+    Message,
+    counted,
+    messages,
+    seconds_of,
+    totals,
+)
 from tests.models.tiny import tiny_config
 from veomni.models import build_model
 from veomni.testing.ranks import run_ranks
@@ -22,8 +32,9 @@ def formula(name: str, layout: Layout) -> dict[str, int]:
         ("llama", Layout(4, rows=2, micro_batches=2)),  # embedding and head are units: gathered once each
         ("qwen3", Layout(8, ulysses=2, recompute=True)),
         ("qwen3_moe", Layout(4, rows=2, experts=2, fixed=True)),
+        ("qwen3_moe", Layout(4, experts=4, fixed=True, recompute=True)),
     ],
-    ids=["dense", "ulysses", "experts"],
+    ids=["dense", "ulysses", "experts", "experts_recomputed"],
 )
 def test_a_step_sends_the_bytes_of_the_formula(name, layout):
     (found,) = run_ranks(counted, 1, tiny_config(name), layout, init=False)

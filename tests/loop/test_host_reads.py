@@ -97,6 +97,6 @@ def reads(layout: str) -> list[Counter[str]]:
 @pytest.mark.parametrize("layout", STRATEGIES)
 def test_reads_of_a_step(layout):
     norm = {"grad_norm.py:clip_gradients": 1}  # copied before the scaling, and read behind it
-    sizes = {"exchange.py:_fit_sizes": LAYERS, "controller.py:_check_finite": 1} if layout == "experts" else {}
+    sizes = {"exchange.py:_fit": LAYERS, "controller.py:_check_finite": 1} if layout == "experts" else {}
     for found in run_ranks(reads, 2, layout, init=False):
         assert dict(zip(BATCHES, found, strict=True)) == dict.fromkeys(BATCHES, norm | sizes)

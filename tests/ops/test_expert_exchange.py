@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from veomni.ops.experts.exchange import Dispatch, ExpertExchange, exchange_experts
+from veomni.ops.experts.exchange import Dispatch, ExpertExchange, exchange_experts, ranks_of_token
+from veomni.ops.experts.permute import Routing
 from veomni.ops.experts.shared import shared_experts_beside
 from veomni.testing.ranks import run_ranks
 
@@ -29,13 +32,14 @@ OPTIONS = [
 def world(rank: int, choice: str) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens, experts and weights of a rank; float64, the same whoever asks."""
     generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
-    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+    tokens = max(0, TOKENS - 6 * rank) if choice == "uneven" else TOKENS
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    index = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].contiguous()
     if choice == "one rank":
         index[:, 0], index[:, 1], index[:, 2] = 5, 6, 7
     if choice == "some to none":  # zaya's routers skip experts so
         index[::2, 1] = EXPERTS
-    weights = torch.rand(TOKENS, TOP_K, generator=generator, dtype=torch.float64)
+    weights = torch.rand(tokens, TOP_K, generator=generator, dtype=torch.float64)
     return hidden.requires_grad_(), index, weights.requires_grad_()
 
 
@@ -45,14 +49,17 @@ def expert_weights() -> Tensor:
 
 
 def run_stack(stack: Tensor):
-    """Experts that are one matrix each, and rows behind the last of them that nobody may look at."""
+    """Experts that are one matrix each."""
 
-    def run(rows: Tensor, offsets: Tensor) -> Tensor:
-        parts, start = [], 0
-        for matrix, end in zip(stack, offsets.tolist(), strict=True):
-            parts.append(torch.tanh(rows[start:end] @ matrix))
-            start = end
-        return torch.cat([*parts, torch.full_like(rows[start:], torch.nan)])
+    def run(tokens: Tensor, rows: Routing, choice: Tensor, weights: Tensor) -> Tensor:
+        here = [(choice == expert).double() for expert in range(len(stack))]
+        assert rows.counts.tolist() == [int(pairs.sum()) for pairs in here]
+        assert len(rows.order) >= rows.offsets[-1]
+        parts = [
+            (pairs * weights).sum(1, keepdim=True) * torch.tanh(tokens @ matrix)
+            for pairs, matrix in zip(here, stack, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
 
     return run
 
@@ -63,8 +70,8 @@ def exchanged(choice: str, options: dict) -> dict[str, Tensor]:
     local = EXPERTS // size
     stack = expert_weights().detach()[rank * local : (rank + 1) * local].clone().requires_grad_()
     exchange = ExpertExchange(dist.group.WORLD, **options)
-    out = exchange_experts(hidden, index, weights, EXPERTS, run_stack(stack), exchange)
-    (out * torch.arange(1, TOKENS + 1)[:, None] * (rank + 1)).sum().backward()
+    out = exchange_experts(hidden, index, weights, local, run_stack(stack), exchange)
+    (out * torch.arange(1, len(out) + 1)[:, None] * (rank + 1)).sum().backward()
     return {"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad, "stack": stack.grad}
 
 
@@ -79,10 +86,10 @@ def expected(size: int, choice: str) -> list[dict[str, Tensor]]:
                 for k in range(TOP_K)
                 if index[t, k] < EXPERTS
             )
-            for t in range(TOKENS)
+            for t in range(len(hidden))
         ]
-        out = torch.stack(rows)
-        (out * torch.arange(1, TOKENS + 1)[:, None] * (rank + 1)).sum().backward()
+        out = torch.stack(rows) if rows else hidden * weights.sum()
+        (out * torch.arange(1, len(out) + 1)[:, None] * (rank + 1)).sum().backward()
         found.append({"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad})
     local = EXPERTS // size
     for rank, part in enumerate(found):
@@ -90,8 +97,15 @@ def expected(size: int, choice: str) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("choice", ["any", "one rank", "some to none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+CASES = [
+    (options, choice)
+    for options in OPTIONS
+    for choice in ("any", "one rank", "some to none", "uneven")
+    if not (choice == "uneven" and options.get("fixed_size"))  # which needs as many tokens on all ranks
+]
+
+
+@pytest.mark.parametrize(("options", "choice"), CASES, ids=str)
 @pytest.mark.parametrize("size", [2, 4])
 def test_results_and_gradients_are_those_of_one_process(size, options, choice):
     for found, truth in zip(run_ranks(exchanged, size, choice, options), expected(size, choice), strict=True):
@@ -130,39 +144,75 @@ class HostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def identity(rows: Tensor, offsets: Tensor) -> Tensor:
-    return rows * 1.0
+def weighted(tokens: Tensor, rows: Routing, choice: Tensor, weights: Tensor) -> Tensor:
+    """Experts that change nothing."""
+    return tokens * weights.where(choice < EXPERTS // dist.get_world_size(), 0.0).sum(1, keepdim=True)
+
+
+def run_exchange(hidden: Tensor, index: Tensor, weights: Tensor, exchange: ExpertExchange) -> Tensor:
+    return exchange_experts(hidden, index, weights, EXPERTS // dist.get_world_size(), weighted, exchange)
 
 
 def costs(options: dict) -> tuple[Counter, Counter, int]:
     hidden, index, weights = world(dist.get_rank(), "any")
     exchange = ExpertExchange(dist.group.WORLD, **options)
     with SentBytes() as forward, HostReads() as reads:
-        out = exchange_experts(hidden, index, weights, EXPERTS, identity, exchange)
+        out = run_exchange(hidden, index, weights, exchange)
     with SentBytes() as backward:
         out.sum().backward()
     return forward.sent, backward.sent, reads.count
 
 
+def rows_to_ranks(size: int) -> list[Tensor]:
+    """For each rank, how many of its tokens go to each: a token goes once to a rank, however many experts it has."""
+    by_rank = [world(rank, "any")[1] // (EXPERTS // size) for rank in range(size)]
+    return [torch.stack([(ranks == rank).any(1).sum() for rank in range(size)]) for ranks in by_rank]
+
+
+@pytest.mark.parametrize(("experts", "top_k", "ranks"), [(128, 8, 4), (8, 3, 2), (64, 6, 64)])
+def test_a_token_goes_to_as_many_ranks_as_drawn_ones_do(experts, top_k, ranks):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(20_000, experts, generator=generator).argsort(1)[:, :top_k] // (experts // ranks)
+    seen = torch.zeros(20_000, ranks).scatter_(1, drawn, 1.0).sum(1).mean().item()
+    assert ranks_of_token(experts, top_k, ranks) == pytest.approx(seen, rel=1e-2)
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_a_row_travels_once_each_way_and_the_host_reads_once(chunks):
-    rows = TOKENS * TOP_K * HIDDEN * 8
-    found = run_ranks(costs, 2, {"chunks": chunks})
-    counts = chunks * EXPERTS * 8
-    for forward, backward, reads in found:
-        assert forward[torch.int64] == counts
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_token_travels_once_to_each_rank_and_back_and_the_host_reads_once(size, chunks):
+    rows = torch.stack(rows_to_ranks(size))
+    for rank, (forward, backward, reads) in enumerate(run_ranks(costs, size, {"chunks": chunks})):
+        sent, received = int(rows[rank].sum()), int(rows[:, rank].sum())
         assert reads == 1
-        assert backward[torch.int64] == 0
-    # out and back: what one rank sends more, the other receives more
-    for sent in ([part for part, _, _ in found], [part for _, part, _ in found]):
-        assert sum(part[torch.float64] for part in sent) == 2 * 2 * rows
+        assert forward == {
+            torch.int64: 2 * chunks * size * 8,  # rows, and pairs of a row and an expert, for each rank
+            torch.int32: sent * TOP_K * 4,
+            torch.float64: (sent * (HIDDEN + TOP_K) + received * HIDDEN) * 8,
+        }
+        assert backward == {torch.float64: (sent * HIDDEN + received * (HIDDEN + TOP_K)) * 8}
+
+
+def sent_in_recomputation() -> Counter:
+    hidden, index, weights = world(dist.get_rank(), "any")
+    exchange = ExpertExchange(dist.group.WORLD)
+    out = checkpoint(run_exchange, hidden, index, weights, exchange, use_reentrant=False)
+    with SentBytes() as backward:
+        out.sum().backward()
+    return backward.sent
+
+
+def test_a_recomputation_does_not_send_results_again():
+    rows = torch.stack(rows_to_ranks(2))
+    for rank, found in enumerate(run_ranks(sent_in_recomputation, 2)):
+        sent, received = int(rows[rank].sum()), int(rows[:, rank].sum())
+        assert found[torch.float64] == (2 * sent * HIDDEN + sent * TOP_K + received * (HIDDEN + TOP_K)) * 8
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_the_host_reads_nothing_when_buffers_have_a_fixed_size(chunks):
+def test_the_host_reads_nothing_when_every_token_goes_to_all_ranks(chunks):
     for forward, _, reads in run_ranks(costs, 2, {"chunks": chunks, "fixed_size": True}):
         assert reads == 0
-        assert forward[torch.float64] == 2 * 2 * TOKENS * TOP_K * HIDDEN * 8  # to each of 2 ranks, and back
+        assert forward == {torch.int32: 2 * TOKENS * TOP_K * 4, torch.float64: 2 * TOKENS * (2 * HIDDEN + TOP_K) * 8}
 
 
 # ---------------------------------------------------------------- what travels when
@@ -175,21 +225,22 @@ def chunks_in_flight() -> list[str]:
     launch = dist.all_to_all_single
 
     def held_back(output, rows, *sizes, **options):
-        if options.get("async_op"):
+        if rows.shape[-1] == HIDDEN:
             seen.append("send")
             if rank == 1 and seen.count("send") == 2:
                 store.wait(["working"])
         return launch(output, rows, *sizes, **options)
 
-    def run(rows, offsets):
+    def run(tokens, *routed):
         seen.append("work")
         if rank == 0:
             store.set("working", "")
-        return rows * 1.0
+        return weighted(tokens, *routed)
 
     dist.all_to_all_single = held_back
     hidden, index, weights = world(rank, "any")
-    out = exchange_experts(hidden, index, weights, EXPERTS, run, ExpertExchange(dist.group.WORLD, chunks=2))
+    exchange = ExpertExchange(dist.group.WORLD, chunks=2)
+    out = exchange_experts(hidden, index, weights, EXPERTS // 2, run, exchange)
     seen.append("backward")
     out.sum().backward()
     return seen
@@ -229,7 +280,7 @@ class Block(nn.Module):
         whole = hidden.view(1, *hidden.shape)
         early = self.shared_experts(whole) if self.shared_first else None
         index, weights = self.gate(hidden)
-        routed = exchange_experts(hidden, index, weights, EXPERTS, identity, self.exchange).view(whole.shape)
+        routed = run_exchange(hidden, index, weights, self.exchange).view(whole.shape)
         return routed + (early if self.shared_first else self.shared_experts(whole))
 
 
@@ -238,7 +289,7 @@ def block_with_shared(shared_first: bool, ahead: bool = True) -> tuple[Block, li
     block, plain, seen = Block(None, shared_first), ExpertExchange(dist.group.WORLD), []
     run = block.shared_experts.forward
     block.shared_experts.forward = lambda input: seen.append("shared") or run(input)
-    dispatch = lambda hidden, index: Dispatch(hidden, index, EXPERTS, plain)  # noqa: E731
+    dispatch = partial(Dispatch, local_experts=EXPERTS // dist.get_world_size(), exchange=plain)
     block.exchange = replace(plain, shared=shared_experts_beside(block, "experts", dispatch) if ahead else None)
     return block, seen
 
@@ -294,7 +345,7 @@ def shared_in_flight(shared_first: bool) -> None:
     launch = dist.all_to_all_single
 
     def held_back(output, rows, *sizes, **options):
-        if options.get("async_op") and rank == 1:
+        if rows.shape[-1] == HIDDEN and rank == 1:
             store.wait(["shared"])
         return launch(output, rows, *sizes, **options)
 

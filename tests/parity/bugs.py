@@ -163,14 +163,14 @@ def norm_of_experts_on_one_mesh_axis_only(sharding, parameter):
 
 
 @bug(seams.EXPERT_COMBINE, plain("fsdp2", 4, "qwen3_moe", experts="ep4_chunks"))
-def tokens_beyond_a_capacity_dropped(combine, rows, routing, weights):
+def tokens_beyond_a_capacity_dropped(combine, rows, routing):
     if not torch.is_grad_enabled():  # the trial runs of the set-up would notice
-        return combine(rows, routing, weights)
-    expert = torch.repeat_interleave(torch.arange(len(routing.counts)), routing.counts)
-    place = torch.arange(len(rows)) - (routing.offsets - routing.counts)[expert]
-    return combine(rows * (place < routing.counts.max() - 1)[:, None], routing, weights)
+        return combine(rows, routing)
+    rank = torch.repeat_interleave(torch.arange(len(routing.counts)), routing.counts)
+    place = torch.arange(len(rows)) - (routing.offsets - routing.counts)[rank]
+    return combine(rows * (place < routing.counts.max() - 1)[:, None], routing)
 
 
 @bug(seams.EXPERT_COMBINE, plain("fsdp2", 2, "qwen3_moe", experts="ep2"))
-def rows_given_back_to_the_wrong_tokens(combine, rows, routing, weights):
-    return combine(rows.roll(1, 0) if torch.is_grad_enabled() else rows, routing, weights)
+def rows_given_back_to_the_wrong_tokens(combine, rows, routing):
+    return combine(rows.roll(1, 0) if torch.is_grad_enabled() else rows, routing)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from veomni.config.overrides import parse_argv
 from veomni.errors import LayoutError
 from veomni.metrics import FlopsCounter
+from veomni.metrics.flops import chosen_of_experts
 from veomni.models import build_model, derive_plan, freeze
+from veomni.ops.experts.exchange import ranks_of_token
 from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.parallel.mesh import AXES, ParallelDims
 from veomni.run_config import Config, check_layout
@@ -35,7 +38,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     model = build_model(config.model.build_config(), weights="random")
     freeze(model, config.model.freeze)
     dims = mesh_dims(config.train.build_strategies(), world)
-    parts = _mesh(config, world, dims), _batch(config, world, model), _memory(config, model, dims.size("fsdp"))
+    parts = (
+        _mesh(config, world, dims), _exchange(config, model, dims), _batch(config, world, model),
+        _memory(config, model, dims.size("fsdp")),
+    )  # fmt: skip
     for name, fact in chain(*parts):
         print(f"{name:<28}{fact}")
 
@@ -48,6 +54,20 @@ def _mesh(config: Config, world: int, dims: ParallelDims) -> Iterator[tuple[str,
         placement = "strided" if dims.ep_strided > 1 else "adjacent"
         shards = f"each of them sharded over {dims.expert_shards}"
         yield "experts are spread over", f"{dims.experts} ranks ({placement}), {shards}"
+
+
+def _exchange(config: Config, model: nn.Module, dims: ParallelDims) -> Iterator[tuple[str, str]]:
+    """Yield how often tokens are sent to experts, and what the received ones take until the backward."""
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    (experts, top_k), train = chosen_of_experts(text), config.train
+    if dims.experts == 1 or experts is None or top_k is None:
+        return
+    everywhere = train.expert_parallel.arguments().get("exchange") == "fixed"
+    ranks = dims.experts if everywhere else ranks_of_token(experts, top_k, dims.experts)
+    tokens = train.micro_batch_size * config.data.max_seq_len // (dims.ulysses * dims.cp)
+    size = tokens * ranks * text.hidden_size * select_precision(train.precision).compute.itemsize
+    yield "a token is sent to", f"{ranks:.2f} of {dims.experts} ranks" + ("" if everywhere else " on average")
+    yield "received tokens per rank", f"{_size(size)} for each layer of experts, until its backward"
 
 
 def _batch(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str, str]]:

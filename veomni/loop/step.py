@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from veomni.accelerators.host_copy import HostCopy
 from veomni.batch.counts import label_count, token_weight
 from veomni.batch.micro_batch import MicroBatch
 from veomni.errors import DataError, LoopError, ModelError
@@ -23,6 +22,7 @@ from veomni.loop.randomness import same_draws_after
 from veomni.loop.sync import sync_step
 from veomni.models.adapter.adapter import ModelAdapter
 from veomni.moe import ExpertLoad, RouterController
+from veomni.ops.host_copy import HostCopy
 
 Weight = Callable[[MicroBatch], float]
 """Returns what the loss of a micro-batch is a mean over: its share of the step's mean is in proportion."""

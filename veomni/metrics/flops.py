@@ -138,7 +138,7 @@ def _active(name: str, module: nn.Module, shape: tuple[int, ...], config: Any) -
     key = name.rpartition(".")[2]
     if len(shape) < 2 or isinstance(module, nn.Embedding) or key.endswith("bias"):
         return 0
-    count, used = (_first(config, names) for names in (_EXPERT_COUNTS, _EXPERTS_PER_TOKEN))
+    count, used = chosen_of_experts(config)
     stacked = len(shape) == 3 and shape[0] == count
     if not stacked and (len(shape) != 2 or key != "weight"):
         raise UncountableError(f"it has a parameter {name} of shape {list(shape)}")
@@ -148,6 +148,11 @@ def _active(name: str, module: nn.Module, shape: tuple[int, ...], config: Any) -
         missing = "a token uses" if used is None else "there are"
         raise UncountableError(f"its configuration does not say how many experts {missing}, of which {name} is one")
     return shape[-2] * shape[-1] * used // (1 if stacked else count)  # stacked, or one module per expert
+
+
+def chosen_of_experts(config: Any) -> tuple[int | None, int | None]:
+    """Return how many experts a layer of a transformers configuration has, and how many of them a token uses."""
+    return _first(config, _EXPERT_COUNTS), _first(config, _EXPERTS_PER_TOKEN)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int | None:

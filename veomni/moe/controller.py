@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
 
-from veomni.accelerators.host_copy import HostCopy
 from veomni.batch.micro_batch import MicroBatch
 from veomni.compat.modules import in_backward
 from veomni.errors import ModelError, NonFiniteError
@@ -22,6 +21,7 @@ from veomni.moe.load import ExpertLoad, LoadCounter, RouterStatistics
 from veomni.moe.options import MoEOptions
 from veomni.moe.routers import Router, RouterHook, Routers, RoutingDecision
 from veomni.moe.scoring import balance_gradient, z_gradient
+from veomni.ops.host_copy import HostCopy
 from veomni.parallel.mesh import ParallelState
 
 logger = create_logger(__name__)

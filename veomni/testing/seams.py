@@ -16,8 +16,8 @@ from veomni.models.adapter.passes.documents import documents_of
 from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
 from veomni.moe.load import LoadCounter
-from veomni.ops.experts.forward import expert_rows
-from veomni.ops.experts.permute import combine_rows
+from veomni.ops.experts.forward import local_experts
+from veomni.ops.experts.permute import sum_tokens
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies import DDP, FSDP1
 from veomni.strategies.expert_parallel import average_over
@@ -87,8 +87,8 @@ GRADIENT_SHARDING = Seam(sharding_of)
 EXPERT_AVERAGE = Seam(average_over)
 
 # Experts and their routers
-EXPERT_ROWS = Seam(expert_rows)
-EXPERT_COMBINE = Seam(combine_rows)
+EXPERTS = Seam(local_experts)
+EXPERT_COMBINE = Seam(sum_tokens)
 EXPERT_LOAD = Seam(LoadCounter.reduce)
 ROUTER_GRADIENT = Seam(RouterController.gradient)
 ROUTER_DECISIONS = Seam(RouterController.observe)

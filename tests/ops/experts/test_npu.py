@@ -9,10 +9,10 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
-from tests.ops.experts.modules import EXPERTS, HIDDEN, experts
+from tests.ops.experts.modules import EXPERTS, experts
 from tests.ops.experts.test_experts import BOUNDS, assert_close, gradients, inputs, ours, truth
 from veomni.accelerators import NPU
-from veomni.ops.experts.forward import expert_rows
+from veomni.ops.experts.forward import local_experts
 from veomni.ops.experts.permute import route
 
 
@@ -55,24 +55,18 @@ def test_equals_transformers(name):
     assert_close(result, truth(module), BOUNDS[torch.bfloat16])
 
 
-def test_rows_past_the_end():
+@pytest.mark.parametrize("spare", [0, 7])
+def test_rows_past_the_end(spare):
     module = experts("qwen3_moe", torch.bfloat16)
-    hidden, index, _ = inputs()
-    routing = route(index, EXPERTS)
-    rows = hidden[routing.order // index.shape[1]].bfloat16()
-    alone = gradients_of_rows(module, rows, routing.offsets)
-    padded = gradients_of_rows(
-        module, torch.cat([rows, torch.full((7, HIDDEN), torch.nan).bfloat16()]), routing.offsets
-    )
-    for name, value in alone.items():
-        torch.testing.assert_close(padded[name][: len(value)], value, rtol=0, atol=0)
-        assert not padded[name][len(value) :].any()
+    hidden, index, weights = inputs()
+    elsewhere = index == 0
+    local = index.where(~elsewhere, EXPERTS)
+    rows = route(local, EXPERTS).first(int((~elsewhere).sum()) + spare)
 
+    def run(hidden, index, weights):
+        return local_experts(module, hidden, rows, local, weights, "npu")
 
-def gradients_of_rows(module, rows, offsets):
-    module.zero_grad()
-    rows = rows.clone().requires_grad_()
-    result = expert_rows(module, rows, offsets, "npu")
-    result.sum().backward()
-    named = {name: parameter.grad for name, parameter in module.named_parameters()}
-    return {"result": result.detach(), "rows": rows.grad, **named}
+    expected = truth(module, (hidden, index, weights.where(~elsewhere, 0.0)))
+    expected["weights"] = expected["weights"].where(~elsewhere, 0.0)
+    result = gradients(module, run, torch.bfloat16, (hidden, index, weights))
+    assert_close(result, expected, BOUNDS[torch.bfloat16])

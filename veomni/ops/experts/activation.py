@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veomni.ops.experts.permute import Routing, expert_of_row, has_kernels, past_end
+from veomni.ops.experts.permute import Routing, by_pair, expert_of_row, has_kernels, past_end
 from veomni.parallel.wrappers import wide_dtype
 
 
@@ -23,7 +23,7 @@ class SwiGLU(NamedTuple):
     interleaved: bool = False
 
 
-def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor | None, rows: Routing, form: SwiGLU) -> Tensor:
+def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor, rows: Routing, form: SwiGLU) -> Tensor:
     """Return the activation of ``[rows, 2 * intermediate]``, ``[rows, intermediate]``. Has no gradient.
 
     ``bias``, ``[experts, 2 * intermediate]``, is added to each row by its expert; ``weights``, ``[tokens, k]``, are
@@ -38,9 +38,9 @@ def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor | None, rows:
 
 
 def activate_backward(
-    grad: Tensor, gate_up: Tensor, bias: Tensor | None, weights: Tensor | None, rows: Routing, form: SwiGLU
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, weights: Tensor, rows: Routing, form: SwiGLU
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``weights`` (empty without).
+    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``weights``.
 
     ``grad`` is that of the activation; the other arguments are those of :func:`activate`.
     """
@@ -51,18 +51,16 @@ def activate_backward(
         return activation_triton.swiglu_backward(grad, gate_up, bias, experts, weights, rows, form)
     scale = _scale(weights, rows)
     to_gate_up, result, to_scale = _swiglu_backward(grad, _biased(gate_up, bias, rows), form, scale)
-    if weights is None or rows.inverse is None:
-        return to_gate_up, result, to_scale
-    to_scale = to_scale.masked_fill(past_end(to_scale, rows.offsets)[:, 0], 0).to(weights.dtype)
-    return to_gate_up, result, to_scale.index_select(0, rows.inverse).view_as(weights)
+    to_scale = to_scale.masked_fill(past_end(to_scale, rows.offsets)[:, 0], 0)
+    return to_gate_up, result, by_pair(to_scale, rows.order, weights)
 
 
 def _biased(gate_up: Tensor, bias: Tensor | None, rows: Routing) -> Tensor:
     return gate_up if bias is None else gate_up + bias.index_select(0, expert_of_row(gate_up, rows.offsets))
 
 
-def _scale(weights: Tensor | None, rows: Routing) -> Tensor | None:
-    return None if weights is None or rows.order is None else weights.flatten().index_select(0, rows.order)
+def _scale(weights: Tensor, rows: Routing) -> Tensor:
+    return weights.flatten().index_select(0, rows.order)
 
 
 def _split(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -81,13 +79,11 @@ def swiglu(gate_up: Tensor, form: SwiGLU, scale: Tensor | None = None) -> Tensor
     return (result if scale is None else result * scale.to(wide)[:, None]).to(gate_up.dtype)
 
 
-def _swiglu_backward(
-    grad: Tensor, gate_up: Tensor, form: SwiGLU, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, form: SwiGLU, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``scale`` in wide format."""
     wide = wide_dtype(gate_up.dtype)
     gate, up = _split(gate_up.to(wide), form.interleaved)
-    grad, factor = grad.to(wide), 1.0 if scale is None else scale.to(wide)[:, None]
+    grad, factor = grad.to(wide), scale.to(wide)[:, None]
     bounded, shifted = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit) + form.shift
     slope = torch.sigmoid(form.alpha * bounded)
     glu = bounded * slope

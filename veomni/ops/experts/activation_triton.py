@@ -30,7 +30,7 @@ def _load(gate_up, bias, row, expert, place, mask, width, BIASED: tl.constexpr, 
 @triton.jit
 def _forward_kernel(
     gate_up, bias, expert_of_row, weights, order, target, rows, width, alpha, limit, shift,
-    BIASED: tl.constexpr, WEIGHTED: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BIASED: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -43,9 +43,8 @@ def _forward_kernel(
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
     result = (up + shift) * gate * tl.sigmoid(alpha * gate)
-    if WEIGHTED:
-        pair = tl.load(order + row, mask=inside, other=0)
-        result *= tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
+    pair = tl.load(order + row, mask=inside, other=0)
+    result *= tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(target + row.to(tl.int64)[:, None] * width + place, result.to(target.dtype.element_ty), mask=mask)
 
 
@@ -53,15 +52,14 @@ def _forward_kernel(
 def _backward_kernel(
     gate_up, bias, expert_of_row, weights, order, offsets, grad, to_gate_up, target, to_weights,
     rows, width, alpha, limit, shift,
-    BIASED: tl.constexpr, WEIGHTED: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BIASED: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     expert = tl.load(expert_of_row + row, mask=inside, other=0) if BIASED else row
-    if WEIGHTED:
-        pair = tl.load(order + row, mask=inside, other=0)
-        weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
+    pair = tl.load(order + row, mask=inside, other=0)
+    weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)[None, :]
@@ -77,10 +75,9 @@ def _backward_kernel(
         slope = tl.sigmoid(alpha * bounded)
         glu = bounded * slope
         result = shifted * glu
-        if WEIGHTED:
-            total += outer * result
-            outer *= weight
-            result *= weight
+        total += outer * result
+        outer *= weight
+        result *= weight
         to_gate = outer * shifted * (slope + alpha * glu * (1.0 - slope))
         to_up = outer * glu
         if CLAMPED:
@@ -93,41 +90,39 @@ def _backward_kernel(
         tl.store(to_gate_up + base + first, to_gate.to(kind), mask=mask)
         tl.store(to_gate_up + base + second, to_up.to(kind), mask=mask)
         tl.store(target + row.to(tl.int64)[:, None] * width + place, result.to(kind), mask=mask)
-    if WEIGHTED:
-        # A row without an expert holds anything.
-        sums = tl.where(row < tl.load(offsets + EXPERTS - 1), tl.sum(total, 1), 0.0)
-        tl.store(to_weights + pair, sums.to(to_weights.dtype.element_ty), mask=inside)
+    # A row without an expert holds anything.
+    sums = tl.where(row < tl.load(offsets + EXPERTS - 1), tl.sum(total, 1), 0.0)
+    tl.store(to_weights + pair, sums.to(to_weights.dtype.element_ty), mask=inside)
 
 
 def swiglu(
-    gate_up: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor | None, order: Tensor | None,
-    form: SwiGLU,
-) -> Tensor:  # fmt: skip
-    """See :func:`veomni.ops.experts.activation.activate`; ``bias`` needs ``expert_of_row``, ``weights`` ``order``."""
+    gate_up: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor, order: Tensor, form: SwiGLU
+) -> Tensor:
+    """See :func:`veomni.ops.experts.activation.activate`; ``bias`` needs ``expert_of_row``."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     target = gate_up.new_empty(rows, width)
     if target.numel():
         block = _block(width)
         _forward_kernel[(triton.cdiv(rows, 4), triton.cdiv(width, block))](
             gate_up, bias, expert_of_row, weights, order, target, rows, width, *_numbers(form),
-            BIASED=bias is not None, WEIGHTED=weights is not None, **_flags(form), ROWS=4, BLOCK=block,
+            BIASED=bias is not None, **_flags(form), ROWS=4, BLOCK=block,
         )  # fmt: skip
     return target
 
 
 def swiglu_backward(
-    grad: Tensor, gate_up: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor | None,
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, expert_of_row: Tensor | None, weights: Tensor,
     routing: Routing, form: SwiGLU,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`veomni.ops.experts.activation.activate_backward`."""
     rows, width = grad.shape
     to_gate_up, target = torch.empty_like(gate_up), torch.empty_like(grad)
-    to_weights = gate_up.new_empty(0) if weights is None else torch.empty_like(weights)
+    to_weights = torch.zeros_like(weights)
     if target.numel():
         _backward_kernel[(triton.cdiv(rows, 4),)](
             gate_up, bias, expert_of_row, weights, routing.order, routing.offsets, grad, to_gate_up, target,
-            to_weights, rows, width, *_numbers(form), BIASED=bias is not None, WEIGHTED=weights is not None,
-            **_flags(form), EXPERTS=routing.offsets.shape[0], ROWS=4, BLOCK=_block(width),
+            to_weights, rows, width, *_numbers(form), BIASED=bias is not None, **_flags(form),
+            EXPERTS=routing.offsets.shape[0], ROWS=4, BLOCK=_block(width),
         )  # fmt: skip
     return to_gate_up, target, to_weights
 

@@ -1,23 +1,25 @@
-"""Experts that are spread over ranks: all-to-alls dispatch tokens to them, and combine the results; none is dropped.
+"""Experts that are spread over ranks: a token goes once to each rank that holds some of its experts; none is dropped.
 
-With several chunks, one chunk's tokens are in flight while the experts run on another's; the backward mirrors it, as in
+The rank computes the weighted sum over its own experts, as a layer that is not spread does, and sends that back. With
+several chunks, one chunk's tokens are in flight while the experts run on another's; the backward mirrors it, as in
 the VeOmni paper (arXiv:2508.02317) and COMET (arXiv:2502.19811).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from veomni.ops.comm.all_to_all import AsyncAllToAll, Splits, all_to_all
-from veomni.ops.experts.permute import Routing, combine_rows, gather_rows, inverse_of, permute_tokens, route
+from veomni.ops.experts.permute import Routing, gather_tokens, permute_tokens, route, sum_tokens
 from veomni.ops.experts.shared import SharedExperts
+from veomni.ops.host_copy import HostCopy
 
-RunExperts = Callable[[Tensor, Tensor], Tensor]
-"""Rows ``[rows, hidden]`` sorted by local expert and int32 offsets ``[local_experts]`` to the experts' outputs."""
+RunExperts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+"""Tokens ``[tokens, hidden]``, the routing of their choice, it and its weights ``[tokens, k]`` to the tokens' sums."""
 
 
 EXCHANGE = "expert_exchange"
@@ -28,9 +30,8 @@ EXCHANGE = "expert_exchange"
 class ExpertExchange:
     """How a module's tokens reach experts on the other ranks of ``group``: in ``chunks``, sent one behind the other.
 
-    ``fixed_size`` buffers have the largest size that could be needed, so that the host reads nothing from the device;
-    they cost up to P times the memory of the rows. ``shared`` experts of the same block, if any, run while the first
-    tokens are in flight.
+    With ``fixed_size`` every token is sent to every rank, so that the host reads nothing from the device; all ranks
+    must have equally many. ``shared`` experts of the same block, if any, run while the first tokens are in flight.
     """
 
     group: ProcessGroup
@@ -42,121 +43,159 @@ class ExpertExchange:
 # A graph that holds a process group, or sizes that depend on the data, cannot be compiled.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange_experts(
-    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, run: RunExperts,
+    hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, local_experts: int, run: RunExperts,
     exchange: ExpertExchange,
 ) -> Tensor:  # fmt: skip
     """Return the weighted sum over the experts of ``[tokens, hidden]``, wherever they are.
 
-    The choice, int64, and its weights are ``[tokens, k]``, among ``num_experts`` on all ranks; ``run`` runs this one's.
+    The choice, int64, and its weights are ``[tokens, k]``; each rank holds ``local_experts``, which ``run`` runs.
     """
     shared = exchange.shared
     dispatch = shared.take_dispatch(hidden, top_k_index) if shared is not None else None
     if dispatch is None:
-        dispatch = Dispatch(hidden, top_k_index, num_experts, exchange)
+        dispatch = Dispatch(hidden, top_k_index, local_experts, exchange)
         if shared is not None:
             shared.run_ahead(hidden)
     return dispatch.combine(top_k_weights, run)
 
 
 class Dispatch:
-    """Tokens sent to their experts chunk by chunk; the first chunk is in flight."""
+    """Tokens sent to the ranks of their experts chunk by chunk; the first chunk is in flight."""
 
-    def __init__(self, hidden: Tensor, top_k_index: Tensor, num_experts: int, exchange: ExpertExchange) -> None:
-        group = exchange.group
-        parts = zip(hidden.chunk(exchange.chunks), top_k_index.chunk(exchange.chunks), strict=True)
-        self.chunks = [_Chunk(tokens, index, num_experts, group) for tokens, index in parts]
-        # Rows for each expert of each rank, and from each rank for each of this one's: [chunks, P, local_experts].
-        counts = torch.stack([chunk.routing.counts for chunk in self.chunks]).unflatten(1, (group.size(), -1))
-        received = all_to_all(counts.transpose(0, 1).contiguous(), None, group).transpose(0, 1)
-        (_fix_sizes if exchange.fixed_size else _fit_sizes)(self.chunks, counts.sum(2), received)
+    def __init__(self, hidden: Tensor, top_k_index: Tensor, local_experts: int, exchange: ExpertExchange) -> None:
+        parts = zip(*(_split(each, exchange.chunks) for each in (hidden, top_k_index)), strict=True)
+        self.chunks = [_Chunk(tokens, index, local_experts, exchange) for tokens, index in parts]
+        sizes = None if exchange.fixed_size else _sizes(self.chunks, exchange.group)
+        self.chunks[0].pack()  # by the device, while the host waits for the sizes
+        if sizes is not None:
+            self._fit(sizes)
         self.chunks[0].dispatch()
+
+    def _fit(self, sizes: HostCopy) -> None:
+        for chunk, ((to_ranks, _), (from_ranks, pairs)) in zip(self.chunks, sizes.read().tolist(), strict=True):
+            chunk.fit(Splits(to_ranks, from_ranks), sum(pairs))
 
     def combine(self, weights: Tensor, run: RunExperts) -> Tensor:
         """Run the experts and return each token's weighted sum, ``[tokens, hidden]``."""
+        # All of them ahead of the next chunk's tokens, which this chunk's experts need not wait for.
+        for chunk, share in zip(self.chunks, _split(weights, len(self.chunks)), strict=True):
+            chunk.send_weights(share)
         results: list[Tensor] = []
-        shares = weights.chunk(len(self.chunks))
         for index, chunk in enumerate(self.chunks):
             if index + 1 < len(self.chunks):
                 self.chunks[index + 1].dispatch()
             chunk.run_experts(run)
             if index:
-                results.append(self.chunks[index - 1].combine(shares[index - 1]))
-        results.append(self.chunks[-1].combine(shares[-1]))
+                results.append(self.chunks[index - 1].combine())
+        results.append(self.chunks[-1].combine())
         return torch.cat(results) if len(results) > 1 else results[0]
 
     def cancel(self) -> None:
         """Wait for the chunk in flight and discard it."""
-        self.chunks[0].exchange.wait()
+        self.chunks[0].cancel()
 
 
 class _Chunk:
-    """A chunk of tokens ``[tokens, hidden]`` for experts ``[tokens, k]``: dispatched, run, combined."""
+    """A chunk of tokens ``[tokens, hidden]`` for experts ``[tokens, k]``: dispatched, run, combined.
 
-    exchange: AsyncAllToAll
+    Attributes:
+        routing: The rows that are sent, sorted by rank: one for each rank that a token goes to.
+        splits: The rows to each rank and from each; None where all tokens go to all ranks.
+        pairs: Pairs of a received token and an expert of this rank, or the most there can be.
+    """
 
-    def __init__(self, tokens: Tensor, index: Tensor, num_experts: int, group: ProcessGroup) -> None:
-        self.tokens, self.index, self.group = tokens, index, group
-        self.routing: Routing = route(index, num_experts)
+    _packed: tuple[Tensor, Tensor] | None = None
+    _choice: AsyncAllToAll
+    _weights: AsyncAllToAll
+    _tokens: AsyncAllToAll
+    _results: AsyncAllToAll
 
-    def lay_out(
-        self, arriving: Tensor, experts: Tensor, splits: Splits | None = None, slots: Tensor | None = None,
-        room: int = 0,
-    ) -> None:  # fmt: skip
-        """Set how the rows lie in the buffers that are exchanged.
+    def __init__(self, tokens: Tensor, index: Tensor, local_experts: int, exchange: ExpertExchange) -> None:
+        self.tokens, self.index, self.group, self.local_experts = tokens, index, exchange.group, local_experts
+        ranks, count = exchange.group.size(), len(tokens)
+        if exchange.fixed_size:
+            chosen = torch.arange(ranks, device=index.device).expand(count, ranks)
+        else:
+            chosen = ranks_once(index // local_experts, ranks)
+        self.routing = route(chosen, ranks).first(count * min(chosen.shape[1], ranks))
+        self.splits: Splits | None = None
+        self.pairs = count * ranks * min(index.shape[1], local_experts)
 
-        ``arriving`` are the rows from each rank for each local expert, ``[P, local_experts]``; ``experts`` the local
-        expert of every one, ``local_experts`` where there is none. Without ``splits`` all buffers have one size,
-        ``room``, and this rank's rows are at ``slots`` of the one that is sent; those behind it are not sent.
-        """
-        self.offsets, self.by_expert = arriving.sum(0).cumsum(0).to(torch.int32), experts.argsort(stable=True)
-        self.inverse = inverse_of(self.by_expert)
-        self.splits, self.slots, self.room = splits, slots, room
+    def counts(self) -> Tensor:
+        """Return the rows for each rank, and the pairs of a row and an expert there: ``[P, 2]``."""
+        ranks = torch.arange(self.group.size(), device=self.index.device)
+        pairs = (self.index[..., None] // self.local_experts == ranks).sum((0, 1))
+        return torch.stack([self.routing.counts, pairs], 1)
+
+    def fit(self, splits: Splits, pairs: int) -> None:
+        """Send exactly the rows there are."""
+        self.splits, self.pairs = splits, pairs
+        self.routing = self.routing.first(sum(splits.sent))
+
+    def pack(self) -> tuple[Tensor, Tensor]:
+        """Gather what the rows to send chose, and the rows; or more of them, as long as the sizes are not read."""
+        self._packed = self._local_choice(), gather_tokens(self.tokens, self.routing)
+        return self._packed
 
     def dispatch(self) -> None:
-        """Send the rows to the ranks of their experts; those of no expert, sorted last, stay."""
-        rows = permute_tokens(self.tokens, self.routing)
-        if self.slots is None:
-            rows = rows.narrow(0, 0, sum(self.splits.sent if self.splits else ()))
-        else:
-            rows = rows.new_zeros(self.room + 1, rows.shape[1]).index_copy(0, self.slots, rows)[:-1]
-        self.exchange = AsyncAllToAll.start(rows, self.splits, self.group)
+        """Send the tokens to the ranks of their experts, and ahead of them what they chose there."""
+        (choice, rows), count = self._packed or self.pack(), len(self.routing.order)
+        self._packed = None
+        self._choice = AsyncAllToAll.start(choice[:count], self.splits, self.group)
+        tokens = permute_tokens(self.tokens, self.routing, rows[:count])
+        self._tokens = AsyncAllToAll.start(tokens, self.splits, self.group)
+
+    def _local_choice(self) -> Tensor:
+        """Return of every row the numbers of its experts on the rank it goes to, ``local_experts`` for all others."""
+        token, ends = self.routing.order // self.routing.top_k, self.routing.offsets
+        rows = torch.arange(len(token), device=ends.device, dtype=ends.dtype)
+        first = torch.searchsorted(ends, rows, right=True)[:, None] * self.local_experts
+        local = self.index.index_select(0, token) - first
+        return local.where((local >= 0) & (local < self.local_experts), self.local_experts).to(torch.int32)
+
+    def send_weights(self, weights: Tensor) -> None:
+        """Send every row's weights ``[tokens, k]``; those of experts elsewhere get no gradient there."""
+        self._weights = AsyncAllToAll.start(permute_tokens(weights, self.routing), self.splits, self.group)
 
     def run_experts(self, run: RunExperts) -> None:
-        """Run this rank's experts on the rows received and send the results back."""
-        rows = gather_rows(self.exchange.wait(), self.by_expert, self.inverse)
-        results = gather_rows(run(rows, self.offsets), self.inverse, self.by_expert)
-        self.exchange = AsyncAllToAll.start(results, self.splits and self.splits.back(), self.group)
+        """Run this rank's experts on the tokens received and send their sums back."""
+        choice = self._choice.wait().long()
+        received = route(choice, self.local_experts).first(self.pairs)
+        results = run(self._tokens.wait(), received, choice, self._weights.wait())
+        self._results = AsyncAllToAll.start(results, self.splits and self.splits.back(), self.group)
 
-    def combine(self, weights: Tensor) -> Tensor:
-        """Return each token's sum, weighted by ``[tokens, k]``; results of no expert are zeros."""
-        results = self.exchange.wait()
-        if self.slots is not None:
-            results = F.pad(results, (0, 0, 0, 1)).index_select(0, self.slots)
-        elif len(results) < self.index.numel():
-            results = F.pad(results, (0, 0, 0, self.index.numel() - len(results)))
-        return combine_rows(results, self.routing, weights)
+    def combine(self) -> Tensor:
+        """Return each token's sum over the ranks, ``[tokens, hidden]``."""
+        return sum_tokens(self._results.wait(), self.routing)
 
-
-def _fit_sizes(chunks: Sequence[_Chunk], sent: Tensor, received: Tensor) -> None:
-    """Exchange exactly the rows there are. Their sizes are read by the host, for all chunks at once."""
-    sizes = zip(*torch.stack([sent, received.sum(2)]).tolist(), strict=True)
-    for chunk, arriving, (to_ranks, from_ranks) in zip(chunks, received, sizes, strict=True):
-        ranks, local = arriving.shape
-        experts = torch.arange(local, device=arriving.device).repeat(ranks)
-        experts = experts.repeat_interleave(arriving.flatten(), output_size=sum(from_ranks))
-        chunk.lay_out(arriving, experts, Splits(to_ranks, from_ranks))
+    def cancel(self) -> None:
+        """Wait for what is in flight and discard it."""
+        self._choice.wait()
+        self._tokens.wait()
 
 
-def _fix_sizes(chunks: Sequence[_Chunk], sent: Tensor, received: Tensor) -> None:
-    """Exchange as many rows as a rank could get; those that are not there sort behind all experts."""
-    _, ranks, local = received.shape
-    for chunk, to_ranks, arriving in zip(chunks, sent, received, strict=True):
-        tokens, top_k = chunk.index.shape
-        room = tokens * min(top_k, local)
-        places = torch.arange(room, device=sent.device).expand(ranks, room).contiguous()
-        experts = torch.searchsorted(arriving.cumsum(1), places, right=True)
-        row, ends = torch.arange(tokens * top_k, device=sent.device), to_ranks.cumsum(0)
-        rank_of_row = torch.searchsorted(ends, row, right=True)
-        starts = F.pad(ends, (1, 0))  # the last: of rows that go nowhere
-        slots = (rank_of_row * room + row - starts[rank_of_row]).clamp(max=ranks * room)
-        chunk.lay_out(arriving, experts.flatten(), None, slots, ranks * room)
+def _split(tokens: Tensor, chunks: int) -> Sequence[Tensor]:
+    """Return as many chunks on every rank, also of few tokens, and of tokens that are not as many everywhere."""
+    even, more = divmod(len(tokens), chunks)
+    return tokens.split([even + (chunk < more) for chunk in range(chunks)]) if chunks > 1 else [tokens]
+
+
+def ranks_once(ranks: Tensor, size: int) -> Tensor:
+    """Return the ranks of ``[tokens, k]`` in order, ``size`` in place of each that a token has twice."""
+    ranks, _ = ranks.sort(1)
+    again = ranks[:, 1:] == ranks[:, :-1]
+    return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, size)], 1)
+
+
+def ranks_of_token(experts: int, top_k: int, ranks: int) -> float:
+    """Return how many of ``ranks`` hold some of a token's ``top_k`` experts on average, if all are equally likely."""
+    return ranks * (1 - math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k))
+
+
+def _sizes(chunks: Sequence[_Chunk], group: ProcessGroup) -> HostCopy:
+    """Return the sizes of all chunks, ``[chunks, 2, 2, P]``: rows and pairs to each rank, and rows and pairs from each.
+
+    They are all that the host reads.
+    """
+    sent = torch.stack([chunk.counts() for chunk in chunks], 1)  # [P, chunks, 2]
+    return HostCopy(torch.stack([sent, all_to_all(sent, None, group)]).permute(2, 0, 3, 1))

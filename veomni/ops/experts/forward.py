@@ -1,4 +1,4 @@
-"""The experts of a layer: from tokens to tokens, on this rank or on several, and from sorted rows to rows."""
+"""The experts of a layer, from tokens to tokens: on this rank, or on several."""
 
 from functools import partial
 from typing import Any
@@ -21,38 +21,27 @@ def experts_forward(
 
     Tokens and result are ``[tokens, hidden]``; the choice, int64, and its weights are ``[tokens, k]``.
     """
-    experts: Any = module
+    experts, run = len(local_shard(module.down_proj)), partial(local_experts, module, backend=backend)  # type: ignore[arg-type]
     if hasattr(module, EXCHANGE):
-        run = partial(expert_rows, module, backend=backend)
-        exchange = getattr(module, EXCHANGE)
-        return exchange_experts(hidden_states, top_k_index, top_k_weights, experts.num_experts, run, exchange)
-    routing = route(top_k_index, len(local_shard(experts.down_proj)))
-    return _run(module, hidden_states, routing, backend, top_k_index, top_k_weights)
+        return exchange_experts(hidden_states, top_k_index, top_k_weights, experts, run, getattr(module, EXCHANGE))
+    return run(hidden_states, route(top_k_index, experts), top_k_index, top_k_weights)
 
 
-def expert_rows(module: nn.Module, rows: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """Return the results of ``[rows, hidden]``, sorted by local expert, of which ``offsets``, int32, are the ends.
+def local_experts(
+    module: nn.Module, hidden: Tensor, rows: Routing, top_k_index: Tensor, top_k_weights: Tensor, backend: str
+) -> Tensor:
+    """Return each token's weighted sum over the experts that this rank holds, ``[tokens, hidden]``.
 
-    Rows past ``offsets[-1]`` are zeros and have zero gradients. An expert without a row gets zero gradients, also where
-    there is no row at all.
+    ``rows`` is the routing of the choice; both number these experts, and one behind the last of them is none. An expert
+    without a row gets zero gradients, also where there is no row at all.
     """
-    return _run(module, rows, Routing(offsets), backend)
-
-
-def _run(
-    module: nn.Module, hidden: Tensor, rows: Routing, backend: str, top_k_index: Tensor | None = None,
-    top_k_weights: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return a result for every row, or, with a choice and its weights, for every token."""
     dtype, offsets, activation = _compute_dtype(module, hidden), rows.offsets, activation_of(module)
     (up, up_bias), (down, down_bias) = (local_weights(module, name, dtype) for name in products(module))
     has_norm = getattr(module, "has_post_expert_norm", False)  # since transformers 5.19
     result = expert_up(hidden.to(dtype), up, rows, backend)
     if activation is not None and not has_norm:
         result = expert_down(result, up_bias, top_k_weights, down, activation, rows, backend)
-        if top_k_index is None or top_k_weights is None:
-            result = add_bias(result, down_bias, offsets, backend)
-        elif down_bias is not None:
+        if down_bias is not None:
             result = result + _weighted_bias(down_bias, top_k_index, top_k_weights)
         return result.to(hidden.dtype)
     experts: Any = module
@@ -61,7 +50,7 @@ def _run(
     result = add_bias(expert_linear(result.to(dtype), down, offsets, backend), down_bias, offsets, backend)
     if has_norm:
         result = experts.post_expert_norm(result)
-    return (result if top_k_weights is None else combine_rows(result, rows, top_k_weights)).to(hidden.dtype)
+    return combine_rows(result, rows, top_k_weights).to(hidden.dtype)
 
 
 def _weighted_bias(bias: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

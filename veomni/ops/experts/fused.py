@@ -19,15 +19,18 @@ from veomni.ops.experts.permute import Routing, rows_of_tokens, sum_of_rows, zer
 def expert_up(hidden: Tensor, weights: Tensor, rows: Routing, backend: str) -> Tensor:
     """Return every row's product with its expert's matrix, ``[rows, out]``; zeros for rows past the last expert's.
 
-    ``hidden`` are tokens, ``[tokens, in]``, where ``rows`` has an order, else the rows themselves; ``weights`` are
-    ``[experts, in, out]``, every matrix or its transpose contiguous.
+    ``hidden`` are tokens, ``[tokens, in]``; ``weights`` are ``[experts, in, out]``, every matrix or its transpose
+    contiguous.
     """
-    product: Tensor = _up(hidden, weights, _tensors(rows), rows.top_k, backend)
+    product: Tensor = _up(hidden, weights, list(rows[:3]), rows.top_k, backend)
     return product
 
 
 def expert_linear(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """Return :func:`expert_up` of given rows, for other products than the first: selective checkpointing keeps that."""
+    """Return :func:`expert_up` of rows sorted by expert, whose ends are ``offsets``, for other products than the first.
+
+    Selective checkpointing keeps the first product only.
+    """
     product: Tensor = _linear(rows, weights, [offsets], 1, backend)
     return product
 
@@ -42,62 +45,57 @@ def add_bias(rows: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -
 
 
 def expert_down(
-    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, form: SwiGLU, rows: Routing,
+    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor, weights: Tensor, form: SwiGLU, rows: Routing,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    """Return the second product of the activated first one; summed by token where ``rows`` has an order.
+    """Return the second product of the activated first one, summed by token, ``[tokens, hidden]``.
 
     ``gate_up`` is what :func:`expert_up` returned, ``[rows, 2 * intermediate]``, and ``bias`` its ``[experts, 2 *
-    intermediate]``; ``top_k_weights`` are ``[tokens, k]``, None where the rows are given; ``weights`` are ``[experts,
-    intermediate, hidden]``.
+    intermediate]``; ``top_k_weights`` are ``[tokens, k]``; ``weights`` are ``[experts, intermediate, hidden]``.
     """
-    top_k_weights = None if top_k_weights is None else top_k_weights.contiguous()
-    result: Tensor = _down(gate_up, bias, top_k_weights, weights, _tensors(rows), rows.top_k, backend, list(form))
+    result: Tensor = _down(
+        gate_up, bias, top_k_weights.contiguous(), weights, list(rows[:3]), rows.top_k, backend, list(form)
+    )
     return result
 
 
-def _tensors(rows: Routing) -> list[Tensor]:
-    return [tensor for tensor in rows[:3] if tensor is not None]
-
-
-# Rows are [offsets], or [offsets, order, inverse]. A gradient that is not needed is empty: operations return tensors.
+# Rows are [offsets, order, inverse], or [offsets] where they are given. A gradient that is not needed is empty:
+# operations return tensors.
 
 
 def _product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:
-    routing = _routing(rows, top_k)
-    return zero_tail_(grouped_matmul(_rows(hidden, routing), weights, routing.offsets, backend), routing.offsets)
+    return zero_tail_(grouped_matmul(_rows(hidden, rows, top_k), weights, rows[0], backend), rows[0])
 
 
 @torch.library.custom_op("veomni::expert_product_backward", mutates_args=())
 def _product_backward(
     grad: Tensor, hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    routing, (needs_hidden, needs_weights) = _routing(rows, top_k), needs
+    offsets, (needs_hidden, needs_weights) = rows[0], needs
     to_hidden = to_weights = None
     if needs_weights:
-        to_weights = _to_weights(_rows(hidden, routing), grad, weights, routing.offsets, backend)
+        to_weights = _to_weights(_rows(hidden, rows, top_k), grad, weights, offsets, backend)
     if needs_hidden:
-        to_hidden = _tokens(grouped_matmul(grad, weights.transpose(1, 2), routing.offsets, backend), routing)
+        to_hidden = _tokens(grouped_matmul(grad, weights.transpose(1, 2), offsets, backend), rows, top_k)
     return _filled(grad, to_hidden, to_weights)
 
 
 @torch.library.custom_op("veomni::expert_down", mutates_args=())
 def _down(
-    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor, rows: list[Tensor], top_k: int,
+    gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor, weights: Tensor, rows: list[Tensor], top_k: int,
     backend: str, form: list[float],
 ) -> Tensor:  # fmt: skip
-    routing = _routing(rows, top_k)
-    hidden = activate(gate_up, bias, top_k_weights, routing, _form(form))
-    return _tokens(grouped_matmul(hidden, weights, routing.offsets, backend), routing)
+    hidden = activate(gate_up, bias, top_k_weights, _routing(rows, top_k), _form(form))
+    return _tokens(grouped_matmul(hidden, weights, rows[0], backend), rows, top_k)
 
 
 @torch.library.custom_op("veomni::expert_down_backward", mutates_args=())
 def _down_backward(
-    grad: Tensor, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor | None, weights: Tensor,
+    grad: Tensor, gate_up: Tensor, bias: Tensor | None, top_k_weights: Tensor, weights: Tensor,
     rows: list[Tensor], top_k: int, backend: str, form: list[float], needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     routing, (needs_gate_up, needs_bias, needs_scale, needs_weights) = _routing(rows, top_k), needs
-    by_row = _rows(grad, routing)
+    by_row = _rows(grad, rows, top_k)
     to_hidden = grouped_matmul(by_row, weights.transpose(1, 2), routing.offsets, backend)
     to_gate_up, hidden, to_scale = activate_backward(to_hidden, gate_up, bias, top_k_weights, routing, _form(form))
     del to_hidden
@@ -115,7 +113,7 @@ def _filled(like: Tensor, *gradients: Tensor | None) -> Any:
 
 
 def _routing(rows: list[Tensor], top_k: int) -> Routing:
-    offsets, order, inverse = rows if len(rows) == 3 else (rows[0], None, None)
+    offsets, order, inverse = rows
     return Routing(offsets, order, inverse, top_k)
 
 
@@ -124,14 +122,14 @@ def _form(numbers: list[float]) -> SwiGLU:
     return SwiGLU(alpha, limit, shift, bool(interleaved))
 
 
-def _rows(hidden: Tensor, routing: Routing) -> Tensor:
-    return rows_of_tokens(hidden, routing.order, routing.inverse, routing.top_k)
+def _rows(hidden: Tensor, rows: list[Tensor], top_k: int) -> Tensor:
+    return hidden if len(rows) == 1 else rows_of_tokens(hidden, rows[1], rows[2], top_k)
 
 
-def _tokens(rows: Tensor, routing: Routing) -> Tensor:
-    if routing.inverse is None:
-        return zero_tail_(rows, routing.offsets)
-    return sum_of_rows(rows, routing.inverse, routing.top_k, offsets=routing.offsets)
+def _tokens(results: Tensor, rows: list[Tensor], top_k: int) -> Tensor:
+    if len(rows) == 1:
+        return zero_tail_(results, rows[0])
+    return sum_of_rows(results, rows[2], top_k, offsets=rows[0])
 
 
 def _to_weights(rows: Tensor, grad: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
@@ -167,7 +165,7 @@ def _differentiate(operation: Any, backward: Callable[..., tuple[Tensor, ...]], 
 
 
 def _shape_of_product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:
-    return hidden.new_empty(hidden.shape[0] * top_k, weights.shape[2])
+    return hidden.new_empty(hidden.shape[0] if len(rows) == 1 else rows[1].shape[0], weights.shape[2])
 
 
 _up, _linear = (
@@ -182,5 +180,5 @@ _down_backward.register_fake(_empty_gradients)
 
 
 @_down.register_fake
-def _(gate_up: Tensor, bias: Any, top_k_weights: Any, weights: Tensor, rows: Any, top_k: int, *others: Any) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0] // top_k, weights.shape[2])
+def _(gate_up: Tensor, bias: Any, top_k_weights: Tensor, weights: Tensor, *others: Any) -> Tensor:
+    return gate_up.new_empty(top_k_weights.shape[0], weights.shape[2])

@@ -1,5 +1,7 @@
 """Tokens to rows sorted by expert, and back: sums in float32 or better and a fixed order; the host reads nothing."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch
@@ -9,73 +11,92 @@ from veomni.parallel.wrappers import wide_dtype
 
 
 class Routing(NamedTuple):
-    """Rows sorted by expert: the ``tokens * k`` pairs of token and expert, or rows that are given in that order.
+    """Pairs of a token and one of its choices, sorted by expert (or by the rank a token goes to).
 
     Attributes:
         offsets: Where each expert's rows end, int32 ``[experts]``.
-        order: Of every sorted pair its place in the flattened choice, int64 ``[tokens * k]``, equal experts in order;
-            None where the rows are given.
-        inverse: Of every pair its place once sorted, int64 ``[tokens * k]``, or None.
+        order: Of every row the place of its pair in the flattened choice, int64 ``[rows]``, equal experts in order.
+        inverse: Of every pair its row, int64 ``[tokens * k]``; at least ``rows`` for a pair that has none.
         top_k: Pairs per token.
     """
 
     offsets: Tensor
-    order: Tensor | None = None
-    inverse: Tensor | None = None
-    top_k: int = 1
+    order: Tensor
+    inverse: Tensor
+    top_k: int
 
     @property
     def counts(self) -> Tensor:
         """Rows of each expert, int64 ``[experts]``."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)).to(torch.int64)
 
+    def first(self, rows: int) -> Routing:
+        """Return a routing of the first ``rows`` only; the others must be of no expert."""
+        return self._replace(order=self.order[:rows])
+
 
 def route(top_k_index: Tensor, num_experts: int) -> Routing:
-    """Return the pairs of ``top_k_index``, int64 ``[tokens, k]``, sorted by expert.
+    """Return the pairs of ``top_k_index``, integers ``[tokens, k]``, sorted by expert.
 
-    A pair whose expert is ``num_experts`` means no expert (zaya skips experts so): it is sorted behind all others.
+    A pair whose expert is ``num_experts`` has no expert here: it is sorted behind all others.
     """
     # Radix sort passes over the bits of its keys: narrow ones take a fraction of the time.
     narrow = torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32_768 else torch.int64
     experts, order = top_k_index.flatten().to(narrow).sort(stable=True)
     ids = torch.arange(num_experts, device=order.device, dtype=torch.int32)
     offsets = torch.searchsorted(experts.to(torch.int32), ids, right=True, out_int32=True)
-    return Routing(offsets, order, inverse_of(order), top_k_index.shape[1])
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return Routing(offsets, order, inverse, top_k_index.shape[1])
 
 
-def inverse_of(order: Tensor) -> Tensor:
-    """Return the inverse of a permutation, int64."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def permute_tokens(hidden: Tensor, routing: Routing, rows: Tensor | None = None) -> Tensor:
+    """Return of every row of ``routing`` its token of ``[tokens, hidden]``, ``[rows, hidden]``.
+
+    ``rows`` is :func:`gather_tokens` of the same, where that was called before.
+    """
+    permuted: Tensor = _Permute.apply(hidden, gather_tokens(hidden, routing) if rows is None else rows, routing)
+    return permuted
 
 
-def permute_tokens(hidden: Tensor, routing: Routing) -> Tensor:
-    """Return ``[tokens * k, hidden]``: of every pair of ``routing`` its token of ``[tokens, hidden]``."""
-    rows: Tensor = _Permute.apply(hidden, routing.order, routing.inverse, routing.top_k)
-    return rows
+def gather_tokens(hidden: Tensor, routing: Routing) -> Tensor:
+    """Return the rows of :func:`permute_tokens`, without a gradient."""
+    return rows_of_tokens(hidden.detach(), routing.order, routing.inverse, routing.top_k)
 
 
-def gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Return ``rows[index]``, for a permutation and its inverse."""
-    gathered: Tensor = _Permute.apply(rows, index, inverse, 1)
-    return gathered
+def sum_tokens(rows: Tensor, routing: Routing) -> Tensor:
+    """Return of every token the sum of its ``[rows, hidden]``, ``[tokens, hidden]``; zeros for one without a row."""
+    tokens: Tensor = _Sum.apply(rows, routing)
+    return tokens
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return rows_of_tokens(hidden, order, inverse, top_k)
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, routing: Routing) -> Tensor:
+        ctx.save_for_backward(routing.inverse)
+        ctx.top_k = routing.top_k
+        return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return sum_of_rows(grads[0].contiguous(), inverse, ctx.top_k), None, None, None
+        return sum_of_rows(grads[0].contiguous(), inverse, ctx.top_k), None, None
+
+
+class _Sum(torch.autograd.Function):
+    # The routing is no saved tensor: a block that is recomputed would exchange its results again to save it.
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return sum_of_rows(rows, routing.inverse, routing.top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather_tokens(grads[0].contiguous(), ctx.routing), None
 
 
 def combine_rows(rows: Tensor, routing: Routing, weights: Tensor) -> Tensor:
-    """Return of every token the sum of its ``[tokens * k, hidden]`` rows, weighted by ``[tokens, k]``."""
-    tokens: Tensor = _combine(rows, weights, routing.order, routing.inverse)
+    """Return of every token the sum of its ``[rows, hidden]``, weighted by ``[tokens, k]``."""
+    tokens: Tensor = _combine(rows, weights.contiguous(), routing.order, routing.inverse)
     return tokens
 
 
@@ -95,8 +116,7 @@ def _combine_backward(
     wide = wide_dtype(rows.dtype)
     by_row = rows_of_tokens(grad, order, inverse, weights.shape[1]).to(wide)
     to_rows = (by_row * weights.flatten().index_select(0, order).to(wide)[:, None]).to(rows.dtype)
-    to_weights = (by_row * rows.to(wide)).sum(1).index_select(0, inverse).view_as(weights).to(weights.dtype)
-    return to_rows, to_weights
+    return to_rows, by_pair((by_row * rows.to(wide)).sum(1), order, weights)
 
 
 @_combine.register_fake
@@ -123,15 +143,18 @@ _combine.register_autograd(_differentiate, setup_context=_save)
 # Below: without gradients.
 
 
-def rows_of_tokens(hidden: Tensor, order: Tensor | None, inverse: Tensor | None, top_k: int) -> Tensor:
-    """Return of every sorted pair its token, ``[tokens * k, hidden]``; ``hidden`` itself where it is rows."""
-    if order is None or inverse is None:
-        return hidden
+def rows_of_tokens(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+    """Return of every row its token, ``[rows, hidden]``."""
     if has_kernels(hidden):
         from veomni.ops.experts import permute_triton
 
-        return permute_triton.rows_of_tokens(hidden, inverse, top_k)
-    return hidden.index_select(0, order // top_k if top_k > 1 else order)
+        return permute_triton.rows_of_tokens(hidden, inverse, top_k, len(order))
+    return hidden.index_select(0, order // top_k)
+
+
+def by_pair(values: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Return the values of ``[rows]`` by their pairs, as ``weights`` ``[tokens, k]`` are; zero for a pair without."""
+    return torch.zeros_like(weights).view(-1).index_copy_(0, order, values.to(weights.dtype)).view_as(weights)
 
 
 def sum_of_rows(
@@ -145,13 +168,14 @@ def sum_of_rows(
         from veomni.ops.experts import permute_triton
 
         return permute_triton.sum_of_rows(rows, inverse, top_k, weights, offsets)
-    if offsets is not None:
-        rows = rows.masked_fill(past_end(rows, offsets), 0)
-    wide = wide_dtype(rows.dtype)
-    by_token = rows.index_select(0, inverse).unflatten(0, (-1, top_k))
-    if weights is None:
-        return by_token.sum(1, dtype=wide).to(rows.dtype)
-    return (by_token.to(wide) * weights.to(wide)[..., None]).sum(1).to(rows.dtype)
+    places = inverse.unflatten(0, (-1, top_k))
+    total = rows.new_zeros(len(places), rows.shape[1], dtype=wide_dtype(rows.dtype))
+    end = len(rows) if offsets is None else offsets[-1]
+    for choice in range(top_k if len(rows) else 0):  # one after another: no wide copy of all rows
+        place = places[:, choice]
+        values = rows.index_select(0, place.clamp(max=len(rows) - 1)).masked_fill_((place >= end)[:, None], 0)
+        total += values if weights is None else values * weights[:, choice, None].to(total.dtype)
+    return total.to(rows.dtype)
 
 
 def zero_tail_(rows: Tensor, offsets: Tensor) -> Tensor:

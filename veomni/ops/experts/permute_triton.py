@@ -9,26 +9,26 @@ from torch import Tensor
 
 
 @triton.jit
-def _scatter_kernel(source, inverse, target, channels, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    # A token is read once and written to all of its rows.
+def _scatter_kernel(source, inverse, target, rows, channels, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    # A token is read once and written to all of its rows; a pair past the last row has none.
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < channels
     values = tl.load(source + token * channels + place, mask=inside)
     for choice in tl.static_range(TOP_K):
         row = tl.load(inverse + token * TOP_K + choice)
-        tl.store(target + row * channels + place, values, mask=inside)
+        tl.store(target + row * channels + place, values, mask=inside & (row < rows))
 
 
 @triton.jit
 def _sum_kernel(
-    rows, inverse, weights, offsets, target, channels,
+    rows, inverse, weights, offsets, target, count, channels,
     WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < channels
-    end = tl.load(offsets + EXPERTS - 1) if EXPERTS else 2147483647
+    end = tl.load(offsets + EXPERTS - 1) if EXPERTS else count
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
         row = tl.load(inverse + token * TOP_K + choice)
@@ -70,14 +70,14 @@ def _zero_tail_kernel(rows, offsets, count, channels, EXPERTS: tl.constexpr, ROW
             tl.store(target, tl.zeros((ROWS, BLOCK), dtype=rows.dtype.element_ty), mask=mask)
 
 
-def rows_of_tokens(hidden: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+def rows_of_tokens(hidden: Tensor, inverse: Tensor, top_k: int, rows: int) -> Tensor:
     """See :func:`veomni.ops.experts.permute.rows_of_tokens`."""
     tokens, channels = hidden.shape
-    target = hidden.new_empty(inverse.shape[0], channels)
+    target = hidden.new_empty(rows, channels)
     if target.numel():
         block = _block(channels, 2048)
         _scatter_kernel[(tokens, triton.cdiv(channels, block))](
-            hidden.contiguous(), inverse, target, channels, TOP_K=top_k, BLOCK=block, num_warps=_warps(block)
+            hidden.contiguous(), inverse, target, rows, channels, TOP_K=top_k, BLOCK=block, num_warps=_warps(block)
         )
     return target
 
@@ -90,7 +90,7 @@ def sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | Non
         block = _block(channels, 2048)
         _sum_kernel[(tokens, triton.cdiv(channels, block))](
             rows.contiguous(), inverse, inverse if weights is None else weights.contiguous(),
-            inverse if offsets is None else offsets, target, channels, WEIGHTED=weights is not None,
+            inverse if offsets is None else offsets, target, len(rows), channels, WEIGHTED=weights is not None,
             EXPERTS=0 if offsets is None else offsets.shape[0], TOP_K=top_k, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return target
@@ -98,7 +98,7 @@ def sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | Non
 
 def sum_of_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of rows and weights of :func:`sum_of_rows`."""
-    to_rows, to_weights = torch.empty_like(rows), torch.empty_like(weights)
+    to_rows, to_weights = torch.empty_like(rows), torch.zeros_like(weights)
     if rows.numel():
         block = _block(rows.shape[1], 2048)
         _sum_backward_kernel[(rows.shape[0],)](
