@@ -24,6 +24,7 @@ class Row:
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
         optimizer: "adamw", or "muon" for the matrices.
+        compile: Compile blocks, where the library does.
     """
 
     model: str
@@ -42,10 +43,12 @@ class Row:
     prefetch: int = 0
     offload: bool = False
     optimizer: str = "adamw"
+    compile: bool = True
 
 
 ROWS = {
     "tiny": Row("tiny_qwen3", 2, 64),
+    "tiny_eager": Row("tiny_qwen3", 2, 64, compile=False),
     "tiny_chats": Row("tiny_qwen3", 2, 256, packed=30, chats=True),
     "tiny_ulysses": Row("tiny_qwen3", 1, 128, ulysses=2, recompute="full"),
     "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
@@ -62,6 +65,7 @@ ROWS = {
     "dense_8b_selective": Row("qwen3_8b", 2, 4096, recompute="selective"),
     "moe2": Row("qwen3_30b_a3b", 4, 4096, layers=2),
     "moe2_ep": Row("qwen3_30b_a3b", 4, 4096, layers=2, experts=-1),
+    "moe6": Row("qwen3_30b_a3b", 4, 4096, layers=6),
     "moe8": Row("qwen3_30b_a3b", 4, 4096, layers=8),
     "moe8_ep": Row("qwen3_30b_a3b", 4, 4096, layers=8, experts=-1),
     "moe8_ep_prefetch2": Row("qwen3_30b_a3b", 4, 4096, layers=8, experts=-1, prefetch=2),

@@ -22,7 +22,7 @@ def strategies_of(row, gpus):
         chosen.append(Ulysses(ranks_of(row.ulysses, gpus), overlap=row.overlap))
     if row.recompute != "none":
         chosen.append(ActivationCheckpointing(row.recompute))
-    return [*chosen, Compile()]
+    return [*chosen, *[Compile()] * row.compile]
 
 
 def optimizer_of(row, launcher, model):

@@ -28,7 +28,7 @@ def job_config(row, gpus):
     job.training.seq_len = row.rows * row.length if row.packed else row.length
     job.training.local_batch_size = 1 if row.packed else row.rows
     job.training.enable_cpu_offload = row.offload
-    job.compile.enable = True
+    job.compile.enable = row.compile
     job.comm.trace_buf_size = 0  # its flight recorder writes files
     job.activation_checkpoint.mode = row.recompute
     job.activation_checkpoint.selective_ac_option = "op"
