@@ -21,6 +21,7 @@ class Row:
         recompute: Activation checkpointing.
         packed: Rows hold documents of log-normal lengths with this median.
         chats: Packed conversations of such lengths, tokenized and packed by the library's own loader.
+        images: So many photographs in conversations, decoded and packed by that loader while training.
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
         optimizer: "adamw", or "muon" for the matrices.
@@ -38,6 +39,7 @@ class Row:
     recompute: str = "none"
     packed: int = 0
     chats: bool = False
+    images: int = 0
     attention: str = "auto"
     reduce: str = "fp32"
     prefetch: int = 0
@@ -50,6 +52,7 @@ ROWS = {
     "tiny": Row("tiny_qwen3", 2, 64),
     "tiny_eager": Row("tiny_qwen3", 2, 64, compile=False),
     "tiny_chats": Row("tiny_qwen3", 2, 256, packed=30, chats=True),
+    "tiny_images": Row("tiny_qwen3_vl", 1, 4096, images=40, compile=False),
     "tiny_ulysses": Row("tiny_qwen3", 1, 128, ulysses=2, recompute="full"),
     "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
     "tiny_moe_ep": Row("tiny_qwen3_moe", 2, 64, experts=-1),
@@ -61,6 +64,7 @@ ROWS = {
     "dense_muon": Row("qwen3_1.7b", 4, 4096, optimizer="muon"),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
     "dense_chats": Row("qwen3_1.7b", 4, 4096, packed=600, chats=True),
+    "vlm_images": Row("qwen2_5_vl_7b", 1, 8192, layers=4, recompute="full", images=240),
     "dense_8b": Row("qwen3_8b", 2, 4096, recompute="full"),
     "dense_8b_selective": Row("qwen3_8b", 2, 4096, recompute="selective"),
     "moe2": Row("qwen3_30b_a3b", 4, 4096, layers=2),
@@ -86,9 +90,10 @@ def build_config(row):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(MODELS / f"{row.model}.json")
-    config.num_hidden_layers = row.layers or config.num_hidden_layers
-    config.max_position_embeddings = max(row.length, config.max_position_embeddings)
-    config.use_cache = False
+    text = config.get_text_config()
+    text.num_hidden_layers = row.layers or text.num_hidden_layers
+    text.max_position_embeddings = max(row.length, text.max_position_embeddings)
+    text.use_cache = False
     return config
 
 

@@ -100,6 +100,8 @@ def report(stack, name, result, ours):
         return
     ratio = f"  ours is {ours / result['tokens_per_second']:.2f}x" if ours and stack != "ours" else ""
     breaks = f"  graph breaks {result['graph_breaks']:.0f}" if "graph_breaks" in result else ""
+    if result.get("chats") or result.get("images"):
+        breaks += f"  waits for data {result['data_ms']:.2f} ms, at most {result['data_worst_ms']:.1f}"
     print(
         f"{title} {result['tokens_per_second']:9,.0f} tokens/s  {result['median_ms']:8.1f} ms  "
         f"slowest {result['worst_over_median']:4.2f}x  peak {result['peak_gib']:5.1f} GiB  "
@@ -140,11 +142,11 @@ def main():
     for name in args.rows.split(","):
         ours = None
         for stack in stacks:
-            result = run_row(stack, name, args)
+            result = {**asdict(ROWS[name]), **run_row(stack, name, args)}
             ours = result.get("tokens_per_second") if stack == "ours" else ours
             report(stack, name, result, ours)
             if args.json:
-                line = {"row": name, "stack": stack, "gpus": args.gpus, **asdict(ROWS[name]), **result}
+                line = {"row": name, "stack": stack, "gpus": args.gpus, **result}
                 with args.json.open("a") as file:
                     file.write(json.dumps(line) + "\n")
 

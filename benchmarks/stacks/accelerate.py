@@ -9,7 +9,7 @@ from benchmarks.rows import build_config, micro_batch
 
 def lacks(row):
     """What of a row Accelerate cannot do."""
-    if row.chats:
+    if row.chats or row.images:
         return "no loader that packs"
     if row.optimizer != "adamw":
         return f"no {row.optimizer}"

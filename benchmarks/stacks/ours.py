@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from statistics import median
+
 from benchmarks.rows import build_config, micro_batch, ranks_of
+
+WAITED = []
+"""Seconds that each step of this process has waited for its batch, and for the agreement of all ranks on it."""
 
 
 def lacks(row):
@@ -43,12 +49,19 @@ def prepare(row, gpus):
     precision = select_precision("bf16", reduce=row.reduce)
     launcher = Launcher(strategies_of(row, gpus), precision=precision, devices=gpus)
     launcher.launch()
-    return launcher, launcher.setup_model(
-        build_model(build_config(row), weights="random", attention=row.attention)
-    ).train()
+    config = build_config(row)
+    if row.images:
+        from benchmarks.photos import token_ids
+
+        token_ids(config)
+    return launcher, launcher.setup_model(build_model(config, weights="random", attention=row.attention)).train()
 
 
 def batches_of(row, launcher, vocabulary):
+    if row.images:
+        from benchmarks.photos import image_loader
+
+        return image_loader(row, launcher)
     if row.chats:
         from benchmarks.chats import chat_loader
 
@@ -60,15 +73,21 @@ def batches_of(row, launcher, vocabulary):
 
 def training(row, gpus):
     """Take a step at a time and yield how many tokens of it count for this GPU."""
+    launcher, model = prepare(row, gpus)
+    return steps_of(row, launcher, model, optimizer_of(row, launcher, model))
+
+
+def steps_of(row, launcher, model, optimizer):
+    """Train what :func:`prepare` returned."""
     from torch.profiler import record_function
 
-    launcher, model = prepare(row, gpus)
-    optimizer = optimizer_of(row, launcher, model)
     share = launcher.data_parallel.size / launcher.world_size
-    steps = launcher.track(batches_of(row, launcher, model.config.vocab_size))
+    steps = launcher.track(batches_of(row, launcher, model.config.get_text_config().vocab_size))
     while True:
+        begin = time.perf_counter()
         with record_function("track"):
             step = next(steps)
+        WAITED.append(time.perf_counter() - begin)
         for micro in launcher.accumulate(model, step):
             launcher.backward(model(**micro.inputs).loss, micro)
         launcher.clip_grad_norm(model, 1.0)
@@ -81,4 +100,8 @@ def training(row, gpus):
 def facts():
     from veomni.compat.dry_runs import graph_breaks
 
-    return {"graph_breaks": float(graph_breaks())}
+    return {
+        "graph_breaks": float(graph_breaks()),
+        "data_ms": median(WAITED) * 1e3,
+        "data_worst_ms": max(WAITED[2:]) * 1e3,
+    }

@@ -10,7 +10,7 @@ from benchmarks.rows import build_config, micro_batch, ranks_of
 
 def lacks(row):
     """What of a row torchtitan cannot do."""
-    if row.chats:
+    if row.chats or row.images:
         return "no loader that packs conversations"
     if row.optimizer != "adamw":
         return f"no {row.optimizer}"

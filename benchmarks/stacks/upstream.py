@@ -13,7 +13,7 @@ from benchmarks.rows import build_config, micro_batch, ranks_of
 
 def lacks(row):
     """What of a row it cannot do here."""
-    if row.chats:
+    if row.chats or row.images:
         return "its loader is not set up here"
     if row.optimizer != "adamw":
         return f"no {row.optimizer}"
