@@ -31,8 +31,9 @@ def save(drawing, file):
 
 
 def draw_bars(results, file):
-    """Tokens/s per GPU of every row, one bar a library."""
-    rows = list(dict.fromkeys(each["row"] for each in results))
+    """Tokens/s per GPU of every row on the most GPUs it ran on, one bar a library."""
+    most = {each["row"]: max(other["gpus"] for other in results if other["row"] == each["row"]) for each in results}
+    results, rows = [each for each in results if each["gpus"] == most[each["row"]]], list(most)
     stacks = [name for name in NAMES if any(each["stack"] == name for each in results)]
     drawing, axes = figure(max(6.0, 1.6 * len(rows)), 3.6)
     width = 0.8 / len(stacks)
@@ -41,7 +42,7 @@ def draw_bars(results, file):
         at = [rows.index(row) + (place - (len(stacks) - 1) / 2) * width for row in found]
         bars = axes.bar(at, list(found.values()), width * 0.92, color=COLORS[stack], label=NAMES[stack])
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.set_xticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(rows)), [f"{row}\n{most[row]} GPUs" for row in rows])
     axes.set_ylabel("thousand tokens/s per GPU")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -92,6 +92,8 @@ def build_config(row):
     config = AutoConfig.from_pretrained(MODELS / f"{row.model}.json")
     text = config.get_text_config()
     text.num_hidden_layers = row.layers or text.num_hidden_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
     text.max_position_embeddings = max(row.length, text.max_position_embeddings)
     text.use_cache = False
     return config

@@ -13,7 +13,7 @@ from benchmarks.rows import ROWS
 from benchmarks.scale import combine
 from benchmarks.stacks import accelerate, ours, torchtitan, upstream
 from benchmarks.table import put, read, table_of, weak_scaling
-from benchmarks.timeline import device_time, spans_of_step
+from benchmarks.timeline import Trace, device_time, spans_of_step
 from veomni.testing.ranks import run_ranks
 
 
@@ -50,14 +50,14 @@ EVENTS = [
 
 
 def test_a_timeline_has_the_lanes_and_names_the_gaps(tmp_path):
-    step = spans_of_step(EVENTS)
+    step = spans_of_step(Trace(EVENTS))
     assert step["microseconds"] == 450.0
     assert [(lane, begin, long) for lane, begin, long, _ in step["spans"]] == [
         ("compute", 65.0, 85.0), ("communication", 100.0, 100.0), ("copies", 410.0, 40.0)
     ]  # fmt: skip
     assert [(gap["at"], gap["ms"]) for gap in step["gaps"]] == [(0.0, 0.07), (200.0, 0.21)]
     assert step["gaps"][1]["under"] == ["step", "aten::copy_"]
-    times = device_time(EVENTS, 2)
+    times = device_time(Trace(EVENTS), 2)
     assert times["exposed_collectives_ms"] == pytest.approx(0.025)
     assert times["gaps_ms"] == pytest.approx((0.065 + 0.21) / 2)
     (tmp_path / "dense.ours.json").write_text(json.dumps(step))
