@@ -7,8 +7,15 @@ import json
 from benchmarks.timeline import LONG
 
 LANES = {"compute": "#2f6f9f", "communication": "#c0672b", "copies": "#6b8e4e"}
-NAMES = {"ours": "VeOmni", "torchtitan": "torchtitan", "upstream": "VeOmni upstream", "accelerate": "Accelerate"}
-COLORS = {"ours": "#2f6f9f", "torchtitan": "#c0672b", "upstream": "#6b8e4e", "accelerate": "#8a6d9c"}
+NAMES = {"ours": "VeOmni", "torchtitan": "torchtitan", "upstream": "VeOmni upstream", "accelerate": "Accelerate",
+         "fabric": "Lightning Fabric"}  # fmt: skip
+COLORS = {
+    "ours": "#2f6f9f",
+    "torchtitan": "#c0672b",
+    "upstream": "#6b8e4e",
+    "accelerate": "#8a6d9c",
+    "fabric": "#888888",
+}
 NAMED = 8
 """So many gaps of a timeline, the longest, are named."""
 

@@ -61,6 +61,7 @@ ROWS = {
     "dense_prefetch1": Row("qwen3_1.7b", 4, 4096, prefetch=1),
     "dense_prefetch2": Row("qwen3_1.7b", 4, 4096, prefetch=2),
     "dense_offload": Row("qwen3_1.7b", 4, 4096, offload=True),
+    "dense_ulysses1": Row("qwen3_1.7b", 4, 4096, ulysses=1),
     "dense_muon": Row("qwen3_1.7b", 4, 4096, optimizer="muon"),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
     "dense_chats": Row("qwen3_1.7b", 4, 4096, packed=600, chats=True),
@@ -82,6 +83,7 @@ ROWS = {
     "ring_packed": Row("qwen3_1.7b", 1, 131_072, ring=-1, recompute="full", packed=4000),
     "ulysses_4b_64k": Row("qwen3_4b", 1, 65_536, ulysses=-1, recompute="full"),
     "ulysses_4b_128k": Row("qwen3_4b", 1, 131_072, ulysses=-1, recompute="full"),
+    "long_1gpu_131k_full": Row("qwen3_1.7b", 1, 131_072, recompute="full"),
     "long_32k": Row("qwen3_1.7b", 1, 32_768, recompute="full"),
 }
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rows import ROWS
 
-STACKS = ("ours", "torchtitan", "upstream", "accelerate")
+STACKS = ("ours", "torchtitan", "upstream", "accelerate", "fabric")
 
 
 def run_row(stack, name, args):

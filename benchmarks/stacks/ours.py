@@ -36,9 +36,7 @@ def optimizer_of(row, launcher, model):
 
     if row.optimizer == "adamw":
         return launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-5, fused=True)
-    from veomni.optim import build_optimizer
-
-    return build_optimizer(model, row.optimizer, lr=1e-5)
+    return launcher.setup_optimizer(model, row.optimizer, lr=1e-5)
 
 
 def prepare(row, gpus):
