@@ -49,13 +49,13 @@ def prepare(row, gpus):
     attention = os.environ.get("UPSTREAM_ATTENTION", "flash_attention_4")
     kernels = OpsImplementationConfig(attn_implementation=attention, rms_norm_gated_implementation="eager",
         causal_conv1d_implementation="eager", chunk_gated_delta_rule_implementation="eager")  # fmt: skip
+    place = "meta" if gpus > 1 else "cuda"
     model = build_foundation_model(
-        build_config(row), torch_dtype="float32", init_device="meta", ops_implementation=kernels
+        build_config(row), torch_dtype="float32", init_device=place, ops_implementation=kernels
     )
     return state, build_parallelize_model(
-        model, init_device="meta", basic_modules=list(model._no_split_modules or []), enable_forward_prefetch=True,
-        mixed_precision=MixedPrecisionConfig(enable=True), enable_gradient_checkpointing=row.recompute == "full",
-        enable_fsdp_offload=row.offload,
+        model, init_device=place, enable_forward_prefetch=True, mixed_precision=MixedPrecisionConfig(enable=True),
+        enable_gradient_checkpointing=row.recompute == "full", enable_fsdp_offload=row.offload,
     ).train()  # fmt: skip
 
 
