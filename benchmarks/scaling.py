@@ -324,8 +324,7 @@ def predicted(
 
 def table(args: argparse.Namespace) -> None:
     """Print what each number of ranks sends, and its tokens/s per GPU beside those measured."""
-    from scale import ROWS, build_config
-
+    from benchmarks.rows import ROWS, build_config
     from veomni import build_model
     from veomni.models import derive_plan
 
@@ -361,7 +360,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help="time collectives on this host into this file")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--rates", type=Path, help="what --measure wrote")
-    parser.add_argument("--row", default="dense", help="of benchmarks/scale.py")
+    parser.add_argument("--row", default="dense", help="of benchmarks/rows.py")
     parser.add_argument("--one", type=float, help="tokens/s measured on one GPU")
     parser.add_argument("--measured", default="", help="tokens/s per GPU by ranks: 2:39547,4:38584")
     parser.add_argument("--network", type=float, default=40.0, help="GB/s that a GPU has to other hosts")
