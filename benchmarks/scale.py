@@ -42,6 +42,7 @@ class Row:
         packed: Rows hold documents of log-normal lengths with this median.
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
+        optimizer: "adamw" is PyTorch's, fused; else a name of ``train.optimizer``.
     """
 
     model: str
@@ -58,18 +59,22 @@ class Row:
     reduce: str = "fp32"
     prefetch: int = 0
     offload: bool = False
+    optimizer: str = "adamw"
 
 
 ROWS = {
     "tiny": Row("tiny_qwen3", 2, 64),
     "tiny_ulysses": Row("tiny_qwen3", 1, 128, ulysses=2, recompute="full"),
     "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
+    "tiny_bf16_states": Row("tiny_qwen3", 2, 64, optimizer="adamw_bf16"),
     "tiny_moe_ep": Row("tiny_qwen3_moe", 2, 64, experts=-1),
     "dense": Row("qwen3_1.7b", 4, 4096),
     "dense_reduce_bf16": Row("qwen3_1.7b", 4, 4096, reduce="bf16"),
     "dense_prefetch1": Row("qwen3_1.7b", 4, 4096, prefetch=1),
     "dense_prefetch2": Row("qwen3_1.7b", 4, 4096, prefetch=2),
     "dense_offload": Row("qwen3_1.7b", 4, 4096, offload=True),
+    "dense_bf16_states": Row("qwen3_1.7b", 4, 4096, optimizer="adamw_bf16"),
+    "dense_8bit": Row("qwen3_1.7b", 4, 4096, optimizer="adamw_8bit"),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
     "dense_8b": Row("qwen3_8b", 2, 4096, recompute="full"),
     "dense_8b_selective": Row("qwen3_8b", 2, 4096, recompute="selective"),
@@ -157,7 +162,8 @@ def measure(row, args):
     launcher = Launcher(strategies_of(row, args.gpus), precision=precision, devices=args.gpus)
     launcher.launch()
     model = launcher.setup_model(build_model(build_config(row), weights="random", attention=row.attention)).train()
-    optimizer = launcher.setup_optimizer(model, torch.optim.AdamW, lr=1e-5, fused=True)
+    kind, options = (torch.optim.AdamW, {"fused": True}) if row.optimizer == "adamw" else (row.optimizer, {})
+    optimizer = launcher.setup_optimizer(model, kind, lr=1e-5, **options)
     seeds = launcher.data_parallel.rank * 1000
     batches = [[micro_batch(row, model.config.vocab_size, seeds + index)] for index in range(4)]
 
