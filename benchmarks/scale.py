@@ -43,6 +43,7 @@ class Row:
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
         optimizer: "adamw" is PyTorch's, fused; else a name of ``train.optimizer``.
+        float8: The recipe that linear layers of blocks are computed with in float8.
     """
 
     model: str
@@ -60,12 +61,14 @@ class Row:
     prefetch: int = 0
     offload: bool = False
     optimizer: str = "adamw"
+    float8: str = ""
 
 
 ROWS = {
     "tiny": Row("tiny_qwen3", 2, 64),
     "tiny_ulysses": Row("tiny_qwen3", 1, 128, ulysses=2, recompute="full"),
     "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
+    "tiny_float8": Row("tiny_qwen3", 2, 64, float8="tensorwise"),
     "tiny_bf16_states": Row("tiny_qwen3", 2, 64, optimizer="adamw_bf16"),
     "tiny_moe_ep": Row("tiny_qwen3_moe", 2, 64, experts=-1),
     "dense": Row("qwen3_1.7b", 4, 4096),
@@ -75,6 +78,9 @@ ROWS = {
     "dense_offload": Row("qwen3_1.7b", 4, 4096, offload=True),
     "dense_bf16_states": Row("qwen3_1.7b", 4, 4096, optimizer="adamw_bf16"),
     "dense_8bit": Row("qwen3_1.7b", 4, 4096, optimizer="adamw_8bit"),
+    "dense_float8": Row("qwen3_1.7b", 4, 4096, float8="tensorwise"),
+    "dense_float8_rowwise": Row("qwen3_1.7b", 4, 4096, float8="rowwise"),
+    "dense_8b_float8": Row("qwen3_8b", 2, 4096, recompute="full", float8="tensorwise"),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
     "dense_8b": Row("qwen3_8b", 2, 4096, recompute="full"),
     "dense_8b_selective": Row("qwen3_8b", 2, 4096, recompute="selective"),
@@ -107,7 +113,17 @@ def build_config(row):
 
 
 def strategies_of(row, gpus):
-    from veomni.strategies import FSDP2, ActivationCheckpointing, Compile, ContextParallel, ExpertParallel, Ulysses
+    import torch
+
+    from veomni.strategies import (
+        FSDP2,
+        ActivationCheckpointing,
+        Compile,
+        ContextParallel,
+        ExpertParallel,
+        Float8,
+        Ulysses,
+    )  # fmt: skip
 
     def ranks(size):
         return gpus if size == -1 else size
@@ -119,6 +135,8 @@ def strategies_of(row, gpus):
         chosen.append(ContextParallel(ranks(row.ring)))
     if row.ulysses:
         chosen.append(Ulysses(ranks(row.ulysses), overlap=row.overlap))
+    if row.float8:
+        chosen.append(Float8(row.float8, emulate=not torch.cuda.is_available()))
     if row.recompute != "none":
         chosen.append(ActivationCheckpointing(row.recompute))
     return [*chosen, Compile()]

@@ -86,6 +86,8 @@ PRIVATE = tuple(
          "a compiled module cannot be given back plain"),
         ("torch.nn:Module()._forward_hooks", _COPIED, "AttributeError"),
         ("torch.nn:Module()._forward_pre_hooks", _COPIED, "AttributeError"),
+        ("torch:ops.aten._scaled_mm", "a selective recomputation counts products in float8 as it counts others",
+         "it runs all of them again"),
         (f"{_MARKS}_enter_new", _COUNTED, _UNMARKED),
         (f"{_MARKS}_exit", _COUNTED, _UNMARKED),
         # sharding
