@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.layouts import LAYOUTS, give_gradients, laid_out, new_model, values
+from tests.optim.layouts import LAYOUTS, MATRICES, give_gradients, laid_out, new_model, values
+from veomni.errors import ConfigError
 from veomni.optim import build_optimizer
 from veomni.optim.stochastic_rounding import element_numbers, mix, round_to_bfloat16
 from veomni.testing.ranks import run_ranks
@@ -78,9 +79,9 @@ def test_it_goes_the_way_of_adamw_in_float64():
     assert abs(error.mean()) < 4 * error.std() / 64  # and is not biased
 
 
-def stepped(layout: str) -> dict[str, torch.Tensor]:
+def stepped(layout: str, name: str = "adamw_bf16", **options: str) -> dict[str, torch.Tensor]:
     model = laid_out(layout, new_model(torch.float32))
-    optimizer = build_optimizer(model, "adamw_bf16", lr=1e-2, lr_scale={"embed": 0.5})
+    optimizer = build_optimizer(model, name, lr=1e-2, lr_scale={"embed": 0.5}, **options)
     for step in range(3):
         give_gradients(model, step, skip=("layers.0.norm.weight",) if step == 1 else ())
         optimizer.step()
@@ -93,3 +94,11 @@ def test_every_layout_rounds_alike(layout):
     for found in run_ranks(stepped, LAYOUTS[layout], layout):
         for name, value in truth.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_what_is_beside_muons_matrices_has_them_too():
+    found, bf16, plain = stepped("single", "muon", moments="bf16"), stepped("single"), stepped("single", "muon")
+    for name, value in found.items():
+        assert torch.equal(value, (plain if name in MATRICES else bf16)[name]), name
+    with pytest.raises(ConfigError, match="fused has no meaning"):
+        build_optimizer(new_model(torch.float32), "muon", moments="bf16", fused=True)

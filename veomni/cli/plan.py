@@ -106,8 +106,10 @@ def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str,
 def _optimizer_bytes(model: nn.Module, trained: int, train: TrainSection, storage: torch.dtype) -> float:
     section = train.optimizer
     if section.chosen == "muon":
-        matrices = hidden_matrices(model, exclude=section.arguments()["exclude"])
-        return (2 * trained - sum(matrix.numel() for matrix in matrices)) * storage.itemsize
+        options = section.arguments()
+        matrices = sum(matrix.numel() for matrix in hidden_matrices(model, exclude=options["exclude"]))
+        moment = 2 if options["moments"] == "bf16" else storage.itemsize
+        return matrices * storage.itemsize + 2 * (trained - matrices) * moment
     return trained * _state_per_parameter(section, storage)
 
 
