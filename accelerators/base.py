@@ -116,6 +116,11 @@ class Accelerator:
         return False
 
     @property
+    def supports_float8(self) -> bool:
+        """Whether ``torch._scaled_mm`` multiplies float8 operands on this device, with a scale for each row too."""
+        return False
+
+    @property
     def flash_packages(self) -> tuple[str, ...]:
         """PyTorch's names of the flash-attention packages that run on this device, fastest first."""
         return ()

@@ -37,6 +37,11 @@ class CUDA(Accelerator):
 
     @property
     @override
+    def supports_float8(self) -> bool:
+        return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+
+    @property
+    @override
     def flash_packages(self) -> tuple[str, ...]:
         if torch.version.hip is not None:
             return ()

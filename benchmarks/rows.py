@@ -24,7 +24,8 @@ class Row:
         images: So many photographs in conversations, decoded and packed by that loader while training.
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
-        optimizer: "adamw", or "muon" for the matrices.
+        optimizer: "adamw" is PyTorch's, fused; else a name of ``train.optimizer``.
+        float8: The recipe that linear layers of blocks are computed with in float8.
         compile: Compile blocks, where the library does.
     """
 
@@ -45,6 +46,7 @@ class Row:
     prefetch: int = 0
     offload: bool = False
     optimizer: str = "adamw"
+    float8: str = ""
     compile: bool = True
 
 
@@ -55,6 +57,8 @@ ROWS = {
     "tiny_images": Row("tiny_qwen3_vl", 1, 4096, images=40, compile=False),
     "tiny_ulysses": Row("tiny_qwen3", 1, 128, ulysses=2, recompute="full"),
     "tiny_ring": Row("tiny_qwen3", 1, 128, ring=2, recompute="full", packed=20),
+    "tiny_float8": Row("tiny_qwen3", 2, 64, float8="tensorwise"),
+    "tiny_bf16_states": Row("tiny_qwen3", 2, 64, optimizer="adamw_bf16"),
     "tiny_moe_ep": Row("tiny_qwen3_moe", 2, 64, experts=-1),
     "dense": Row("qwen3_1.7b", 4, 4096),
     "dense_reduce_bf16": Row("qwen3_1.7b", 4, 4096, reduce="bf16"),
@@ -63,6 +67,11 @@ ROWS = {
     "dense_offload": Row("qwen3_1.7b", 4, 4096, offload=True),
     "dense_ulysses1": Row("qwen3_1.7b", 4, 4096, ulysses=1),
     "dense_muon": Row("qwen3_1.7b", 4, 4096, optimizer="muon"),
+    "dense_bf16_states": Row("qwen3_1.7b", 4, 4096, optimizer="adamw_bf16"),
+    "dense_8bit": Row("qwen3_1.7b", 4, 4096, optimizer="adamw_8bit"),
+    "dense_float8": Row("qwen3_1.7b", 4, 4096, float8="tensorwise"),
+    "dense_float8_rowwise": Row("qwen3_1.7b", 4, 4096, float8="rowwise"),
+    "dense_8b_float8": Row("qwen3_8b", 2, 4096, recompute="full", float8="tensorwise"),
     "dense_packed": Row("qwen3_1.7b", 4, 4096, packed=600),
     "dense_chats": Row("qwen3_1.7b", 4, 4096, packed=600, chats=True),
     "vlm_images": Row("qwen2_5_vl_7b", 1, 8192, layers=4, recompute="full", images=240),

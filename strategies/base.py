@@ -33,6 +33,7 @@ class Stage(IntEnum):
     """The order in which strategies transform a model."""
 
     FINE_TUNING = auto()
+    FLOAT8 = auto()  # what exchanges around linear layers calls them
     TENSORS = auto()
     EXPERTS = auto()
     RING = auto()

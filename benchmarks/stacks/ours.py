@@ -17,7 +17,17 @@ def lacks(row):
 
 
 def strategies_of(row, gpus):
-    from veomni.strategies import FSDP2, ActivationCheckpointing, Compile, ContextParallel, ExpertParallel, Ulysses
+    import torch
+
+    from veomni.strategies import (
+        FSDP2,
+        ActivationCheckpointing,
+        Compile,
+        ContextParallel,
+        ExpertParallel,
+        Float8,
+        Ulysses,
+    )  # fmt: skip
 
     chosen = [FSDP2(prefetch=row.prefetch, cpu_offload=row.offload)]
     if row.experts:
@@ -26,6 +36,8 @@ def strategies_of(row, gpus):
         chosen.append(ContextParallel(ranks_of(row.ring, gpus)))
     if row.ulysses:
         chosen.append(Ulysses(ranks_of(row.ulysses, gpus), overlap=row.overlap))
+    if row.float8:
+        chosen.append(Float8(row.float8, emulate=not torch.cuda.is_available()))
     if row.recompute != "none":
         chosen.append(ActivationCheckpointing(row.recompute))
     return [*chosen, *[Compile()] * row.compile]

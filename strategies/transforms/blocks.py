@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from veomni.batch.forward_call import bind_call
 from veomni.compat.attention_kernels import attention_operations
-from veomni.compat.modules import compile_in_place
+from veomni.compat.modules import compile_in_place, float8_product
 from veomni.config.section import Validated
 from veomni.logging import create_logger
 from veomni.strategies.base import SetupContext, Stage, Strategy
@@ -32,7 +32,9 @@ _KEPT = frozenset({"veomni::expert_up", "veomni::exchange_evenly", "veomni::ring
 
 Of experts' two products the first: the backward needs no second one. Exchanges are those of attention.
 """
-_MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+_MATMULS = frozenset(
+    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, float8_product()}
+)
 
 
 @dataclass(eq=False)

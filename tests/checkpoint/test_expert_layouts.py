@@ -28,13 +28,16 @@ from veomni.testing.documents import global_rows, share
 from veomni.testing.ranks import RankFailed, run_ranks
 
 ALL = {**LAYOUTS, **EXPERT_LAYOUTS}
+PRECISIONS = {"adamw_bf16": ("fp32", 1e-5)}
+"""Of optimizers that do not step in float64, and how far their losses are from those of another layout."""
 
 
 def train(
     directory: Path, layout: str, name: str, steps: int, *, load: bool, accelerator: str = "cpu"
 ) -> tuple[dict[str, Any], list[float]]:
     """Train, save at the end; return what a checkpoint holds (as resumed, or as saved), unsharded, and the losses."""
-    launcher = Launcher(ALL[layout][1](), accelerator=accelerator, precision="fp64", timeout_seconds=60)
+    precision, _ = PRECISIONS.get(name, ("fp64", 0.0))
+    launcher = Launcher(ALL[layout][1](), accelerator=accelerator, precision=precision, timeout_seconds=60)
     launcher.launch()
     model = launcher.setup_model(build_model(tiny_config("qwen3_moe"), weights="random")).train()
     optimizer = build_optimizer(model, name=name, lr=1e-2, no_decay=())
@@ -75,6 +78,7 @@ CASES = [
     ("muon", "ep4_chunks", "single"),
     ("muon", "ep4_chunks", "ep2_fsdp2_4"),
     ("muon", "ep2_hsdp", "ep4_ulysses2"),
+    ("adamw_bf16", "ep4_chunks", "ep2_hsdp"),
     ("adamw", "ep4_chunks", "fsdp2_4"),
     ("adamw", "ep4_chunks", "ep2_ulysses2"),
     ("adamw", "ep4_chunks", "single"),
@@ -103,8 +107,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], 
 @pytest.mark.parametrize(("name", "source", "target"), CASES)
 def test_weights_and_optimizer_are_bitwise_and_the_losses_go_on(jobs, name, source, target):
     (_, expected), (saved, before), resumed = jobs(name, source, target)
+    _, bound = PRECISIONS.get(name, ("fp64", 1e-10))
     for found, after in resumed:
-        assert before + after == pytest.approx(expected, rel=1e-10)
+        assert before + after == pytest.approx(expected, rel=bound)
         assert found.keys() == saved.keys()
         for key, value in saved.items():
             assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key

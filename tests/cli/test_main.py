@@ -151,6 +151,22 @@ def test_plan_counts_one_number_for_every_element_of_muons_matrices(capsys: pyte
     assert facts(capsys)["optimizer per rank"] == f"{expected:.3f} GiB (device)"
 
 
+def test_plan_counts_two_bytes_for_moments_of_muons_adamw(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--train.optimizer.name", "muon", "--train.optimizer.moments", "bf16"]
+    main(["plan", "configs/text/qwen3_8b.yaml", "--world", "8", *options])
+    matrices = 36 * (4096 * (32 + 2 * 8) * 128 + 32 * 128 * 4096 + 3 * 4096 * 12288)
+    expected = (4 * matrices + 4 * (8_190_735_360 - matrices)) / 8 / 1024**3
+    assert facts(capsys)["optimizer per rank"] == f"{expected:.3f} GiB (device)"
+
+
+@pytest.mark.parametrize(("name", "moments"), [("adamw_8bit", 2 * (1 + 4 / 256)), ("adamw_bf16", 4)])
+def test_plan_counts_the_bytes_of_small_moments(capsys: pytest.CaptureFixture[str], name: str, moments: float) -> None:
+    main(["plan", "configs/text/qwen3_8b.yaml", "--world", "8", "--train.optimizer.name", name])
+    size, unit, _ = facts(capsys)["optimizer per rank"].split()
+    assert unit == "GiB"
+    assert float(size) == pytest.approx(8_190_735_360 * moments / 8 / 1024**3, rel=0.005)
+
+
 def test_plan_knows_replicas_frozen_parameters_and_ddp(capsys: pytest.CaptureFixture[str]) -> None:
     plan = ["plan", TINY, "--world", "4", "--train.micro_batch_size", "2"]
     hybrid = ["--train.data_parallel_mode", "fsdp2", "--train.data_parallel_replicate_size", "2"]

@@ -113,31 +113,40 @@ def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str,
     keeps under ``single`` and ``ddp``.
     """
     precision = select_precision(train.precision)
-    trained = _count(model, trained=True)
-    counts = {
-        "parameters": _count(model), "gradients": trained, "optimizer": _optimizer_numbers(model, trained, train),
+    trained, size = _count(model, trained=True), precision.storage.itemsize
+    needed = {
+        "parameters": _count(model) * size, "gradients": trained * size,
+        "optimizer": _optimizer_bytes(model, trained, train, precision.storage),
     }  # fmt: skip
-    found = {name: count * precision.storage.itemsize / shards for name, count in counts.items()}
+    found = {name: count / shards for name, count in needed.items()}
     return {**found, "gathered": _gathered(model, train, precision, shards)}
 
 
-def _optimizer_numbers(model: nn.Module, trained: int, train: TrainSection) -> int:
-    """Return how many numbers the optimizer keeps: two a parameter (AdamW), one (momentum), or none."""
+def _optimizer_bytes(model: nn.Module, trained: int, train: TrainSection, storage: torch.dtype) -> float:
     section = train.optimizer
     if section.chosen == "muon":
-        matrices = hidden_matrices(model, exclude=section.arguments()["exclude"])
-        return 2 * trained - sum(matrix.numel() for matrix in matrices)
-    return round(trained * _state_per_parameter(section))
+        options = section.arguments()
+        matrices = sum(matrix.numel() for matrix in hidden_matrices(model, exclude=options["exclude"]))
+        moment = 2 if options["moments"] == "bf16" else storage.itemsize
+        return matrices * storage.itemsize + 2 * (trained - matrices) * moment
+    return trained * _state_per_parameter(section, storage)
 
 
-def _state_per_parameter(section: OptimizerSection) -> float:
-    """Return how many numbers a step leaves per parameter, found by taking one on a small layer."""
-    layer = nn.Linear(32, 32, bias=False)
+def _state_per_parameter(section: OptimizerSection, storage: torch.dtype) -> float:
+    """Return how many bytes a step leaves per parameter, found by taking one on a layer."""
+    layer = nn.Linear(512, 512, bias=False, dtype=storage)
     optimizer = section.model_copy(update={"no_decay": [], "lr_scale": {}}).build(layer)
     layer.weight.grad = torch.ones_like(layer.weight)
-    optimizer.step()
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
     kept = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor) and value.ndim]
-    return sum(value.numel() for value in kept) / layer.weight.numel()
+    return sum(part.nbytes for value in kept for part in _stored(value)) / layer.weight.numel()
+
+
+def _stored(tensor: Any) -> list[Tensor]:
+    """Return the tensors that one is made of: codes and scales of torchao's 8-bit moments, else itself."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    return [getattr(tensor, name) for name in names] or [tensor]
 
 
 def _gathered(model: nn.Module, train: TrainSection, precision: Precision, shards: int) -> float:

@@ -32,6 +32,11 @@ def clear_hooks(copy: nn.Module) -> None:
         module._forward_pre_hooks.clear()
 
 
+def float8_product() -> Any:
+    """Return the product of two matrices in float8."""
+    return torch.ops.aten._scaled_mm.default
+
+
 def profiler_marks() -> set[Any]:
     """Return the profiler's marks, which have no result, for selective activation checkpointing not to count.
 

@@ -93,6 +93,8 @@ PRIVATE = tuple(
          "a compiled module cannot be given back plain"),
         ("torch.nn:Module()._forward_hooks", _COPIED, "AttributeError"),
         ("torch.nn:Module()._forward_pre_hooks", _COPIED, "AttributeError"),
+        ("torch:ops.aten._scaled_mm", "a selective recomputation counts products in float8 as it counts others",
+         "it runs all of them again"),
         (f"{_MARKS}_enter_new", _COUNTED, _UNMARKED),
         (f"{_MARKS}_exit", _COUNTED, _UNMARKED),
         # sharding
@@ -119,6 +121,8 @@ PRIVATE = tuple(
          ("group",)),
         ("torch.distributed.tensor:DTensor._local_tensor", "to_local() takes 2 us for each of four tensors a parameter",
          "call to_local()"),
+        ("torch._dynamo.utils:disable_cache_limit", "one graph for each shape: eight are the limit",
+         "set torch._dynamo.config.recompile_limit, or run the operations one by one"),
         # safe_pickle
         (f"{_STORED}.filesystem:_StorageInfo", "where the bytes of a tensor lie", _UNREADABLE),
         (f"{_STORED}.metadata:_MEM_FORMAT_ENCODING", "the memory format of a tensor", _UNREADABLE),

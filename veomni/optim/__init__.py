@@ -1,6 +1,7 @@
 """Optimizers, which parameters weight decay applies to, and learning-rate schedules."""
 
 from veomni.optim.adamw_8bit import AdamW8bit
+from veomni.optim.adamw_bf16 import AdamWBF16
 from veomni.optim.groups import build_optimizer_groups, scale_lr, split_by_lr_scale
 from veomni.optim.multi import MultiLRScheduler, MultiOptimizer, combine, members_by_mesh
 from veomni.optim.muon import Muon
@@ -12,6 +13,7 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULERS",
     "AdamW8bit",
+    "AdamWBF16",
     "MultiLRScheduler",
     "MultiOptimizer",
     "Muon",

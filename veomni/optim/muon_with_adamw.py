@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from veomni.config.problems import Problem
 from veomni.config.section import ComponentSection
-from veomni.errors import ModelError
+from veomni.errors import ConfigError, ModelError
+from veomni.optim.adamw_bf16 import AdamWBF16
 from veomni.optim.groups import Groups, NamedParameters, is_fsdp1
 from veomni.optim.multi import members_by_mesh
 from veomni.optim.muon import Muon
@@ -36,15 +37,20 @@ class MuonWithAdamW(OptimizerRecipe):
         nesterov: Look ahead by one gradient.
         ns_steps: Newton-Schulz steps that orthogonalise a matrix.
         exclude: Glob patterns of parameter or module names inside the blocks that AdamW gets.
+        moments: Format of AdamW's moments: "bf16" takes the steps of adamw_bf16.
         fused: Update AdamW's parameters in one kernel; null does where PyTorch can.
     """
 
     def __init__(
         self, *, lr: Rate = 3e-4, betas: tuple[Beta, Beta] = (0.9, 0.95), eps: Positive = 1e-8,
         matrix_lr: Rate | None = None, momentum: Beta = 0.95, nesterov: bool = True,
-        ns_steps: Annotated[int, Ge(1), Le(99)] = 5, exclude: Sequence[str] = (), fused: bool | None = None,
+        ns_steps: Annotated[int, Ge(1), Le(99)] = 5, exclude: Sequence[str] = (),
+        moments: Literal["fp32", "bf16"] = "fp32", fused: bool | None = None,
     ) -> None:  # fmt: skip
+        if moments == "bf16" and fused is not None:
+            raise ConfigError('muon: fused has no meaning with moments "bf16"', "leave fused out", "muon.fused")
         self._adamw = partial(adamw, lr=lr, betas=betas, eps=eps, fused=fused)
+        self._adamw_bf16 = AdamWBF16(lr=lr, betas=betas, eps=eps) if moments == "bf16" else None
         matrix_lr = lr if matrix_lr is None else matrix_lr
         self._muon = partial(Muon, lr=matrix_lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps)
         self._exclude = exclude
@@ -58,13 +64,17 @@ class MuonWithAdamW(OptimizerRecipe):
         if not matrices:
             raise ModelError("muon found no matrix to train inside the model's blocks", "use the optimizer adamw")
         muon = members_by_mesh(_only(groups, matrices, inside=True), self._muon)
-        adamw = members_by_mesh(_only(groups, matrices, inside=False), self._adamw)
+        others, bf16 = _only(groups, matrices, inside=False), self._adamw_bf16
+        adamw = members_by_mesh(others, self._adamw) if bf16 is None else bf16.members(model, others)
         named = {f"muon.{mesh}": member for mesh, member in muon.items()}
         return named | {f"adamw.{mesh}": member for mesh, member in adamw.items()}
 
     @staticmethod
     def config_problems(options: ComponentSection, config: Any, world: int | None) -> Iterator[Problem]:
-        """Yield what Muon cannot do: step flat pieces of matrices."""
+        """Yield what Muon cannot do: step flat pieces of matrices, and bfloat16 moments in float64."""
+        if config.train.precision == "fp64" and options.arguments()["moments"] == "bf16":
+            problem = "train.optimizer.moments bf16 steps in float32, and train.precision is fp64"
+            yield Problem(problem, "leave moments out")
         if config.train.data_parallel_mode == "fsdp1":
             yield Problem(
                 "train.optimizer.name muon needs the rows and columns of matrices, and train.data_parallel_mode fsdp1 "

@@ -21,7 +21,15 @@ from veomni.loop.reporter import Reporter
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
 from veomni.run_config.train_problems import contradictions, layout_problems
-from veomni.strategies import ActivationCheckpointing, Compile, ContextParallel, EncoderBalance, Strategy, Ulysses
+from veomni.strategies import (
+    ActivationCheckpointing,
+    Compile,
+    ContextParallel,
+    EncoderBalance,
+    Float8,
+    Strategy,
+    Ulysses,
+)  # fmt: skip
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
 
@@ -92,6 +100,8 @@ class TrainSection(_OPTIONS):
     """Number format of compute. bf16 keeps weights, gradients and optimizer state in fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Format that bf16 runs sum gradients in."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Multiply in linear layers of blocks in float8, by torchao, with a scale for each tensor, or row and column."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute activations in the backward: per block (full), or all but the most expensive ops (selective)."""
     compile: bool = False
@@ -151,6 +161,8 @@ class TrainSection(_OPTIONS):
             found.append(ContextParallel(self.context_parallel_size, validate_batches=self.validate_batches))
         if self.ulysses_parallel_size > 1:
             found.append(self.ulysses.build(size=self.ulysses_parallel_size, validate_batches=self.validate_batches))
+        if self.float8 != "none":
+            found.append(Float8(self.float8))
         if self.activation_checkpointing != "none":
             found.append(ActivationCheckpointing(self.activation_checkpointing))
         found += [Compile()] * self.compile + [EncoderBalance()] * self.balance_encoders

@@ -32,6 +32,10 @@ def contradictions(train: TrainSection) -> Iterator[Problem]:
     if train.reduce_dtype == "bf16" and train.precision != "bf16":
         problem = f"train.reduce_dtype bf16 has no meaning with train.precision {train.precision}"
         yield Problem(problem, "leave it out, or set train.precision to bf16")
+    float8 = train.float8 != "none" or any(section.chosen == "float8" for section in train.strategies)
+    if float8 and train.precision == "fp64":
+        problem = "float8 (train.float8, train.strategies) has no meaning with train.precision fp64"
+        yield Problem(problem, "leave it out, or set train.precision to bf16")
     for key, size in (("expert_parallel", train.expert_parallel_size), ("ulysses", train.ulysses_parallel_size)):
         changed = getattr(train, key).model_dump(exclude_defaults=True)
         if size == 1 and changed:

@@ -19,7 +19,7 @@ from veomni.models.adapter.adapter import ModelAdapter
 from veomni.models.transformers_api.capabilities import set_config_flag
 from veomni.models.transformers_api.construction import construct
 from veomni.models.weights.export import full_tensors
-from veomni.strategies import DDP, FSDP2, Single, Ulysses
+from veomni.strategies import DDP, FSDP2, Float8, Single, Ulysses
 from veomni.testing.ranks import run_ranks
 
 MODELS = {"qwen3": tiny_config, "qwen3_moe": tiny_config, "qwen3_vl": family_config}
@@ -28,12 +28,13 @@ LAYOUTS: dict[str, tuple[int, Any]] = {
     "single": (1, lambda: [Single()]),
     "ddp": (2, lambda: [DDP()]),
     "fsdp2_ulysses2": (2, lambda: [FSDP2(), Ulysses(2)]),
+    "fsdp2_float8": (2, lambda: [FSDP2(), Float8(emulate=True)]),
 }
 IDS = torch.arange(3, 19)[None]
 
 
 def ready(name: str, layout: str) -> tuple[Launcher, nn.Module]:
-    precision = PRECISION.get(name, "fp64")
+    precision = "fp32" if "float8" in layout else PRECISION.get(name, "fp64")
     launcher = Launcher(
         LAYOUTS[layout][1](), accelerator="cpu", backend="gloo", precision=precision, timeout_seconds=60
     )

@@ -1,4 +1,4 @@
-"""The compiled step of AdamW with 8-bit moments, beside the one that is not compiled."""
+"""The compiled steps of AdamW with moments of 8 bits and of bfloat16, beside those that are not compiled."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from veomni.optim import build_optimizer
 from veomni.testing.ranks import run_ranks
 
 pytestmark = on_gpus
-pytest.importorskip("torchao")
 
 
 def flat(model):
     return torch.cat([parameter.detach().flatten().cpu() for parameter in model.parameters()])
 
 
-def trained(stance):
+def trained(name, stance):
     """How far eight steps move every parameter."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
-    optimizer = build_optimizer(model, "adamw_8bit", lr=1e-3)
+    optimizer = build_optimizer(model, name, lr=1e-3)
     start = flat(model)
     with torch.compiler.set_stance(stance):
         for step in range(8):
@@ -33,9 +32,12 @@ def trained(stance):
     return flat(model) - start
 
 
-def test_the_compiled_step_is_that_of_the_operations():
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
+def test_the_compiled_step_is_that_of_the_operations(name):
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao")
     (operations,), (compiled,) = (
-        run_ranks(trained, 1, stance, init=False, timeout=240) for stance in ("force_eager", "default")
+        run_ranks(trained, 1, name, stance, init=False, timeout=240) for stance in ("force_eager", "default")
     )
     # A moment between two codes is rounded to either: single parameters differ, by a tenth of one step's rate.
     assert (compiled - operations).norm() <= 1e-3 * operations.norm()
