@@ -8,15 +8,16 @@ from veomni.strategies.replicated import DDP, Single
 from veomni.strategies.sequence import ContextParallel, Ulysses
 from veomni.strategies.transforms.blocks import ActivationCheckpointing, Compile
 from veomni.strategies.transforms.encoder_balance import EncoderBalance
+from veomni.strategies.transforms.tiled_mlp import TiledMLP
 
 _BUILT_IN: tuple[type[Strategy], ...] = (
     Single, DDP, FSDP1, FSDP2, ExpertParallel, Ulysses, ContextParallel,
-    ActivationCheckpointing, Compile, EncoderBalance,
+    ActivationCheckpointing, TiledMLP, Compile, EncoderBalance,
 )  # fmt: skip
 for _strategy in _BUILT_IN:
     STRATEGIES.register(_strategy.name)(_strategy)
 
 __all__ = [
     "DDP", "FSDP1", "FSDP2", "ActivationCheckpointing", "Compile", "ContextParallel", "EncoderBalance",
-    "ExpertParallel", "ParameterStrategy", "SetupContext", "Single", "Stage", "Strategy", "Ulysses",
+    "ExpertParallel", "ParameterStrategy", "SetupContext", "Single", "Stage", "Strategy", "TiledMLP", "Ulysses",
 ]  # fmt: skip

@@ -38,8 +38,9 @@ class Stage(IntEnum):
     RING = auto()
     ULYSSES = auto()  # exchanges heads around any attention, the ring too
     ENCODERS = auto()
-    RECOMPUTATION = auto()
-    COMPILATION = auto()
+    TILES = auto()
+    COMPILATION = auto()  # at the first call, of what the forwards are by then
+    RECOMPUTATION = auto()  # keeps inputs of compiled blocks
     PRECISION = auto()
     PARAMETERS = auto()
 
