@@ -42,6 +42,8 @@ class Row:
         packed: Rows hold documents of log-normal lengths with this median.
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
+        inputs_offloaded: Inputs of recomputed blocks wait in host memory.
+        tile: Tokens of a tile of the MLP; 0 does not tile it.
     """
 
     model: str
@@ -58,6 +60,13 @@ class Row:
     reduce: str = "fp32"
     prefetch: int = 0
     offload: bool = False
+    inputs_offloaded: bool = False
+    tile: int = 0
+
+
+def long(model, length, **options):
+    """A row of everything that makes room for it."""
+    return Row(model, 1, length, recompute="full", inputs_offloaded=True, **{"tile": 8192, **options})
 
 
 ROWS = {
@@ -87,6 +96,21 @@ ROWS = {
     "ring_packed": Row("qwen3_1.7b", 1, 131_072, ring=-1, recompute="full", packed=4000),
     "ulysses_4b_64k": Row("qwen3_4b", 1, 65_536, ulysses=-1, recompute="full"),
     "ulysses_4b_128k": Row("qwen3_4b", 1, 131_072, ulysses=-1, recompute="full"),
+    "tiny_long": long("tiny_qwen3", 4096, tile=512),
+    "tiny_long_ulysses": long("tiny_qwen3", 4096, ulysses=-1, tile=512),
+    "long_1gpu_131k_full": Row("qwen3_1.7b", 1, 131_072, recompute="full"),
+    "long_1gpu_131k_offload": long("qwen3_1.7b", 131_072, tile=0),
+    "long_1gpu_131k": long("qwen3_1.7b", 131_072),
+    "long_1gpu_262k": long("qwen3_1.7b", 262_144),
+    "long_1gpu_512k": long("qwen3_1.7b", 524_288),
+    "long_1gpu_131k_2layers": long("qwen3_1.7b", 131_072, layers=2),
+    "long_1gpu_512k_4layers": long("qwen3_1.7b", 524_288, layers=4),
+    "long_1gpu_768k_4layers": long("qwen3_1.7b", 786_432, layers=4),
+    "long_4b_64k": long("qwen3_4b", 65_536, ulysses=-1),
+    "long_4b_128k": long("qwen3_4b", 131_072, ulysses=-1),
+    "long_4b_256k": long("qwen3_4b", 262_144, ulysses=-1),
+    "long_8b_512k": long("qwen3_8b", 524_288, ulysses=-1),
+    "long_8b_2m_4layers": long("qwen3_8b", 2_097_152, ulysses=-1, layers=4),
     "long_32k": Row("qwen3_1.7b", 1, 32_768, recompute="full"),
 }
 
@@ -102,7 +126,15 @@ def build_config(row):
 
 
 def strategies_of(row, gpus):
-    from veomni.strategies import FSDP2, ActivationCheckpointing, Compile, ContextParallel, ExpertParallel, Ulysses
+    from veomni.strategies import (
+        FSDP2,
+        ActivationCheckpointing,
+        Compile,
+        ContextParallel,
+        ExpertParallel,
+        TiledMLP,
+        Ulysses,
+    )
 
     def ranks(size):
         return gpus if size == -1 else size
@@ -115,8 +147,30 @@ def strategies_of(row, gpus):
     if row.ulysses:
         chosen.append(Ulysses(ranks(row.ulysses), overlap=row.overlap))
     if row.recompute != "none":
-        chosen.append(ActivationCheckpointing(row.recompute))
+        chosen.append(ActivationCheckpointing(row.recompute, offload=row.inputs_offloaded))
+    if row.tile:
+        chosen.append(TiledMLP(row.tile))
     return [*chosen, Compile()]
+
+
+def predicted_peak(row, gpus):
+    """GiB at the peak of a step by the arithmetic of ``veomni plan``; None for a model that it does not count."""
+    from veomni.cli.memory import RowMemory
+    from veomni.errors import ConfigError
+    from veomni.metrics.activation_memory import Rung
+    from veomni.models import build_model
+    from veomni.run_config.train import TrainSection
+
+    sizes = {"ulysses": row.ulysses, "context": row.ring, "expert": row.experts}
+    ranks = {f"{axis}_parallel_size": gpus if size == -1 else max(size, 1) for axis, size in sizes.items()}
+    options = {"cpu_offload": row.offload, "prefetch": row.prefetch}
+    train = TrainSection(global_batch_size=gpus, output_dir="output", precision="bf16", strategy=options, **ranks)
+    try:
+        memory = RowMemory(build_model(build_config(row), weights="random"), train, gpus)
+    except ConfigError:
+        return None
+    rung = Rung(row.recompute, row.inputs_offloaded, row.tile or None)
+    return memory.peak(row.rows * row.length // train.ranks_per_row, rung) / 2**30
 
 
 def document_lengths(total, typical, generator):
@@ -191,6 +245,7 @@ def measure(row, args):
         "median_ms": median(times) * 1e3,
         "worst_over_median": max(times) / median(times),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "predicted_gib": predicted_peak(row, args.gpus) or 0.0,
         "reserved_gib": torch.cuda.memory_reserved() / 2**30 if cuda else 0.0,
         "growth_mib": (allocated[-1] - allocated[args.warmup]) / 2**20,
         "graph_breaks": float(graph_breaks()),
@@ -321,20 +376,21 @@ def run_row(name, args):
 def report(name, result):
     """Print one line of the table, and where the device waits if it was profiled."""
     if "failed" in result:
-        print(f"{name:18s} FAILED\n{result['failed']}", flush=True)
+        print(f"{name:24s} FAILED\n{result['failed']}", flush=True)
         return
     print(
-        f"{name:18s} {result['tokens_per_second']:9,.0f} tokens/s  {result['median_ms']:8.1f} ms  "
+        f"{name:24s} {result['tokens_per_second']:9,.0f} tokens/s  {result['median_ms']:8.1f} ms  "
         f"slowest {result['worst_over_median']:4.2f}x  peak {result['peak_gib']:5.1f} GiB  "
+        f"predicted {result['predicted_gib']:5.1f} GiB  "
         f"reserved {result['reserved_gib']:5.1f} GiB  growth {result['growth_mib']:+.1f} MiB  "
         f"graph breaks {result['graph_breaks']:.0f}",
         flush=True,
     )
     if "gaps_ms" in result:
         exposed, gaps = result["exposed_collectives_ms"], result["gaps_ms"]
-        print(f"{'':18s} compute {result['compute_ms']:.1f} ms, collectives alone {exposed:.1f}, gaps {gaps:.1f}")
+        print(f"{'':24s} compute {result['compute_ms']:.1f} ms, collectives alone {exposed:.1f}, gaps {gaps:.1f}")
         count, long = result["gaps_over_50us"], result["gaps_over_50us_ms"]
-        print(f"{'':18s} {count:.0f} gaps over 50 us, {long:.1f} ms; the largest of all profiled steps:")
+        print(f"{'':24s} {count:.0f} gaps over 50 us, {long:.1f} ms; the largest of all profiled steps:")
         for gap in result["largest_gaps"]:
             around = f"{gap['before']} | {gap['after']}, launched {gap['late_ms']:.2f} ms after it began"
             under, waits = " > ".join(gap["under"]), ", ".join(gap["host_waits"])

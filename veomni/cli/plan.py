@@ -4,21 +4,20 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from veomni.cli.memory import RowMemory, count_parameters, rank_memory
 from veomni.config.overrides import parse_argv
-from veomni.errors import LayoutError
+from veomni.errors import ConfigError, LayoutError
 from veomni.metrics import FlopsCounter
-from veomni.models import build_model, derive_plan, freeze
-from veomni.optim import OptimizerSection, hidden_matrices
+from veomni.models import build_model, freeze
 from veomni.parallel.mesh import AXES, ParallelDims
 from veomni.run_config import Config, check_layout
-from veomni.run_config.train import TrainSection
 from veomni.strategies.select import mesh_dims
-from veomni.strategies.transforms.precision import Precision, select_precision
 
 _GIB = 1024**3
+_USABLE = 0.95
+"""Share of a device's memory that tensors may take: the rest is PyTorch's context, communication and fragments."""
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -28,14 +27,17 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if world is None:
         accelerator = config.train.accelerator.build()
         accelerator.require()
-        world = config.train.local_processes(accelerator.device_type, accelerator.device_count())
+        world = config.train.local_processes(accelerator.device_type, accelerator.devicecount_parameters())
     if world < 1:
         raise LayoutError(f"--world is {world}", "give a positive number of ranks")
     check_layout(config, world)
     model = build_model(config.model.build_config(), weights="random")
     freeze(model, config.model.freeze)
     dims = mesh_dims(config.train.build_strategies(), world)
-    parts = _mesh(config, world, dims), _batch(config, world, model), _memory(config, model, dims.size("fsdp"))
+    shards = dims.size("fsdp")
+    parts = [_mesh(config, world, dims), _batch(config, world, model), _memory(config, model, shards)]
+    if arguments.device_memory is not None:
+        parts.append(_rows(config, model, shards, world, arguments.device_memory * _GIB))
     for name, fact in chain(*parts):
         print(f"{name:<28}{fact}")
 
@@ -65,7 +67,7 @@ def _batch(config: Config, world: int, model: nn.Module) -> Iterator[tuple[str, 
 
 
 def _memory(config: Config, model: nn.Module, shards: int) -> Iterator[tuple[str, str]]:
-    count, trained = _count(model), _count(model, trained=True)
+    count, trained = count_parameters(model), count_parameters(model, trained=True)
     yield "parameters of the model", f"{count:,}" + (f", {trained:,} trained" if trained < count else "")
     memory = rank_memory(model, config.train, shards)
     where = "host" if config.train.strategy.arguments().get("cpu_offload") else "device"
@@ -73,7 +75,6 @@ def _memory(config: Config, model: nn.Module, shards: int) -> Iterator[tuple[str
         yield f"{name} per rank", f"{_size(needed)} ({'device' if name == 'gathered' else where})"
     total = sum(memory.values())
     yield "total per rank", f"{_size(total)} ({'host and device' if where == 'host' else where})"
-    yield "besides", "activations, which depend on train.activation_checkpointing, are not counted"
     accelerator = config.train.accelerator.build()
     if accelerator.is_available():
         there = accelerator.total_memory()
@@ -81,68 +82,19 @@ def _memory(config: Config, model: nn.Module, shards: int) -> Iterator[tuple[str
         yield "a device here", f"{accelerator.name}, {_size(there)}: {left}"
 
 
+def _rows(config: Config, model: nn.Module, shards: int, world: int, memory: float) -> Iterator[tuple[str, str]]:
+    """Yield the peak of the rows that are configured and the longest row, for each way to keep activations."""
+    train = config.train
+    try:
+        rows = RowMemory(model, train, shards, train.micro_batches(world))
+    except ConfigError as error:
+        yield "longest row", error.problem
+        return
+    shared, tokens = train.micro_batch_size / train.ranks_per_row, train.row_tokens(config.data.max_seq_len)
+    for rung, longest in rows.longest(memory * _USABLE):
+        peak = f"rows of {config.data.max_seq_len:,}: {_size(rows.peak(tokens, rung))}"
+        yield "longest row", f"{int(longest / shared):,} tokens ({peak}), {rung}"
+
+
 def _size(count: float) -> str:
     return f"{count / _GIB:.3f} GiB" if count >= _GIB / 10 else f"{count * 1024 / _GIB:.3f} MiB"
-
-
-def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str, float]:
-    """Return bytes on one rank by what takes them, without activations; parameters are spread over ``shards`` ranks.
-
-    ``gathered`` are copies in the compute format: units gathered by FSDP (two blocks at a time, or one and an embedding
-    or head; all of them when they stay gathered; of the experts only the rank's own), or the weights that autocast
-    keeps under ``single`` and ``ddp``.
-    """
-    precision = select_precision(train.precision)
-    trained = _count(model, trained=True)
-    counts = {
-        "parameters": _count(model), "gradients": trained, "optimizer": _optimizer_numbers(model, trained, train),
-    }  # fmt: skip
-    found = {name: count * precision.storage.itemsize / shards for name, count in counts.items()}
-    return {**found, "gathered": _gathered(model, train, precision, shards)}
-
-
-def _optimizer_numbers(model: nn.Module, trained: int, train: TrainSection) -> int:
-    """Return how many numbers the optimizer keeps: two a parameter (AdamW), one (momentum), or none."""
-    section = train.optimizer
-    if section.chosen == "muon":
-        matrices = hidden_matrices(model, exclude=section.arguments()["exclude"])
-        return 2 * trained - sum(matrix.numel() for matrix in matrices)
-    return round(trained * _state_per_parameter(section))
-
-
-def _state_per_parameter(section: OptimizerSection) -> float:
-    """Return how many numbers a step leaves per parameter, found by taking one on a small layer."""
-    layer = nn.Linear(32, 32, bias=False)
-    optimizer = section.model_copy(update={"no_decay": [], "lr_scale": {}}).build(layer)
-    layer.weight.grad = torch.ones_like(layer.weight)
-    optimizer.step()
-    kept = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor) and value.ndim]
-    return sum(value.numel() for value in kept) / layer.weight.numel()
-
-
-def _gathered(model: nn.Module, train: TrainSection, precision: Precision, shards: int) -> float:
-    plan = derive_plan(model)
-    elsewhere = 1 - 1 / train.expert_parallel_size  # the share of the experts that other ranks hold
-    experts = {name: elsewhere * _count(model.get_submodule(name)) for name in plan.experts}
-    everything = _count(model) - sum(experts.values())
-    if train.data_parallel_mode in ("single", "ddp"):
-        return everything * precision.compute.itemsize if precision.mixed else 0
-    if shards == 1 and not precision.mixed:
-        return 0
-    sizes = [
-        _count(model.get_submodule(block)) - sum(size for name, size in experts.items() if name.startswith(f"{block}."))
-        for block in plan.blocks
-    ]
-    options = train.strategy.arguments()
-    ends = [_count(model.get_submodule(name)) for name in (*plan.embeddings, *plan.heads)]
-    ends = ends if train.data_parallel_mode == "fsdp2" else []  # others hold them in the outermost unit
-    stays = not options.get("reshard_after_forward", True) or options.get("sharding") == "grad_op"
-    if stays:
-        return everything * precision.compute.itemsize
-    block = max(sizes, default=0)
-    at_once = block + max(block * max(1, options.get("prefetch", 0)), *ends, 0)
-    return min(everything, everything - sum(sizes) - sum(ends) + at_once) * precision.compute.itemsize
-
-
-def _count(module: nn.Module, *, trained: bool = False) -> int:
-    return sum(each.numel() for each in module.parameters() if each.requires_grad or not trained)

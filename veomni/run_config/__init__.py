@@ -81,7 +81,10 @@ class Config(Section):
         devices = train.local_processes(accelerator.device_type, accelerator.device_count())
         world = devices if joined is None else joined.world_size
         check_layout(self, world)
-        strategies, facts = train.build_strategies(), self.model.build_config().get_text_config().to_dict()
+        strategies, facts = (
+            train.build_strategies(self.data.max_seq_len),
+            self.model.build_config().get_text_config().to_dict(),
+        )
         for strategy in strategies:
             strategy.check_model(facts, self.data.max_seq_len, mesh_dims(strategies, world))
         output_dir = Path(train.output_dir)

@@ -32,6 +32,12 @@ def contradictions(train: TrainSection) -> Iterator[Problem]:
     if train.reduce_dtype == "bf16" and train.precision != "bf16":
         problem = f"train.reduce_dtype bf16 has no meaning with train.precision {train.precision}"
         yield Problem(problem, "leave it out, or set train.precision to bf16")
+    if train.activation_memory is not None and (train.activation_checkpointing != "none" or train.activation_offload):
+        problem = "train.activation_memory chooses train.activation_checkpointing and train.activation_offload"
+        yield Problem(problem, "leave them out, or leave out train.activation_memory")
+    elif train.activation_offload and train.activation_checkpointing == "none":
+        problem = "train.activation_offload has no meaning with train.activation_checkpointing none"
+        yield Problem(problem, "set train.activation_checkpointing to full")
     for key, size in (("expert_parallel", train.expert_parallel_size), ("ulysses", train.ulysses_parallel_size)):
         changed = getattr(train, key).model_dump(exclude_defaults=True)
         if size == 1 and changed:

@@ -1,0 +1,105 @@
+"""The memory of a rank by arithmetic: what parameters take, and the rows that fit beside them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from veomni.metrics.activation_memory import ActivationMemory, Rung
+from veomni.models import derive_plan
+from veomni.optim import OptimizerSection, hidden_matrices
+from veomni.run_config.train import TrainSection
+from veomni.strategies.transforms.precision import Precision, select_precision
+
+
+def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str, float]:
+    """Return bytes on one rank by what takes them, without activations; parameters are spread over ``shards`` ranks.
+
+    ``gathered`` are copies in the compute format: units gathered by FSDP (two blocks at a time, or one and an embedding
+    or head; all of them when they stay gathered; of the experts only the rank's own), or the weights that autocast
+    keeps under ``single`` and ``ddp``.
+    """
+    precision = select_precision(train.precision)
+    trained = count_parameters(model, trained=True)
+    counts = {
+        "parameters": count_parameters(model), "gradients": trained,
+        "optimizer": _optimizer_numbers(model, trained, train),
+    }  # fmt: skip
+    found = {name: count * precision.storage.itemsize / shards for name, count in counts.items()}
+    return {**found, "gathered": _gathered(model, train, precision, shards)}
+
+
+def _optimizer_numbers(model: nn.Module, trained: int, train: TrainSection) -> int:
+    """Return how many numbers the optimizer keeps: two a parameter (AdamW), one (momentum), or none."""
+    section = train.optimizer
+    if section.chosen == "muon":
+        matrices = hidden_matrices(model, exclude=section.arguments()["exclude"])
+        return 2 * trained - sum(matrix.numel() for matrix in matrices)
+    return round(trained * _state_per_parameter(section))
+
+
+def _state_per_parameter(section: OptimizerSection) -> float:
+    """Return how many numbers a step leaves per parameter, found by taking one on a small layer."""
+    layer = nn.Linear(32, 32, bias=False)
+    optimizer = section.model_copy(update={"no_decay": [], "lr_scale": {}}).build(layer)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step()
+    kept = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor) and value.ndim]
+    return sum(value.numel() for value in kept) / layer.weight.numel()
+
+
+def _gathered(model: nn.Module, train: TrainSection, precision: Precision, shards: int) -> float:
+    plan = derive_plan(model)
+    elsewhere = 1 - 1 / train.expert_parallel_size  # the share of the experts that other ranks hold
+    experts = {name: elsewhere * count_parameters(model.get_submodule(name)) for name in plan.experts}
+    everything = count_parameters(model) - sum(experts.values())
+    if train.data_parallel_mode in ("single", "ddp"):
+        return everything * precision.compute.itemsize if precision.mixed else 0
+    if shards == 1 and not precision.mixed:
+        return 0
+    sizes = [
+        count_parameters(model.get_submodule(block))
+        - sum(size for name, size in experts.items() if name.startswith(f"{block}."))
+        for block in plan.blocks
+    ]
+    options = train.strategy.arguments()
+    ends = [count_parameters(model.get_submodule(name)) for name in (*plan.embeddings, *plan.heads)]
+    ends = ends if train.data_parallel_mode == "fsdp2" else []  # others hold them in the outermost unit
+    stays = not options.get("reshard_after_forward", True) or options.get("sharding") == "grad_op"
+    if stays or shards == 1:  # what one rank holds is gathered once
+        return everything * precision.compute.itemsize
+    block = max(sizes, default=0)
+    at_once = block + max(block * max(1, options.get("prefetch", 0)), *ends, 0)
+    return min(everything, everything - sum(sizes) - sum(ends) + at_once) * precision.compute.itemsize
+
+
+def count_parameters(module: nn.Module, *, trained: bool = False) -> int:
+    """Return how many numbers the parameters of a module are."""
+    return sum(each.numel() for each in module.parameters() if each.requires_grad or not trained)
+
+
+class RowMemory:
+    """What a step over rows of some length takes of each device, activations included.
+
+    Gradients of blocks come as activations go, so that one peak holds either. Raises ConfigError for a model whose
+    activations are not counted.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainSection, shards: int, micro_batches: int = 1) -> None:
+        plan, itemsize = derive_plan(model), select_precision(train.precision).compute.itemsize
+        memory = rank_memory(model, train, shards)
+        on_host = train.strategy.arguments().get("cpu_offload", False)
+        self._gradients = 0.0 if on_host else memory["gradients"]
+        self._always = memory["gathered"] + (0.0 if on_host else memory["parameters"] + memory["optimizer"])
+        self._activations = ActivationMemory.of(model, plan, itemsize)
+        self._accumulated = micro_batches > 1
+
+    def peak(self, tokens: int, rung: Rung) -> float:
+        """Return the bytes at the peak of a step whose forwards take ``tokens`` on a rank."""
+        return self._always + self._activations.bytes(tokens, rung, self._gradients, accumulated=self._accumulated)
+
+    def longest(self, memory: float) -> Iterator[tuple[Rung, int]]:
+        """Yield the most tokens of a forward on a device of ``memory`` bytes, in each way to keep activations."""
+        left = memory - self._always
+        for rung in self._activations.ladder:
+            yield rung, self._activations.longest(left, rung, self._gradients, accumulated=self._accumulated)
