@@ -34,11 +34,11 @@ class Stage(IntEnum):
 
     FINE_TUNING = auto()
     TENSORS = auto()
-    EXPERTS = auto()
+    TILES = auto()
+    EXPERTS = auto()  # runs shared experts, as they are by then, while tokens are on their way
     RING = auto()
     ULYSSES = auto()  # exchanges heads around any attention, the ring too
     ENCODERS = auto()
-    TILES = auto()
     COMPILATION = auto()  # at the first call, of what the forwards are by then
     RECOMPUTATION = auto()  # keeps inputs of compiled blocks
     PRECISION = auto()

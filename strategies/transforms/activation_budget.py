@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = create_logger(__name__)
 
+_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20}
 Budget = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[GM]iB$")]
 
 
@@ -54,9 +56,6 @@ class ActivationBudget(Validated, Strategy):
             ActivationCheckpointing(rung.recompute, offload=rung.offload).transform(adapter, context)
 
 
-_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20}
-
-
 def choose(sizes: ActivationMemory, memory: str, tokens: int) -> Rung:
     """Return the cheapest way to keep activations that takes at most ``memory``; a ConfigError where none does."""
     budget = float(memory[:-3]) * _UNITS[memory[-3:]]
@@ -64,9 +63,7 @@ def choose(sizes: ActivationMemory, memory: str, tokens: int) -> Rung:
         if sizes.bytes(tokens, rung) <= budget:
             return rung
     leanest = sizes.ladder[-1]
-    needed, fits = sizes.bytes(tokens, leanest) / _UNITS["GiB"], sizes.longest(budget, leanest)
-    raise ConfigError(
-        f"activations of {tokens} tokens a rank take {needed:.1f} GiB at least ({leanest}), the budget is {memory}",
-        f"allow {needed:.1f} GiB, or give a rank {fits} tokens at most: shorter rows, or more ranks that share one",
-        "ActivationBudget.memory",
-    )
+    needed, fits = math.ceil(sizes.bytes(tokens, leanest) / _UNITS["MiB"]), sizes.longest(budget, leanest)
+    shorter = f", or give a rank at most {fits} tokens: shorter rows, or more ranks that share one" if fits else ""
+    problem = f"activations of {tokens} tokens a rank take at least {needed} MiB ({leanest}), not {memory}"
+    raise ConfigError(problem, f"allow {needed} MiB{shorter}", "ActivationBudget.memory")

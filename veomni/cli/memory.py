@@ -9,6 +9,8 @@ from veomni.metrics.activation_memory import ActivationMemory, Rung
 from veomni.models import derive_plan
 from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.run_config.train import TrainSection
+from veomni.strategies import TiledMLP
+from veomni.strategies.transforms.activation_budget import choose
 from veomni.strategies.transforms.precision import Precision, select_precision
 
 
@@ -89,14 +91,23 @@ class RowMemory:
         plan, itemsize = derive_plan(model), select_precision(train.precision).compute.itemsize
         memory = rank_memory(model, train, shards)
         on_host = train.strategy.arguments().get("cpu_offload", False)
+        self._train, self._accumulated = train, micro_batches > 1
         self._gradients = 0.0 if on_host else memory["gradients"]
         self._always = memory["gathered"] + (0.0 if on_host else memory["parameters"] + memory["optimizer"])
         self._activations = ActivationMemory.of(model, plan, itemsize)
-        self._accumulated = micro_batches > 1
 
     def peak(self, tokens: int, rung: Rung) -> float:
         """Return the bytes at the peak of a step whose forwards take ``tokens`` on a rank."""
-        return self._always + self._activations.bytes(tokens, rung, self._gradients, accumulated=self._accumulated)
+        activations = self._activations.bytes(tokens, rung, self._gradients, accumulated=self._accumulated)
+        return self._always + activations
+
+    def chosen(self, tokens: int) -> Rung:
+        """Return how the configuration keeps activations; ConfigError where its budget is too small."""
+        train = self._train
+        if train.activation_memory is not None:
+            return choose(self._activations, train.activation_memory, tokens)
+        tile = next((one.arguments()["tokens"] for one in train.strategies if one.chosen == TiledMLP.name), None)
+        return Rung(train.activation_checkpointing, train.activation_offload, tile)
 
     def longest(self, memory: float) -> Iterator[tuple[Rung, int]]:
         """Yield the most tokens of a forward on a device of ``memory`` bytes, in each way to keep activations."""

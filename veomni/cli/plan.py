@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     freeze(model, config.model.freeze)
     dims = mesh_dims(config.train.build_strategies(), world)
     shards = dims.size("fsdp")
+    memory = (arguments.device_memory or 0.0) * _GIB
     parts = [_mesh(config, world, dims), _batch(config, world, model), _memory(config, model, shards)]
-    if arguments.device_memory is not None:
-        parts.append(_rows(config, model, shards, world, arguments.device_memory * _GIB))
+    parts.append(_rows(config, model, shards, world, memory))
     for name, fact in chain(*parts):
         print(f"{name:<28}{fact}")
 
@@ -83,17 +83,18 @@ def _memory(config: Config, model: nn.Module, shards: int) -> Iterator[tuple[str
 
 
 def _rows(config: Config, model: nn.Module, shards: int, world: int, memory: float) -> Iterator[tuple[str, str]]:
-    """Yield the peak of the rows that are configured and the longest row, for each way to keep activations."""
+    """Yield the peak of a step as configured, and the longest row on a device, for each way to keep activations."""
     train = config.train
     try:
         rows = RowMemory(model, train, shards, train.micro_batches(world))
     except ConfigError as error:
-        yield "longest row", error.problem
+        yield "peak of a step", error.problem
         return
-    shared, tokens = train.micro_batch_size / train.ranks_per_row, train.row_tokens(config.data.max_seq_len)
-    for rung, longest in rows.longest(memory * _USABLE):
-        peak = f"rows of {config.data.max_seq_len:,}: {_size(rows.peak(tokens, rung))}"
-        yield "longest row", f"{int(longest / shared):,} tokens ({peak}), {rung}"
+    tokens = train.row_tokens(config.data.max_seq_len)
+    chosen = rows.chosen(tokens)
+    yield "peak of a step", f"{_size(rows.peak(tokens, chosen))} (device), activations: {chosen}"
+    for rung, longest in rows.longest(memory * _USABLE) if memory else ():
+        yield "longest row", f"{longest * train.ranks_per_row // train.micro_batch_size:,} tokens, activations: {rung}"
 
 
 def _size(count: float) -> str:

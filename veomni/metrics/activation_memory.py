@@ -64,10 +64,10 @@ class ActivationMemory:
         if not isinstance(heads, int) or not plan.blocks:
             problem = f"the activations of {type(model).__name__} are not counted: it is no transformers decoder"
             raise ConfigError(problem, "choose recomputation yourself: ActivationCheckpointing, TiledMLP")
-        head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        keys = getattr(text, "num_key_value_heads", None) or heads
+        head: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+        keys: int = getattr(text, "num_key_value_heads", None) or heads
         used: int = getattr(text, "num_experts_per_tok", None) or 0
-        width: int = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0)
+        width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
         return cls(
             layers=len(plan.blocks), hidden=text.hidden_size, queries=heads * head, keys=keys * head,
             mlp=max(_mlp_channels(model, plan), default=0), routed=3 * used * width if plan.experts else 0,
@@ -127,7 +127,8 @@ class ActivationMemory:
     def _head(self, tokens: int) -> float:
         """Bytes of the last norm, which is not compiled, and of the loss, whose logits exist in chunks."""
         norm = tokens * self.hidden * (3 * 4 + 4 * self.itemsize)
-        return norm + CHUNK_ELEMENTS * self.itemsize + self.vocabulary * self.hidden * 4
+        logits = min(CHUNK_ELEMENTS, tokens * self.vocabulary) * self.itemsize
+        return norm + logits + self.vocabulary * self.hidden * 4
 
 
 def _mlp_channels(model: nn.Module, plan: ParallelPlan) -> Iterator[int]:

@@ -68,7 +68,10 @@ class TrainSection(_OPTIONS):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
     configures = ("Launcher", "setup_model", "track", "BatchShape")
-    renames: ClassVar[Mapping[str, str]] = {"ContextParallel.size": "context_parallel_size"}
+    renames: ClassVar[Mapping[str, str]] = {
+        "ContextParallel.size": "context_parallel_size",
+        "ActivationBudget.memory": "activation_memory",
+    }
 
     data_parallel_mode: str = "fsdp2"
     """The registered strategy that holds the parameters: single, ddp, fsdp1, fsdp2, or another package's."""
