@@ -110,6 +110,7 @@ ROWS = {
     "long_4b_128k": long("qwen3_4b", 131_072, ulysses=-1),
     "long_4b_256k": long("qwen3_4b", 262_144, ulysses=-1),
     "long_8b_512k": long("qwen3_8b", 524_288, ulysses=-1),
+    "long_8b_512k_8layers": long("qwen3_8b", 524_288, ulysses=-1, layers=8),
     "long_8b_2m_4layers": long("qwen3_8b", 2_097_152, ulysses=-1, layers=4),
     "long_32k": Row("qwen3_1.7b", 1, 32_768, recompute="full"),
 }
