@@ -24,6 +24,8 @@ class Row:
         images: So many photographs in conversations, decoded and packed by that loader while training.
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
+        inputs_offloaded: Inputs of recomputed blocks wait in host memory.
+        tile: Tokens of a tile of the MLP; 0 does not tile it.
         optimizer: "adamw" is PyTorch's, fused; else a name of ``train.optimizer``.
         float8: The recipe that linear layers of blocks are computed with in float8.
         compile: Compile blocks, where the library does.
@@ -47,7 +49,14 @@ class Row:
     offload: bool = False
     optimizer: str = "adamw"
     float8: str = ""
+    inputs_offloaded: bool = False
+    tile: int = 0
     compile: bool = True
+
+
+def long(model, length, **options):
+    """A row of everything that makes room for it."""
+    return Row(model, 1, length, recompute="full", inputs_offloaded=True, **{"tile": 8192, **options})
 
 
 ROWS = {
@@ -92,7 +101,22 @@ ROWS = {
     "ring_packed": Row("qwen3_1.7b", 1, 131_072, ring=-1, recompute="full", packed=4000),
     "ulysses_4b_64k": Row("qwen3_4b", 1, 65_536, ulysses=-1, recompute="full"),
     "ulysses_4b_128k": Row("qwen3_4b", 1, 131_072, ulysses=-1, recompute="full"),
+    "tiny_long": long("tiny_qwen3", 4096, tile=512),
+    "tiny_long_ulysses": long("tiny_qwen3", 4096, ulysses=-1, tile=512),
     "long_1gpu_131k_full": Row("qwen3_1.7b", 1, 131_072, recompute="full"),
+    "long_1gpu_131k_offload": long("qwen3_1.7b", 131_072, tile=0),
+    "long_1gpu_131k": long("qwen3_1.7b", 131_072),
+    "long_1gpu_262k": long("qwen3_1.7b", 262_144),
+    "long_1gpu_512k": long("qwen3_1.7b", 524_288),
+    "long_1gpu_131k_2layers": long("qwen3_1.7b", 131_072, layers=2),
+    "long_1gpu_512k_4layers": long("qwen3_1.7b", 524_288, layers=4),
+    "long_1gpu_768k_4layers": long("qwen3_1.7b", 786_432, layers=4),
+    "long_4b_64k": long("qwen3_4b", 65_536, ulysses=-1),
+    "long_4b_128k": long("qwen3_4b", 131_072, ulysses=-1),
+    "long_4b_256k": long("qwen3_4b", 262_144, ulysses=-1),
+    "long_8b_512k": long("qwen3_8b", 524_288, ulysses=-1),
+    "long_8b_512k_8layers": long("qwen3_8b", 524_288, ulysses=-1, layers=8),
+    "long_8b_2m_4layers": long("qwen3_8b", 2_097_152, ulysses=-1, layers=4),
     "long_32k": Row("qwen3_1.7b", 1, 32_768, recompute="full"),
 }
 

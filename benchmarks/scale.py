@@ -94,17 +94,18 @@ def combine(ranks):
 
 def report(stack, name, result, ours):
     """Print one line of the table, and where the device waits if it was profiled."""
-    title = f"{name:18s} {stack:10s}"
+    title = f"{name:24s} {stack:10s}"
     if "failed" in result:
         print(f"{title} not measured: {result['failed']}", flush=True)
         return
     ratio = f"  ours is {ours / result['tokens_per_second']:.2f}x" if ours and stack != "ours" else ""
+    predicted = f"  predicted {result['predicted_gib']:5.1f} GiB" if result.get("predicted_gib") else ""
     breaks = f"  graph breaks {result['graph_breaks']:.0f}" if "graph_breaks" in result else ""
     if result.get("chats") or result.get("images"):
         breaks += f"  waits for data {result['data_ms']:.2f} ms, at most {result['data_worst_ms']:.1f}"
     print(
         f"{title} {result['tokens_per_second']:9,.0f} tokens/s  {result['median_ms']:8.1f} ms  "
-        f"slowest {result['worst_over_median']:4.2f}x  peak {result['peak_gib']:5.1f} GiB  "
+        f"slowest {result['worst_over_median']:4.2f}x  peak {result['peak_gib']:5.1f} GiB{predicted}  "
         f"reserved {result['reserved_gib']:5.1f} GiB  growth {result['growth_mib']:+.1f} MiB{breaks}{ratio}",
         flush=True,
     )

@@ -35,12 +35,13 @@ class Stage(IntEnum):
     FINE_TUNING = auto()
     FLOAT8 = auto()  # what exchanges around linear layers calls them
     TENSORS = auto()
-    EXPERTS = auto()
+    TILES = auto()
+    EXPERTS = auto()  # runs shared experts, as they are by then, while tokens are on their way
     RING = auto()
     ULYSSES = auto()  # exchanges heads around any attention, the ring too
     ENCODERS = auto()
-    RECOMPUTATION = auto()
-    COMPILATION = auto()
+    COMPILATION = auto()  # at the first call, of what the forwards are by then
+    RECOMPUTATION = auto()  # keeps inputs of compiled blocks
     PRECISION = auto()
     PARAMETERS = auto()
 

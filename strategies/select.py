@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from veomni.errors import ConfigError, LayoutError
 from veomni.parallel.mesh import ParallelDims
-from veomni.strategies.base import STRATEGIES, ParameterStrategy, Strategy
+from veomni.strategies.base import STRATEGIES, ParameterStrategy, Stage, Strategy
 
 
 def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strategy]:
@@ -25,6 +25,8 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
     names = [strategy.name for strategy in choice]
     if twice := [name for name in names if names.count(name) > 1]:
         raise LayoutError(f"strategy {twice[0]} is given twice", "give it once")
+    if len(both := [each.name for each in choice if each.stage is Stage.RECOMPUTATION]) > 1:
+        raise LayoutError(f"{' and '.join(both)} both decide what is recomputed", "give one of them")
     return sorted(choice, key=lambda strategy: strategy.stage)
 
 

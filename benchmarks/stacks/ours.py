@@ -26,6 +26,7 @@ def strategies_of(row, gpus):
         ContextParallel,
         ExpertParallel,
         Float8,
+        TiledMLP,
         Ulysses,
     )  # fmt: skip
 
@@ -39,7 +40,9 @@ def strategies_of(row, gpus):
     if row.float8:
         chosen.append(Float8(row.float8, emulate=not torch.cuda.is_available()))
     if row.recompute != "none":
-        chosen.append(ActivationCheckpointing(row.recompute))
+        chosen.append(ActivationCheckpointing(row.recompute, offload=row.inputs_offloaded))
+    if row.tile:
+        chosen.append(TiledMLP(row.tile))
     return [*chosen, *[Compile()] * row.compile]
 
 
@@ -107,11 +110,13 @@ def steps_of(row, launcher, model, optimizer):
         yield share * sum(sum(micro.rows.document_lengths) for micro in step.micro_batches)
 
 
-def facts():
+def facts(row, gpus):
+    from benchmarks.prediction import predicted_gib
     from veomni.compat.dry_runs import graph_breaks
 
     return {
         "graph_breaks": float(graph_breaks()),
+        "predicted_gib": predicted_gib(row, gpus),
         "data_ms": median(WAITED) * 1e3,
         "data_worst_ms": max(WAITED[2:]) * 1e3,
     }

@@ -32,7 +32,7 @@ def plain(corpus, tmp_path_factory):
         ("fsdp2", {**HALF_GATHERED, "train.activation_checkpointing": "selective"}),
         ("fsdp1", {"train.strategy.sharding": "grad_op", "train.activation_checkpointing": "full"}),
         ("fsdp1", {"train.strategy.cpu_offload": "true"}),
-        ("ddp", {"train.activation_checkpointing": "selective", "train.micro_batch_size": 1}),
+        ("ddp", {"train.activation_memory": "64 MiB", "train.micro_batch_size": 1}),
     ],
     ids=str,
 )

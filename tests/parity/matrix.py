@@ -21,6 +21,7 @@ from veomni.strategies import (
     ContextParallel,
     ExpertParallel,
     Single,
+    TiledMLP,
     Ulysses,
 )  # fmt: skip
 from veomni.strategies.transforms.precision import select_precision
@@ -67,7 +68,10 @@ BLOCKS: dict[str, tuple[Any, ...]] = {
     "plain": (),
     "full": (ActivationCheckpointing,),
     "selective": (partial(ActivationCheckpointing, "selective"),),
+    "offloaded": (partial(ActivationCheckpointing, offload=True),),
+    "tiled": (partial(TiledMLP, 5),),
 }
+WITH_MLPS = [*DENSE, "qwen2_moe", "deepseek_v3", "glm4_moe"]
 COMPILE = partial(Compile, "aot_eager")  # what Dynamo and autograd make of blocks, without making kernels
 
 PRECISIONS: dict[str, Any] = {
@@ -111,6 +115,7 @@ RULES = [
     Rule(("experts", "model"), lambda experts, model: experts == "together" or model in SPARSE),
     Rule(("rows", "model"), lambda rows, model: not ("ring" in rows and model == "gpt_oss")),  # its sinks
     Rule(("rows", "model"), lambda rows, model: not ("async" in rows and model in FUSED_PROJECTIONS)),
+    Rule(("blocks", "model"), lambda blocks, model: blocks != "tiled" or model in WITH_MLPS),
     Rule(("compiled", "precision"), lambda compiled, precision: not (compiled and precision == "fp64")),
     Rule(("model", "precision"), lambda model, precision: (
         precision == "fp64" or model in DENSE or (model, precision) in STABLE_CHOICES

@@ -45,8 +45,11 @@ _COMMANDS = {
     ),
     "plan": _Command(
         "veomni.cli.plan:run", "print the mesh, the memory of a rank and the batch arithmetic of a configuration",
-        {"--world": {"type": int, "metavar": "N", "help": "ranks over all nodes (default: what this node starts)"}},
-        "veomni plan CONFIG.yaml [--section.key VALUE ...] [--world N]", takes_config=True,
+        {
+            "--world": {"type": int, "metavar": "N", "help": "ranks over all nodes (default: what this node starts)"},
+            "--device-memory": {"type": float, "metavar": "GIB", "help": "print the longest rows on such a device"},
+        },
+        "veomni plan CONFIG.yaml [--section.key VALUE ...] [--world N] [--device-memory GIB]", takes_config=True,
     ),
     "data": _Command(
         "veomni.cli.data:run", "print documents as tokens, supervised ones in colour, and draw how long they are",

@@ -1,6 +1,7 @@
-"""Forwards of modules: recomputed, compiled in place, copied, and counted by selective activation checkpointing."""
+"""Calls of modules: recomputed, compiled in place, wrapped, copied, counted by selective activation checkpointing."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ def compile_in_place(module: nn.Module, backend: str) -> Callable[[], None]:
     """Compile ``module`` at its first call, and return what undoes that."""
     own = vars(module).get("_compiled_call_impl")
     module.compile(backend=backend)
+
+    def undo() -> None:
+        del module._compiled_call_impl
+        if own is not None:
+            module._compiled_call_impl = own
+
+    return undo
+
+
+def run_within(module: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
+    """Run calls of ``module``, with its hooks, compiled or not, as ``around(call, ...)``; return what undoes that."""
+    own = vars(module).get("_compiled_call_impl")
+    module._compiled_call_impl = partial(around, own or module._call_impl)
 
     def undo() -> None:
         del module._compiled_call_impl

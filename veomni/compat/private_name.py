@@ -91,6 +91,8 @@ PRIVATE = tuple(
         ("torch:_C._current_graph_task_id", "distinguishes a recomputed forward", "AttributeError"),
         ("torch.nn:Module._compiled_call_impl", "Module.compile() keeps the compiled call there, and has no way back",
          "a compiled module cannot be given back plain"),
+        ("torch.nn:Module._call_impl", "inputs of blocks are offloaded around their hooks, whose casts are saved too",
+         "surround the forward: inputs that FSDP casts stay on the device"),
         ("torch.nn:Module()._forward_hooks", _COPIED, "AttributeError"),
         ("torch.nn:Module()._forward_pre_hooks", _COPIED, "AttributeError"),
         ("torch:ops.aten._scaled_mm", "a selective recomputation counts products in float8 as it counts others",

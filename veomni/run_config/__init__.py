@@ -19,9 +19,11 @@ from veomni.data.section import DataSection
 from veomni.errors import ConfigError, LayoutError
 from veomni.launch import detect_environment
 from veomni.launcher import Launcher
+from veomni.metrics.activation_memory import ActivationMemory
 from veomni.models.build.section import ModelSection
 from veomni.run_config.train import TrainSection
 from veomni.strategies.select import mesh_dims
+from veomni.strategies.transforms.activation_budget import choose
 from veomni.strategies.transforms.precision import select_precision
 
 __all__ = ["Config", "check_layout", "load_config", "save_args"]
@@ -81,9 +83,14 @@ class Config(Section):
         devices = train.local_processes(accelerator.device_type, accelerator.device_count())
         world = devices if joined is None else joined.world_size
         check_layout(self, world)
-        strategies, facts = train.build_strategies(), self.model.build_config().get_text_config().to_dict()
+        strategies, facts = (
+            train.build_strategies(self.data.max_seq_len),
+            self.model.build_config().get_text_config().to_dict(),
+        )
         for strategy in strategies:
             strategy.check_model(facts, self.data.max_seq_len, mesh_dims(strategies, world))
+        if train.activation_memory is not None:
+            self._check_budget(train.activation_memory)
         output_dir = Path(train.output_dir)
         loggers = [section.build(output_dir=output_dir) for section in train.loggers]
         reporter = train.logging.build(
@@ -99,6 +106,13 @@ class Config(Section):
             reporter=reporter,
             checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
         )
+
+    def _check_budget(self, memory: str) -> None:
+        from veomni.models import build_model, derive_plan
+
+        model = build_model(self.model.build_config(), weights="random")
+        sizes = ActivationMemory.of(model, derive_plan(model), select_precision(self.train.precision).compute.itemsize)
+        choose(sizes, memory, self.train.row_tokens(self.data.max_seq_len))
 
     def open_data(self) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None."""

@@ -32,6 +32,7 @@ from veomni.strategies import (
 )  # fmt: skip
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
+from veomni.strategies.transforms.activation_budget import ActivationBudget, Budget
 
 AxisSize = Annotated[int, Field(ge=1)]
 
@@ -75,7 +76,10 @@ class TrainSection(_OPTIONS):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
     configures = ("Launcher", "setup_model", "track", "BatchShape")
-    renames: ClassVar[Mapping[str, str]] = {"ContextParallel.size": "context_parallel_size"}
+    renames: ClassVar[Mapping[str, str]] = {
+        "ContextParallel.size": "context_parallel_size",
+        "ActivationBudget.memory": "activation_memory",
+    }
 
     data_parallel_mode: str = "fsdp2"
     """The registered strategy that holds the parameters: single, ddp, fsdp1, fsdp2, or another package's."""
@@ -104,6 +108,10 @@ class TrainSection(_OPTIONS):
     """Multiply in linear layers of blocks in float8, by torchao, with a scale for each tensor, or row and column."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute activations in the backward: per block (full), or all but the most expensive ops (selective)."""
+    activation_offload: bool = False
+    """Keep the inputs of recomputed blocks in host memory, copied while the device computes."""
+    activation_memory: Budget | None = None
+    """What activations may take of a device (40 GiB): recomputes, offloads and tiles MLPs as little as that allows."""
     compile: bool = False
     """Compile each block with torch.compile."""
     balance_encoders: bool = False
@@ -152,8 +160,8 @@ class TrainSection(_OPTIONS):
             raise PydanticCustomError("no_owner", "a strategy that holds parameters; list others in train.strategies")
         return name
 
-    def build_strategies(self) -> list[Strategy]:
-        """Return the strategy that holds the parameters, and those beside it."""
+    def build_strategies(self, row_length: int = 1) -> list[Strategy]:
+        """Return the strategy that holds the parameters, and those beside it, for rows of so many tokens."""
         found: list[Strategy] = [self.strategy.build(replicate=self.data_parallel_replicate_size)]
         if self.expert_parallel_size > 1:
             found.append(self.expert_parallel.build(size=self.expert_parallel_size))
@@ -164,7 +172,9 @@ class TrainSection(_OPTIONS):
         if self.float8 != "none":
             found.append(Float8(self.float8))
         if self.activation_checkpointing != "none":
-            found.append(ActivationCheckpointing(self.activation_checkpointing))
+            found.append(ActivationCheckpointing(self.activation_checkpointing, offload=self.activation_offload))
+        if self.activation_memory is not None:
+            found.append(ActivationBudget(self.activation_memory, self.row_tokens(row_length)))
         found += [Compile()] * self.compile + [EncoderBalance()] * self.balance_encoders
         return [*found, *(section.build() for section in self.strategies)]
 
@@ -180,6 +190,10 @@ class TrainSection(_OPTIONS):
     def ranks_per_row(self) -> int:
         """Ranks that work on the same rows."""
         return self.tensor_parallel_size * self.ulysses_parallel_size * self.context_parallel_size
+
+    def row_tokens(self, row_length: int) -> int:
+        """Return how many tokens a forward takes on a rank, of rows of ``row_length``."""
+        return self.micro_batch_size * -(-row_length // self.ranks_per_row)
 
     def data_ranks(self, world_size: int) -> int:
         """Return how many ranks, or groups of them, read different rows."""

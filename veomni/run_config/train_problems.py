@@ -36,6 +36,12 @@ def contradictions(train: TrainSection) -> Iterator[Problem]:
     if float8 and train.precision == "fp64":
         problem = "float8 (train.float8, train.strategies) has no meaning with train.precision fp64"
         yield Problem(problem, "leave it out, or set train.precision to bf16")
+    if train.activation_memory is not None and (train.activation_checkpointing != "none" or train.activation_offload):
+        problem = "train.activation_memory chooses train.activation_checkpointing and train.activation_offload"
+        yield Problem(problem, "leave them out, or leave out train.activation_memory")
+    elif train.activation_offload and train.activation_checkpointing == "none":
+        problem = "train.activation_offload has no meaning with train.activation_checkpointing none"
+        yield Problem(problem, "set train.activation_checkpointing to full")
     for key, size in (("expert_parallel", train.expert_parallel_size), ("ulysses", train.ulysses_parallel_size)):
         changed = getattr(train, key).model_dump(exclude_defaults=True)
         if size == 1 and changed:

@@ -1,0 +1,62 @@
+"""The transform that runs dense MLPs over tiles of tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
+from torch import Tensor, nn
+from typing_extensions import override
+
+from veomni.config.section import Validated
+from veomni.errors import ModelError
+from veomni.models.traits.tokenwise import copy_with, find_mlps
+from veomni.models.weights.slots import on_meta, slots
+from veomni.ops.tiles import register_structure, run_in_tiles
+from veomni.strategies.base import SetupContext, Stage, Strategy
+
+if TYPE_CHECKING:
+    from veomni.models.adapter.adapter import ModelAdapter
+
+
+@dataclass(eq=False)
+class TiledMLP(Validated, Strategy):
+    """Run the dense MLP of every block over tiles of tokens, each again in the backward.
+
+    Between its products a tile exists, never the whole row: for rows so long that one block's MLP fills the device.
+
+    Args:
+        tokens: Tokens of a tile.
+    """
+
+    name = "tiled_mlp"
+    stage = Stage.TILES
+
+    tokens: Annotated[int, Ge(1)] = 8192
+
+    @override
+    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+        names = list(find_mlps(adapter.model, context.plan))
+        if not names:
+            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token alone"
+            raise ModelError(problem, "leave TiledMLP out", "TiledMLP")
+        for name in names:
+            mlp = adapter.model.get_submodule(name)
+            adapter.patch(mlp, "forward", tiled(mlp, self.tokens))
+
+
+def tiled(mlp: nn.Module, tokens: int) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a dense MLP over ``[..., tokens, width]``, a tile at a time."""
+    structure = register_structure(copy_with(mlp, {each: on_meta(each) for each in mlp.parameters()}))
+    places = [(slot.module, slot.key) for slot in slots(mlp)]
+
+    @functools.wraps(mlp.forward)
+    def run(hidden: Tensor) -> Tensor:
+        weights = [getattr(module, key) for module, key in places]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return run_in_tiles(rows, weights, structure, tokens).view_as(hidden)
+
+    return run

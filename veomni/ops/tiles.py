@@ -1,0 +1,105 @@
+"""Modules that compute each token alone, over tiles of tokens: what is between their products never exists whole.
+
+After TiledMLP of Arctic Long Sequence Training (arXiv:2506.13996). Input and weights are kept for the backward, which
+runs each tile again. Gradients of weights are added up over tiles in float32 or better and rounded once, so a weight
+has one gradient a backward. An operation of the dispatcher, which compiled graphs contain and do not look into.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+
+from veomni.parallel.wrappers import wide_dtype
+
+_STRUCTURES: dict[str, nn.Module] = {}
+
+
+def register_structure(skeleton: nn.Module) -> str:
+    """Return the name that :func:`run_in_tiles` finds a module without values by; equal structures have the same."""
+    plain = {name: value for name, value in vars(skeleton).items() if not name.startswith("_")}
+    text = f"{type(skeleton)} {skeleton!r} {plain}"
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    _STRUCTURES.setdefault(key, skeleton)
+    return key
+
+
+def run_in_tiles(rows: Tensor, weights: Sequence[Tensor], structure: str, tokens: int) -> Tensor:
+    """Return what a module makes of ``[tokens, width]``, of the same shape, ``tokens`` at a time.
+
+    ``weights`` are all parameters, in the order of its ``named_parameters``. Under autocast it computes in its format.
+    """
+    if torch.is_autocast_enabled(rows.device.type):
+        dtype = torch.get_autocast_dtype(rows.device.type)
+        rows, weights = rows.to(dtype), [weight.to(dtype) for weight in weights]
+    trained = [weight.requires_grad for weight in weights]
+    result: Tensor = _forward(rows, list(weights), trained, structure, tokens)
+    return result
+
+
+@torch.library.custom_op("veomni::tiles", mutates_args=())
+def _forward(rows: Tensor, weights: list[Tensor], trained: list[bool], structure: str, tokens: int) -> Tensor:
+    call, result = _call(structure, weights, trained), torch.empty_like(rows)
+    given = [weight for weight, one in zip(weights, trained, strict=True) if one]
+    for tile, part in zip(rows.split(tokens), result.split(tokens), strict=True):
+        part.copy_(call(tile, *given))
+    return result
+
+
+@_forward.register_fake
+def _forward_shape(rows: Tensor, weights: list[Tensor], trained: list[bool], structure: str, tokens: int) -> Tensor:
+    return torch.empty_like(rows)
+
+
+@torch.library.custom_op("veomni::tiles_backward", mutates_args=())
+def _gradients(
+    grad: Tensor, rows: Tensor, weights: list[Tensor], trained: list[bool], structure: str, tokens: int
+) -> list[Tensor]:
+    call, to_rows = _call(structure, weights, trained), torch.empty_like(rows)
+    given = [weight for weight, one in zip(weights, trained, strict=True) if one]
+    sums = [torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for weight in given]
+    for tile, part, back in zip(rows.split(tokens), grad.split(tokens), to_rows.split(tokens), strict=True):
+        to_tile, *to_weights = vjp(call, tile, *given)[1](part)
+        back.copy_(to_tile)
+        for total, one in zip(sums, to_weights, strict=True):
+            total += one
+    return [to_rows, *(total.to(weight.dtype) for total, weight in zip(sums, given, strict=True))]
+
+
+@_gradients.register_fake
+def _gradient_shapes(
+    grad: Tensor, rows: Tensor, weights: list[Tensor], trained: list[bool], structure: str, tokens: int
+) -> list[Tensor]:
+    return [torch.empty_like(rows), *(torch.empty_like(w) for w, one in zip(weights, trained, strict=True) if one)]
+
+
+def _call(structure: str, weights: list[Tensor], trained: list[bool]) -> Callable[..., Tensor]:
+    """Return the module as a function of a tile and the weights that are trained."""
+    skeleton = _STRUCTURES[structure]
+    names = [name for name, _ in skeleton.named_parameters()]
+    frozen = {name: weight for name, weight, one in zip(names, weights, trained, strict=True) if not one}
+    moving = [name for name, one in zip(names, trained, strict=True) if one]
+
+    def call(tile: Tensor, *given: Tensor) -> Tensor:
+        result: Tensor = functional_call(skeleton, {**frozen, **dict(zip(moving, given, strict=True))}, (tile,))
+        return result
+
+    return call
+
+
+def _set_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, ctx.trained, ctx.structure, ctx.tokens = inputs
+    ctx.save_for_backward(rows, *weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, *weights = ctx.saved_tensors
+    to_rows, *found = _gradients(grad.contiguous(), rows, weights, ctx.trained, ctx.structure, ctx.tokens)
+    to_weights = [found.pop(0) if one else None for one in ctx.trained]
+    return to_rows, to_weights, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_set_context)
