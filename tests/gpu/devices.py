@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ COUNT = {"cuda": torch.cuda.device_count, "cpu": lambda: 2, "": lambda: 0}[KIND]
 RANKS = tuple(ranks for ranks in (1, 2, 4) if ranks <= COUNT)
 on_gpus = pytest.mark.skipif(KIND != "cuda" or not COUNT, reason="run by make gpu, on GPUs")
 two_devices = pytest.mark.skipif(COUNT < 2, reason="run by make gpu, on two GPUs or more")
+# Not imported here, for the same reason.
+TORCHAO = find_spec("torchao") is not None
 LAUNCHER = {"accelerator": KIND, "backend": "auto", "timeout_seconds": 120.0}
 """Options of a launcher on these devices."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.gpu.devices import on_gpus
+from tests.gpu.devices import TORCHAO, on_gpus
 from veomni.optim import build_optimizer
 from veomni.testing.ranks import run_ranks
 
@@ -32,10 +32,11 @@ def trained(name, stance):
     return flat(model) - start
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
+EIGHT_BITS = pytest.param("adamw_8bit", marks=pytest.mark.skipif(not TORCHAO, reason="needs torchao"))
+
+
+@pytest.mark.parametrize("name", [EIGHT_BITS, "adamw_bf16"])
 def test_the_compiled_step_is_that_of_the_operations(name):
-    if name == "adamw_8bit":
-        pytest.importorskip("torchao")
     (operations,), (compiled,) = (
         run_ranks(trained, 1, name, stance, init=False, timeout=240) for stance in ("force_eager", "default")
     )

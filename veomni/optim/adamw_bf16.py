@@ -99,27 +99,33 @@ class _AdamW(Optimizer):
         """Step parameters of one shape and placement, which have had so many steps."""
         (beta1, beta2), rate = group["betas"], float(group["lr"])
         correction = 1 - beta1**step, (1 - beta2**step) ** 0.5
-        # In tensors: a graph is compiled for each value of a float.
-        numbers = torch.tensor([1 - rate * group["weight_decay"], rate / correction[0], 1 / correction[1]]).unbind()
+        numbers = [1 - rate * group["weight_decay"], rate / correction[0], 1 / correction[1]]
+        # In tensors: a graph is compiled for each value of a float. Each has its own: of updates that read the same
+        # tensor, Inductor makes one kernel of many parameters.
+        owned = torch.tensor([numbers] * len(parameters)).unbind()
         keys = torch.tensor([mix(self._keys[parameter] ^ mix(step)) for parameter in parameters]).unbind()
         shards = [
-            (*local_shards([each, *(self.state[each][name] for name in _MOMENTS)]), gradient_like(each), key)
-            for each, key in zip(parameters, keys, strict=True)
+            (
+                *local_shards([each, *(self.state[each][name] for name in _MOMENTS)]),
+                gradient_like(each),
+                key,
+                *own.unbind(),
+            )
+            for each, key, own in zip(parameters, keys, owned, strict=True)
         ]
         first = parameters[0]
         box = shard_box(first) if isinstance(first, DTensor) else tuple(slice(0, size) for size in first.shape)
         update = _update if first.device.type == "cpu" else compiled_for_each_shape(_update)
-        update(shards, numbers, betas=group["betas"], eps=group["eps"], box=box, shape=first.shape)
+        update(shards, betas=group["betas"], eps=group["eps"], box=box, shape=first.shape)
 
 
 def _update(
-    shards: Sequence[tuple[Tensor, ...]], numbers: Sequence[Tensor], *, betas: tuple[float, float], eps: float,
-    box: Sequence[slice], shape: Sequence[int],
+    shards: Sequence[tuple[Tensor, ...]], *, betas: tuple[float, float], eps: float, box: Sequence[slice],
+    shape: Sequence[int],
 ) -> None:  # fmt: skip
-    """Step the shards ``box`` of parameters of one ``shape``, each with its moments, gradient and key."""
-    decay, rate, scale = numbers
+    """Step the shards ``box`` of parameters of one ``shape``, each with its moments, gradient, key and numbers."""
     places = element_numbers(box, shape, shards[0][0].device)
-    for parameter, mean, square, gradient, key in shards:
+    for parameter, mean, square, gradient, key, decay, rate, scale in shards:
         bits = mix(places ^ key)
         new_mean = mean.float().lerp(gradient, 1 - betas[0])
         new_square = square.float().lerp(gradient.square(), 1 - betas[1])
