@@ -101,5 +101,5 @@ def facts():
     return {
         "graph_breaks": float(graph_breaks()),
         "data_ms": median(WAITED) * 1e3,
-        "data_worst_ms": max(WAITED[2:]) * 1e3,
+        "data_worst_ms": max(WAITED[1:]) * 1e3,
     }
