@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from statistics import median
 
 from benchmarks.rows import build_config, micro_batch, ranks_of
@@ -96,27 +95,9 @@ def steps_of(row, launcher, model, optimizer):
         yield share * sum(sum(micro.rows.document_lengths) for micro in step.micro_batches)
 
 
-def flops_per_token(row):
-    """Of a model's forward and backward over causal attention; 0 where the documents of a step are not known here."""
-    from veomni import build_model
-    from veomni.metrics.flops import FlopsCounter
-
-    if row.chats or row.images:
-        return 0.0
-    counter = FlopsCounter.from_model(build_model(build_config(row), weights="random"))
-    return counter.step_flops(lengths_of(row)).causal / (row.rows * row.length)
-
-
-def lengths_of(row):
-    if not row.packed:
-        return [row.length] * row.rows
-    positions = micro_batch(row, 2, 0)["position_ids"].flatten()
-    ends = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
-    return [b - a for a, b in pairwise(ends)]
-
-
 def facts(row):
     """What only this library reports of a row."""
+    from benchmarks.arithmetic import flops_per_token
     from veomni.compat.dry_runs import graph_breaks
 
     return {

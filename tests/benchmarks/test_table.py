@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from benchmarks.arithmetic import flops_per_token, lengths_of
 from benchmarks.clock import measure
 from benchmarks.draw import gap_table
 from benchmarks.rows import ROWS
@@ -86,8 +87,8 @@ def test_a_page_shows_the_last_results_beside_each_other(tmp_path):
 
 
 def test_a_packed_row_counts_its_documents_apart():
-    apart, together = (ours.flops_per_token(ROWS[name]) for name in ("tiny_ring", "tiny_ulysses"))
-    assert sum(ours.lengths_of(ROWS["tiny_ring"])) == ROWS["tiny_ring"].length
+    apart, together = (flops_per_token(ROWS[name]) for name in ("tiny_ring", "tiny_ulysses"))
+    assert sum(lengths_of(ROWS["tiny_ring"])) == ROWS["tiny_ring"].length
     assert 0 < apart < together
 
 
