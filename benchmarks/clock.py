@@ -55,4 +55,22 @@ def measure(steps, warmup, count):
         "peak_gib": clock.cuda.max_memory_allocated() / 2**30 if clock.cuda else 0.0,
         "reserved_gib": clock.cuda.memory_reserved() / 2**30 if clock.cuda else 0.0,
         "growth_mib": (clock.allocated[-1] - clock.allocated[warmup - 1]) / 2**20,
+        "matmul_tflops": matmul_tflops(clock),
     }
+
+
+def matmul_tflops(clock, size=8192, count=20):
+    """What a square product of bf16 matrices reaches in this process, which a step's FLOP/s are compared with."""
+    import torch
+
+    if not clock.cuda:
+        return 0.0
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = a @ b
+    begin, end = (clock.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        torch.mm(a, b, out=out)
+    end.record()
+    clock.synchronize()
+    return 2 * size**3 * count / begin.elapsed_time(end) / 1e9

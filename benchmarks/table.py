@@ -50,25 +50,28 @@ def work_of(result):
 def table_of(results):
     """Markdown: a line for each result, and how many times as fast this library is as each peer on the same row."""
     lines = [
-        "| row | work per GPU and step | GPUs | library | tokens/s a GPU | ours is | peak | slowest, of the median |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | work per GPU and step | GPUs | library | tokens/s a GPU | of matmul | ours is | peak | slowest |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ours = {(each["row"], each["gpus"]): each.get("tokens_per_second") for each in results if each["stack"] == "ours"}
+    flops = {each["row"]: each["flops_per_token"] for each in results if each.get("flops_per_token")}
     for each in results:
-        own = ours.get((each["row"], each["gpus"]))
-        lines.append(
-            f"| {each['row']} | {work_of(each)} | {each['gpus']} | {NAMES[each['stack']]} | {cells(each, own)} |"
-        )
+        measured = cells(each, ours.get((each["row"], each["gpus"])), flops.get(each["row"]))
+        lines.append(f"| {each['row']} | {work_of(each)} | {each['gpus']} | {NAMES[each['stack']]} | {measured} |")
     return lines
 
 
-def cells(result, ours):
+def cells(result, ours, flops):
+    """Tokens/s; FLOP/s of the model's products, of what a large product reaches there; ratio; memory; spread."""
     if "failed" in result:
         reason = result["failed"].strip().splitlines()[-1]
-        return f"not measured: {reason} | | | "
+        return f"not measured: {reason} | | | | "
     speed = result["tokens_per_second"]
     ratio = f"{ours / speed:.2f} times as fast" if ours and result["stack"] != "ours" else ""
-    return f"{speed:,.0f} | {ratio} | {result['peak_gib']:.1f} GiB | {result['worst_over_median']:.2f} times"
+    reached = f"{speed * flops / result['matmul_tflops'] / 1e12:.3f}" if flops and result.get("matmul_tflops") else ""
+    return (
+        f"{speed:,.0f} | {reached} | {ratio} | {result['peak_gib']:.1f} GiB | {result['worst_over_median']:.2f} times"
+    )
 
 
 def weak_scaling(results):

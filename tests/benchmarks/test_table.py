@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from benchmarks.arithmetic import flops_per_token, lengths_of
 from benchmarks.clock import measure
 from benchmarks.draw import gap_table
 from benchmarks.rows import ROWS
@@ -20,7 +21,7 @@ from veomni.testing.ranks import run_ranks
 def result(stack, speed, gpus=2, row="dense"):
     shape = {name: getattr(ROWS[row], name) for name in ROWS[row].__dataclass_fields__}
     return shape | {"row": row, "stack": stack, "gpus": gpus, "tokens_per_second": speed, "peak_gib": 1.0,
-                    "worst_over_median": 1.25}  # fmt: skip
+                    "worst_over_median": 1.25, "matmul_tflops": 1e-9, "flops_per_token": 4.0}  # fmt: skip
 
 
 def event(category, name, begin, long, correlation=0, thread=1):
@@ -76,13 +77,19 @@ def test_a_page_shows_the_last_results_beside_each_other(tmp_path):
     ]
     file.write_text("".join(json.dumps(each) + "\n" for each in measured))
     lines = table_of(read([file]))
-    assert "| VeOmni | 100 |  | 1.0 GiB | 1.25 times |" in lines[2]
-    assert "| torchtitan | 80 | 1.25 times as fast |" in lines[3]
+    assert "| VeOmni | 100 | 0.400 |  | 1.0 GiB | 1.25 times |" in lines[2]
+    assert "| torchtitan | 80 | 0.320 | 1.25 times as fast |" in lines[3]
     assert "not measured: out of memory" in lines[4]
     assert "| dense | VeOmni | 2 to 4 | 0.900 |" in weak_scaling(read([file]))
     page.write_text("before\n<!-- scale -->\nold\n<!-- /scale -->\nafter\n")
     put(page, lines)
     assert page.read_text() == "\n".join(["before", "<!-- scale -->", *lines, "<!-- /scale -->", "after", ""])
+
+
+def test_a_packed_row_counts_its_documents_apart():
+    apart, together = (flops_per_token(ROWS[name]) for name in ("tiny_ring", "tiny_ulysses"))
+    assert sum(lengths_of(ROWS["tiny_ring"])) == ROWS["tiny_ring"].length
+    assert 0 < apart < together
 
 
 def test_peers_say_which_rows_they_lack():
