@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if world is None:
         accelerator = config.train.accelerator.build()
         accelerator.require()
-        world = config.train.local_processes(accelerator.device_type, accelerator.devicecount_parameters())
+        world = config.train.local_processes(accelerator.device_type, accelerator.device_count())
     if world < 1:
         raise LayoutError(f"--world is {world}", "give a positive number of ranks")
     check_layout(config, world)
