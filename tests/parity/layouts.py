@@ -17,6 +17,7 @@ from veomni.strategies import (
     ExpertParallel,
     Single,
     Strategy,
+    TiledMLP,
     Ulysses,
 )  # fmt: skip
 from veomni.testing.oracle import Truth, truth_of
@@ -50,6 +51,7 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "async4_fsdp2": (4, lambda: [FSDP2(), Ulysses(4, overlap=True)]),
     "ulysses2_hsdp": (4, lambda: [FSDP2(replicate=2), Ulysses(2)]),
     "ulysses2_fsdp1_hybrid": (4, lambda: [FSDP1(replicate=2), Ulysses(2)]),
+    "fsdp2_inputs_offloaded": (1, lambda: [FSDP2(), ActivationCheckpointing(offload=True), TiledMLP(5)]),
     "fsdp2_offload": (2, lambda: FSDP2(cpu_offload=True)),
 }
 

@@ -58,7 +58,7 @@ def set_up(strategies):
 
 
 def kept(strategies):
-    """How many block inputs, and tensors between the products of an MLP, a forward leaves; then after the backward."""
+    """How many block inputs and tensors inside MLPs a forward leaves, how many the backward; and all gradients."""
     launcher, model = set_up(strategies)
     rows = torch.arange(TOKENS)[None] % 100
     with Alive() as alive:
@@ -67,8 +67,9 @@ def kept(strategies):
     inner = alive.count((1, TOKENS, INNER)) + alive.count((TOKENS, INNER))
     loss.backward()
     left = alive.count((1, TOKENS, HIDDEN)) + alive.count((TOKENS, INNER))
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     launcher.close()
-    return inputs, inner, left
+    return inputs, inner, left, gradients
 
 
 def kept_by_each():
@@ -83,7 +84,8 @@ def test_what_a_forward_keeps_on_the_device():
     assert full[0] - offloaded[0] == LAYERS - IN_FLIGHT
     assert full[1] == offloaded[1] == tiled[1] == 0
     assert plain[1] >= 3 * LAYERS
-    assert all(left <= 1 for *_, left in (full, offloaded, tiled, plain))
+    assert all(left <= 1 for _, _, left, _ in (full, offloaded, tiled, plain))
+    assert torch.equal(full[3], offloaded[3])
 
 
 def sizes() -> ActivationMemory:

@@ -35,7 +35,7 @@ STEPS = 10
 COUNTED = (Tensor, BackwardCFunction, AsyncAllToAll)
 
 TEXT = {
-    1: ["single"],
+    1: ["single", "fsdp2_inputs_offloaded"],
     2: ["ddp2", "fsdp1_full", "fsdp2_2", "ulysses2_fsdp2", "async2_ddp", "async2_fsdp1", "ring2_ddp"],
     4: ["hsdp_2x2", "async4_fsdp2", "ring2_async2_ddp", "ring2_ulysses2_fsdp2"],
 }

@@ -69,7 +69,7 @@ class ActivationMemory:
         used: int = getattr(text, "num_experts_per_tok", None) or 0
         width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
         return cls(
-            layers=len(plan.blocks), hidden=text.hidden_size, queries=heads * head, keys=keys * head,
+            layers=text.num_hidden_layers, hidden=text.hidden_size, queries=heads * head, keys=keys * head,
             mlp=max(_mlp_channels(model, plan), default=0), routed=3 * used * width if plan.experts else 0,
             vocabulary=text.vocab_size, itemsize=itemsize,
         )  # fmt: skip
@@ -84,11 +84,12 @@ class ActivationMemory:
 
         Those of blocks are made while what the forward kept goes, unless they are ``accumulated`` from earlier ones.
         """
-        inside = self.layers if not rung.offload else min(self.layers, IN_FLIGHT + 1)
-        last = tokens * self._kept(rung) * self.itemsize
-        kept = gradients + last * inside if accumulated else max(last * inside, gradients + last)
+        inputs = self.hidden if rung.offload else 0
+        kept, scale = self._kept(rung), tokens * self.itemsize
+        first = (self.layers * (kept - inputs) + min(self.layers, IN_FLIGHT + 1) * inputs) * scale
+        held = gradients + first if accumulated else max(first, gradients + kept * scale)
         at_once = max(self._block(tokens, rung) * self.itemsize, self._head(tokens))
-        return kept + at_once + self.vocabulary * self.hidden * self.itemsize  # the head's gradient waits in its format
+        return held + at_once + self.vocabulary * self.hidden * self.itemsize  # the head's gradient waits in its format
 
     def longest(self, memory: float, rung: Rung, gradients: float = 0.0, *, accumulated: bool = False) -> int:
         """Return the most tokens that take ``memory`` bytes, in thousands of 1024; 0 where none do."""
