@@ -16,7 +16,7 @@ COLORS = {
     "accelerate": "#8a6d9c",
     "fabric": "#888888",
 }
-NAMED = 8
+NAMED = 4
 """So many gaps of a timeline, the longest, are named."""
 
 
