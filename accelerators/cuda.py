@@ -1,11 +1,13 @@
 """NVIDIA GPUs, and AMD GPUs through the same PyTorch module."""
 
+import os
 from importlib.util import find_spec
 
 import torch
 from typing_extensions import override
 
 from veomni.accelerators.base import Accelerator
+from veomni.compat.allocations import grow_segments
 from veomni.errors import DeviceError
 
 
@@ -28,6 +30,14 @@ class CUDA(Accelerator):
             problem = f"accelerator cuda: this PyTorch ({torch.__version__}) was built without CUDA"
             raise DeviceError(problem, "install a CUDA or ROCm build of torch, or use accelerator cpu")
         super().require()
+
+    @override
+    def set_device(self, device: torch.device) -> None:
+        """Also let the allocator's segments grow, unless the environment configures it."""
+        configured = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        if torch.version.hip is None and not configured:
+            grow_segments()
+        super().set_device(device)
 
     @property
     @override

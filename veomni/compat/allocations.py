@@ -1,10 +1,15 @@
-"""The allocator's history of a device module: recorded, written to a file, and a call where memory has run out."""
+"""The allocator of a device: its segments, its history, and a call where memory has run out."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def grow_segments() -> None:
+    """Let segments of a CUDA device's memory grow, so that sizes that differ from step to step leave no holes."""
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def record_allocations(module: Any, entries: int) -> None:

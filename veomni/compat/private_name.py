@@ -46,6 +46,8 @@ PRIVATE = tuple(
     PrivateName(*fields)
     for fields in (
         # allocations
+        ("torch.cuda.memory:_set_allocator_settings", "the environment is read before a launcher exists",
+         "sizes that differ from step to step fragment memory"),
         ("torch.cuda.memory:_record_memory_history", _HISTORY, _NO_SNAPSHOT, ("enabled", "max_entries", "stacks")),
         ("torch.cuda.memory:_dump_snapshot", _HISTORY, _NO_SNAPSHOT, ("filename",)),
         ("torch:_C._cuda_attach_out_of_memory_observer", "writes the history before the error frees what it shows",
