@@ -29,7 +29,7 @@ def test_steps_in_float8_are_those_it_emulates_and_near_the_oracle():
     cases += [(recipe, beside, False) for recipe in recipes for beside in BESIDE]
     outcomes = on_devices([partial(step, *case) for case in cases], 1)
     found = {case: outcome_of(outcome)[0] for case, outcome in zip(cases, outcomes, strict=True)}
-    truth = truth_of(tiny_config("llama"))
+    ((truth,),) = map(outcome_of, on_devices([partial(truth_of, tiny_config("llama"))], 1))
     for (recipe, beside, _), outcome in found.items():
         check(outcome, truth, 0.15)
         emulated = found[recipe, "plain", True].gradients
