@@ -8,8 +8,9 @@ import pytest
 
 from tests.gpu.devices import KIND, LAUNCHER, TORCHAO, on_devices, on_gpus, outcome_of
 from tests.models.tiny import tiny_config
+from tests.parity.layouts import oracle
 from veomni.strategies import FSDP2, ActivationCheckpointing, Compile, Float8
-from veomni.testing.oracle import check, relative_error, truth_of
+from veomni.testing.oracle import check, relative_error
 from veomni.testing.step import train_step
 
 pytestmark = [on_gpus, pytest.mark.skipif(not TORCHAO, reason="needs torchao")]
@@ -29,7 +30,8 @@ def test_steps_in_float8_are_those_it_emulates_and_near_the_oracle():
     cases += [(recipe, beside, False) for recipe in recipes for beside in BESIDE]
     outcomes = on_devices([partial(step, *case) for case in cases], 1)
     found = {case: outcome_of(outcome)[0] for case, outcome in zip(cases, outcomes, strict=True)}
-    ((truth,),) = map(outcome_of, on_devices([partial(truth_of, tiny_config("llama"))], 1))
+    device = KIND if KIND == "cpu" else f"{KIND}:0"  # random weights are those of the kind of device
+    ((truth,),) = map(outcome_of, on_devices([partial(oracle, "llama", device)], 1))
     for (recipe, beside, _), outcome in found.items():
         check(outcome, truth, 0.15)
         emulated = found[recipe, "plain", True].gradients
