@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
+from torch import nn
 from typing_extensions import override
 
 from veomni.accelerators.base import ACCELERATORS
@@ -18,6 +19,7 @@ from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.profile import Profile
 from veomni.loop.reporter import Reporter
+from veomni.metrics.activation_memory import ActivationMemory
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
 from veomni.run_config.train_problems import contradictions, layout_problems
@@ -33,6 +35,7 @@ from veomni.strategies import (
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
 from veomni.strategies.transforms.activation_budget import ActivationBudget, Budget
+from veomni.strategies.transforms.precision import select_precision
 
 AxisSize = Annotated[int, Field(ge=1)]
 
@@ -194,6 +197,19 @@ class TrainSection(_OPTIONS):
     def row_tokens(self, row_length: int) -> int:
         """Return how many tokens a forward takes on a rank, of rows of ``row_length``."""
         return self.micro_batch_size * -(-row_length // self.ranks_per_row)
+
+    @property
+    def fixed_exchange(self) -> bool:
+        """Whether every token is sent to all ranks that share experts."""
+        return self.expert_parallel.arguments().get("exchange") == "fixed"
+
+    def count_activations(self, model: nn.Module) -> ActivationMemory:
+        """Return the activations of a model under this layout; ConfigError for a model that is not counted."""
+        from veomni.models import derive_plan
+
+        itemsize, ranks = select_precision(self.precision).compute.itemsize, self.expert_parallel_size
+        plan, fixed = derive_plan(model), self.fixed_exchange
+        return ActivationMemory.of(model, plan, itemsize, expert_ranks=ranks, fixed_exchange=fixed)
 
     def data_ranks(self, world_size: int) -> int:
         """Return how many ranks, or groups of them, read different rows."""

@@ -187,8 +187,13 @@ def ranks_once(ranks: Tensor, size: int) -> Tensor:
     return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, size)], 1)
 
 
-def ranks_of_token(experts: int, top_k: int, ranks: int) -> float:
-    """Return how many of ``ranks`` hold some of a token's ``top_k`` experts on average, if all are equally likely."""
+def ranks_of_token(experts: int, top_k: int, ranks: int, *, fixed: bool) -> float:
+    """Return to how many of ``ranks`` a token is sent: all with ``fixed`` sizes, else those of its ``top_k`` experts.
+
+    The latter is the mean over choices that are equally likely.
+    """
+    if fixed:
+        return ranks
     return ranks * (1 - math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k))
 
 
