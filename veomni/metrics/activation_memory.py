@@ -125,7 +125,9 @@ class ActivationMemory:
         first = (self.layers * (kept - inputs) + min(self.layers, IN_FLIGHT + 1) * inputs) * scale
         held = gradients + first if accumulated else max(first, gradients + kept * scale)
         at_once = max(self._block(tokens, policy) * self.itemsize, self._head(tokens))
-        return held + at_once + self.vocabulary * self.hidden * self.itemsize  # the head's gradient waits in its format
+        return (
+            held + at_once + self.vocabulary * self.hidden * self.itemsize
+        )  # the head's gradient is held until it is reduced
 
     def longest(
         self, memory: float, policy: ActivationPolicy, gradients: float = 0.0, *, accumulated: bool = False
@@ -140,7 +142,7 @@ class ActivationMemory:
 
     def _saved(self, policy: ActivationPolicy) -> float:
         """Return the elements per token that a block's backward reads: residuals, norms, attention, MLP, experts."""
-        attention = 3 * self.queries + 3 * self.keys  # before and behind norm and rotation, and the result
+        attention = 3 * self.queries + 3 * self.keys  # before and after norm and rotation, and the result
         return 4 * self.hidden + attention + (0 if policy.tile else self.mlp) + self.experts.kept
 
     def _kept(self, policy: ActivationPolicy) -> float:

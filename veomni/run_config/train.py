@@ -114,7 +114,7 @@ class TrainSection(_OPTIONS):
     activation_offload: bool = False
     """Keep the inputs of recomputed blocks in host memory, copied while the device computes."""
     activation_memory: Budget | None = None
-    """What activations may take of a device (40 GiB): recomputes, offloads and tiles MLPs as little as that allows."""
+    """Device memory for activations (40 GiB); chooses the fastest of recomputation, offload and MLP tiles that fits."""
     compile: bool = False
     """Compile each block with torch.compile."""
     balance_encoders: bool = False
@@ -164,7 +164,7 @@ class TrainSection(_OPTIONS):
         return name
 
     def build_strategies(self, row_length: int = 1) -> list[Strategy]:
-        """Return the strategy that holds the parameters, and those beside it, for rows of so many tokens."""
+        """Return the strategy that holds the parameters, then the others; ``row_length`` is the tokens of a row."""
         found: list[Strategy] = [self.strategy.build(replicate=self.data_parallel_replicate_size)]
         if self.expert_parallel_size > 1:
             found.append(self.expert_parallel.build(size=self.expert_parallel_size))
@@ -195,7 +195,7 @@ class TrainSection(_OPTIONS):
         return self.tensor_parallel_size * self.ulysses_parallel_size * self.context_parallel_size
 
     def row_tokens(self, row_length: int) -> int:
-        """Return how many tokens a forward takes on a rank, of rows of ``row_length``."""
+        """Return the tokens of a forward on a rank, for rows of ``row_length`` tokens."""
         return self.micro_batch_size * -(-row_length // self.ranks_per_row)
 
     @property

@@ -1,4 +1,4 @@
-"""Which modules of blocks are dense MLPs: products and activations that compute each token alone."""
+"""Which modules of blocks are dense MLPs: products and activations that compute each token independently."""
 
 import inspect
 import math
@@ -17,8 +17,8 @@ _TOKENS = 5
 def find_mlps(model: nn.Module, plan: ParallelPlan) -> Iterator[str]:
     """Yield the names of dense MLPs inside blocks, outside of experts, outermost first.
 
-    Such a module takes one tensor and returns one of its shape. Whether tokens mix is found by running a copy with a
-    few channels: a module that cannot be copied so, or with a forward that was replaced, is none.
+    Such a module takes one tensor and returns one of the same shape. A copy with few channels is run to test whether
+    tokens mix; a module that cannot be copied that way, or whose forward was replaced, does not count.
     """
     for block in plan.blocks:
         found: list[str] = []
