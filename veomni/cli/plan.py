@@ -11,7 +11,7 @@ from veomni.cli.memory import RowMemory, count_parameters, rank_memory
 from veomni.config.overrides import parse_argv
 from veomni.errors import ConfigError, LayoutError
 from veomni.metrics import FlopsCounter
-from veomni.metrics.flops import chosen_of_experts
+from veomni.metrics.flops import expert_counts
 from veomni.models import build_model, freeze
 from veomni.ops.experts.exchange import ranks_of_token
 from veomni.parallel.mesh import AXES, ParallelDims
@@ -61,7 +61,7 @@ def _mesh(config: Config, world: int, dims: ParallelDims) -> Iterator[tuple[str,
 def _exchange(config: Config, model: nn.Module, dims: ParallelDims) -> Iterator[tuple[str, str]]:
     """Yield how many ranks a token is sent to, and the memory of received tokens until the backward."""
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    (experts, top_k), train = chosen_of_experts(text), config.train
+    (experts, top_k), train = expert_counts(text), config.train
     if dims.experts == 1 or experts is None or top_k is None:
         return
     ranks = ranks_of_token(experts, top_k, dims.experts, fixed=train.fixed_exchange)

@@ -16,7 +16,7 @@ from torch import nn
 
 from veomni.accelerators.host_stack import IN_FLIGHT
 from veomni.errors import ConfigError
-from veomni.metrics.flops import chosen_of_experts
+from veomni.metrics.flops import expert_counts
 from veomni.models.traits.tokenwise import find_mlps
 from veomni.ops.experts.exchange import ranks_of_token
 from veomni.ops.loss.cross_entropy import CHUNK_ELEMENTS
@@ -172,7 +172,7 @@ class ActivationMemory:
 
 
 def _experts(text: Any, ranks: int, fixed: bool) -> ExpertChannels:
-    count, top_k = chosen_of_experts(text)
+    count, top_k = expert_counts(text)
     if count is None or top_k is None:
         problem = f"the activations of {type(text).__name__} are not counted: it does not name its experts per token"
         raise ConfigError(problem, _FIX)

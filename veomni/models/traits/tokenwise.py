@@ -41,10 +41,10 @@ def _is_mlp(module: nn.Module) -> bool:
     holders = [each for each in module.modules() if next(each.parameters(recurse=False), None) is not None]
     layers = [each for each in holders if type(each) is nn.Linear]
     takes_one = len(inspect.signature(module.forward).parameters) == 1
-    return takes_one and len(layers) > 1 and len(layers) == len(holders) and _keeps_tokens_apart(module, layers)
+    return takes_one and len(layers) > 1 and len(layers) == len(holders) and _is_tokenwise(module, layers)
 
 
-def _keeps_tokens_apart(module: nn.Module, layers: list[nn.Linear]) -> bool:
+def _is_tokenwise(module: nn.Module, layers: list[nn.Linear]) -> bool:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         unit = math.gcd(*(size for layer in layers for size in (layer.in_features, layer.out_features)))

@@ -13,8 +13,8 @@ from veomni.parallel.wrappers import wide_dtype
 class SwiGLU(NamedTuple):
     """``(clamp(up) + shift) * gate * sigmoid(alpha * gate)``; gate and the magnitude of ``up`` are at most ``limit``.
 
-    The defaults are SwiGLU (Shazeer, 2020, arXiv:2002.05202); gpt_oss clamps and shifts. ``interleaved`` is whether
-    gates and ups take turns, ``[gate0, up0, gate1, ...]``; otherwise all gates come first.
+    The defaults are SwiGLU (Shazeer, 2020, arXiv:2002.05202); gpt_oss clamps and shifts. With
+    ``interleaved``, gate and up channels alternate, ``[gate0, up0, gate1, ...]``; otherwise all gates come first.
     """
 
     alpha: float = 1.0
