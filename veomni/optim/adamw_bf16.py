@@ -44,7 +44,9 @@ class AdamWBF16(OptimizerRecipe):
     def members(self, model: nn.Module, groups: Groups) -> Mapping[str, Optimizer]:
         """Return the optimizer of each mesh; a ModelError under FSDP1 and for parameters that are not float32."""
         if is_fsdp1(model):
-            problem = "adamw_bf16 rounds elements by their place in a parameter, and FSDP1 does not give it"
+            problem = (
+                "adamw_bf16 rounds by the index of an element in its parameter, which FSDP1's flat shards have lost"
+            )
             raise ModelError(problem, "use FSDP2, or the optimizer adamw")
         other = {str(each.dtype) for group in groups for each in group["params"]} - {"torch.float32"}
         if other:
@@ -58,7 +60,7 @@ class AdamWBF16(OptimizerRecipe):
         """Yield the options that it does not support: FSDP1, whose shards are flat, and fp64."""
         train, name = config.train, "train.optimizer.name adamw_bf16"
         if train.data_parallel_mode == "fsdp1":
-            problem = f"{name} rounds elements by their place, which train.data_parallel_mode fsdp1 does not give"
+            problem = f"{name} rounds by the index of an element, which the flat shards of train.data_parallel_mode fsdp1 have lost"
             yield Problem(problem, "use fsdp2, ddp or single, or train.optimizer.name adamw")
         if train.precision == "fp64":
             yield Problem(f"{name} steps in float32, and train.precision is fp64", "use train.optimizer.name adamw")
