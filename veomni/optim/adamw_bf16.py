@@ -60,7 +60,8 @@ class AdamWBF16(OptimizerRecipe):
         """Yield the options that it does not support: FSDP1, whose shards are flat, and fp64."""
         train, name = config.train, "train.optimizer.name adamw_bf16"
         if train.data_parallel_mode == "fsdp1":
-            problem = f"{name} rounds by the index of an element, which the flat shards of train.data_parallel_mode fsdp1 have lost"
+            problem = f"{name} rounds by the index of an element, which flat shards have lost "
+            problem += "(train.data_parallel_mode fsdp1)"
             yield Problem(problem, "use fsdp2, ddp or single, or train.optimizer.name adamw")
         if train.precision == "fp64":
             yield Problem(f"{name} steps in float32, and train.precision is fp64", "use train.optimizer.name adamw")
