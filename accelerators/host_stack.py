@@ -1,4 +1,4 @@
-"""Tensors that wait in host memory from a forward to its backward, copied while the device computes."""
+"""Offload of saved tensors to host memory from a forward to its backward, copied while the device computes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 IN_FLIGHT = 2
-"""Tensors that are still on the device while they are copied to the host; before a third one, compute waits."""
-_PIECE_BYTES = 1 << 26  # PyTorch rounds pinned memory up to a power of two: pieces of one waste nothing
+"""Tensors on the device at once while they are copied to the host; before one more, compute waits for a copy."""
+_PIECE_BYTES = 1 << 26  # PyTorch rounds pinned allocations up to a power of two, so only the last piece wastes memory
 
 
 class HostStack:
-    """Copies tensors to the host in the order of a forward, and back in that of its backward, on a stream of its own.
+    """Copies tensors to the host in the order of a forward, and back in reverse, on a separate stream.
 
-    Host memory is pinned; PyTorch's allocator gives that of one step out again in the next. The CPU has no streams:
-    copies are made at once.
+    Host memory is pinned; PyTorch's caching allocator reuses it in the next step. The CPU has no streams: copies are
+    synchronous.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class HostStack:
         self._last: weakref.ref[Stacked] | None = None
 
     def put(self, tensor: Tensor) -> Stacked:
-        """Start to copy a contiguous tensor, which must not change any more."""
+        """Start to copy a contiguous tensor, which must not be written to afterwards."""
         while len(self._leaving) >= IN_FLIGHT:
             oldest = self._leaving.popleft()()
             if oldest is not None:
@@ -40,23 +40,23 @@ class HostStack:
         return stacked
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
-        """Queue copies behind what is queued by now, beside what comes later; return the event behind them."""
-        with self._beside():
+        """Copy ``sources`` into ``targets`` after the work queued so far; return the event of its end, None on CPU."""
+        with self._on_stream():
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, copied: Any) -> None:
-        """Let what is queued from now on wait for copies."""
+        """Make the current stream wait for the event of :meth:`copy`."""
         if self._runtime is not None:
             self._runtime.current_stream().wait_event(copied)
 
     @property
     def pinned(self) -> bool:
-        """Whether host memory has to be pinned."""
+        """Whether host memory is pinned."""
         return self._runtime is not None
 
-    def _beside(self) -> AbstractContextManager[Any]:
+    def _on_stream(self) -> AbstractContextManager[Any]:
         if self._runtime is None or self._stream is None:
             return nullcontext()
         self._stream.wait_stream(self._runtime.current_stream())
@@ -65,10 +65,10 @@ class HostStack:
 
 
 class Stacked:
-    """One tensor of a stack. Its memory on the device is given up only behind a copy that reads or fills it."""
+    """One tensor of a stack. Its device memory is freed only after a pending copy from or into it."""
 
-    def __init__(self, stack: HostStack, tensor: Tensor, below: weakref.ref[Stacked] | None) -> None:
-        self._stack, self._below = stack, below
+    def __init__(self, stack: HostStack, tensor: Tensor, previous: weakref.ref[Stacked] | None) -> None:
+        self._stack, self._previous = stack, previous
         self._on_device: Tensor | None = tensor.detach()
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         pieces = self._pieces(self._on_device)
@@ -76,16 +76,16 @@ class Stacked:
         self._copied = stack.copy(self._on_host, pieces)
 
     def get(self) -> Tensor:
-        """Return the tensor on its device, and start to fetch the one below."""
+        """Return the tensor on its device, and start to fetch the previous one, which the backward needs next."""
         found = self._fetch()
-        below = None if self._below is None else self._below()
-        if below is not None:
-            below._fetch()
+        previous = None if self._previous is None else self._previous()
+        if previous is not None:
+            previous._fetch()
         self._stack.wait(self._copied)
         return found
 
     def leave_device(self) -> None:
-        """Keep the tensor on the host alone."""
+        """Free the copy on the device."""
         if self._on_device is not None:
             self._stack.wait(self._copied)
             self._on_device = None

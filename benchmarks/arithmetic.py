@@ -1,4 +1,4 @@
-"""What this library's own counts say of a row: the FLOPs of its tokens."""
+"""The FLOPs of a row's tokens, counted by this library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.rows import build_config, micro_batch
 
 
 def flops_per_token(row):
-    """Of a model's forward and backward over causal attention; 0 where the documents of a step are not known here."""
+    """FLOPs of forward and backward with causal attention; 0 where the documents of a step are not known here."""
     from veomni import build_model
     from veomni.metrics.flops import FlopsCounter
 

@@ -1,4 +1,4 @@
-"""Pictures of what benchmarks/scale.py leaves: bars of tokens/s beside peers, and the timeline of a step."""
+"""Figures of the results of benchmarks/scale.py: bars of tokens/s beside peers, and the timeline of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLORS = {
     "fabric": "#888888",
 }
 NAMED = 4
-"""So many gaps of a timeline, the longest, are named."""
+"""Gaps of a timeline that are numbered, the longest ones."""
 
 
 def figure(width, height):

@@ -5,8 +5,8 @@
 
 Prints milliseconds, TFLOP/s, the share of the rate of an 8192^3 matrix product in the same process, memory kept for the
 backward, and every contender's error against transformers' loop over experts in float32. Needs one NVIDIA GPU, and
-liger-kernel for its row. With ``--ranks``, what one of several ranks that share the experts does in turn with the layer
-that is not spread, without the exchange: packing rows, its experts over the tokens of all, and summing what comes back.
+liger-kernel for its row. With ``--ranks``, one of several ranks that share the experts is timed beside the layer on one
+rank, without communication: packing rows, the local experts over the tokens of all ranks, and summing what is returned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from veomni.models.transformers_api.experts import EXPERTS_IMPLEMENTATION
-from veomni.ops.experts.exchange import ranks_once
+from veomni.ops.experts.exchange import distinct_ranks
 from veomni.ops.experts.forward import experts_forward, local_experts
 from veomni.ops.experts.layout import ACTIVATION, find_activation
 from veomni.ops.experts.permute import permute_tokens, route, sum_tokens
@@ -103,14 +103,14 @@ def milliseconds(function):
 
 
 def as_a_rank(module, args, tokens):
-    """One of ``args.ranks`` ranks: its experts, the tokens that reach it, their choice there, and how it runs them."""
+    """One of ``args.ranks`` ranks: a function of its experts, the tokens and indices it receives, and their pairs."""
     local = args.experts // args.ranks
     hidden, index, weights, _ = problem(args, tokens * args.ranks)
     with torch.no_grad():
         for name, parameter in list(module.named_parameters()):
             setattr(module, name, torch.nn.Parameter(parameter[:local].clone()))
-        come = (index < local).any(1)
-        hidden, index, weights = hidden[come], index[come].clamp(max=local), weights[come]
+        here = (index < local).any(1)
+        hidden, index, weights = hidden[here], index[here].clamp(max=local), weights[here]
     module.num_experts = module.config.num_experts = local
     pairs = int((index < local).sum())
 
@@ -122,9 +122,9 @@ def as_a_rank(module, args, tokens):
 
 
 def pack_and_sum(args, tokens):
-    """The two passes of a rank over what it sends and what comes back, forward and backward."""
+    """Milliseconds of a rank's passes over the rows it sends and the sums it gets back, forward and backward."""
     hidden, index, _, grad = problem(args, tokens)
-    chosen = ranks_once(index // (args.experts // args.ranks), args.ranks)
+    chosen = distinct_ranks(index // (args.experts // args.ranks), args.ranks)
     routing = route(chosen, args.ranks)
     routing = routing.first(int(routing.offsets[-1]))
     print(f"  a token goes to {len(routing.order) / tokens:.2f} of {args.ranks} ranks")
@@ -140,7 +140,7 @@ def compare_with_a_rank(args, tokens, rate):
     module, here = build(args), build(args)
     values, (run, received, pairs) = problem(args, tokens), as_a_rank(here, args, tokens)
     found = {
-        "not spread": (partial(experts_forward, module, backend=args.backend), module, values, tokens * args.top_k),
+        "one rank": (partial(experts_forward, module, backend=args.backend), module, values, tokens * args.top_k),
         f"one of {args.ranks}": (run, here, received, pairs),
     }
     inside = received[1] < here.num_experts
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--check-tokens", type=int, default=16_384, help="compare with float32 up to so many tokens")
-    parser.add_argument("--ranks", type=int, help="what one of so many ranks does that share the experts")
+    parser.add_argument("--ranks", type=int, help="time one of so many ranks that share the experts")
     parser.add_argument("--compiled", action="store_true", help="also VeOmni under torch.compile")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -9,7 +9,7 @@ def predicted_gib(row, gpus):
     """GiB at the peak of a step; 0 for a model whose activations it does not count."""
     from veomni.cli.memory import RowMemory
     from veomni.errors import ConfigError
-    from veomni.metrics.activation_memory import Rung
+    from veomni.metrics.activation_memory import ActivationPolicy
     from veomni.models import build_model
     from veomni.run_config.train import TrainSection
 
@@ -21,5 +21,5 @@ def predicted_gib(row, gpus):
         memory = RowMemory(build_model(build_config(row), weights="random"), train, gpus)
     except ConfigError:
         return 0.0
-    rung = Rung(row.recompute, row.inputs_offloaded, row.tile or None)
-    return memory.peak(row.rows * row.length // train.ranks_per_row, rung) / 2**30
+    policy = ActivationPolicy(row.recompute, row.inputs_offloaded, row.tile or None)
+    return memory.peak(row.rows * row.length // train.ranks_per_row, policy) / 2**30

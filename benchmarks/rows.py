@@ -21,10 +21,10 @@ class Row:
         recompute: Activation checkpointing.
         packed: Rows hold documents of log-normal lengths with this median.
         chats: Packed conversations of such lengths, tokenized and packed by the library's own loader.
-        images: So many photographs in conversations, decoded and packed by that loader while training.
+        images: Number of photographs in conversations, decoded and packed by that loader while training.
         reduce: Format that gradients are summed in.
         prefetch, offload: Options of FSDP2.
-        inputs_offloaded: Inputs of recomputed blocks wait in host memory.
+        inputs_offloaded: Keep inputs of recomputed blocks in host memory.
         tile: Tokens of a tile of the MLP; 0 does not tile it.
         optimizer: "adamw" is PyTorch's, fused; else a name of ``train.optimizer``.
         float8: The recipe that linear layers of blocks are computed with in float8.
@@ -55,7 +55,7 @@ class Row:
 
 
 def long(model, length, **options):
-    """A row of everything that makes room for it."""
+    """A long row with full recomputation, offloaded block inputs and tiled MLPs."""
     return Row(model, 1, length, recompute="full", inputs_offloaded=True, **{"tile": 8192, **options})
 
 
@@ -132,6 +132,19 @@ def build_config(row):
     text.max_position_embeddings = max(row.length, text.max_position_embeddings)
     text.use_cache = False
     return config
+
+
+def only_ours(row):
+    """The reason why a row is run with this library only, by an option that no peer is set up for; else ""."""
+    if row.chats or row.images:
+        return "no loader that packs conversations"
+    if row.optimizer != "adamw":
+        return f"no {row.optimizer}"
+    if row.reduce != "fp32":
+        return f"no reduction in {row.reduce}"
+    if row.float8:
+        return "float8 is not set up here"
+    return "no offload of block inputs, no tiled MLPs" if row.inputs_offloaded or row.tile else ""
 
 
 def ranks_of(size, gpus):

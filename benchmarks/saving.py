@@ -3,8 +3,8 @@
     python benchmarks/saving.py --gpus 4 --row dense --folder /tmp/saving
 
 The model and fused AdamW of a row of benchmarks/scale.py, after one step. Each is done twice, since the first save also
-allocates host memory; shown are the second and, in brackets, the first, of the slowest rank: the seconds that the loop
-is stopped, and those until everything is on disk. Both exports write fp32 safetensors, as the parameters are.
+allocates host memory. Printed are the seconds of the slowest rank, of the second save and in brackets of the first: how
+long the loop is stopped, and how long until everything is on disk. Both exports write fp32 safetensors.
 """
 
 from __future__ import annotations

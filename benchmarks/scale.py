@@ -4,12 +4,12 @@
     python benchmarks/scale.py --rows dense,moe8_ep --gpus 4 --peers torchtitan,accelerate --json out.jsonl
     python benchmarks/scale.py --rows dense,moe8_ep,ulysses --gpus 4 --profile --timelines out --json out.jsonl
 
-Each row of each library runs in a process group of its own (torchrun), one after the other, with random weights and
+Each row of each library runs in separate processes (torchrun), one after the other, with random weights and
 tokens: forward, backward, clipping and fused AdamW over fp32 master weights, bf16 compute, fp32 reduction. Printed per
 GPU: tokens/s over all timed steps, the median step, the slowest step relative to it, the peak and the reserved memory
 of the worst rank, by how much the memory that is allocated before a step grows from the first timed step to the last,
 and how many times as fast this library is. ``--profile`` adds where the device waits. ``benchmarks/table.py`` makes
-tables and pictures of what ``--json`` and ``--timelines`` leave.
+tables and figures from the files of ``--json`` and ``--timelines``.
 
 Peers are not installed: ``--sites DIR`` holds a folder for each, which is put before the path of its processes.
 """
@@ -36,7 +36,7 @@ STACKS = ("ours", "torchtitan", "upstream", "accelerate", "fabric")
 
 
 def run_row(stack, name, args):
-    """Run a row in processes of its own and return the worst of all ranks, or what it printed last."""
+    """Run a row in separate processes; return the worst of all ranks, or the reason why it was not measured."""
     lacks = importlib.import_module(f"benchmarks.stacks.{stack}").lacks(ROWS[name])
     if lacks:
         return {"failed": lacks}
@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds for a row, compilation included")
     parser.add_argument("--profile", action="store_true", help="profile three further steps")
-    parser.add_argument("--timelines", type=Path, help="leave the spans of a profiled step in this folder")
+    parser.add_argument("--timelines", type=Path, help="write the spans of a profiled step into this folder")
     parser.add_argument("--sites", type=Path, help="a folder with one for each peer's packages")
     parser.add_argument("--json", type=Path, help="also append the results to this file, one line a row")
     args = parser.parse_args()

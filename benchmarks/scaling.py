@@ -143,7 +143,7 @@ def expert_exchange(config: Any, layout: Layout, block: int) -> Iterator[Message
     from veomni.ops.experts.exchange import ranks_of_token
 
     top_k = config.num_experts_per_tok
-    ranks = layout.experts if layout.fixed else ranks_of_token(config.num_experts, top_k, layout.experts)
+    ranks = ranks_of_token(config.num_experts, top_k, layout.experts, fixed=layout.fixed)
     rows = layout.tokens * ranks
     tokens, weights = (round(rows * width * layout.compute) for width in (config.hidden_size, top_k))
     there = [round(rows * top_k * 4), tokens, weights, *([] if layout.fixed else [layout.experts * 2 * 8])]

@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/performance.md, made from what benchmarks/scale.py measured.
+"""The tables and figures of docs/performance.md, made from the results of benchmarks/scale.py.
 
     python benchmarks/table.py out.jsonl                                     # prints the table
     python benchmarks/table.py out.jsonl --page docs/performance.md          # and puts it into the page
@@ -62,7 +62,7 @@ def table_of(results):
 
 
 def cells(result, ours, flops):
-    """Tokens/s; FLOP/s of the model's products, of what a large product reaches there; ratio; memory; spread."""
+    """Cells of one result: tokens/s; FLOP/s as a share of a large product's; ratio; peak memory; slowest step."""
     if "failed" in result:
         reason = result["failed"].strip().splitlines()[-1]
         return f"not measured: {reason} | | | | "

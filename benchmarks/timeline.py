@@ -1,4 +1,4 @@
-"""A profiled step of any library: where the device computes, communicates, copies and waits, and what for."""
+"""A profiled step of any library: when the device computes, communicates, copies and waits, and for what."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONG = 50.0
 
 
 def profile(steps, file=None, count=3):
-    """Profile further steps of an iterator; return times per step, and leave the spans of one of them in ``file``."""
+    """Profile further steps of an iterator; return times per step, and write the spans of one of them to ``file``."""
     import torch
     from torch.profiler import ProfilerActivity, record_function
 
@@ -111,10 +111,10 @@ def device_time(trace, steps):
 
 
 def describe_gap(trace, begin, end):
-    """What stands around a time in which the device has nothing to run, and what the host does in it.
+    """The kernels around a gap of the device, and what the host does in it.
 
-    The kernel after it was launched "late" after the gap began, under some operations, outermost first; 0.00 is a
-    kernel that was queued in time, and waited for another stream or rank.
+    ``late_ms`` is when the kernel after the gap was launched, counted from its begin; 0.00 is a kernel that was queued
+    in time and waited for another stream or rank. ``under`` are the host operations that launched it, outermost first.
     """
     ended = (e for e in trace.device if e["ts"] + e["dur"] <= begin + 1e-3)
     before = max(ended, key=lambda e: e["ts"] + e["dur"])

@@ -33,15 +33,15 @@ class Stage(IntEnum):
     """The order in which strategies transform a model."""
 
     FINE_TUNING = auto()
-    FLOAT8 = auto()  # what exchanges around linear layers calls them
+    FLOAT8 = auto()  # before stages that wrap linear layers in exchanges
     TENSORS = auto()
     TILES = auto()
-    EXPERTS = auto()  # runs shared experts, as they are by then, while tokens are on their way
+    EXPERTS = auto()  # after tiles: runs the forward of shared experts while tokens are in flight
     RING = auto()
     ULYSSES = auto()  # exchanges heads around any attention, the ring too
     ENCODERS = auto()
-    COMPILATION = auto()  # at the first call, of what the forwards are by then
-    RECOMPUTATION = auto()  # keeps inputs of compiled blocks
+    COMPILATION = auto()  # compiles at the first call, after all patches of forwards
+    RECOMPUTATION = auto()  # wraps compiled blocks to offload their inputs
     PRECISION = auto()
     PARAMETERS = auto()
 

@@ -26,7 +26,7 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
     if twice := [name for name in names if names.count(name) > 1]:
         raise LayoutError(f"strategy {twice[0]} is given twice", "give it once")
     if len(both := [each.name for each in choice if each.stage is Stage.RECOMPUTATION]) > 1:
-        raise LayoutError(f"{' and '.join(both)} both decide what is recomputed", "give one of them")
+        raise LayoutError(f"{' and '.join(both)} both choose what is recomputed", "give one of them")
     return sorted(choice, key=lambda strategy: strategy.stage)
 
 

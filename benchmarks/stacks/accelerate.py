@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 
-from benchmarks.rows import build_config, micro_batch
+from benchmarks.rows import build_config, micro_batch, only_ours
 
 
 def lacks(row):
     """What of a row Accelerate cannot do."""
-    if row.chats or row.images:
-        return "no loader that packs"
-    if row.optimizer != "adamw":
-        return f"no {row.optimizer}"
     if row.recompute == "selective":
         return "no selective activation checkpointing"
-    return "no expert parallelism" if row.experts else "no Ulysses" if row.ulysses or row.ring else None
+    return "no expert parallelism" if row.experts else "no Ulysses" if row.ulysses or row.ring else only_ours(row)
 
 
 def training(row, gpus):

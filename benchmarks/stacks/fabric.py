@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.rows import build_config, micro_batch
+from benchmarks.rows import build_config, micro_batch, only_ours
 
 
 def lacks(row):
     """What of a row Fabric is not set up for here."""
-    if row.chats or row.images:
-        return "no loader that packs"
-    if row.optimizer != "adamw":
-        return f"no {row.optimizer}"
     if row.recompute == "selective" or row.offload:
         return "no selective activation checkpointing, no offloading"
-    return "no expert parallelism" if row.experts else "no Ulysses" if row.ulysses or row.ring else ""
+    return "no expert parallelism" if row.experts else "no Ulysses" if row.ulysses or row.ring else only_ours(row)
 
 
 def parallelize(model, mesh):

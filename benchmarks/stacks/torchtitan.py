@@ -5,20 +5,14 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-from benchmarks.rows import build_config, micro_batch, ranks_of
+from benchmarks.rows import build_config, micro_batch, only_ours, ranks_of
 
 
 def lacks(row):
     """What of a row torchtitan cannot do."""
-    if row.chats or row.images:
-        return "no loader that packs conversations"
-    if row.optimizer != "adamw":
-        return f"no {row.optimizer}"
-    if row.reduce != "fp32":
-        return f"no reduction in {row.reduce}"
-    return (
-        "documents are not kept apart under context parallelism" if row.packed and (row.ulysses or row.ring) else None
-    )
+    if row.packed and (row.ulysses or row.ring):
+        return "documents are not kept apart under context parallelism"
+    return only_ours(row)
 
 
 def job_config(row, gpus):

@@ -8,18 +8,14 @@ from __future__ import annotations
 import os
 from itertools import pairwise
 
-from benchmarks.rows import build_config, micro_batch, ranks_of
+from benchmarks.rows import build_config, micro_batch, only_ours, ranks_of
 
 
 def lacks(row):
     """What of a row it cannot do here."""
-    if row.chats or row.images:
-        return "its loader is not set up here"
-    if row.optimizer != "adamw":
-        return f"no {row.optimizer}"
     if row.recompute == "selective":
         return "no selective activation checkpointing"
-    return "no ring" if row.ring else ""
+    return "no ring" if row.ring else only_ours(row)
 
 
 def documents(row, vocabulary, seed):

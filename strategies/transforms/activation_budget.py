@@ -1,4 +1,4 @@
-"""The transform that recomputes, offloads and tiles as little as keeps activations within a budget."""
+"""The transform that chooses recomputation, offload and tiles so that activations fit a memory budget."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 from pydantic import Field
+from torch import nn
 from typing_extensions import override
 
 from veomni.config.section import Validated
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
-from veomni.metrics.activation_memory import ActivationMemory, Rung
+from veomni.metrics.activation_memory import ActivationMemory, ActivationPolicy
+from veomni.ops.experts.exchange import EXCHANGE
 from veomni.strategies.base import SetupContext, Stage, Strategy
 from veomni.strategies.transforms.blocks import ActivationCheckpointing
 from veomni.strategies.transforms.tiled_mlp import TiledMLP
@@ -29,12 +31,15 @@ Budget = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?[GM]iB$")]
 
 @dataclass(eq=False)
 class ActivationBudget(Validated, Strategy):
-    """Keep activations within a budget by the cheapest of: nothing, selective and full recomputation, offload, tiles.
+    """Keep activations within a memory budget by the fastest policy that fits.
 
-    Raises ConfigError at set-up where the leanest needs more, or the activations of a model are not counted.
+    Policies are tried in this order: nothing recomputed, selective and full activation checkpointing, offload of block
+    inputs to host memory, tiled MLPs.
+
+    Raises ConfigError at set-up where no policy fits, or the activations of the model are not counted.
 
     Args:
-        memory: What activations may take of a device, such as "40 GiB".
+        memory: Device memory for activations, such as "40 GiB".
         tokens: Tokens that a forward takes on a rank: of all its rows, or of the rank's shards of them.
     """
 
@@ -46,24 +51,35 @@ class ActivationBudget(Validated, Strategy):
 
     @override
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
-        sizes = ActivationMemory.of(adapter.model, context.plan, context.precision.compute.itemsize)
-        rung = choose(sizes, self.memory, self.tokens)
-        taken = sizes.bytes(self.tokens, rung) / _UNITS["GiB"]
-        logger.info_rank0("activations: %s; %.1f GiB of %s for %s tokens", rung, taken, self.memory, self.tokens)
-        if rung.tile is not None:
-            TiledMLP(rung.tile).transform(adapter, context)
-        if rung.recompute != "none":
-            ActivationCheckpointing(rung.recompute, offload=rung.offload).transform(adapter, context)
+        sizes = self._count(adapter.model, context)
+        policy = choose(sizes, self.memory, self.tokens)
+        taken = sizes.bytes(self.tokens, policy) / _UNITS["GiB"]
+        logger.info_rank0("activations: %s; %.1f GiB of %s for %s tokens", policy, taken, self.memory, self.tokens)
+        if policy.tile is not None:
+            TiledMLP(policy.tile).transform(adapter, context)
+        if policy.recompute != "none":
+            ActivationCheckpointing(policy.recompute, offload=policy.offload).transform(adapter, context)
+
+    @staticmethod
+    def _count(model: nn.Module, context: SetupContext) -> ActivationMemory:
+        exchanges = [getattr(model.get_submodule(name), EXCHANGE, None) for name in context.plan.experts]
+        fixed = any(exchange.fixed_size for exchange in exchanges if exchange is not None)
+        itemsize, ranks = context.precision.compute.itemsize, context.state.dims.experts
+        return ActivationMemory.of(model, context.plan, itemsize, expert_ranks=ranks, fixed_exchange=fixed)
 
 
-def choose(sizes: ActivationMemory, memory: str, tokens: int) -> Rung:
-    """Return the cheapest way to keep activations that takes at most ``memory``; a ConfigError where none does."""
+def choose(sizes: ActivationMemory, memory: str, tokens: int) -> ActivationPolicy:
+    """Return the fastest policy whose activations of ``tokens`` fit into ``memory``, such as "40 GiB".
+
+    Raises:
+        ConfigError: None fits; it names the memory that is needed, and the tokens that fit.
+    """
     budget = float(memory[:-3]) * _UNITS[memory[-3:]]
-    for rung in sizes.ladder:
-        if sizes.bytes(tokens, rung) <= budget:
-            return rung
-    leanest = sizes.ladder[-1]
-    needed, fits = math.ceil(sizes.bytes(tokens, leanest) / _UNITS["MiB"]), sizes.longest(budget, leanest)
+    for policy in sizes.policies:
+        if sizes.bytes(tokens, policy) <= budget:
+            return policy
+    smallest = sizes.policies[-1]
+    needed, fits = math.ceil(sizes.bytes(tokens, smallest) / _UNITS["MiB"]), sizes.longest(budget, smallest)
     shorter = f", or give a rank at most {fits} tokens: shorter rows, or more ranks that share one" if fits else ""
-    problem = f"activations of {tokens} tokens a rank take at least {needed} MiB ({leanest}), not {memory}"
+    problem = f"activations of {tokens} tokens a rank take at least {needed} MiB ({smallest}), not {memory}"
     raise ConfigError(problem, f"allow {needed} MiB{shorter}", "ActivationBudget.memory")

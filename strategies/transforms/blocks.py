@@ -1,4 +1,4 @@
-"""Transforms of every block: activations recomputed in the backward, and compilation."""
+"""Transforms of every block: activation checkpointing and compilation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ logger = create_logger(__name__)
 Recompute = Literal["full", "selective"]
 
 _KEPT = frozenset({"veomni::expert_up", "veomni::exchange_evenly", "veomni::ring_attention"})
-"""Operations of this package that a selective recomputation does not run again.
+"""Operations of this package whose results selective activation checkpointing keeps.
 
-Of experts' two products the first: the backward needs no second one. Exchanges are those of attention.
+The experts' first product is kept, and the second is recomputed. Exchanges are those of attention.
 """
 _MATMULS = frozenset(
     {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, float8_product()}
@@ -45,10 +45,10 @@ class ActivationCheckpointing(Validated, Strategy):
 
     Args:
         mode: "full" keeps only a block's input. "selective" also keeps attention, with what it exchanged between ranks,
-            and every second matrix product, the per-operation policy of torchtitan: most of the memory for a third of
-            the recomputation.
-        offload: Keep the inputs of blocks in host memory, copied while the device computes: of all blocks, about three
-            are on the device at once.
+            the first product of experts, and every second matrix product, the per-operation policy of torchtitan: most
+            of the memory for a third of the recomputation.
+        offload: Keep the inputs of blocks in host memory, copied while the device computes; about three of them are on
+            the device at once.
     """
 
     name = "activation_checkpointing"
@@ -85,7 +85,7 @@ def checkpointed(forward: Callable[..., Any], mode: Recompute) -> Callable[..., 
 
 
 class _SaveEverySecondMatmul:
-    """A policy with counters: the forward and its recomputation count apart and so decide alike."""
+    """A policy with counters: the forward and its recomputation are counted separately, so they decide alike."""
 
     def __init__(self) -> None:
         self._matmuls: Counter[bool] = Counter()
@@ -108,7 +108,7 @@ class Compile(Validated, Strategy):
     Block by block, the same graph serves every layer, and sharding hooks stay outside of it.
 
     Args:
-        backend: What makes kernels of graphs, as ``torch.compile`` takes it.
+        backend: The backend of ``torch.compile``.
     """
 
     name = "compile"

@@ -32,16 +32,16 @@ Recipe = Literal["tensorwise", "rowwise"]
 
 @dataclass(eq=False)
 class Float8(Validated, Strategy):
-    """Compute the products of linear layers, of the forward and the backward, from float8 operands; needs torchao.
+    """Compute the matrix products of linear layers, in forward and backward, from float8 operands; needs torchao.
 
-    Those inside the model's blocks: no embedding, no head, no router, no stack of experts, nothing kept in float32.
-    Weights, gradients and checkpoints keep names and formats; operands are cast, with a scale, for each product. Use it
-    with Compile, which fuses the casts.
+    It applies to linear layers inside the model's blocks, except routers, experts and modules kept in float32. Weights,
+    gradients and checkpoints keep their names and dtypes; operands are scaled and cast for each product. Use it with
+    Compile, which fuses the casts.
 
     Args:
         recipe: One scale for a tensor ("tensorwise", fastest), or for each row and column ("rowwise", more accurate).
         exclude: Glob patterns of names of linear layers that keep the precision of the run.
-        emulate: Multiply what was cast in float32: the same error, slowly, on any device.
+        emulate: Multiply the cast operands in float32: the same rounding error, slowly, on any device.
     """
 
     name = "float8"
@@ -66,12 +66,12 @@ class Float8(Validated, Strategy):
             fix = "leave Float8 out, use a GPU of compute capability 9.0 or newer, or emulate it to see its error"
             raise DeviceError(problem, fix, "Float8.emulate")
         chosen = self._choose(adapter.model, context.plan)
-        compute = _product(self.recipe, self.emulate)
+        make_forward = _float8_forward(self.recipe, self.emulate)
         for linear in chosen:
-            adapter.patch(linear, "forward", compute(linear))
+            adapter.patch(linear, "forward", make_forward(linear))
 
     def _choose(self, model: nn.Module, plan: ParallelPlan) -> list[nn.Linear]:
-        """Return the layers to compute in float8, and log which are left out; a ModelError where none are left."""
+        """Return the layers to compute in float8, and log how many are left out; a ModelError where none remains."""
         linears = {name: each for name, each in model.named_modules() if type(each) is nn.Linear}
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in linears):
@@ -100,8 +100,8 @@ class Float8(Validated, Strategy):
         return f"with a size that is no multiple of {_MULTIPLE}" if odd else ""
 
 
-def _product(recipe: Recipe, emulate: bool) -> Callable[[nn.Linear], Callable[[Tensor], Tensor]]:
-    """Return what makes the forward of a linear layer in float8."""
+def _float8_forward(recipe: Recipe, emulate: bool) -> Callable[[nn.Linear], Callable[[Tensor], Tensor]]:
+    """Return a function from a linear layer to its forward in float8, which maps ``[..., in]`` to ``[..., out]``."""
     import dataclasses
 
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -109,11 +109,11 @@ def _product(recipe: Recipe, emulate: bool) -> Callable[[nn.Linear], Callable[[T
 
     # The number of tokens is padded, where it is no multiple of 16 either.
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
-    # Layers stay what they are, since strategies hold them; of one that torchao converts, what it multiplies with.
+    # Layers stay nn.Linear, since strategies hold them; one that torchao converts supplies its product configuration.
     example: Any = convert_to_float8_training(nn.Linear(_MULTIPLE, _MULTIPLE, device="meta"), config=config)
     products = example.linear_mm_config
 
-    def compute(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def make_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(rows: Tensor) -> Tensor:
             kind = rows.device.type
             if torch.is_autocast_enabled(kind):
@@ -123,4 +123,4 @@ def _product(recipe: Recipe, emulate: bool) -> Callable[[nn.Linear], Callable[[T
 
         return forward
 
-    return compute
+    return make_forward

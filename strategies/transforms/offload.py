@@ -1,4 +1,4 @@
-"""What blocks keep of their inputs for the backward, in host memory."""
+"""Offload to host memory of the inputs that blocks save for the backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from veomni.accelerators.host_stack import HostStack, Stacked
 
 
 class InputOffload:
-    """Puts the inputs of blocks on a stack in host memory, wherever their forwards save them.
+    """Runs calls of blocks so that the inputs they save for the backward are kept in host memory.
 
     Inputs are the floating-point tensors that gradients flow to: masks and rotary tables, which all blocks share, stay.
     """
@@ -20,7 +20,7 @@ class InputOffload:
         self._stack = stack
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a block."""
+        """Return ``call(*args, **kwargs)``, the forward of a block, with its saved inputs offloaded."""
         if not torch.is_grad_enabled():
             return call(*args, **kwargs)
         inputs = [value for value in (*args, *kwargs.values()) if _is_input(value)]
@@ -33,7 +33,7 @@ def _is_input(value: Any) -> bool:
 
 
 class _Saved:
-    """Stacks what has the storage and the shape of an input, once; other tensors are saved as they are."""
+    """Offloads each input once, found by its storage and layout; other tensors are saved as they are."""
 
     def __init__(self, stack: HostStack, inputs: list[Tensor]) -> None:
         self._stack = stack
@@ -50,7 +50,7 @@ class _Saved:
 
 
 def _place(tensor: Tensor) -> Any:
-    """Return what is equal for two views that are the same tensor."""
+    """Return a key that is equal for two tensors with the same memory and layout."""
     layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     return (tensor.untyped_storage().data_ptr(), *layout)
 

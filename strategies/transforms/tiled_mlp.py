@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class TiledMLP(Validated, Strategy):
-    """Run the dense MLP of every block over tiles of tokens, each again in the backward.
+    """Run the dense MLPs of every block over tiles of tokens, each recomputed in the backward.
 
-    Between its products a tile exists, never the whole row: for rows so long that one block's MLP fills the device.
+    Intermediate activations exist for one tile at a time: for rows so long that one block's MLP fills the device.
 
     Args:
         tokens: Tokens of a tile.
@@ -41,7 +41,7 @@ class TiledMLP(Validated, Strategy):
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         names = list(find_mlps(adapter.model, context.plan))
         if not names:
-            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token alone"
+            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token independently"
             raise ModelError(problem, "leave TiledMLP out", "TiledMLP")
         for name in names:
             mlp = adapter.model.get_submodule(name)
@@ -49,7 +49,7 @@ class TiledMLP(Validated, Strategy):
 
 
 def tiled(mlp: nn.Module, tokens: int) -> Callable[[Tensor], Tensor]:
-    """Return the forward of a dense MLP over ``[..., tokens, width]``, a tile at a time."""
+    """Return a forward of ``mlp`` that maps ``[..., width]`` to the same shape, ``tokens`` tokens at a time."""
     structure = register_structure(copy_with(mlp, {each: on_meta(each) for each in mlp.parameters()}))
     places = [(slot.module, slot.key) for slot in slots(mlp)]
 

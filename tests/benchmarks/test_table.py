@@ -12,7 +12,7 @@ from benchmarks.clock import measure
 from benchmarks.draw import gap_table
 from benchmarks.rows import ROWS
 from benchmarks.scale import combine
-from benchmarks.stacks import accelerate, ours, torchtitan, upstream
+from benchmarks.stacks import accelerate, fabric, ours, torchtitan, upstream
 from benchmarks.table import put, read, table_of, weak_scaling
 from benchmarks.timeline import Trace, device_time, spans_of_step
 from veomni.testing.ranks import run_ranks
@@ -96,6 +96,16 @@ def test_peers_say_which_rows_they_lack():
     assert {name for name in ROWS if torchtitan.lacks(ROWS[name])} >= {"dense_chats", "dense_muon", "ring_packed"}
     assert not any(peer.lacks(ROWS["dense"]) for peer in (torchtitan, upstream, accelerate))
     assert accelerate.lacks(ROWS["moe8_ep"]) == "no expert parallelism"
+    peers = torchtitan, upstream, accelerate, fabric
+    for name in (
+        "dense_chats",
+        "vlm_images",
+        "dense_muon",
+        "dense_reduce_bf16",
+        "dense_float8",
+        "long_1gpu_131k_offload",
+    ):
+        assert all(peer.lacks(ROWS[name]) for peer in peers), name
 
 
 def test_a_row_is_measured_on_two_ranks():

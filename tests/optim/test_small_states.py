@@ -124,7 +124,7 @@ def flat(name: str) -> None:
     build_optimizer(FullyShardedDataParallel(network(), device_id=torch.device("cpu")), name)
 
 
-@pytest.mark.parametrize(("name", "problem"), [("adamw_8bit", "FSDP1 cuts"), ("adamw_bf16", "FSDP1 does not give it")])
+@pytest.mark.parametrize(("name", "problem"), [("adamw_8bit", "FSDP1 cuts"), ("adamw_bf16", "FSDP1's flat shards")])
 def test_flat_parameters_are_an_input_error(name, problem):
     with pytest.raises(Exception, match=problem) as caught:
         run_ranks(flat, 1, name)

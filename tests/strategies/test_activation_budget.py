@@ -105,20 +105,20 @@ def chosen(budgets):
 
 
 def test_a_budget_chooses_the_cheapest_that_fits():
-    ladder = sizes().ladder
+    policies = sizes().policies
     (said,) = run_ranks(
-        chosen, 1, [f"{sizes().bytes(1 << 20, rung) / 2**20 + 1:.0f} MiB" for rung in ladder], init=False
+        chosen, 1, [f"{sizes().bytes(1 << 20, policy) / 2**20 + 1:.0f} MiB" for policy in policies], init=False
     )
-    assert [line.partition(";")[0] for line in said] == [f"activations: {rung}" for rung in ladder]
-    assert len(ladder) == 5
+    assert [line.partition(";")[0] for line in said] == [f"activations: {policy}" for policy in policies]
+    assert len(policies) == 5
 
 
 def test_a_budget_that_nothing_fits_names_what_does():
     with pytest.raises(ConfigError, match=r"take at least \d+ MiB \(full \+ offload") as caught:
         choose(sizes(), "1 GiB", 1 << 20)
     (fits,) = re.findall(r"a rank at most (\d+) tokens", caught.value.fix)
-    leanest = sizes().ladder[-1]
-    assert sizes().bytes(int(fits), leanest) <= 2**30 < sizes().bytes(int(fits) + 1024, leanest)
+    smallest = sizes().policies[-1]
+    assert sizes().bytes(int(fits), smallest) <= 2**30 < sizes().bytes(int(fits) + 1024, smallest)
 
 
 def test_one_strategy_decides_what_is_recomputed():

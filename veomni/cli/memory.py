@@ -1,4 +1,4 @@
-"""The memory of a rank by arithmetic: what parameters take, and the rows that fit beside them."""
+"""The memory of a rank by arithmetic: parameters, gradients and optimizer state, and the rows that fit besides."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veomni.metrics.activation_memory import ActivationMemory, Rung
+from veomni.metrics.activation_memory import ActivationPolicy
 from veomni.models import derive_plan
 from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.run_config.train import TrainSection
@@ -16,7 +16,7 @@ from veomni.strategies.transforms.precision import Precision, select_precision
 
 
 def rank_memory(model: nn.Module, train: TrainSection, shards: int) -> dict[str, float]:
-    """Return bytes on one rank by what takes them, without activations; parameters are spread over ``shards`` ranks.
+    """Return the bytes on one rank by kind, without activations; parameters are sharded over ``shards`` ranks.
 
     ``gathered`` are copies in the compute format: units gathered by FSDP (two blocks at a time, or one and an embedding
     or head; all of them when they stay gathered; of the experts only the rank's own), or the weights that autocast
@@ -90,36 +90,37 @@ def count_parameters(module: nn.Module, *, trained: bool = False) -> int:
 
 
 class RowMemory:
-    """What a step over rows of some length takes of each device, activations included.
+    """The peak device memory of a step over rows of some length, activations included; in bytes per rank.
 
-    Gradients of blocks come as activations go, so that one peak holds either. Raises ConfigError for a model whose
-    activations are not counted.
+    Parameters are sharded over ``shards`` ranks; with several ``micro_batches``, gradients of earlier ones are held.
+
+    Raises:
+        ConfigError: The activations of the model are not counted.
     """
 
     def __init__(self, model: nn.Module, train: TrainSection, shards: int, micro_batches: int = 1) -> None:
-        plan, itemsize = derive_plan(model), select_precision(train.precision).compute.itemsize
         memory = rank_memory(model, train, shards)
         on_host = train.strategy.arguments().get("cpu_offload", False)
         self._train, self._accumulated = train, micro_batches > 1
         self._gradients = 0.0 if on_host else memory["gradients"]
         self._always = memory["gathered"] + (0.0 if on_host else memory["parameters"] + memory["optimizer"])
-        self._activations = ActivationMemory.of(model, plan, itemsize)
+        self._activations = train.count_activations(model)
 
-    def peak(self, tokens: int, rung: Rung) -> float:
+    def peak(self, tokens: int, policy: ActivationPolicy) -> float:
         """Return the bytes at the peak of a step whose forwards take ``tokens`` on a rank."""
-        activations = self._activations.bytes(tokens, rung, self._gradients, accumulated=self._accumulated)
+        activations = self._activations.bytes(tokens, policy, self._gradients, accumulated=self._accumulated)
         return self._always + activations
 
-    def chosen(self, tokens: int) -> Rung:
-        """Return how the configuration keeps activations; ConfigError where its budget is too small."""
+    def chosen(self, tokens: int) -> ActivationPolicy:
+        """Return the activation policy of the configuration; ConfigError where its budget is too small."""
         train = self._train
         if train.activation_memory is not None:
             return choose(self._activations, train.activation_memory, tokens)
         tile = next((one.arguments()["tokens"] for one in train.strategies if one.chosen == TiledMLP.name), None)
-        return Rung(train.activation_checkpointing, train.activation_offload, tile)
+        return ActivationPolicy(train.activation_checkpointing, train.activation_offload, tile)
 
-    def longest(self, memory: float) -> Iterator[tuple[Rung, int]]:
-        """Yield the most tokens of a forward on a device of ``memory`` bytes, in each way to keep activations."""
+    def longest(self, memory: float) -> Iterator[tuple[ActivationPolicy, int]]:
+        """Yield each activation policy with the most tokens of a forward on a device of ``memory`` bytes."""
         left = memory - self._always
-        for rung in self._activations.ladder:
-            yield rung, self._activations.longest(left, rung, self._gradients, accumulated=self._accumulated)
+        for policy in self._activations.policies:
+            yield policy, self._activations.longest(left, policy, self._gradients, accumulated=self._accumulated)

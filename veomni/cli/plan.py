@@ -11,7 +11,7 @@ from veomni.cli.memory import RowMemory, count_parameters, rank_memory
 from veomni.config.overrides import parse_argv
 from veomni.errors import ConfigError, LayoutError
 from veomni.metrics import FlopsCounter
-from veomni.metrics.flops import chosen_of_experts
+from veomni.metrics.flops import expert_counts
 from veomni.models import build_model, freeze
 from veomni.ops.experts.exchange import ranks_of_token
 from veomni.parallel.mesh import AXES, ParallelDims
@@ -59,16 +59,15 @@ def _mesh(config: Config, world: int, dims: ParallelDims) -> Iterator[tuple[str,
 
 
 def _exchange(config: Config, model: nn.Module, dims: ParallelDims) -> Iterator[tuple[str, str]]:
-    """Yield how often tokens are sent to experts, and what the received ones take until the backward."""
+    """Yield how many ranks a token is sent to, and the memory of received tokens until the backward."""
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    (experts, top_k), train = chosen_of_experts(text), config.train
+    (experts, top_k), train = expert_counts(text), config.train
     if dims.experts == 1 or experts is None or top_k is None:
         return
-    everywhere = train.expert_parallel.arguments().get("exchange") == "fixed"
-    ranks = dims.experts if everywhere else ranks_of_token(experts, top_k, dims.experts)
+    ranks = ranks_of_token(experts, top_k, dims.experts, fixed=train.fixed_exchange)
     tokens = train.micro_batch_size * config.data.max_seq_len // (dims.ulysses * dims.cp)
     size = tokens * ranks * text.hidden_size * select_precision(train.precision).compute.itemsize
-    yield "a token is sent to", f"{ranks:.2f} of {dims.experts} ranks" + ("" if everywhere else " on average")
+    yield "a token is sent to", f"{ranks:.2f} of {dims.experts} ranks" + ("" if train.fixed_exchange else " on average")
     yield "received tokens per rank", f"{_size(size)} for each layer of experts, until its backward"
 
 
@@ -103,7 +102,7 @@ def _memory(config: Config, model: nn.Module, shards: int) -> Iterator[tuple[str
 
 
 def _rows(config: Config, model: nn.Module, shards: int, world: int, memory: float) -> Iterator[tuple[str, str]]:
-    """Yield the peak of a step as configured, and the longest row on a device, for each way to keep activations."""
+    """Yield the peak of a step as configured and, for each activation policy, the longest row that fits a device."""
     train = config.train
     try:
         rows = RowMemory(model, train, shards, train.micro_batches(world))
@@ -113,8 +112,11 @@ def _rows(config: Config, model: nn.Module, shards: int, world: int, memory: flo
     tokens = train.row_tokens(config.data.max_seq_len)
     chosen = rows.chosen(tokens)
     yield "peak of a step", f"{_size(rows.peak(tokens, chosen))} (device), activations: {chosen}"
-    for rung, longest in rows.longest(memory * _USABLE) if memory else ():
-        yield "longest row", f"{longest * train.ranks_per_row // train.micro_batch_size:,} tokens, activations: {rung}"
+    for policy, longest in rows.longest(memory * _USABLE) if memory else ():
+        yield (
+            "longest row",
+            f"{longest * train.ranks_per_row // train.micro_batch_size:,} tokens, activations: {policy}",
+        )
 
 
 def _size(count: float) -> str:

@@ -16,7 +16,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put back torch's own."""
+    """Restore torch's functions."""
     from torch.utils.checkpoint import SAC_IGNORED_OPS
 
     from veomni.compat import gloo, modules, sharding

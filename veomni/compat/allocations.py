@@ -8,7 +8,7 @@ import torch
 
 
 def grow_segments() -> None:
-    """Let segments of a CUDA device's memory grow, so that sizes that differ from step to step leave no holes."""
+    """Make the CUDA allocator use expandable segments: sizes that differ from step to step do not fragment them."""
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 

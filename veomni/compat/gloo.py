@@ -1,6 +1,6 @@
-"""One event loop for all gloo groups of a process: torch gives each group its own.
+"""One event loop for all gloo groups of a process, where torch makes one for each group.
 
-A loop wakes a hundred times a second, and a mesh has some twenty groups, on GPUs too: for tensors of the host.
+A loop wakes a hundred times a second, and a mesh has some twenty gloo groups, on GPUs too, for tensors in host memory.
 """
 
 import os
@@ -14,19 +14,19 @@ OWN_LOOP = GLOO.__init__ if hasattr(GLOO, "_Options") else None
 
 
 def share_loop() -> None:
-    """Let every gloo group that torch makes from now on use the process's one loop."""
+    """Make every gloo group that torch constructs from now on use one loop of the process."""
     if OWN_LOOP is not None:
         GLOO.__init__ = _on_shared_loop
 
 
 def use_own_loops() -> None:
-    """Put back torch's constructor; groups that were made stay as they are."""
+    """Restore torch's constructor; existing groups keep the loop that they have."""
     if OWN_LOOP is not None:
         GLOO.__init__ = OWN_LOOP
 
 
 def _on_shared_loop(group: Any, *arguments: Any, **timeout: Any) -> None:
-    """Construct a group with the options that torch itself derives from ``timeout``, but for the devices."""
+    """Construct a group with the options that torch derives from ``timeout``, except for the devices."""
     assert OWN_LOOP is not None
     if timeout:
         options = GLOO._Options()
@@ -38,7 +38,7 @@ def _on_shared_loop(group: Any, *arguments: Any, **timeout: Any) -> None:
 
 @cache
 def _devices(process: int) -> list[Any]:
-    """Return the devices of a process (a fork inherits no thread), on the interfaces that torch chooses."""
+    """Return the devices on the interfaces that torch chooses; cached by process, since a fork loses threads."""
     names = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if not names:
         return [GLOO.create_default_device()]

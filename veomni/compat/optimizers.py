@@ -53,7 +53,7 @@ def gradient_like(parameter: Any) -> Tensor:
 
 
 def compiled_for_each_shape(function: Callable[..., None]) -> Callable[..., None]:
-    """Return ``function`` in one graph for the shapes of each call, however many there are."""
+    """Return ``function`` compiled into one static graph for each set of argument shapes, without a limit on graphs."""
     from torch._dynamo.utils import disable_cache_limit
 
     graphs = _compiled(function)

@@ -1,8 +1,9 @@
-"""What activations take of a device, by arithmetic: the row that fits, and what to recompute so that one does.
+"""The device memory of activations, by arithmetic: the longest row that fits, and what to recompute so that one does.
 
-Bytes are counted per token for compiled blocks, in elements of the format of compute: ``H`` hidden channels, ``Q`` and
-``K`` channels of queries and of keys, ``M`` channels between the products of an MLP (three times the intermediate size
-of a gated one). ``docs/long_rows.md`` derives each number, and says what they were compared with.
+Elements of the compute format are counted per token for compiled blocks: ``H`` hidden channels, ``Q`` and ``K``
+channels of queries and of keys, ``M`` channels between the products of a dense MLP (three times the intermediate size
+of a gated one); for experts, ``k`` of them per token with intermediate size ``I``. ``docs/long_rows.md`` derives each
+number and compares the sums with measured peaks.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from torch import nn
 
 from veomni.accelerators.host_stack import IN_FLIGHT
 from veomni.errors import ConfigError
+from veomni.metrics.flops import expert_counts
 from veomni.models.traits.tokenwise import find_mlps
+from veomni.ops.experts.exchange import ranks_of_token
 from veomni.ops.loss.cross_entropy import CHUNK_ELEMENTS
 from veomni.parallel.plan import ParallelPlan
 
 _TILE_COPIES = 3  # a tile's channels, their gradients, and what one operation makes of both
 
 
-class Rung(NamedTuple):
-    """One way to keep activations, from the cheapest to the leanest; ``tile`` is the tokens of an MLP's tile."""
+class ActivationPolicy(NamedTuple):
+    """What is recomputed, offloaded to host memory and tiled; ``tile`` is the tokens of an MLP's tile."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     offload: bool = False
@@ -33,17 +36,41 @@ class Rung(NamedTuple):
         return self.recompute + " + offload" * self.offload + f" + MLP in tiles of {self.tile}" * bool(self.tile)
 
 
-TILE = 8192
-"""Tokens of a tile where a budget chooses them."""
-_LADDER = (Rung(), Rung("selective"), Rung("full"), Rung("full", True), Rung("full", True, TILE))
+_FIX = "choose recomputation yourself: ActivationCheckpointing, TiledMLP"
+_TILE = 8192  # tokens of a tile where a budget chooses them
+_POLICIES = (
+    ActivationPolicy(), ActivationPolicy("selective"), ActivationPolicy("full"),
+    ActivationPolicy("full", offload=True), ActivationPolicy("full", offload=True, tile=_TILE),
+)  # fmt: skip
+
+
+class ExpertChannels(NamedTuple):
+    """Elements of experts for each token of a rank (``ops/experts/fused.py``); all 0 without experts.
+
+    ``product`` is their first product, ``2 k I``, and ``received`` are the hidden states from the ranks that share the
+    experts, both kept for the backward; ``gradients`` are what the backward of the second product makes at once,
+    ``k (4 I + H)``.
+    """
+
+    product: int = 0
+    received: float = 0.0
+    gradients: int = 0
+
+    @property
+    def kept(self) -> float:
+        """Elements that are kept from the forward to the backward."""
+        return self.product + self.received
 
 
 @dataclass(frozen=True)
 class ActivationMemory:
     """The sizes of a model that its activations depend on; bytes are those of one rank.
 
-    ``queries`` and ``keys`` are channels over all heads, ``mlp`` those between the products of the largest block's
-    dense MLPs, ``routed`` those of the experts that a token is sent to, ``itemsize`` the bytes of a number of compute.
+    Attributes:
+        queries: Channels over all query heads; ``keys`` those over all key heads.
+        mlp: Channels between the products of a block's largest dense MLP.
+        experts: Those of a block's experts.
+        itemsize: Bytes of an element of the compute format.
     """
 
     layers: int
@@ -51,85 +78,108 @@ class ActivationMemory:
     queries: int
     keys: int
     mlp: int
-    routed: int
+    experts: ExpertChannels
     vocabulary: int
     itemsize: int
 
     @classmethod
-    def of(cls, model: nn.Module, plan: ParallelPlan, itemsize: int) -> Self:
-        """Read the sizes of a transformers decoder, before it is sharded; ConfigError for another model."""
+    def of(
+        cls, model: nn.Module, plan: ParallelPlan, itemsize: int, *, expert_ranks: int = 1, fixed_exchange: bool = False
+    ) -> Self:
+        """Read the sizes of a transformers decoder, before its parameters are sharded.
+
+        ``expert_ranks`` share the experts of a layer; ``fixed_exchange`` is ``ExpertParallel(exchange="fixed")``.
+
+        Raises:
+            ConfigError: The model is no transformers decoder.
+        """
         config: Any = getattr(model, "config", None)
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else None
         heads = getattr(text, "num_attention_heads", None)
         if not isinstance(heads, int) or not plan.blocks:
             problem = f"the activations of {type(model).__name__} are not counted: it is no transformers decoder"
-            raise ConfigError(problem, "choose recomputation yourself: ActivationCheckpointing, TiledMLP")
+            raise ConfigError(problem, _FIX)
         head: int = getattr(text, "head_dim", None) or text.hidden_size // heads
         keys: int = getattr(text, "num_key_value_heads", None) or heads
-        used: int = getattr(text, "num_experts_per_tok", None) or 0
-        width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
         return cls(
             layers=text.num_hidden_layers, hidden=text.hidden_size, queries=heads * head, keys=keys * head,
-            mlp=max(_mlp_channels(model, plan), default=0), routed=3 * used * width if plan.experts else 0,
-            vocabulary=text.vocab_size, itemsize=itemsize,
+            mlp=max(_mlp_channels(model, plan), default=0), vocabulary=text.vocab_size, itemsize=itemsize,
+            experts=_experts(text, expert_ranks, fixed_exchange) if plan.experts else ExpertChannels(),
         )  # fmt: skip
 
     @property
-    def ladder(self) -> tuple[Rung, ...]:
-        """Ways to keep activations, the cheapest first."""
-        return _LADDER if self.mlp else _LADDER[:-1]
+    def policies(self) -> tuple[ActivationPolicy, ...]:
+        """The policies of this model, fastest first: each takes less memory than the one before."""
+        return _POLICIES if self.mlp else _POLICIES[:-1]
 
-    def bytes(self, tokens: int, rung: Rung, gradients: float = 0.0, *, accumulated: bool = False) -> float:
-        """Return the most that a forward and backward over ``tokens`` take at once, with ``gradients`` of parameters.
+    def bytes(
+        self, tokens: int, policy: ActivationPolicy, gradients: float = 0.0, *, accumulated: bool = False
+    ) -> float:
+        """Return the peak in bytes of a forward and backward over ``tokens``, with ``gradients`` bytes of parameters.
 
-        Those of blocks are made while what the forward kept goes, unless they are ``accumulated`` from earlier ones.
+        Gradients of blocks are made while what the forward kept is freed, unless they are ``accumulated`` from earlier
+        micro-batches.
         """
-        inputs = self.hidden if rung.offload else 0
-        kept, scale = self._kept(rung), tokens * self.itemsize
+        inputs = self.hidden if policy.offload else 0
+        kept, scale = self._kept(policy), tokens * self.itemsize
         first = (self.layers * (kept - inputs) + min(self.layers, IN_FLIGHT + 1) * inputs) * scale
         held = gradients + first if accumulated else max(first, gradients + kept * scale)
-        at_once = max(self._block(tokens, rung) * self.itemsize, self._head(tokens))
-        return held + at_once + self.vocabulary * self.hidden * self.itemsize  # the head's gradient waits in its format
+        at_once = max(self._block(tokens, policy) * self.itemsize, self._head(tokens))
+        return (
+            held + at_once + self.vocabulary * self.hidden * self.itemsize
+        )  # the head's gradient is held until it is reduced
 
-    def longest(self, memory: float, rung: Rung, gradients: float = 0.0, *, accumulated: bool = False) -> int:
-        """Return the most tokens that take ``memory`` bytes, in thousands of 1024; 0 where none do."""
+    def longest(
+        self, memory: float, policy: ActivationPolicy, gradients: float = 0.0, *, accumulated: bool = False
+    ) -> int:
+        """Return the most tokens that fit into ``memory`` bytes, a multiple of 1024; 0 where that many do not fit."""
         low, high = 0, 1 << 16
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.bytes(1024 * middle, rung, gradients, accumulated=accumulated) <= memory
+            fits = self.bytes(1024 * middle, policy, gradients, accumulated=accumulated) <= memory
             low, high = (middle, high) if fits else (low, middle)
         return 1024 * low
 
-    def _saved(self, rung: Rung) -> int:
-        """Elements per token that the backward of a block reads: residuals and norms, attention, what is in the MLP."""
-        attention = 3 * self.queries + 3 * self.keys  # before and behind norm and rotation, and the result
-        return 4 * self.hidden + attention + self._inner(rung)
+    def _saved(self, policy: ActivationPolicy) -> float:
+        """Return the elements per token that a block's backward reads: residuals, norms, attention, MLP, experts."""
+        attention = 3 * self.queries + 3 * self.keys  # before and after norm and rotation, and the result
+        return 4 * self.hidden + attention + (0 if policy.tile else self.mlp) + self.experts.kept
 
-    def _kept(self, rung: Rung) -> float:
-        """Elements per token and block from forward to backward."""
-        if rung.recompute == "none":
-            return self._saved(rung)
-        if rung.recompute == "full":
+    def _kept(self, policy: ActivationPolicy) -> float:
+        """Return the elements per token that a block keeps from its forward to its backward."""
+        if policy.recompute == "none":
+            return self._saved(policy)
+        if policy.recompute == "full":
             return self.hidden
-        products = self.queries + 2 * self.keys + self.hidden + self._inner(rung) * 2 / 3  # every second one is kept
-        return self.hidden + self.queries + products / 2
+        dense = 0 if policy.tile else self.mlp * 2 / 3
+        products = self.queries + 2 * self.keys + self.hidden + dense  # every second one is kept
+        return self.hidden + self.queries + products / 2 + self.experts.product
 
-    def _block(self, tokens: int, rung: Rung) -> float:
-        """Elements in one block's backward beside what was kept: what is made again, and gradients."""
-        again, inner = self._saved(rung) - self._kept(rung), self._inner(rung)
-        in_mlp = 2 * self.hidden + inner
-        in_attention = 4 * self.queries + 3 * self.keys - inner  # the MLP's are gone; kernels sum queries in float32
-        tile = _TILE_COPIES * min(tokens, rung.tile or 0) * self.mlp
+    def _block(self, tokens: int, policy: ActivationPolicy) -> float:
+        """Return the elements of one block's backward besides what was kept: what is recomputed, and gradients."""
+        again, dense = self._saved(policy) - self._kept(policy), 0 if policy.tile else self.mlp
+        in_mlp = 2 * self.hidden + dense + self.experts.gradients
+        # By then what the MLP saved is freed; kernels sum the gradient of queries in float32.
+        in_attention = 4 * self.queries + 3 * self.keys - dense - self.experts.kept
+        tile = _TILE_COPIES * min(tokens, policy.tile or 0) * self.mlp
         return tokens * (again + max(in_mlp, in_attention)) + tile
 
-    def _inner(self, rung: Rung) -> int:
-        return self.routed + (0 if rung.tile else self.mlp)
-
     def _head(self, tokens: int) -> float:
-        """Bytes of the last norm, which is not compiled, and of the loss, whose logits exist in chunks."""
+        """Return the bytes of the last norm, which is not compiled, and of the loss, whose logits exist in chunks."""
         norm = tokens * self.hidden * (3 * 4 + 4 * self.itemsize)
         logits = min(CHUNK_ELEMENTS, tokens * self.vocabulary) * self.itemsize
         return norm + logits + self.vocabulary * self.hidden * 4
+
+
+def _experts(text: Any, ranks: int, fixed: bool) -> ExpertChannels:
+    count, top_k = expert_counts(text)
+    if count is None or top_k is None:
+        problem = f"the activations of {type(text).__name__} are not counted: it does not name its experts per token"
+        raise ConfigError(problem, _FIX)
+    width: int = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    rows = ranks * min(top_k, count // ranks) if fixed else top_k
+    received = 0.0 if ranks == 1 else ranks_of_token(count, top_k, ranks, fixed=fixed) * text.hidden_size
+    return ExpertChannels(2 * rows * width, received, rows * (4 * width + text.hidden_size))
 
 
 def _mlp_channels(model: nn.Module, plan: ParallelPlan) -> Iterator[int]:

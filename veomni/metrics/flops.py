@@ -138,7 +138,7 @@ def _active(name: str, module: nn.Module, shape: tuple[int, ...], config: Any) -
     key = name.rpartition(".")[2]
     if len(shape) < 2 or isinstance(module, nn.Embedding) or key.endswith("bias"):
         return 0
-    count, used = chosen_of_experts(config)
+    count, used = expert_counts(config)
     stacked = len(shape) == 3 and shape[0] == count
     if not stacked and (len(shape) != 2 or key != "weight"):
         raise UncountableError(f"it has a parameter {name} of shape {list(shape)}")
@@ -150,8 +150,8 @@ def _active(name: str, module: nn.Module, shape: tuple[int, ...], config: Any) -
     return shape[-2] * shape[-1] * used // (1 if stacked else count)  # stacked, or one module per expert
 
 
-def chosen_of_experts(config: Any) -> tuple[int | None, int | None]:
-    """Return how many experts a layer of a transformers configuration has, and how many of them a token uses."""
+def expert_counts(config: Any) -> tuple[int | None, int | None]:
+    """Return the experts of a layer of a transformers configuration, and the experts per token; None if not given."""
     return _first(config, _EXPERT_COUNTS), _first(config, _EXPERTS_PER_TOKEN)
 
 

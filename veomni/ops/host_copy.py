@@ -1,14 +1,14 @@
-"""Numbers of a device that the host reads while the device works on what was queued behind them."""
+"""Values of a device tensor that the host reads without waiting for work queued after them."""
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """A copy of a tensor in host memory, queued where it is made.
+    """An asynchronous copy of a tensor in host memory, pinned on accelerators, queued on construction.
 
-    Reading it waits until the device has come that far; reading the tensor itself would wait for all that is queued,
-    and leave the device without work.
+    Reading it waits for the work queued before the copy only; reading the tensor itself would wait for all queued work
+    and leave the device idle.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -20,7 +20,7 @@ class HostCopy:
             self._copied.record()
 
     def read(self) -> Tensor:
-        """Return the values, on the CPU."""
+        """Wait for the copy and return it, a CPU tensor of the same shape and dtype."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._copy

@@ -1,8 +1,8 @@
-"""Modules that compute each token alone, over tiles of tokens: what is between their products never exists whole.
+"""Modules that compute each token independently, run over tiles of tokens: intermediates exist for one tile at a time.
 
-After TiledMLP of Arctic Long Sequence Training (arXiv:2506.13996). Input and weights are kept for the backward, which
-runs each tile again. Gradients of weights are added up over tiles in float32 or better and rounded once, so a weight
-has one gradient a backward. An operation of the dispatcher, which compiled graphs contain and do not look into.
+After TiledMLP of Arctic Long Sequence Training (arXiv:2506.13996). Input and weights are saved for the backward, which
+recomputes each tile. Gradients of weights are accumulated over tiles in float32 or better and rounded once, so each
+backward makes one gradient per weight. It is a custom operator: compiled graphs contain it as one opaque node.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _STRUCTURES: dict[str, nn.Module] = {}
 
 
 def register_structure(skeleton: nn.Module) -> str:
-    """Return the name that :func:`run_in_tiles` finds a module without values by; equal structures have the same."""
+    """Store a module on the meta device for :func:`run_in_tiles`; return its key, the same for equal structures."""
     plain = {name: value for name, value in vars(skeleton).items() if not name.startswith("_")}
     text = f"{type(skeleton)} {skeleton!r} {plain}"
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -28,9 +28,10 @@ def register_structure(skeleton: nn.Module) -> str:
 
 
 def run_in_tiles(rows: Tensor, weights: Sequence[Tensor], structure: str, tokens: int) -> Tensor:
-    """Return what a module makes of ``[tokens, width]``, of the same shape, ``tokens`` at a time.
+    """Return a module's output for rows ``[rows, width]``, of the same shape, computed ``tokens`` rows at a time.
 
-    ``weights`` are all parameters, in the order of its ``named_parameters``. Under autocast it computes in its format.
+    ``structure`` is the key of the module, and ``weights`` are all of its parameters, in the order of
+    ``named_parameters``. Under autocast it computes in the dtype of autocast.
     """
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
@@ -77,14 +78,14 @@ def _gradient_shapes(
 
 
 def _call(structure: str, weights: list[Tensor], trained: list[bool]) -> Callable[..., Tensor]:
-    """Return the module as a function of a tile and the weights that are trained."""
+    """Return the module as a function of a tile and its trained weights."""
     skeleton = _STRUCTURES[structure]
     names = [name for name, _ in skeleton.named_parameters()]
     frozen = {name: weight for name, weight, one in zip(names, weights, trained, strict=True) if not one}
-    moving = [name for name, one in zip(names, trained, strict=True) if one]
+    trainable = [name for name, one in zip(names, trained, strict=True) if one]
 
     def call(tile: Tensor, *given: Tensor) -> Tensor:
-        result: Tensor = functional_call(skeleton, {**frozen, **dict(zip(moving, given, strict=True))}, (tile,))
+        result: Tensor = functional_call(skeleton, {**frozen, **dict(zip(trainable, given, strict=True))}, (tile,))
         return result
 
     return call

@@ -1,4 +1,4 @@
-"""The optimizer "adamw_bf16": AdamW with half the memory for its state."""
+"""The optimizer "adamw_bf16": AdamW with moments in bfloat16, rounded stochastically."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @OPTIMIZERS.register("adamw_bf16")
 class AdamWBF16(OptimizerRecipe):
-    """AdamW whose moments are kept in bfloat16 and written with stochastic rounding; it steps in float32.
+    """AdamW whose moments are stored in bfloat16 with stochastic rounding; it computes in float32.
 
-    Rounding depends on a parameter's name, the step and the element alone, and is the same in every layout. On an
-    accelerator the first step compiles a kernel for each shape.
+    Rounding depends only on a parameter's name, the step and the element, so it is the same in every layout. On an
+    accelerator the first step compiles a graph for each shape.
 
     Args:
         lr: Peak learning rate.
@@ -42,9 +42,11 @@ class AdamWBF16(OptimizerRecipe):
         self._options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
 
     def members(self, model: nn.Module, groups: Groups) -> Mapping[str, Optimizer]:
-        """Return the optimizer for each mesh; a ModelError under FSDP1, and where parameters are not float32."""
+        """Return the optimizer of each mesh; a ModelError under FSDP1 and for parameters that are not float32."""
         if is_fsdp1(model):
-            problem = "adamw_bf16 rounds elements by their place in a parameter, and FSDP1 does not give it"
+            problem = (
+                "adamw_bf16 rounds by the index of an element in its parameter, which FSDP1's flat shards have lost"
+            )
             raise ModelError(problem, "use FSDP2, or the optimizer adamw")
         other = {str(each.dtype) for group in groups for each in group["params"]} - {"torch.float32"}
         if other:
@@ -55,17 +57,18 @@ class AdamWBF16(OptimizerRecipe):
 
     @staticmethod
     def config_problems(options: ComponentSection, config: Any, world: int | None) -> Iterator[Problem]:
-        """Yield what it cannot do: step flat pieces of parameters, and float64."""
+        """Yield the options that it does not support: FSDP1, whose shards are flat, and fp64."""
         train, name = config.train, "train.optimizer.name adamw_bf16"
         if train.data_parallel_mode == "fsdp1":
-            problem = f"{name} rounds elements by their place, which train.data_parallel_mode fsdp1 does not give"
+            problem = f"{name} rounds by the index of an element, which flat shards have lost "
+            problem += "(train.data_parallel_mode fsdp1)"
             yield Problem(problem, "use fsdp2, ddp or single, or train.optimizer.name adamw")
         if train.precision == "fp64":
             yield Problem(f"{name} steps in float32, and train.precision is fp64", "use train.optimizer.name adamw")
 
 
 class _AdamW(Optimizer):
-    """Steps float32 parameters of one mesh; ``keys`` are numbers that belong to them in every layout."""
+    """Steps float32 parameters of one mesh; ``keys`` seed the rounding of each, and are the same in every layout."""
 
     def __init__(self, params: Groups, *, keys: Mapping[Any, int], **options: Any) -> None:
         super().__init__(params, {"weight_decay": 0.0, **options})
@@ -96,12 +99,12 @@ class _AdamW(Optimizer):
         return int(state["step"])
 
     def _update(self, parameters: Sequence[Tensor], group: Mapping[str, Any], step: int) -> None:
-        """Step parameters of one shape and placement, which have had so many steps."""
+        """Take step number ``step`` of parameters of one shape and placement."""
         (beta1, beta2), rate = group["betas"], float(group["lr"])
         correction = 1 - beta1**step, (1 - beta2**step) ** 0.5
         numbers = [1 - rate * group["weight_decay"], rate / correction[0], 1 / correction[1]]
-        # In tensors: a graph is compiled for each value of a float. Each has its own: of updates that read the same
-        # tensor, Inductor makes one kernel of many parameters.
+        # As tensors, since a graph is compiled for each value of a float; one for each parameter, since Inductor fuses
+        # updates that read the same tensor into one kernel.
         owned = torch.tensor([numbers] * len(parameters)).unbind()
         keys = torch.tensor([mix(self._keys[parameter] ^ mix(step)) for parameter in parameters]).unbind()
         shards = [
@@ -135,6 +138,6 @@ def _update(
 
 
 def _moments_in_bfloat16(optimizer: Optimizer) -> None:
-    """Undo what PyTorch does to a state that is loaded: it is cast to the format of its parameter, exactly here."""
+    """Cast loaded moments back to bfloat16: PyTorch casts them to the dtype of the parameter, float32, without loss."""
     for state in optimizer.state.values():
         state |= {name: state[name].to(torch.bfloat16) for name in _MOMENTS}

@@ -71,7 +71,7 @@ class MuonWithAdamW(OptimizerRecipe):
 
     @staticmethod
     def config_problems(options: ComponentSection, config: Any, world: int | None) -> Iterator[Problem]:
-        """Yield what Muon cannot do: step flat pieces of matrices, and bfloat16 moments in float64."""
+        """Yield the options that it does not support: FSDP1, whose shards are flat, and bfloat16 moments in fp64."""
         if config.train.precision == "fp64" and options.arguments()["moments"] == "bf16":
             problem = "train.optimizer.moments bf16 steps in float32, and train.precision is fp64"
             yield Problem(problem, "leave moments out")

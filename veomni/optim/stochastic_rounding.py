@@ -1,7 +1,7 @@
-"""Stochastic rounding to bfloat16, with random bits that depend on what is rounded and not on where it lies.
+"""Stochastic rounding to bfloat16, with random bits that do not depend on the layout of shards.
 
-The bits of an element are a hash of its number in the whole tensor and of a key. No generator has a state to save:
-replicas, and ranks that hold other shards of the tensor, round an element alike, and so does a resumed run.
+The bits of an element are a hash of its index in the whole tensor and of a key. There is no generator whose state must
+be saved: replicas, other shardings of the tensor and a resumed run round an element alike.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Bits = TypeVar("Bits", int, Tensor)
 
 
 def mix(value: Bits) -> Bits:
-    """Return 32 bits that look random for the lowest 32 of ``value``, an int or int64 numbers; a bijection of them.
+    """Return a 32-bit hash, a bijection, of the lowest 32 bits of ``value``, an int or an int64 tensor.
 
     https://github.com/skeeto/hash-prospector (two rounds of multiply and xorshift, measured bias 0.107).
     """
@@ -28,7 +28,7 @@ def mix(value: Bits) -> Bits:
 
 
 def element_numbers(box: Sequence[slice], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return the number that each element of a part ``box`` of a tensor of this shape has in it, row by row, int64."""
+    """Return the row-major indices, int64, of the elements of the slice ``box`` of a tensor of this ``shape``."""
     numbers = torch.zeros((), dtype=torch.int64, device=device)
     for part, size in zip(box, shape, strict=True):
         numbers = numbers.unsqueeze(-1) * size + torch.arange(part.start, part.stop, device=device)
@@ -36,9 +36,10 @@ def element_numbers(box: Sequence[slice], shape: Sequence[int], device: torch.de
 
 
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """Return float32 ``values`` rounded to a neighbour in bfloat16, by 16 random ``bits``, of int32, for each.
+    """Return float32 ``values`` rounded to one of their two neighbours in bfloat16.
 
-    The probability of the farther neighbour from zero is the part of the way to it, so the mean is the value.
+    ``bits`` are 16 random bits for each value, int32. The probability of a neighbour is proportional to the distance
+    from the other one, so the expected result is the value.
     """
     sums = values.view(torch.int32) + bits
     return (sums & -0x10000).view(torch.float32).to(torch.bfloat16)

@@ -19,7 +19,6 @@ from veomni.data.section import DataSection
 from veomni.errors import ConfigError, LayoutError
 from veomni.launch import detect_environment
 from veomni.launcher import Launcher
-from veomni.metrics.activation_memory import ActivationMemory
 from veomni.models.build.section import ModelSection
 from veomni.run_config.train import TrainSection
 from veomni.strategies.select import mesh_dims
@@ -108,11 +107,10 @@ class Config(Section):
         )
 
     def _check_budget(self, memory: str) -> None:
-        from veomni.models import build_model, derive_plan
+        from veomni.models import build_model
 
         model = build_model(self.model.build_config(), weights="random")
-        sizes = ActivationMemory.of(model, derive_plan(model), select_precision(self.train.precision).compute.itemsize)
-        choose(sizes, memory, self.train.row_tokens(self.data.max_seq_len))
+        choose(self.train.count_activations(model), memory, self.train.row_tokens(self.data.max_seq_len))
 
     def open_data(self) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None."""

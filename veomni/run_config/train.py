@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
+from torch import nn
 from typing_extensions import override
 
 from veomni.accelerators.base import ACCELERATORS
@@ -18,6 +19,7 @@ from veomni.loggers.base import LOGGERS
 from veomni.loop.checkpoint_schedule import CheckpointSchedule
 from veomni.loop.profile import Profile
 from veomni.loop.reporter import Reporter
+from veomni.metrics.activation_memory import ActivationMemory
 from veomni.moe.options import MoEOptions
 from veomni.optim import OPTIMIZERS, SCHEDULERS, OptimizerSection, SchedulerSection
 from veomni.run_config.train_problems import contradictions, layout_problems
@@ -33,6 +35,7 @@ from veomni.strategies import (
 from veomni.strategies.base import STRATEGIES, ParameterStrategy
 from veomni.strategies.expert_parallel import ExpertParallel
 from veomni.strategies.transforms.activation_budget import ActivationBudget, Budget
+from veomni.strategies.transforms.precision import select_precision
 
 AxisSize = Annotated[int, Field(ge=1)]
 
@@ -111,7 +114,7 @@ class TrainSection(_OPTIONS):
     activation_offload: bool = False
     """Keep the inputs of recomputed blocks in host memory, copied while the device computes."""
     activation_memory: Budget | None = None
-    """What activations may take of a device (40 GiB): recomputes, offloads and tiles MLPs as little as that allows."""
+    """Device memory for activations (40 GiB); chooses the fastest of recomputation, offload and MLP tiles that fits."""
     compile: bool = False
     """Compile each block with torch.compile."""
     balance_encoders: bool = False
@@ -161,7 +164,7 @@ class TrainSection(_OPTIONS):
         return name
 
     def build_strategies(self, row_length: int = 1) -> list[Strategy]:
-        """Return the strategy that holds the parameters, and those beside it, for rows of so many tokens."""
+        """Return the strategy that holds the parameters, then the others; ``row_length`` is the tokens of a row."""
         found: list[Strategy] = [self.strategy.build(replicate=self.data_parallel_replicate_size)]
         if self.expert_parallel_size > 1:
             found.append(self.expert_parallel.build(size=self.expert_parallel_size))
@@ -192,8 +195,21 @@ class TrainSection(_OPTIONS):
         return self.tensor_parallel_size * self.ulysses_parallel_size * self.context_parallel_size
 
     def row_tokens(self, row_length: int) -> int:
-        """Return how many tokens a forward takes on a rank, of rows of ``row_length``."""
+        """Return the tokens of a forward on a rank, for rows of ``row_length`` tokens."""
         return self.micro_batch_size * -(-row_length // self.ranks_per_row)
+
+    @property
+    def fixed_exchange(self) -> bool:
+        """Whether every token is sent to all ranks that share experts."""
+        return self.expert_parallel.arguments().get("exchange") == "fixed"
+
+    def count_activations(self, model: nn.Module) -> ActivationMemory:
+        """Return the activations of a model under this layout; ConfigError for a model that is not counted."""
+        from veomni.models import derive_plan
+
+        itemsize, ranks = select_precision(self.precision).compute.itemsize, self.expert_parallel_size
+        plan, fixed = derive_plan(model), self.fixed_exchange
+        return ActivationMemory.of(model, plan, itemsize, expert_ranks=ranks, fixed_exchange=fixed)
 
     def data_ranks(self, world_size: int) -> int:
         """Return how many ranks, or groups of them, read different rows."""

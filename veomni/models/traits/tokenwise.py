@@ -1,4 +1,4 @@
-"""Which modules of blocks are dense MLPs: products and activations that compute each token alone."""
+"""Which modules of blocks are dense MLPs: products and activations that compute each token independently."""
 
 import inspect
 import math
@@ -17,8 +17,8 @@ _TOKENS = 5
 def find_mlps(model: nn.Module, plan: ParallelPlan) -> Iterator[str]:
     """Yield the names of dense MLPs inside blocks, outside of experts, outermost first.
 
-    Such a module takes one tensor and returns one of its shape. Whether tokens mix is found by running a copy with a
-    few channels: a module that cannot be copied so, or with a forward that was replaced, is none.
+    Such a module takes one tensor and returns one of the same shape. A copy with few channels is run to test whether
+    tokens mix; a module that cannot be copied that way, or whose forward was replaced, does not count.
     """
     for block in plan.blocks:
         found: list[str] = []
@@ -41,10 +41,10 @@ def _is_mlp(module: nn.Module) -> bool:
     holders = [each for each in module.modules() if next(each.parameters(recurse=False), None) is not None]
     layers = [each for each in holders if type(each) is nn.Linear]
     takes_one = len(inspect.signature(module.forward).parameters) == 1
-    return takes_one and len(layers) > 1 and len(layers) == len(holders) and _keeps_tokens_apart(module, layers)
+    return takes_one and len(layers) > 1 and len(layers) == len(holders) and _is_tokenwise(module, layers)
 
 
-def _keeps_tokens_apart(module: nn.Module, layers: list[nn.Linear]) -> bool:
+def _is_tokenwise(module: nn.Module, layers: list[nn.Linear]) -> bool:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         unit = math.gcd(*(size for layer in layers for size in (layer.in_features, layer.out_features)))

@@ -20,10 +20,10 @@ logger = create_logger(__name__)
 
 
 class Materializer:
-    """Gives the meta parameters and buffers of a model, not wrapped or sharded yet, memory and values.
+    """Allocates and fills the meta parameters and buffers of a model that is not wrapped or sharded yet.
 
-    The model runs on ``device``; its parameters live on ``storage`` (None: ``device``), its buffers, which a forward
-    reads as they are, on ``device``. Values come from the model's safetensors, each rank reading only the part it
+    Parameters are allocated on ``storage`` (None: ``device``); buffers, which a forward reads directly, on ``device``,
+    where the model runs. Values come from the model's safetensors, each rank reading only the part it
     holds, or from a random stream that depends on the seed, the module's name and the kind of ``device``, so that
     parameters start equal whether they are offloaded or not. Dtypes are those of the meta tensors; random values are
     computed in float32 first, so that runs in float32 and float64 start from the same numbers. Tied parameters stay

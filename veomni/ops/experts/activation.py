@@ -13,8 +13,8 @@ from veomni.parallel.wrappers import wide_dtype
 class SwiGLU(NamedTuple):
     """``(clamp(up) + shift) * gate * sigmoid(alpha * gate)``; gate and the magnitude of ``up`` are at most ``limit``.
 
-    The defaults are SwiGLU (Shazeer, 2020, arXiv:2002.05202); gpt_oss clamps and shifts. ``interleaved`` is whether
-    gates and ups take turns, ``[gate0, up0, gate1, ...]``; otherwise all gates come first.
+    The defaults are SwiGLU (Shazeer, 2020, arXiv:2002.05202); gpt_oss clamps and shifts. With
+    ``interleaved``, gate and up channels alternate, ``[gate0, up0, gate1, ...]``; otherwise all gates come first.
     """
 
     alpha: float = 1.0
@@ -26,8 +26,8 @@ class SwiGLU(NamedTuple):
 def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor, rows: Routing, form: SwiGLU) -> Tensor:
     """Return the activation of ``[rows, 2 * intermediate]``, ``[rows, intermediate]``. Has no gradient.
 
-    ``bias``, ``[experts, 2 * intermediate]``, is added to each row by its expert; ``weights``, ``[tokens, k]``, are
-    factors of the results, by the pairs that they belong to.
+    Each expert's ``bias`` of ``[experts, 2 * intermediate]`` is added to its rows first, and each result is multiplied
+    by the routing weight of its pair, of ``weights`` ``[tokens, k]``.
     """
     if has_kernels(gate_up):
         from veomni.ops.experts import activation_triton
@@ -40,9 +40,10 @@ def activate(gate_up: Tensor, bias: Tensor | None, weights: Tensor, rows: Routin
 def activate_backward(
     grad: Tensor, gate_up: Tensor, bias: Tensor | None, weights: Tensor, rows: Routing, form: SwiGLU
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``weights``.
+    """Return the gradient of ``gate_up``, the recomputed activation, and the gradient of ``weights``.
 
-    ``grad`` is that of the activation; the other arguments are those of :func:`activate`.
+    ``grad``, ``[rows, intermediate]``, is the gradient of the activation; the other arguments are those of
+    :func:`activate`.
     """
     if has_kernels(gate_up):
         from veomni.ops.experts import activation_triton
@@ -80,7 +81,7 @@ def swiglu(gate_up: Tensor, form: SwiGLU, scale: Tensor | None = None) -> Tensor
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor, form: SwiGLU, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of ``gate_up``, the activation once more, and the gradient of ``scale`` in wide format."""
+    """Return the gradient of ``gate_up``, the recomputed activation, and the wide gradient of ``scale``."""
     wide = wide_dtype(gate_up.dtype)
     gate, up = _split(gate_up.to(wide), form.interleaved)
     grad, factor = grad.to(wide), scale.to(wide)[:, None]

@@ -90,7 +90,7 @@ def _backward_kernel(
         tl.store(to_gate_up + base + first, to_gate.to(kind), mask=mask)
         tl.store(to_gate_up + base + second, to_up.to(kind), mask=mask)
         tl.store(target + row.to(tl.int64)[:, None] * width + place, result.to(kind), mask=mask)
-    # A row without an expert holds anything.
+    # A row without an expert is uninitialised memory.
     sums = tl.where(row < tl.load(offsets + EXPERTS - 1), tl.sum(total, 1), 0.0)
     tl.store(to_weights + pair, sums.to(to_weights.dtype.element_ty), mask=inside)
 

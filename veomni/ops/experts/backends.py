@@ -131,8 +131,8 @@ class Triton(GroupedMM):
 class GroupedMatmulNPU(ExpertBackend):
     """``npu_grouped_matmul`` of torch_npu.
 
-    The kernel needs an expert for every row. Rows past the last end are given to the last expert: in a product
-    they may hold anything, and in a sum they are made zeros first.
+    The kernel needs an expert for every row. Rows past the last end are assigned to the last expert: their products are
+    never read, and where experts divide the sum they are zeroed first.
     """
 
     devices = ("npu",)
@@ -146,8 +146,8 @@ class GroupedMatmulNPU(ExpertBackend):
     def outer(self, left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         left, right = (rows.masked_fill(past_end(rows, offsets), 0) for rows in (left, right))
         product = self._call(left.t(), right, offsets, len(right), group_type=2)
-        dead = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # that the kernel writes there is documented nowhere
-        return product.masked_fill(dead[:, None, None], 0)
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # the kernel is not documented to write those
+        return product.masked_fill(empty[:, None, None], 0)
 
     @staticmethod
     def _call(left: Tensor, right: Tensor, offsets: Tensor, count: int, *, group_type: int) -> Tensor:

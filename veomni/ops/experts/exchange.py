@@ -1,8 +1,8 @@
-"""Experts that are spread over ranks: a token goes once to each rank that holds some of its experts; none is dropped.
+"""Expert parallelism: each token is sent once to every rank that holds some of its experts; no token is dropped.
 
-The rank computes the weighted sum over its own experts, as a layer that is not spread does, and sends that back. With
-several chunks, one chunk's tokens are in flight while the experts run on another's; the backward mirrors it, as in
-the VeOmni paper (arXiv:2508.02317) and COMET (arXiv:2502.19811).
+A rank computes the weighted sum over its own experts, as a layer on one rank does, and sends it back. With several
+chunks, the tokens of one chunk are in flight while the experts run on another; the backward mirrors it, as in the
+VeOmni paper (arXiv:2508.02317) and COMET (arXiv:2502.19811).
 """
 
 import math
@@ -19,19 +19,23 @@ from veomni.ops.experts.shared import SharedExperts
 from veomni.ops.host_copy import HostCopy
 
 RunExperts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
-"""Tokens ``[tokens, hidden]``, the routing of their choice, it and its weights ``[tokens, k]`` to the tokens' sums."""
-
+"""Tokens ``[tokens, hidden]``, the routing of their expert indices, these indices and their weights, both
+``[tokens, k]``, to the weighted sums ``[tokens, hidden]``."""
 
 EXCHANGE = "expert_exchange"
-"""The attribute of a module with a shard of the experts for how tokens reach the others."""
+"""The attribute of a module with a shard of the experts that holds its :class:`ExpertExchange`."""
 
 
 @dataclass(frozen=True)
 class ExpertExchange:
-    """How a module's tokens reach experts on the other ranks of ``group``: in ``chunks``, sent one behind the other.
+    """How a module's tokens reach experts on the other ranks of ``group``.
 
-    With ``fixed_size`` every token is sent to every rank, so that the host reads nothing from the device; all ranks
-    must have equally many. ``shared`` experts of the same block, if any, run while the first tokens are in flight.
+    Attributes:
+        group: The ranks that share the experts of a layer.
+        chunks: Chunks of the tokens, sent one after another.
+        fixed_size: Send every token to every rank, so that the host reads nothing from the device; all ranks must have
+            equally many tokens.
+        shared: Shared experts of the same block, if any, which run while the first tokens are in flight.
     """
 
     group: ProcessGroup
@@ -46,9 +50,10 @@ def exchange_experts(
     hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, local_experts: int, run: RunExperts,
     exchange: ExpertExchange,
 ) -> Tensor:  # fmt: skip
-    """Return the weighted sum over the experts of ``[tokens, hidden]``, wherever they are.
+    """Return each token's weighted sum over its experts on all ranks, ``[tokens, hidden]``.
 
-    The choice, int64, and its weights are ``[tokens, k]``; each rank holds ``local_experts``, which ``run`` runs.
+    The expert indices, int64, and their weights are ``[tokens, k]``; each rank holds ``local_experts``, which ``run``
+    runs.
     """
     shared = exchange.shared
     dispatch = shared.take_dispatch(hidden, top_k_index) if shared is not None else None
@@ -77,7 +82,7 @@ class Dispatch:
 
     def combine(self, weights: Tensor, run: RunExperts) -> Tensor:
         """Run the experts and return each token's weighted sum, ``[tokens, hidden]``."""
-        # All of them ahead of the next chunk's tokens, which this chunk's experts need not wait for.
+        # Of all chunks before the next chunk's tokens are sent: the experts of this chunk need not wait for those.
         for chunk, share in zip(self.chunks, _split(weights, len(self.chunks)), strict=True):
             chunk.send_weights(share)
         results: list[Tensor] = []
@@ -116,7 +121,7 @@ class _Chunk:
         if exchange.fixed_size:
             chosen = torch.arange(ranks, device=index.device).expand(count, ranks)
         else:
-            chosen = ranks_once(index // local_experts, ranks)
+            chosen = distinct_ranks(index // local_experts, ranks)
         self.routing = route(chosen, ranks).first(count * min(chosen.shape[1], ranks))
         self.splits: Splits | None = None
         self.pairs = count * ranks * min(index.shape[1], local_experts)
@@ -128,17 +133,17 @@ class _Chunk:
         return torch.stack([self.routing.counts, pairs], 1)
 
     def fit(self, splits: Splits, pairs: int) -> None:
-        """Send exactly the rows there are."""
+        """Set the exact sizes: ``splits`` of the rows, and ``pairs`` of a received token and a local expert."""
         self.splits, self.pairs = splits, pairs
         self.routing = self.routing.first(sum(splits.sent))
 
     def pack(self) -> tuple[Tensor, Tensor]:
-        """Gather what the rows to send chose, and the rows; or more of them, as long as the sizes are not read."""
+        """Return the local expert indices of the rows to send, and the rows; a superset until :meth:`fit`."""
         self._packed = self._local_choice(), gather_tokens(self.tokens, self.routing)
         return self._packed
 
     def dispatch(self) -> None:
-        """Send the tokens to the ranks of their experts, and ahead of them what they chose there."""
+        """Send the local expert indices, then the tokens, to the ranks of the experts."""
         (choice, rows), count = self._packed or self.pack(), len(self.routing.order)
         self._packed = None
         self._choice = AsyncAllToAll.start(choice[:count], self.splits, self.group)
@@ -146,7 +151,7 @@ class _Chunk:
         self._tokens = AsyncAllToAll.start(tokens, self.splits, self.group)
 
     def _local_choice(self) -> Tensor:
-        """Return of every row the numbers of its experts on the rank it goes to, ``local_experts`` for all others."""
+        """Return for each row the indices of its experts on the receiving rank, ``local_experts`` for all others."""
         token, ends = self.routing.order // self.routing.top_k, self.routing.offsets
         rows = torch.arange(len(token), device=ends.device, dtype=ends.dtype)
         first = torch.searchsorted(ends, rows, right=True)[:, None] * self.local_experts
@@ -154,7 +159,7 @@ class _Chunk:
         return local.where((local >= 0) & (local < self.local_experts), self.local_experts).to(torch.int32)
 
     def send_weights(self, weights: Tensor) -> None:
-        """Send every row's weights ``[tokens, k]``; those of experts elsewhere get no gradient there."""
+        """Send the weights of each row, ``[rows, k]``; on a rank, weights of experts of other ranks get no gradient."""
         self._weights = AsyncAllToAll.start(permute_tokens(weights, self.routing), self.splits, self.group)
 
     def run_experts(self, run: RunExperts) -> None:
@@ -175,27 +180,32 @@ class _Chunk:
 
 
 def _split(tokens: Tensor, chunks: int) -> Sequence[Tensor]:
-    """Return as many chunks on every rank, also of few tokens, and of tokens that are not as many everywhere."""
+    """Return ``chunks`` chunks, also of few tokens (some are empty): every rank takes part in each exchange."""
     even, more = divmod(len(tokens), chunks)
     return tokens.split([even + (chunk < more) for chunk in range(chunks)]) if chunks > 1 else [tokens]
 
 
-def ranks_once(ranks: Tensor, size: int) -> Tensor:
-    """Return the ranks of ``[tokens, k]`` in order, ``size`` in place of each that a token has twice."""
+def distinct_ranks(ranks: Tensor, size: int) -> Tensor:
+    """Return the ranks of each token, ``[tokens, k]``, sorted, with ``size`` in place of repeated ones."""
     ranks, _ = ranks.sort(1)
     again = ranks[:, 1:] == ranks[:, :-1]
     return torch.cat([ranks[:, :1], ranks[:, 1:].masked_fill(again, size)], 1)
 
 
-def ranks_of_token(experts: int, top_k: int, ranks: int) -> float:
-    """Return how many of ``ranks`` hold some of a token's ``top_k`` experts on average, if all are equally likely."""
+def ranks_of_token(experts: int, top_k: int, ranks: int, *, fixed: bool) -> float:
+    """Return to how many of ``ranks`` a token is sent: all with ``fixed`` sizes, else those of its ``top_k`` experts.
+
+    The latter is the mean over choices that are equally likely.
+    """
+    if fixed:
+        return ranks
     return ranks * (1 - math.comb(experts - experts // ranks, top_k) / math.comb(experts, top_k))
 
 
 def _sizes(chunks: Sequence[_Chunk], group: ProcessGroup) -> HostCopy:
     """Return the sizes of all chunks, ``[chunks, 2, 2, P]``: rows and pairs to each rank, and rows and pairs from each.
 
-    They are all that the host reads.
+    The host reads nothing else of the exchange.
     """
     sent = torch.stack([chunk.counts() for chunk in chunks], 1)  # [P, chunks, 2]
     return HostCopy(torch.stack([sent, all_to_all(sent, None, group)]).permute(2, 0, 3, 1))

@@ -1,4 +1,4 @@
-"""The experts of a layer, from tokens to tokens: on this rank, or on several."""
+"""The forward of a layer's experts, on one rank or on the ranks that share them."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ def experts_forward(
 ) -> Tensor:
     """Return each token's weighted sum over the experts of a transformers module, on this rank or on several.
 
-    Tokens and result are ``[tokens, hidden]``; the choice, int64, and its weights are ``[tokens, k]``.
+    Tokens and result are ``[tokens, hidden]``; the expert indices, int64, and their weights are ``[tokens, k]``.
     """
     experts, run = len(local_shard(module.down_proj)), partial(local_experts, module, backend=backend)  # type: ignore[arg-type]
     if hasattr(module, EXCHANGE):
@@ -32,8 +32,8 @@ def local_experts(
 ) -> Tensor:
     """Return each token's weighted sum over the experts that this rank holds, ``[tokens, hidden]``.
 
-    ``rows`` is the routing of the choice; both number these experts, and one behind the last of them is none. An expert
-    without a row gets zero gradients, also where there is no row at all.
+    ``rows`` is the routing of ``top_k_index``; both count the experts of this rank from 0, and their number stands for
+    no expert. An expert without a row gets zero gradients, also where there is no row at all.
     """
     dtype, offsets, activation = _compute_dtype(module, hidden), rows.offsets, activation_of(module)
     (up, up_bias), (down, down_bias) = (local_weights(module, name, dtype) for name in products(module))
@@ -54,14 +54,14 @@ def local_experts(
 
 
 def _weighted_bias(bias: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Return of every token the weighted sum of its experts' biases, as one dense product."""
+    """Return for each token the weighted sum of its experts' biases, ``[tokens, hidden]``, as one dense product."""
     shares = bias.new_zeros(top_k_index.shape[0], bias.shape[0] + 1)
     shares = shares.scatter(1, top_k_index, top_k_weights.to(bias.dtype))
     return torch.mm(shares[:, :-1], bias)
 
 
 def _compute_dtype(module: nn.Module, rows: Tensor) -> torch.dtype:
-    """Return what the products are taken in: the format of the autocast around, or that of the weights."""
+    """Return the dtype of the products: that of autocast where it is enabled, else that of the weights."""
     if torch.is_autocast_enabled(rows.device.type):
         return torch.get_autocast_dtype(rows.device.type)
     weights: Tensor = module.down_proj  # type: ignore[assignment]

@@ -1,7 +1,8 @@
 """The two halves of an expert, each an operation that saves neither sorted rows nor activations for its gradients.
 
-Two and not one, so that a recomputed block computes the first only. Routing weights act between the products: the same
-sum as behind them, over fewer channels.
+Two operations, so that selective activation checkpointing can keep the first product, which the backward of both reads,
+and recompute the second. Routing weights are applied between the products: the same sum as after them, over fewer
+channels.
 """
 
 from collections.abc import Callable
@@ -27,9 +28,10 @@ def expert_up(hidden: Tensor, weights: Tensor, rows: Routing, backend: str) -> T
 
 
 def expert_linear(rows: Tensor, weights: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    """Return :func:`expert_up` of rows sorted by expert, whose ends are ``offsets``, for other products than the first.
+    """Return each row's product with its expert's matrix, ``[rows, out]``, of rows that are sorted by expert already.
 
-    Selective checkpointing keeps the first product only.
+    ``offsets`` are where each expert's rows end. An operation of its own: selective activation checkpointing keeps the
+    results of :func:`expert_up` only.
     """
     product: Tensor = _linear(rows, weights, [offsets], 1, backend)
     return product
@@ -59,8 +61,8 @@ def expert_down(
     return result
 
 
-# Rows are [offsets, order, inverse], or [offsets] where they are given. A gradient that is not needed is empty:
-# operations return tensors.
+# ``rows`` is [offsets, order, inverse], or [offsets] where rows are sorted already. An operation cannot return None: a
+# gradient that is not needed is an empty tensor.
 
 
 def _product(hidden: Tensor, weights: Tensor, rows: list[Tensor], top_k: int, backend: str) -> Tensor:

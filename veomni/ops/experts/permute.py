@@ -15,8 +15,8 @@ class Routing(NamedTuple):
 
     Attributes:
         offsets: Where each expert's rows end, int32 ``[experts]``.
-        order: Of every row the place of its pair in the flattened choice, int64 ``[rows]``, equal experts in order.
-        inverse: Of every pair its row, int64 ``[tokens * k]``; at least ``rows`` for a pair that has none.
+        order: The pair of each row, as an index into the flattened choices, int64 ``[rows]``; stable within an expert.
+        inverse: The row of each pair, int64 ``[tokens * k]``; at least ``rows`` for a pair that has none.
         top_k: Pairs per token.
     """
 
@@ -31,16 +31,16 @@ class Routing(NamedTuple):
         return self.offsets.diff(prepend=self.offsets.new_zeros(1)).to(torch.int64)
 
     def first(self, rows: int) -> Routing:
-        """Return a routing of the first ``rows`` only; the others must be of no expert."""
+        """Return a routing of the first ``rows`` only; the others must have no expert."""
         return self._replace(order=self.order[:rows])
 
 
 def route(top_k_index: Tensor, num_experts: int) -> Routing:
     """Return the pairs of ``top_k_index``, integers ``[tokens, k]``, sorted by expert.
 
-    A pair whose expert is ``num_experts`` has no expert here: it is sorted behind all others.
+    A pair whose index is ``num_experts`` has no expert on this rank: it is sorted after all others.
     """
-    # Radix sort passes over the bits of its keys: narrow ones take a fraction of the time.
+    # Radix sort makes one pass for some bits of its keys: narrow keys take a fraction of the time.
     narrow = torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32_768 else torch.int64
     experts, order = top_k_index.flatten().to(narrow).sort(stable=True)
     ids = torch.arange(num_experts, device=order.device, dtype=torch.int32)
@@ -50,9 +50,9 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
 
 
 def permute_tokens(hidden: Tensor, routing: Routing, rows: Tensor | None = None) -> Tensor:
-    """Return of every row of ``routing`` its token of ``[tokens, hidden]``, ``[rows, hidden]``.
+    """Return the token of each row of ``routing``, ``[rows, hidden]``, from ``[tokens, hidden]``.
 
-    ``rows`` is :func:`gather_tokens` of the same, where that was called before.
+    ``rows`` is the result of :func:`gather_tokens` for the same arguments, if it was computed before.
     """
     permuted: Tensor = _Permute.apply(hidden, gather_tokens(hidden, routing) if rows is None else rows, routing)
     return permuted
@@ -64,7 +64,7 @@ def gather_tokens(hidden: Tensor, routing: Routing) -> Tensor:
 
 
 def sum_tokens(rows: Tensor, routing: Routing) -> Tensor:
-    """Return of every token the sum of its ``[rows, hidden]``, ``[tokens, hidden]``; zeros for one without a row."""
+    """Return for each token the sum of its ``[rows, hidden]``, ``[tokens, hidden]``; zeros for one without a row."""
     tokens: Tensor = _Sum.apply(rows, routing)
     return tokens
 
@@ -83,7 +83,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    # The routing is no saved tensor: a block that is recomputed would exchange its results again to save it.
+    # The routing is not a saved tensor: to save it again, a recomputed block would repeat the exchange of results.
     @staticmethod
     def forward(ctx: Any, rows: Tensor, routing: Routing) -> Tensor:
         ctx.routing = routing
@@ -95,7 +95,7 @@ class _Sum(torch.autograd.Function):
 
 
 def combine_rows(rows: Tensor, routing: Routing, weights: Tensor) -> Tensor:
-    """Return of every token the sum of its ``[rows, hidden]``, weighted by ``[tokens, k]``."""
+    """Return for each token the sum of its ``[rows, hidden]``, weighted by ``[tokens, k]``; ``[tokens, hidden]``."""
     tokens: Tensor = _combine(rows, weights.contiguous(), routing.order, routing.inverse)
     return tokens
 
@@ -144,7 +144,7 @@ _combine.register_autograd(_differentiate, setup_context=_save)
 
 
 def rows_of_tokens(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-    """Return of every row its token, ``[rows, hidden]``."""
+    """Return the token of each row, ``[rows, hidden]``, from ``[tokens, hidden]``."""
     if has_kernels(hidden):
         from veomni.ops.experts import permute_triton
 
@@ -153,16 +153,16 @@ def rows_of_tokens(hidden: Tensor, order: Tensor, inverse: Tensor, top_k: int) -
 
 
 def by_pair(values: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Return the values of ``[rows]`` by their pairs, as ``weights`` ``[tokens, k]`` are; zero for a pair without."""
+    """Return the value of each pair, ``[tokens, k]`` in the dtype of ``weights``, from ``[rows]``; 0 without a row."""
     return torch.zeros_like(weights).view(-1).index_copy_(0, order, values.to(weights.dtype)).view_as(weights)
 
 
 def sum_of_rows(
     rows: Tensor, inverse: Tensor, top_k: int, weights: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
-    """Return of every token the sum of its rows, ``[tokens, hidden]``, multiplied by ``weights`` ``[tokens, k]``.
+    """Return for each token the sum of its rows, multiplied by ``weights`` ``[tokens, k]``; ``[tokens, hidden]``.
 
-    Rows past ``offsets[-1]`` count as zeros; without offsets all count.
+    Rows past ``offsets[-1]`` count as zeros; without offsets all rows count.
     """
     if has_kernels(rows):
         from veomni.ops.experts import permute_triton

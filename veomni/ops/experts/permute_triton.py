@@ -109,7 +109,7 @@ def sum_of_rows_backward(grad: Tensor, rows: Tensor, weights: Tensor, order: Ten
 
 
 def zero_tail_(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Write zeros into rows past ``offsets[-1]``: none, as a rule, and then nothing is touched."""
+    """See :func:`veomni.ops.experts.permute.zero_tail_`; programs without such rows, usually all, write nothing."""
     if rows.numel():
         count, channels = rows.shape
         _zero_tail_kernel[(triton.cdiv(count, 16),)](

@@ -44,7 +44,7 @@ class _RunAhead:
 
 
 class SharedExperts(_RunAhead):
-    """The shared experts of a block; which of the two orders it has is found out at its first call.
+    """The shared experts of a block; its first call shows which of the two orders it has.
 
     Their forward takes hidden states and nothing else. ``router`` chooses experts in the same block, None where it
     cannot run early; ``dispatch`` sends ``[tokens, hidden]`` to the experts of ``[tokens, k]``, and returns what is in
