@@ -2,7 +2,7 @@
 
     python benchmarks/table.py out.jsonl                                     # prints the table
     python benchmarks/table.py out.jsonl --page docs/performance.md          # and puts it into the page
-    python benchmarks/table.py out.jsonl --page docs/performance.md --timelines out before --assets docs/assets
+    python benchmarks/table.py out.jsonl --page docs/performance.md --timelines out before --assets benchmarks/assets
 
 Of several results of a row, library and number of GPUs the last counts. In the page, what stands between
 ``<!-- scale -->`` and ``<!-- /scale -->`` is replaced. Timelines of the same name in several folders are drawn into one
