@@ -41,8 +41,9 @@ class TiledMLP(Validated, Strategy):
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         names = list(find_mlps(adapter.model, context.plan))
         if not names:
-            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token alone"
-            raise ModelError(problem, "leave TiledMLP out", "TiledMLP")
+            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token alone, and not in float8"
+            fix = "leave TiledMLP out, or exclude the layers of MLPs from Float8; a budget of activations may be larger"
+            raise ModelError(problem, fix, "TiledMLP.tokens")
         for name in names:
             mlp = adapter.model.get_submodule(name)
             adapter.patch(mlp, "forward", tiled(mlp, self.tokens))
@@ -51,7 +52,7 @@ class TiledMLP(Validated, Strategy):
 def tiled(mlp: nn.Module, tokens: int) -> Callable[[Tensor], Tensor]:
     """Return the forward of a dense MLP over ``[..., tokens, width]``, a tile at a time."""
     structure = register_structure(copy_with(mlp, {each: on_meta(each) for each in mlp.parameters()}))
-    places = [(slot.module, slot.key) for slot in slots(mlp)]
+    places = {slot.tensor: (slot.module, slot.key) for slot in slots(mlp)}.values()  # a tied weight once
 
     @functools.wraps(mlp.forward)
     def run(hidden: Tensor) -> Tensor:
