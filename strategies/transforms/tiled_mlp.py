@@ -41,7 +41,8 @@ class TiledMLP(Validated, Strategy):
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         names = list(find_mlps(adapter.model, context.plan))
         if not names:
-            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token alone, and not in float8"
+            name = type(adapter.model).__name__
+            problem = f"{name} has no dense MLP, not in float8, that computes each token alone"
             fix = "leave TiledMLP out, or exclude the layers of MLPs from Float8; a budget of activations may be larger"
             raise ModelError(problem, fix, "TiledMLP.tokens")
         for name in names:

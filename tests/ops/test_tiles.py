@@ -119,9 +119,7 @@ def scaled(factor: float) -> nn.Module:
 @pytest.mark.parametrize("factor", [1.0, 3.0])  # each of two models in one process computes its own
 def test_tied_weights_and_attributes_of_inner_modules(factor):
     mlp, hidden = scaled(factor), torch.randn(5, 8, dtype=torch.float64)
-    for found, expected in zip(
-        gradients(mlp, tiled(mlp, 2), hidden), gradients(mlp, mlp.forward, hidden), strict=True
-    ):
+    for found, expected in zip(gradients(mlp, tiled(mlp, 2), hidden), gradients(mlp, mlp.forward, hidden), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

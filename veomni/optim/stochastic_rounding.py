@@ -38,7 +38,8 @@ def element_numbers(box: Sequence[slice], shape: Sequence[int], device: torch.de
 def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """Return float32 ``values`` rounded to a neighbour in bfloat16, by 16 random ``bits``, of int32, for each.
 
-    The probability of the farther neighbour from zero is the part of the way to it, so the mean is the value.
+    The probability of the farther neighbour from zero is the part of the way to it, so the mean is the value. A NaN
+    stays one.
     """
-    sums = values.view(torch.int32) + bits
-    return (sums & -0x10000).view(torch.float32).to(torch.bfloat16)
+    sums = (values.view(torch.int32) + bits) & -0x10000
+    return torch.where(values.isnan(), values, sums.view(torch.float32)).to(torch.bfloat16)
