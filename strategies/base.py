@@ -111,6 +111,10 @@ class Strategy(ABC):
         """Check a model's text configuration, and the tokens of a row, before any process starts; else InputError."""
         return
 
+    def chosen(self, adapter: ModelAdapter, context: SetupContext) -> Sequence[Strategy]:
+        """Return what transforms this model, which nothing has transformed yet: itself, or what it chooses instead."""
+        return [self]
+
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         """Change the model, which may be on the meta device; a ModelError where it does not support this strategy."""
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,15 +46,13 @@ class ActivationBudget(Validated, Strategy):
     tokens: Annotated[int, Ge(1)]
 
     @override
-    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+    def chosen(self, adapter: ModelAdapter, context: SetupContext) -> Sequence[Strategy]:
         sizes = ActivationMemory.of(adapter.model, context.plan, context.precision.compute.itemsize)
         rung = choose(sizes, self.memory, self.tokens)
         taken = sizes.bytes(self.tokens, rung) / _UNITS["GiB"]
         logger.info_rank0("activations: %s; %.1f GiB of %s for %s tokens", rung, taken, self.memory, self.tokens)
-        if rung.tile is not None:
-            TiledMLP(rung.tile).transform(adapter, context)
-        if rung.recompute != "none":
-            ActivationCheckpointing(rung.recompute, offload=rung.offload).transform(adapter, context)
+        tiles = [] if rung.tile is None else [TiledMLP(rung.tile)]
+        return [*tiles, *([] if rung.recompute == "none" else [ActivationCheckpointing(rung.recompute, rung.offload)])]
 
 
 def choose(sizes: ActivationMemory, memory: str, tokens: int) -> Rung:
@@ -62,7 +61,7 @@ def choose(sizes: ActivationMemory, memory: str, tokens: int) -> Rung:
     for rung in sizes.ladder:
         if sizes.bytes(tokens, rung) <= budget:
             return rung
-    leanest = sizes.ladder[-1]
+    leanest = min(sizes.ladder, key=lambda rung: sizes.bytes(tokens, rung))  # tiles save nothing of a short row
     needed, fits = math.ceil(sizes.bytes(tokens, leanest) / _UNITS["MiB"]), sizes.longest(budget, leanest)
     shorter = f", or give a rank at most {fits} tokens: shorter rows, or more ranks that share one" if fits else ""
     problem = f"activations of {tokens} tokens a rank take at least {needed} MiB ({leanest}), not {memory}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModel
 
 from tests.models.tiny import tiny_config
 from veomni.accelerators.host_stack import IN_FLIGHT
@@ -121,9 +122,21 @@ def test_a_budget_that_nothing_fits_names_what_does():
     assert sizes().bytes(int(fits), leanest) <= 2**30 < sizes().bytes(int(fits) + 1024, leanest)
 
 
-def test_one_strategy_decides_what_is_recomputed():
-    with pytest.raises(LayoutError, match="activation_checkpointing and activation_budget"):
-        select_strategies([Single(), ActivationCheckpointing(), ActivationBudget("1 GiB", 8)])
+@pytest.mark.parametrize(
+    ("other", "problem"), [(ActivationCheckpointing, "activation_checkpointing and"), (TiledMLP, "tiled_mlp is given")]
+)
+def test_one_strategy_decides_what_is_recomputed_and_tiled(other, problem):
+    with pytest.raises(LayoutError, match=problem):
+        select_strategies([Single(), other(), ActivationBudget("1 GiB", 8)])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "vit", "t5"])
+def test_what_is_not_counted_is_an_input_error(name):
+    sizes = {"hidden_size": 32, "n_embd": 32, "d_model": 32, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(name, **sizes))
+    with pytest.raises(ConfigError, match="are not counted"):
+        ActivationMemory.of(model, derive_plan(model), 4)
 
 
 @pytest.mark.parametrize("memory", ["1 GB", "lots", "GiB"])

@@ -10,7 +10,7 @@ from veomni.metrics.activation_memory import ActivationMemory, Rung
 from veomni.models import derive_plan
 from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.run_config.train import TrainSection
-from veomni.strategies import TiledMLP
+from veomni.strategies import ActivationBudget, ActivationCheckpointing, TiledMLP
 from veomni.strategies.transforms.activation_budget import choose
 from veomni.strategies.transforms.precision import Precision, select_precision
 
@@ -110,13 +110,17 @@ class RowMemory:
         activations = self._activations.bytes(tokens, rung, self._gradients, accumulated=self._accumulated)
         return self._always + activations
 
-    def chosen(self, tokens: int) -> Rung:
+    def chosen(self, row_length: int) -> Rung:
         """Return how the configuration keeps activations; ConfigError where its budget is too small."""
-        train = self._train
-        if train.activation_memory is not None:
-            return choose(self._activations, train.activation_memory, tokens)
-        tile = next((one.arguments()["tokens"] for one in train.strategies if one.chosen == TiledMLP.name), None)
-        return Rung(train.activation_checkpointing, train.activation_offload, tile)
+        rung = Rung()
+        for each in self._train.build_strategies(row_length):
+            if isinstance(each, ActivationBudget):
+                rung = choose(self._activations, each.memory, each.tokens)
+            elif isinstance(each, ActivationCheckpointing):
+                rung = rung._replace(recompute=each.mode, offload=each.offload)
+            elif isinstance(each, TiledMLP):
+                rung = rung._replace(tile=each.tokens)
+        return rung
 
     def longest(self, memory: float) -> Iterator[tuple[Rung, int]]:
         """Yield the most tokens of a forward on a device of ``memory`` bytes, in each way to keep activations."""

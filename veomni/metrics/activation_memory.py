@@ -19,6 +19,8 @@ from veomni.models.traits.tokenwise import find_mlps
 from veomni.ops.loss.cross_entropy import CHUNK_ELEMENTS
 from veomni.parallel.plan import ParallelPlan
 
+_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
+_DERIVED = ("head_dim", "num_key_value_heads", "num_experts_per_tok")  # or not given at all
 _TILE_COPIES = 3  # a tile's channels, their gradients, and what one operation makes of both
 
 
@@ -60,17 +62,21 @@ class ActivationMemory:
         """Read the sizes of a transformers decoder, before it is sharded; ConfigError for another model."""
         config: Any = getattr(model, "config", None)
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else None
-        heads = getattr(text, "num_attention_heads", None)
-        if not isinstance(heads, int) or not plan.blocks:
-            problem = f"the activations of {type(model).__name__} are not counted: it is no transformers decoder"
-            raise ConfigError(problem, "choose recomputation yourself: ActivationCheckpointing, TiledMLP")
+        mlp = max(_mlp_channels(model, plan), default=0)
+        width = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+        counted = [getattr(text, name, None) for name in _SIZES] + [width if plan.experts else mlp or None]
+        counted += [getattr(text, name, None) or 1 for name in _DERIVED]
+        if not plan.blocks or not all(isinstance(size, int) for size in counted):
+            problem = f"the activations of {type(model).__name__} are not counted: it is no decoder of the known kind"
+            field = "ActivationBudget.memory"
+            raise ConfigError(problem, "choose recomputation yourself: ActivationCheckpointing, TiledMLP", field)
+        heads: int = text.num_attention_heads
         head: int = getattr(text, "head_dim", None) or text.hidden_size // heads
         keys: int = getattr(text, "num_key_value_heads", None) or heads
         used: int = getattr(text, "num_experts_per_tok", None) or 0
-        width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
         return cls(
             layers=text.num_hidden_layers, hidden=text.hidden_size, queries=heads * head, keys=keys * head,
-            mlp=max(_mlp_channels(model, plan), default=0), routed=3 * used * width if plan.experts else 0,
+            mlp=mlp, routed=3 * used * (width or 0) if plan.experts else 0,
             vocabulary=text.vocab_size, itemsize=itemsize,
         )  # fmt: skip
 

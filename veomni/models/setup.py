@@ -66,7 +66,8 @@ def setup_model(
 
     # Experts, sequence, encoders, recomputation, compilation, precision; then the parameters, materialised and loaded
     context = SetupContext(state, accelerator, device, precision, plan, owner, materialize)
-    transforms = [*launcher.strategies, ComputePrecision(), SharedBuffers()]
+    chosen = [each for strategy in launcher.strategies for each in strategy.chosen(adapter, context)]
+    transforms = [*chosen, ComputePrecision(), SharedBuffers()]
     for strategy in sorted(transforms, key=lambda each: each.stage):
         strategy.transform(adapter, context)
     ready = owner.parallelize(model, context)
