@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -53,12 +54,13 @@ class TiledMLP(Validated, Strategy):
 def tiled(mlp: nn.Module, tokens: int) -> Callable[[Tensor], Tensor]:
     """Return the forward of a dense MLP over ``[..., tokens, width]``, a tile at a time."""
     structure = register_structure(copy_with(mlp, {each: on_meta(each) for each in mlp.parameters()}))
+    tile = min(tokens, sys.maxsize)
     places = {slot.tensor: (slot.module, slot.key) for slot in slots(mlp)}.values()  # a tied weight once
 
     @functools.wraps(mlp.forward)
     def run(hidden: Tensor) -> Tensor:
         weights = [getattr(module, key) for module, key in places]
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return run_in_tiles(rows, weights, structure, tokens).view_as(hidden)
+        return run_in_tiles(rows, weights, structure, tile).view_as(hidden)
 
     return run

@@ -87,7 +87,7 @@ def gradients(mlp, forward, hidden):
     return [result.detach(), given.grad, *(p.grad for p in mlp.parameters())]
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 10**30])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_tiles_change_no_number(tokens, frozen):
     mlp = Gated().double()
