@@ -143,6 +143,19 @@ def test_products_are_those_of_operands_that_were_cast_by_hand():
     run_ranks(first_layer, 1, init=False)
 
 
+@pytest.mark.parametrize("make", [EMULATED, ROWWISE])
+def test_no_token_gives_zero_gradients_and_one_is_padded(make):
+    def run(strategy) -> None:
+        launcher, model = ready(Blocks(), [Single(), strategy()], precision="bf16")
+        model(torch.randn(0, 32)).sum().backward()
+        assert all(not parameter.grad.any() for parameter in model.parameters())
+        model(torch.randn(1, 32)).sum().backward()
+        assert all(parameter.grad.any() for parameter in model.parameters())
+        launcher.close()
+
+    run_ranks(run, 1, make, init=False)
+
+
 def logged(options: dict) -> tuple[list[str], list[str], list[str]]:
     said: list[str] = []
     log = logging.getLogger("veomni.strategies.transforms.float8")

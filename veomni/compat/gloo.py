@@ -30,16 +30,15 @@ def _on_shared_loop(group: Any, *arguments: Any, **timeout: Any) -> None:
     assert OWN_LOOP is not None
     if timeout:
         options = GLOO._Options()
-        options._devices, options._timeout = _devices(os.getpid()), timeout["timeout"]
+        options._devices, options._timeout = _devices(os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME", "")), timeout["timeout"]
         options._threads = 2 * len(options._devices)
         arguments += (options,)
     OWN_LOOP(group, *arguments)
 
 
 @cache
-def _devices(process: int) -> list[Any]:
+def _devices(process: int, names: str) -> list[Any]:
     """Return the devices of a process (a fork inherits no thread), on the interfaces that torch chooses."""
-    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if not names:
         return [GLOO.create_default_device()]
     return [GLOO.create_device(interface=name) for name in names.split(",")]
