@@ -47,6 +47,7 @@ CASES = {
     "fsdp1": (2, "bf16", (FSDP1, EMULATED)),
     "fsdp2_selective": (2, "bf16", (FSDP2, partial(ActivationCheckpointing, "selective"), EMULATED)),
     "fsdp2_async": (2, "fp32", (FSDP2, partial(Ulysses, 2, overlap=True), ROWWISE)),
+    "single_tiled": (1, "fp32", (Single, partial(EMULATED, exclude=["*.mlp.*"]), partial(TiledMLP, 5))),
     "fsdp2_offload": (1, "bf16", (partial(FSDP2, cpu_offload=True), EMULATED)),
 }
 
