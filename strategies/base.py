@@ -53,6 +53,7 @@ class SetupContext:
     Attributes:
         plan: Blocks, experts and float32 modules of the model, by name.
         parameters: The strategy that holds the parameters.
+        strategies: All that are composed, as they were given.
         materialize: Gives meta parameters and buffers under a module (its name in the model second) their values.
         placed: Modules, by name, whose parameters another strategy has placed and whose gradients it reduces. A
             parameter strategy materialises them, and leaves them alone otherwise.
@@ -65,6 +66,7 @@ class SetupContext:
     plan: ParallelPlan
     parameters: ParameterStrategy
     materialize: Callable[[nn.Module, str], None]
+    strategies: Sequence[Strategy] = ()
     placed: dict[str, nn.Module] = field(default_factory=dict)
 
     def placed_parameters(self) -> set[nn.Parameter]:
@@ -110,6 +112,10 @@ class Strategy(ABC):
     def check_model(self, facts: Mapping[str, Any], row_length: int, dims: ParallelDims) -> None:
         """Check a model's text configuration, and the tokens of a row, before any process starts; else InputError."""
         return
+
+    def chosen(self, adapter: ModelAdapter, context: SetupContext) -> Sequence[Strategy]:
+        """Return what transforms this model, which nothing has transformed yet: itself, or what it chooses instead."""
+        return [self]
 
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         """Change the model, which may be on the meta device; a ModelError where it does not support this strategy."""

@@ -27,6 +27,9 @@ def select_strategies(choice: str | Strategy | Sequence[Strategy]) -> list[Strat
         raise LayoutError(f"strategy {twice[0]} is given twice", "give it once")
     if len(both := [each.name for each in choice if each.stage is Stage.RECOMPUTATION]) > 1:
         raise LayoutError(f"{' and '.join(both)} both choose what is recomputed", "give one of them")
+    if {"activation_budget", "tiled_mlp"} <= {*names}:
+        problem = "activation_budget chooses what runs in tiles, and tiled_mlp is given beside it"
+        raise LayoutError(problem, "give one of them")
     return sorted(choice, key=lambda strategy: strategy.stage)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +16,8 @@ from veomni.config.section import Validated
 from veomni.errors import ConfigError
 from veomni.logging import create_logger
 from veomni.metrics.activation_memory import ActivationMemory, ActivationPolicy
-from veomni.ops.experts.exchange import EXCHANGE
 from veomni.strategies.base import SetupContext, Stage, Strategy
+from veomni.strategies.expert_parallel import ExpertParallel
 from veomni.strategies.transforms.blocks import ActivationCheckpointing
 from veomni.strategies.transforms.tiled_mlp import TiledMLP
 
@@ -50,20 +51,18 @@ class ActivationBudget(Validated, Strategy):
     tokens: Annotated[int, Ge(1)]
 
     @override
-    def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
+    def chosen(self, adapter: ModelAdapter, context: SetupContext) -> Sequence[Strategy]:
         sizes = self._count(adapter.model, context)
         policy = choose(sizes, self.memory, self.tokens)
         taken = sizes.bytes(self.tokens, policy) / _UNITS["GiB"]
         logger.info_rank0("activations: %s; %.1f GiB of %s for %s tokens", policy, taken, self.memory, self.tokens)
-        if policy.tile is not None:
-            TiledMLP(policy.tile).transform(adapter, context)
-        if policy.recompute != "none":
-            ActivationCheckpointing(policy.recompute, offload=policy.offload).transform(adapter, context)
+        tiles = [] if policy.tile is None else [TiledMLP(policy.tile)]
+        recomputed = [] if policy.recompute == "none" else [ActivationCheckpointing(policy.recompute, policy.offload)]
+        return [*tiles, *recomputed]
 
     @staticmethod
     def _count(model: nn.Module, context: SetupContext) -> ActivationMemory:
-        exchanges = [getattr(model.get_submodule(name), EXCHANGE, None) for name in context.plan.experts]
-        fixed = any(exchange.fixed_size for exchange in exchanges if exchange is not None)
+        fixed = any(isinstance(each, ExpertParallel) and each.exchange == "fixed" for each in context.strategies)
         itemsize, ranks = context.precision.compute.itemsize, context.state.dims.experts
         return ActivationMemory.of(model, context.plan, itemsize, expert_ranks=ranks, fixed_exchange=fixed)
 
@@ -78,7 +77,7 @@ def choose(sizes: ActivationMemory, memory: str, tokens: int) -> ActivationPolic
     for policy in sizes.policies:
         if sizes.bytes(tokens, policy) <= budget:
             return policy
-    smallest = sizes.policies[-1]
+    smallest = min(sizes.policies, key=lambda each: sizes.bytes(tokens, each))  # tiles save nothing of a short row
     needed, fits = math.ceil(sizes.bytes(tokens, smallest) / _UNITS["MiB"]), sizes.longest(budget, smallest)
     shorter = f", or give a rank at most {fits} tokens: shorter rows, or more ranks that share one" if fits else ""
     problem = f"activations of {tokens} tokens a rank take at least {needed} MiB ({smallest}), not {memory}"

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -118,6 +119,8 @@ def _float8_forward(recipe: Recipe, emulate: bool) -> Callable[[nn.Linear], Call
             kind = rows.device.type
             if torch.is_autocast_enabled(kind):
                 rows = rows.to(torch.get_autocast_dtype(kind))
+            if not rows.numel():  # nothing has a largest value, nor a scale
+                return F.linear(rows, linear.weight, linear.bias)
             output: Tensor = matmul_with_hp_or_float8_args.apply(rows, linear.weight.t(), products, config)
             return output if linear.bias is None else output + linear.bias.to(output.dtype)
 

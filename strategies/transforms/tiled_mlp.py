@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -41,8 +42,10 @@ class TiledMLP(Validated, Strategy):
     def transform(self, adapter: ModelAdapter, context: SetupContext) -> None:
         names = list(find_mlps(adapter.model, context.plan))
         if not names:
-            problem = f"{type(adapter.model).__name__} has no dense MLP that computes each token independently"
-            raise ModelError(problem, "leave TiledMLP out", "TiledMLP")
+            name = type(adapter.model).__name__
+            problem = f"{name} has no dense MLP outside float8 that computes each token independently"
+            fix = "leave TiledMLP out, or exclude the layers of MLPs from Float8; a budget of activations may be larger"
+            raise ModelError(problem, fix, "TiledMLP.tokens")
         for name in names:
             mlp = adapter.model.get_submodule(name)
             adapter.patch(mlp, "forward", tiled(mlp, self.tokens))
@@ -51,12 +54,13 @@ class TiledMLP(Validated, Strategy):
 def tiled(mlp: nn.Module, tokens: int) -> Callable[[Tensor], Tensor]:
     """Return a forward of ``mlp`` that maps ``[..., width]`` to the same shape, ``tokens`` tokens at a time."""
     structure = register_structure(copy_with(mlp, {each: on_meta(each) for each in mlp.parameters()}))
-    places = [(slot.module, slot.key) for slot in slots(mlp)]
+    tile = min(tokens, sys.maxsize)
+    places = {slot.tensor: (slot.module, slot.key) for slot in slots(mlp)}.values()  # a tied weight once
 
     @functools.wraps(mlp.forward)
     def run(hidden: Tensor) -> Tensor:
         weights = [getattr(module, key) for module, key in places]
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return run_in_tiles(rows, weights, structure, tokens).view_as(hidden)
+        return run_in_tiles(rows, weights, structure, tile).view_as(hidden)
 
     return run

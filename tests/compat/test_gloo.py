@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from veomni.compat import gloo
+from veomni.errors import LaunchError
 from veomni.testing.ranks import run_ranks
 
 GROUPS = 8
@@ -29,7 +30,13 @@ def threads_and_sums(shared: bool, interface: str) -> tuple[int, list[float]]:
     return len(os.listdir("/proc/self/task")) - before, found
 
 
-@pytest.mark.parametrize("interface", ["lo", ""])
+def test_an_interface_that_is_not_there_is_an_input_error():
+    with pytest.raises(Exception, match="GLOO_SOCKET_IFNAME is lo,nosuch0") as caught:
+        run_ranks(threads_and_sums, 1, True, "lo,nosuch0", init=False)
+    assert isinstance(caught.value.exceptions[0], LaunchError)
+
+
+@pytest.mark.parametrize("interface", ["lo,", ""])
 def test_groups_share_a_loop(interface):
     added = {}
     for shared in (False, True):

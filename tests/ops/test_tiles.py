@@ -40,6 +40,11 @@ class Block(nn.Module):
         return hidden + self.mlp(self.norm(hidden))
 
 
+def replaced(mlp: nn.Module) -> nn.Module:
+    mlp.up.forward = mlp.up.forward
+    return mlp
+
+
 def found_in(mlp: nn.Module) -> list[str]:
     return list(find_mlps(nn.ModuleList([Block(mlp)]), ParallelPlan(blocks=("0",))))
 
@@ -54,11 +59,14 @@ def test_products_and_activations_of_single_tokens_are_an_mlp(mlp):
 @pytest.mark.parametrize(
     "mlp",
     [
-        Gated(over_tokens=True), Gated(dropout=0.5),
+        Gated(over_tokens=True), Gated(dropout=0.5), Gated(dropout=0.5).eval(), replaced(Gated()),
         nn.Sequential(nn.Linear(8, 24), nn.LayerNorm(24), nn.Linear(24, 8)),
         nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 16)), nn.Linear(8, 8),
     ],
-    ids=["mixes tokens", "draws", "has a norm", "has another width", "is one product"],
+    ids=[
+        "mixes tokens", "draws", "draws in training", "has another product", "has a norm", "has another width",
+        "is one product",
+    ],
 )  # fmt: skip
 def test_other_modules_are_none(mlp):
     assert found_in(mlp) == []
@@ -79,7 +87,7 @@ def gradients(mlp, forward, hidden):
     return [result.detach(), given.grad, *(p.grad for p in mlp.parameters())]
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 10**30])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_tiles_change_no_number(tokens, frozen):
     mlp = Gated().double()
@@ -91,6 +99,28 @@ def test_tiles_change_no_number(tokens, frozen):
         assert (found is None) == (expected is None)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert max(ROWS) == min(tokens, 14)  # rows that were between its products at once
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, hidden):
+        return hidden * self.factor
+
+
+def scaled(factor: float) -> nn.Module:
+    mlp = nn.Sequential(nn.Linear(8, 8), Scaled(factor), nn.Linear(8, 8)).double()
+    mlp[2].weight = mlp[0].weight
+    return mlp
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])  # each of two models in one process computes its own
+def test_tied_weights_and_attributes_of_inner_modules(factor):
+    mlp, hidden = scaled(factor), torch.randn(5, 8, dtype=torch.float64)
+    for found, expected in zip(gradients(mlp, tiled(mlp, 2), hidden), gradients(mlp, mlp.forward, hidden), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_weights_are_rounded_once():

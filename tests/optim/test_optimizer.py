@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.config.samples import config
 from veomni.errors import ConfigError
-from veomni.optim import build_optimizer
+from veomni.optim import AdamWBF16, build_optimizer
 from veomni.testing.ranks import run_ranks
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.3, "no_decay": ()}
@@ -145,6 +145,8 @@ def test_an_unknown_name_is_rejected() -> None:
         ("sgd", {"momentum": 1.0}, r"(?s)momentum is 1.0.*less than 1"),
         ("adamw", {"no_decay": "norm"}, "no_decay is 'norm'"),
         ("muon", {"momentun": 0.9}, r"(?s)momentun is not a key.*did you mean 'momentum'"),
+        (AdamWBF16, {"lr": -1.0}, r"(?s)lr is -1.0.*greater than or equal to 0"),
+        (AdamWBF16, {"betas": 0.9}, "betas is 0.9"),
         (torch.optim.AdamW, {"lr": "1e-3"}, "the optimizer AdamW: .*str"),
         (torch.optim.AdamW, {"momentum": 0.9}, "the optimizer AdamW: .*momentum"),
         (torch.optim.AdamW, {"weight_decay": "0.1"}, "weight_decay is '0.1'"),

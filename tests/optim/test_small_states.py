@@ -134,6 +134,8 @@ def test_flat_parameters_are_an_input_error(name, problem):
 def test_a_missing_package_and_other_formats_are_input_errors(monkeypatch):
     with pytest.raises(ModelError, match=r"parameters of torch.bfloat16, torch.float64"):
         build_optimizer(nn.Sequential(nn.Linear(2, 2).double(), nn.Linear(2, 2).bfloat16()), "adamw_bf16")
+    with pytest.raises(ModelError, match="no sparse gradients, which 0 makes"):
+        build_optimizer(nn.Sequential(nn.Embedding(4, 4, sparse=True)), "adamw_bf16")
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(MissingExtraError, match=r"veomni\[torchao\]"):
         build_optimizer(network(), "adamw_8bit", **OPTIONS)

@@ -33,6 +33,13 @@ def test_the_mean_of_roundings_is_the_value_and_each_is_a_neighbour(value):
     assert len(rounded.unique()) == (1 if number == near else 2)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000])  # a GPU's NaN first
+def test_what_is_not_finite_stays_so(bits):
+    value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    rounded = round_to_bfloat16(value.expand(DRAWS).contiguous(), (draws(7) & 0xFFFF).int())
+    torch.testing.assert_close(rounded, value.bfloat16().expand(DRAWS), rtol=0, atol=0, equal_nan=True)
+
+
 def test_bits_of_elements_steps_and_moments_are_not_correlated():
     steps = [draws(mix(step)) for step in range(8)]
     drawn = [part.double() for bits in steps for part in (bits & 0xFFFF, bits >> 16)]

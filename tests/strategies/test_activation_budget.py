@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModel
 
 from tests.models.tiny import tiny_config
 from veomni.accelerators.host_stack import IN_FLIGHT
@@ -18,7 +19,7 @@ from veomni.errors import ConfigError, LayoutError
 from veomni.launcher import Launcher
 from veomni.metrics.activation_memory import ActivationMemory
 from veomni.models import build_model, derive_plan
-from veomni.strategies import ActivationBudget, ActivationCheckpointing, Single, TiledMLP
+from veomni.strategies import FSDP2, ActivationBudget, ActivationCheckpointing, ExpertParallel, Single, TiledMLP
 from veomni.strategies.select import select_strategies
 from veomni.strategies.transforms.activation_budget import choose
 from veomni.testing.ranks import run_ranks
@@ -88,9 +89,37 @@ def test_what_a_forward_keeps_on_the_device():
     assert torch.equal(full[3], offloaded[3])
 
 
-def sizes() -> ActivationMemory:
-    model = build_model(config(), weights="random")
+def sizes(of=None) -> ActivationMemory:
+    model = build_model(of or config(), weights="random")
     return ActivationMemory.of(model, derive_plan(model), 4)
+
+
+class Tiles(TorchDispatchMode):
+    """Counts the modules that run in tiles."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.veomni.tiles.default
+        return func(*args, **(kwargs or {}))
+
+
+def shared_experts_in_tiles(memory: str) -> int:
+    strategies = [FSDP2(), ExpertParallel(2), ActivationBudget(memory, 1 << 20)]
+    launcher = Launcher(strategies, accelerator="cpu", backend="gloo", precision="fp32")
+    launcher.launch()
+    model = launcher.setup_model(build_model(tiny_config("qwen2_moe"), weights="random")).train()
+    rows = torch.arange(TOKENS)[None] % 100
+    with Tiles() as tiles:
+        model(input_ids=rows, labels=rows, use_cache=False)
+    launcher.close()
+    return tiles.count
+
+
+def test_shared_experts_that_run_ahead_are_in_the_tiles_that_a_budget_chose():
+    tiny = sizes(tiny_config("qwen2_moe"))
+    memory = f"{tiny.bytes(1 << 20, tiny.policies[-1]) / 2**20 + 1:.0f} MiB"
+    assert run_ranks(shared_experts_in_tiles, 2, memory, init=False) == [2, 2]
 
 
 def chosen(budgets):
@@ -121,9 +150,21 @@ def test_a_budget_that_nothing_fits_names_what_does():
     assert sizes().bytes(int(fits), smallest) <= 2**30 < sizes().bytes(int(fits) + 1024, smallest)
 
 
-def test_one_strategy_decides_what_is_recomputed():
-    with pytest.raises(LayoutError, match="activation_checkpointing and activation_budget"):
-        select_strategies([Single(), ActivationCheckpointing(), ActivationBudget("1 GiB", 8)])
+@pytest.mark.parametrize(
+    ("other", "problem"), [(ActivationCheckpointing, "activation_checkpointing and"), (TiledMLP, "tiled_mlp is given")]
+)
+def test_one_strategy_decides_what_is_recomputed_and_tiled(other, problem):
+    with pytest.raises(LayoutError, match=problem):
+        select_strategies([Single(), other(), ActivationBudget("1 GiB", 8)])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "vit", "t5"])
+def test_what_is_not_counted_is_an_input_error(name):
+    sizes = {"hidden_size": 32, "n_embd": 32, "d_model": 32, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(name, **sizes))
+    with pytest.raises(ConfigError, match="are not counted"):
+        ActivationMemory.of(model, derive_plan(model), 4)
 
 
 @pytest.mark.parametrize("memory", ["1 GB", "lots", "GiB"])

@@ -20,11 +20,13 @@ from veomni.strategies import (
     DDP,
     FSDP1,
     FSDP2,
+    ActivationBudget,
     ActivationCheckpointing,
     Compile,
     ExpertParallel,
     Float8,
     Single,
+    TiledMLP,
     Ulysses,
 )  # fmt: skip
 from veomni.testing.oracle import check, relative_error, truth_of
@@ -45,6 +47,7 @@ CASES = {
     "fsdp1": (2, "bf16", (FSDP1, EMULATED)),
     "fsdp2_selective": (2, "bf16", (FSDP2, partial(ActivationCheckpointing, "selective"), EMULATED)),
     "fsdp2_async": (2, "fp32", (FSDP2, partial(Ulysses, 2, overlap=True), ROWWISE)),
+    "single_tiled": (1, "fp32", (Single, partial(EMULATED, exclude=["*.mlp.*"]), partial(TiledMLP, 5))),
     "fsdp2_offload": (1, "bf16", (partial(FSDP2, cpu_offload=True), EMULATED)),
 }
 
@@ -112,6 +115,9 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
+Llama = partial(build_model, tiny_config("llama"), weights="random")
+
+
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast by hand: the largest value of the tensor becomes the largest of the format."""
     scale = torch.finfo(dtype).max / values.abs().max()
@@ -136,6 +142,19 @@ def first_layer() -> None:
 
 def test_products_are_those_of_operands_that_were_cast_by_hand():
     run_ranks(first_layer, 1, init=False)
+
+
+@pytest.mark.parametrize("make", [EMULATED, ROWWISE])
+def test_no_token_gives_zero_gradients_and_one_is_padded(make):
+    def run(strategy) -> None:
+        launcher, model = ready(Blocks(), [Single(), strategy()], precision="bf16")
+        model(torch.randn(0, 32)).sum().backward()
+        assert all(not parameter.grad.any() for parameter in model.parameters())
+        model(torch.randn(1, 32)).sum().backward()
+        assert all(parameter.grad.any() for parameter in model.parameters())
+        launcher.close()
+
+    run_ranks(run, 1, make, init=False)
 
 
 def logged(options: dict) -> tuple[list[str], list[str], list[str]]:
@@ -165,12 +184,14 @@ def test_what_is_left_out_is_logged_and_checkpoints_are_as_without():
         (Blocks, Float8, {}, DeviceError, "cpu has no float8 products"),
         (Blocks, EMULATED, {"precision": "fp64"}, ConfigError, "a run in fp64"),
         (partial(nn.Linear, 16, 16), EMULATED, {}, ModelError, "no linear layer to compute: 1 outside of blocks"),
+        (Llama, (EMULATED, TiledMLP), {}, ModelError, "no dense MLP, not in float8"),
+        (Llama, (EMULATED, partial(ActivationBudget, "2000 MiB", 1 << 20)), {}, ModelError, "not in float8"),
         (Blocks, partial(Float8, emulate=True, exclude=["layer.0"]), {}, ConfigError, "no linear layer matches"),
     ],
 )
 def test_what_it_cannot_do_is_an_input_error(model, strategy, options, error, problem):
     def run() -> None:
-        ready(model(), [Single(), strategy()], **options)
+        ready(model(), [Single(), *made(strategy if isinstance(strategy, tuple) else (strategy,))], **options)
 
     with pytest.raises(Exception, match=problem) as caught:
         run_ranks(run, 1, init=False)

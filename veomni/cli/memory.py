@@ -10,7 +10,7 @@ from veomni.metrics.activation_memory import ActivationPolicy
 from veomni.models import derive_plan
 from veomni.optim import OptimizerSection, hidden_matrices
 from veomni.run_config.train import TrainSection
-from veomni.strategies import TiledMLP
+from veomni.strategies import ActivationBudget, ActivationCheckpointing, TiledMLP
 from veomni.strategies.transforms.activation_budget import choose
 from veomni.strategies.transforms.precision import Precision, select_precision
 
@@ -111,13 +111,17 @@ class RowMemory:
         activations = self._activations.bytes(tokens, policy, self._gradients, accumulated=self._accumulated)
         return self._always + activations
 
-    def chosen(self, tokens: int) -> ActivationPolicy:
+    def chosen(self, row_length: int) -> ActivationPolicy:
         """Return the activation policy of the configuration; ConfigError where its budget is too small."""
-        train = self._train
-        if train.activation_memory is not None:
-            return choose(self._activations, train.activation_memory, tokens)
-        tile = next((one.arguments()["tokens"] for one in train.strategies if one.chosen == TiledMLP.name), None)
-        return ActivationPolicy(train.activation_checkpointing, train.activation_offload, tile)
+        policy = ActivationPolicy()
+        for each in self._train.build_strategies(row_length):
+            if isinstance(each, ActivationBudget):
+                policy = choose(self._activations, each.memory, each.tokens)
+            elif isinstance(each, ActivationCheckpointing):
+                policy = policy._replace(recompute=each.mode, offload=each.offload)
+            elif isinstance(each, TiledMLP):
+                policy = policy._replace(tile=each.tokens)
+        return policy
 
     def longest(self, memory: float) -> Iterator[tuple[ActivationPolicy, int]]:
         """Yield each activation policy with the most tokens of a forward on a device of ``memory`` bytes."""

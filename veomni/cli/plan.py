@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from math import inf
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         world = config.train.local_processes(accelerator.device_type, accelerator.device_count())
     if world < 1:
         raise LayoutError(f"--world is {world}", "give a positive number of ranks")
+    if arguments.device_memory is not None and not 0 < arguments.device_memory < inf:
+        raise ConfigError(f"--device-memory is {arguments.device_memory}", "give the GiB of a device, such as 80")
     check_layout(config, world)
     model = build_model(config.model.build_config(), weights="random")
     freeze(model, config.model.freeze)
@@ -110,7 +113,7 @@ def _rows(config: Config, model: nn.Module, shards: int, world: int, memory: flo
         yield "peak of a step", error.problem
         return
     tokens = train.row_tokens(config.data.max_seq_len)
-    chosen = rows.chosen(tokens)
+    chosen = rows.chosen(config.data.max_seq_len)
     yield "peak of a step", f"{_size(rows.peak(tokens, chosen))} (device), activations: {chosen}"
     for policy, longest in rows.longest(memory * _USABLE) if memory else ():
         yield (

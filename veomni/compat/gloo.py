@@ -4,10 +4,13 @@ A loop wakes a hundred times a second, and a mesh has some twenty gloo groups, o
 """
 
 import os
+import socket
 from functools import cache
 from typing import Any
 
 import torch.distributed as dist
+
+from veomni.errors import LaunchError
 
 GLOO: Any = getattr(dist, "ProcessGroupGloo", None)  # torch may be built without it
 OWN_LOOP = GLOO.__init__ if hasattr(GLOO, "_Options") else None
@@ -30,16 +33,22 @@ def _on_shared_loop(group: Any, *arguments: Any, **timeout: Any) -> None:
     assert OWN_LOOP is not None
     if timeout:
         options = GLOO._Options()
-        options._devices, options._timeout = _devices(os.getpid()), timeout["timeout"]
+        options._devices, options._timeout = (
+            _devices(os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME", "")),
+            timeout["timeout"],
+        )
         options._threads = 2 * len(options._devices)
         arguments += (options,)
     OWN_LOOP(group, *arguments)
 
 
 @cache
-def _devices(process: int) -> list[Any]:
+def _devices(process: int, names: str) -> list[Any]:
     """Return the devices on the interfaces that torch chooses; cached by process, since a fork loses threads."""
-    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    if not names:
-        return [GLOO.create_default_device()]
-    return [GLOO.create_device(interface=name) for name in names.split(",")]
+    chosen = [name for name in names.split(",") if name]
+    try:
+        return [GLOO.create_device(interface=name) for name in chosen] or [GLOO.create_default_device()]
+    except RuntimeError as error:
+        there = ", ".join(name for _, name in socket.if_nameindex())
+        problem = f"GLOO_SOCKET_IFNAME is {names}, which gloo cannot use: {error}"
+        raise LaunchError(problem, f"name interfaces of this node ({there}), or unset it") from error

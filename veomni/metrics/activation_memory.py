@@ -22,6 +22,8 @@ from veomni.ops.experts.exchange import ranks_of_token
 from veomni.ops.loss.cross_entropy import CHUNK_ELEMENTS
 from veomni.parallel.plan import ParallelPlan
 
+_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
+_DERIVED = ("head_dim", "num_key_value_heads", "num_experts_per_tok")  # or not given at all
 _TILE_COPIES = 3  # a tile's channels, their gradients, and what one operation makes of both
 
 
@@ -95,15 +97,18 @@ class ActivationMemory:
         """
         config: Any = getattr(model, "config", None)
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else None
-        heads = getattr(text, "num_attention_heads", None)
-        if not isinstance(heads, int) or not plan.blocks:
-            problem = f"the activations of {type(model).__name__} are not counted: it is no transformers decoder"
-            raise ConfigError(problem, _FIX)
+        mlp = max(_mlp_channels(model, plan), default=0)
+        counted = [getattr(text, name, None) for name in _SIZES] + ([] if plan.experts else [mlp or None])
+        counted += [getattr(text, name, None) or 1 for name in _DERIVED]
+        if not plan.blocks or not all(isinstance(size, int) for size in counted):
+            problem = f"the activations of {type(model).__name__} are not counted: it is no decoder of a known kind"
+            raise ConfigError(problem, _FIX, "ActivationBudget.memory")
+        heads: int = text.num_attention_heads
         head: int = getattr(text, "head_dim", None) or text.hidden_size // heads
         keys: int = getattr(text, "num_key_value_heads", None) or heads
         return cls(
             layers=text.num_hidden_layers, hidden=text.hidden_size, queries=heads * head, keys=keys * head,
-            mlp=max(_mlp_channels(model, plan), default=0), vocabulary=text.vocab_size, itemsize=itemsize,
+            mlp=mlp, vocabulary=text.vocab_size, itemsize=itemsize,
             experts=_experts(text, expert_ranks, fixed_exchange) if plan.experts else ExpertChannels(),
         )  # fmt: skip
 
@@ -173,10 +178,10 @@ class ActivationMemory:
 
 def _experts(text: Any, ranks: int, fixed: bool) -> ExpertChannels:
     count, top_k = expert_counts(text)
-    if count is None or top_k is None:
-        problem = f"the activations of {type(text).__name__} are not counted: it does not name its experts per token"
-        raise ConfigError(problem, _FIX)
-    width: int = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    width = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    if count is None or top_k is None or not isinstance(width, int):
+        problem = f"the activations of {type(text).__name__} are not counted: it does not give its experts' sizes"
+        raise ConfigError(problem, _FIX, "ActivationBudget.memory")
     rows = ranks * min(top_k, count // ranks) if fixed else top_k
     received = 0.0 if ranks == 1 else ranks_of_token(count, top_k, ranks, fixed=fixed) * text.hidden_size
     return ExpertChannels(2 * rows * width, received, rows * (4 * width + text.hidden_size))

@@ -65,8 +65,9 @@ def setup_model(
     prepare_towers(model)
 
     # Experts, sequence, encoders, recomputation, compilation, precision; then the parameters, materialised and loaded
-    context = SetupContext(state, accelerator, device, precision, plan, owner, materialize)
-    transforms = [*launcher.strategies, ComputePrecision(), SharedBuffers()]
+    context = SetupContext(state, accelerator, device, precision, plan, owner, materialize, launcher.strategies)
+    chosen = [each for strategy in launcher.strategies for each in strategy.chosen(adapter, context)]
+    transforms = [*chosen, ComputePrecision(), SharedBuffers()]
     for strategy in sorted(transforms, key=lambda each: each.stage):
         strategy.transform(adapter, context)
     ready = owner.parallelize(model, context)

@@ -20,7 +20,8 @@ _STRUCTURES: dict[str, nn.Module] = {}
 
 def register_structure(skeleton: nn.Module) -> str:
     """Store a module on the meta device for :func:`run_in_tiles`; return its key, the same for equal structures."""
-    plain = {name: value for name, value in vars(skeleton).items() if not name.startswith("_")}
+    own = [vars(each).items() for each in skeleton.modules()]
+    plain = [(name, value) for each in own for name, value in each if not name.startswith("_")]
     text = f"{type(skeleton)} {skeleton!r} {plain}"
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     _STRUCTURES.setdefault(key, skeleton)

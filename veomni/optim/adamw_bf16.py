@@ -42,12 +42,16 @@ class AdamWBF16(OptimizerRecipe):
         self._options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
 
     def members(self, model: nn.Module, groups: Groups) -> Mapping[str, Optimizer]:
-        """Return the optimizer of each mesh; a ModelError under FSDP1 and for parameters that are not float32."""
+        """Return the optimizer of each mesh; a ModelError under FSDP1 and for parameters that are not dense float32."""
         if is_fsdp1(model):
             problem = (
                 "adamw_bf16 rounds by the index of an element in its parameter, which FSDP1's flat shards have lost"
             )
             raise ModelError(problem, "use FSDP2, or the optimizer adamw")
+        sparse = [name for name, each in model.named_modules() if getattr(each, "sparse", False)]
+        if sparse:
+            problem = f"adamw_bf16 takes no sparse gradients, which {sparse[0]} makes"
+            raise ModelError(problem, "build the embedding with sparse=False")
         other = {str(each.dtype) for group in groups for each in group["params"]} - {"torch.float32"}
         if other:
             problem = f"adamw_bf16 steps in float32, and the model has parameters of {', '.join(sorted(other))}"

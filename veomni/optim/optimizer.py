@@ -93,9 +93,10 @@ def build_optimizer(
         ModelError: no parameter is trained, or Muon has no matrices that it can use.
     """
     shared = {"weight_decay": weight_decay, "no_decay": no_decay, "lr_scale": lr_scale or {}}
-    if not isinstance(name, str):
+    factory = OPTIMIZERS.get(name) if isinstance(name, str) else name
+    if factory is name and not (isinstance(name, type) and issubclass(name, OptimizerRecipe)):
         return checked(OptimizerSection, shared).apply(name, model, options)
-    section = section_of(OPTIMIZERS.get(name), supplied=frozenset({"params"}), base=OptimizerSection)
+    section = section_of(factory, supplied=frozenset({"params"}), base=OptimizerSection)
     return checked(section, shared | options).build(model)
 
 

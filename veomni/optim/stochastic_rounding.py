@@ -39,7 +39,7 @@ def round_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """Return float32 ``values`` rounded to one of their two neighbours in bfloat16.
 
     ``bits`` are 16 random bits for each value, int32. The probability of a neighbour is proportional to the distance
-    from the other one, so the expected result is the value.
+    from the other one, so the expected result is the value. A NaN stays one.
     """
-    sums = values.view(torch.int32) + bits
-    return (sums & -0x10000).view(torch.float32).to(torch.bfloat16)
+    sums = (values.view(torch.int32) + bits) & -0x10000
+    return torch.where(values.isnan(), values, sums.view(torch.float32)).to(torch.bfloat16)

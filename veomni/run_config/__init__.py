@@ -22,7 +22,7 @@ from veomni.launcher import Launcher
 from veomni.models.build.section import ModelSection
 from veomni.run_config.train import TrainSection
 from veomni.strategies.select import mesh_dims
-from veomni.strategies.transforms.activation_budget import choose
+from veomni.strategies.transforms.activation_budget import ActivationBudget, choose
 from veomni.strategies.transforms.precision import select_precision
 
 __all__ = ["Config", "check_layout", "load_config", "save_args"]
@@ -88,8 +88,8 @@ class Config(Section):
         )
         for strategy in strategies:
             strategy.check_model(facts, self.data.max_seq_len, mesh_dims(strategies, world))
-        if train.activation_memory is not None:
-            self._check_budget(train.activation_memory)
+        for budget in [each for each in strategies if isinstance(each, ActivationBudget)]:
+            self._check_budget(budget)
         output_dir = Path(train.output_dir)
         loggers = [section.build(output_dir=output_dir) for section in train.loggers]
         reporter = train.logging.build(
@@ -106,11 +106,11 @@ class Config(Section):
             checkpoints=train.checkpoint.build(directory=output_dir / "checkpoints"),
         )
 
-    def _check_budget(self, memory: str) -> None:
+    def _check_budget(self, budget: ActivationBudget) -> None:
         from veomni.models import build_model
 
         model = build_model(self.model.build_config(), weights="random")
-        choose(self.train.count_activations(model), memory, self.train.row_tokens(self.data.max_seq_len))
+        choose(self.train.count_activations(model), budget.memory, budget.tokens)
 
     def open_data(self) -> tuple[DocumentStream, DocumentStream | None]:
         """Return the training documents, indexed or as a stream, and the held-out ones, or None."""

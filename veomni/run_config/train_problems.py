@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING
 from veomni.accelerators.base import Accelerator
 from veomni.config.problems import Problem
 from veomni.errors import InputError
-from veomni.strategies.select import mesh_dims
+from veomni.strategies.select import mesh_dims, select_strategies
 
 if TYPE_CHECKING:
     from veomni.run_config.train import TrainSection
 
 _SIZES = ("data_parallel_replicate_size", "tensor_parallel_size", "ulysses_parallel_size", "context_parallel_size")
+
+_SAME = {
+    "float8": {"float8"}, "compile": {"compile"}, "balance_encoders": {"encoder_balance"},
+    "activation_checkpointing": {"activation_checkpointing", "activation_budget"},
+    "activation_memory": {"activation_checkpointing", "activation_budget", "tiled_mlp"},
+}  # fmt: skip
+"""Strategies of ``train.strategies`` that a key decides about already."""
 
 
 def contradictions(train: TrainSection) -> Iterator[Problem]:
@@ -42,6 +49,10 @@ def contradictions(train: TrainSection) -> Iterator[Problem]:
     elif train.activation_offload and train.activation_checkpointing == "none":
         problem = "train.activation_offload has no meaning with train.activation_checkpointing none"
         yield Problem(problem, "set train.activation_checkpointing to full")
+    for key, same in _SAME.items():
+        given = getattr(train, key) != type(train).model_fields[key].default
+        for twice in sorted(same & {section.chosen for section in train.strategies}) if given else ():
+            yield Problem(f"train.{key} decides what {twice} in train.strategies does", "give one of them")
     for key, size in (("expert_parallel", train.expert_parallel_size), ("ulysses", train.ulysses_parallel_size)):
         changed = getattr(train, key).model_dump(exclude_defaults=True)
         if size == 1 and changed:
@@ -73,7 +84,7 @@ def _problems_of_objects(train: TrainSection, world: int) -> Iterator[Problem]:
         strategies = train.build_strategies()
         for strategy in strategies:
             strategy.check(world)
-        mesh_dims(strategies, world)
+        mesh_dims(select_strategies(strategies), world)
     except InputError as error:
         yield Problem(error.problem, error.fix, error.field)
         return

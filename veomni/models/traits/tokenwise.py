@@ -17,8 +17,9 @@ _TOKENS = 5
 def find_mlps(model: nn.Module, plan: ParallelPlan) -> Iterator[str]:
     """Yield the names of dense MLPs inside blocks, outside of experts, outermost first.
 
-    Such a module takes one tensor and returns one of the same shape. A copy with few channels is run to test whether
-    tokens mix; a module that cannot be copied that way, or whose forward was replaced, does not count.
+    Such a module takes one tensor and returns one of the same shape. A copy with few channels is run in training mode
+    to test whether tokens mix; a module that cannot be copied that way does not count, nor one whose forward, or that
+    of a layer in it (Float8), was replaced.
     """
     for block in plan.blocks:
         found: list[str] = []
@@ -36,7 +37,7 @@ def copy_with(module: nn.Module, replaced: Mapping[Any, Any]) -> nn.Module:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    if "forward" in vars(module) or next(module.buffers(), None) is not None:
+    if any("forward" in vars(each) for each in module.modules()) or next(module.buffers(), None) is not None:
         return False
     holders = [each for each in module.modules() if next(each.parameters(recurse=False), None) is not None]
     layers = [each for each in holders if type(each) is nn.Linear]
@@ -48,7 +49,7 @@ def _is_tokenwise(module: nn.Module, layers: list[nn.Linear]) -> bool:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         unit = math.gcd(*(size for layer in layers for size in (layer.in_features, layer.out_features)))
-        small = copy_with(module, {layer: _narrow(layer, unit) for layer in layers})
+        small = copy_with(module, {layer: _narrow(layer, unit) for layer in layers}).train()
         rows = torch.randn(_TOKENS, layers[0].in_features // unit)
         try:
             whole, again, apart = small(rows), small(rows), [small(row) for row in rows.split(1)]
