@@ -65,7 +65,7 @@ class Float8(Validated, Strategy):
         if not (self.emulate or context.accelerator.supports_float8):
             problem = f"Float8: accelerator {context.accelerator.name} has no float8 products here"
             fix = "leave Float8 out, use a GPU of compute capability 9.0 or newer, or emulate it to see its error"
-            raise DeviceError(problem, fix, "Float8.emulate")
+            raise DeviceError(problem, fix, "Float8.recipe Float8.emulate")
         chosen = self._choose(adapter.model, context.plan)
         make_forward = _float8_forward(self.recipe, self.emulate)
         for linear in chosen:

@@ -82,6 +82,7 @@ class TrainSection(_OPTIONS):
     renames: ClassVar[Mapping[str, str]] = {
         "ContextParallel.size": "context_parallel_size",
         "ActivationBudget.memory": "activation_memory",
+        "Float8.recipe": "float8",
     }
 
     data_parallel_mode: str = "fsdp2"
