@@ -43,7 +43,7 @@ class TiledMLP(Validated, Strategy):
         names = list(find_mlps(adapter.model, context.plan))
         if not names:
             name = type(adapter.model).__name__
-            problem = f"{name} has no dense MLP outside float8 that computes each token independently"
+            problem = f"{name} has no dense MLP, not in float8, that computes each token independently"
             fix = "leave TiledMLP out, or exclude the layers of MLPs from Float8; a budget of activations may be larger"
             raise ModelError(problem, fix, "TiledMLP.tokens")
         for name in names:

@@ -89,9 +89,9 @@ def test_what_a_forward_keeps_on_the_device():
     assert torch.equal(full[3], offloaded[3])
 
 
-def sizes(of=None) -> ActivationMemory:
+def sizes(of=None, **options) -> ActivationMemory:
     model = build_model(of or config(), weights="random")
-    return ActivationMemory.of(model, derive_plan(model), 4)
+    return ActivationMemory.of(model, derive_plan(model), 4, **options)
 
 
 class Tiles(TorchDispatchMode):
@@ -117,7 +117,7 @@ def shared_experts_in_tiles(memory: str) -> int:
 
 
 def test_shared_experts_that_run_ahead_are_in_the_tiles_that_a_budget_chose():
-    tiny = sizes(tiny_config("qwen2_moe"))
+    tiny = sizes(tiny_config("qwen2_moe"), expert_ranks=2)
     memory = f"{tiny.bytes(1 << 20, tiny.policies[-1]) / 2**20 + 1:.0f} MiB"
     assert run_ranks(shared_experts_in_tiles, 2, memory, init=False) == [2, 2]
 
