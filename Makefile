@@ -1,7 +1,8 @@
 # What people type. Everything runs in .venv, which is made on first use and renewed when its inputs change.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+PACKAGE := .venv/.installed
+STAMP := .venv/.installed-dev
 
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := $(shell sed -nE 's/^ *"transformers>=([0-9.]+),.*/\1/p' pyproject.toml)
@@ -12,14 +13,23 @@ OLDEST_TRANSFORMERS := $(shell sed -nE 's/^ *"transformers>=([0-9.]+),.*/\1/p' p
 help: ## Show these lines
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-# setuptools builds the package in the packaging test, and the one that comes with Python 3.11 is too old for it.
-$(STAMP): pyproject.toml constraints.txt
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+# Without extras: transformers imports those that are installed in every process, torchao with warnings.
+$(PACKAGE): pyproject.toml constraints.txt
 	@echo "installing into .venv (once; some minutes on a fresh machine)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt setuptools --editable '.[dev]'
+	@$(INSTALL) --editable .
 	@touch $@
 
-train: $(STAMP) ## Train a small language model here: the tiny example, on every accelerator or two CPU ranks
+# setuptools builds the package in the packaging test, and the one that comes with Python 3.11 is too old for it.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv what tests and checks need (once; some minutes on a fresh machine)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(INSTALL) setuptools --editable '.[dev]'
+	@touch $@ $(PACKAGE)
+
+train: $(PACKAGE) ## Train a small language model here: the tiny example, on every accelerator or two CPU ranks
 	$(BIN)/python examples/train.py configs/text/tiny.yaml
 
 # Many tests use one core or wait for ranks, so two workers keep two cores busy. One worker runs all tests of a file, which
