@@ -117,7 +117,7 @@ class Accelerator:
 
     @property
     def supports_float8(self) -> bool:
-        """Whether ``torch._scaled_mm`` multiplies float8 operands on this device, with a scale for each row too."""
+        """Whether this device multiplies float8 operands, with a scale for the tensor or for each row."""
         return False
 
     @property

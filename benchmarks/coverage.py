@@ -279,9 +279,12 @@ def main() -> None:
             print(json.dumps({"type": name, **asdict(each)}), flush=True)
     print(Counter(status for status, _ in found.values()))
     if args.write:
-        kept = _ROW.findall(args.write.read_text()) if args.only else ()
-        rows = {name: (status, text) for name, status, text in kept if status in STATUSES}
+        before = {name: (status, text) for name, status, text in _ROW.findall(args.write.read_text())}
+        rows = {name: row for name, row in before.items() if row[0] in STATUSES} if args.only else {}
         args.write.write_text(page(rows | found, MODES[args.mode], args.mode))
+        for name in sorted(found.keys() & before.keys()):
+            if found[name][0] != before[name][0]:
+                print(f"{name}: was {before[name][0]}, is {found[name][0]} ({found[name][1]})")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from veomni.models.transformers_api.experts import EXPERTS_IMPLEMENTATION
 from veomni.ops.experts.exchange import distinct_ranks
-from veomni.ops.experts.forward import experts_forward, local_experts
+from veomni.ops.experts.forward import experts_forward, run_local_experts
 from veomni.ops.experts.layout import ACTIVATION, find_activation
 from veomni.ops.experts.permute import permute_tokens, route, sum_tokens
 
@@ -115,7 +115,7 @@ def as_a_rank(module, args, tokens):
     pairs = int((index < local).sum())
 
     def run(hidden, index, weights):
-        return local_experts(module, hidden, route(index, local).first(pairs), index, weights, args.backend)
+        return run_local_experts(module, hidden, route(index, local).first(pairs), index, weights, args.backend)
 
     values = hidden.detach().requires_grad_(), index, weights.detach().requires_grad_(), torch.randn_like(hidden)
     return run, values, pairs

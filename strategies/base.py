@@ -66,7 +66,7 @@ class SetupContext:
     plan: ParallelPlan
     parameters: ParameterStrategy
     materialize: Callable[[nn.Module, str], None]
-    strategies: Sequence[Strategy] = ()
+    strategies: Sequence[Strategy]
     placed: dict[str, nn.Module] = field(default_factory=dict)
 
     def placed_parameters(self) -> set[nn.Parameter]:

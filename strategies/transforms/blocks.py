@@ -12,12 +12,12 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from typing_extensions import override
 
-from veomni.accelerators.host_stack import HostStack
 from veomni.batch.forward_call import bind_call
 from veomni.compat.attention_kernels import attention_operations
 from veomni.compat.modules import compile_in_place, float8_product, run_within
 from veomni.config.section import Validated
 from veomni.logging import create_logger
+from veomni.ops.host_stack import HostStack
 from veomni.strategies.base import SetupContext, Stage, Strategy
 from veomni.strategies.transforms.float64 import keep_float64
 from veomni.strategies.transforms.offload import InputOffload

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from veomni.accelerators.host_stack import HostStack, Stacked
+from veomni.ops.host_stack import HostStack, Stacked
 
 
 class InputOffload:

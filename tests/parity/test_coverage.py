@@ -19,6 +19,7 @@ SAMPLES = {
     "ulysses": {
         # Learned positions, partly rotated heads, fused projections, capped and sliding attention, normalised heads.
         **dict.fromkeys(("gpt2", "gpt_neox", "phi3", "gemma2", "olmo2"), EXACT),
+        "modernbert-decoder": EXACT,  # its get_decoder returns the head
         # Experts, sinks, low-rank projections, chunks under a vision encoder, a difference of attentions.
         **dict.fromkeys(("mixtral", "gpt_oss", "deepseek_v3", "llama4", "diffllama"), EXACT),
         # A recurrence, positions in the scores, attention in both directions, two stacks, linear attention.

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 from tests.models.tiny import tiny_config
-from veomni.accelerators.host_stack import IN_FLIGHT
 from veomni.errors import ConfigError, LayoutError
 from veomni.launcher import Launcher
 from veomni.metrics.activation_memory import ActivationMemory
 from veomni.models import build_model, derive_plan
+from veomni.ops.host_stack import IN_FLIGHT
 from veomni.strategies import FSDP2, ActivationBudget, ActivationCheckpointing, ExpertParallel, Single, TiledMLP
 from veomni.strategies.select import select_strategies
 from veomni.strategies.transforms.activation_budget import choose

@@ -33,10 +33,8 @@ def _on_shared_loop(group: Any, *arguments: Any, **timeout: Any) -> None:
     assert OWN_LOOP is not None
     if timeout:
         options = GLOO._Options()
-        options._devices, options._timeout = (
-            _devices(os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME", "")),
-            timeout["timeout"],
-        )
+        options._devices = _devices(os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME", ""))
+        options._timeout = timeout["timeout"]
         options._threads = 2 * len(options._devices)
         arguments += (options,)
     OWN_LOOP(group, *arguments)

@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 from torch import nn
 
-from veomni.accelerators.host_stack import IN_FLIGHT
 from veomni.errors import ConfigError
 from veomni.metrics.flops import expert_counts
 from veomni.models.traits.tokenwise import find_mlps
 from veomni.ops.experts.exchange import ranks_of_token
+from veomni.ops.host_stack import IN_FLIGHT
 from veomni.ops.loss.cross_entropy import CHUNK_ELEMENTS
 from veomni.parallel.plan import ParallelPlan
 
@@ -130,9 +130,8 @@ class ActivationMemory:
         first = (self.layers * (kept - inputs) + min(self.layers, IN_FLIGHT + 1) * inputs) * scale
         held = gradients + first if accumulated else max(first, gradients + kept * scale)
         at_once = max(self._block(tokens, policy) * self.itemsize, self._head(tokens))
-        return (
-            held + at_once + self.vocabulary * self.hidden * self.itemsize
-        )  # the head's gradient is held until it is reduced
+        head = self.vocabulary * self.hidden * self.itemsize  # its gradient, until it is reduced
+        return held + at_once + head
 
     def longest(
         self, memory: float, policy: ActivationPolicy, gradients: float = 0.0, *, accumulated: bool = False

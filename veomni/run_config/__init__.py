@@ -82,10 +82,8 @@ class Config(Section):
         devices = train.local_processes(accelerator.device_type, accelerator.device_count())
         world = devices if joined is None else joined.world_size
         check_layout(self, world)
-        strategies, facts = (
-            train.build_strategies(self.data.max_seq_len),
-            self.model.build_config().get_text_config().to_dict(),
-        )
+        strategies = train.build_strategies(self.data.max_seq_len)
+        facts = self.model.build_config().get_text_config().to_dict()
         for strategy in strategies:
             strategy.check_model(facts, self.data.max_seq_len, mesh_dims(strategies, world))
         for budget in [each for each in strategies if isinstance(each, ActivationBudget)]:

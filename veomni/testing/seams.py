@@ -16,7 +16,7 @@ from veomni.models.adapter.passes.documents import documents_of
 from veomni.models.weights.initialize import Initializer
 from veomni.moe.controller import RouterController
 from veomni.moe.load import LoadCounter
-from veomni.ops.experts.forward import local_experts
+from veomni.ops.experts.forward import run_local_experts
 from veomni.ops.experts.permute import sum_tokens
 from veomni.parallel.mesh import ParallelState
 from veomni.strategies import DDP, FSDP1
@@ -87,7 +87,7 @@ GRADIENT_SHARDING = Seam(sharding_of)
 EXPERT_AVERAGE = Seam(average_over)
 
 # Experts and their routers
-EXPERTS = Seam(local_experts)
+EXPERTS = Seam(run_local_experts)
 EXPERT_COMBINE = Seam(sum_tokens)
 EXPERT_LOAD = Seam(LoadCounter.reduce)
 ROUTER_GRADIENT = Seam(RouterController.gradient)

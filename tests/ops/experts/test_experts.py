@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.experts.modules import ARCHITECTURES, EXPERTS, HIDDEN, experts
-from veomni.ops.experts.forward import experts_forward, local_experts
+from veomni.ops.experts.forward import experts_forward, run_local_experts
 from veomni.ops.experts.layout import ACTIVATION, find_activation
 from veomni.ops.experts.permute import route
 from veomni.strategies.transforms.blocks import checkpointed
@@ -130,7 +130,7 @@ def check_a_rank(whole, own, backend, device, values, spare):
 
     def run(hidden, index, weights):
         with Float64Throughout() if dtype is torch.float64 else nullcontext():
-            return local_experts(module, hidden, rows, local, weights, backend)
+            return run_local_experts(module, hidden, rows, local, weights, backend)
 
     result = gradients(module, run, dtype, values, device)
     assert not result["weights"][~here.to(device)].any()

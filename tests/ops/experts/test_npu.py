@@ -12,7 +12,7 @@ import torch
 from tests.ops.experts.modules import EXPERTS, experts
 from tests.ops.experts.test_experts import BOUNDS, assert_close, gradients, inputs, ours, truth
 from veomni.accelerators import NPU
-from veomni.ops.experts.forward import local_experts
+from veomni.ops.experts.forward import run_local_experts
 from veomni.ops.experts.permute import route
 
 
@@ -64,7 +64,7 @@ def test_rows_past_the_end(spare):
     rows = route(local, EXPERTS).first(int((~elsewhere).sum()) + spare)
 
     def run(hidden, index, weights):
-        return local_experts(module, hidden, rows, local, weights, "npu")
+        return run_local_experts(module, hidden, rows, local, weights, "npu")
 
     expected = truth(module, (hidden, index, weights.where(~elsewhere, 0.0)))
     expected["weights"] = expected["weights"].where(~elsewhere, 0.0)

@@ -137,7 +137,8 @@ def text_part(model: nn.Module) -> nn.Module:
     """Return the text decoder of a transformers model, without encoders and head; other modules are returned whole."""
     decoder = getattr(model, "get_decoder", None)
     found = decoder() if callable(decoder) else None
-    return found if isinstance(found, nn.Module) else model
+    # In some models, get_decoder returns the head, a linear layer called "decoder".
+    return found if isinstance(found, nn.Module) and hasattr(found, "config") else model
 
 
 def _judged(

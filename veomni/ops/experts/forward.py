@@ -21,13 +21,13 @@ def experts_forward(
 
     Tokens and result are ``[tokens, hidden]``; the expert indices, int64, and their weights are ``[tokens, k]``.
     """
-    experts, run = len(local_shard(module.down_proj)), partial(local_experts, module, backend=backend)  # type: ignore[arg-type]
+    experts, run = len(local_shard(module.down_proj)), partial(run_local_experts, module, backend=backend)  # type: ignore[arg-type]
     if hasattr(module, EXCHANGE):
         return exchange_experts(hidden_states, top_k_index, top_k_weights, experts, run, getattr(module, EXCHANGE))
     return run(hidden_states, route(top_k_index, experts), top_k_index, top_k_weights)
 
 
-def local_experts(
+def run_local_experts(
     module: nn.Module, hidden: Tensor, rows: Routing, top_k_index: Tensor, top_k_weights: Tensor, backend: str
 ) -> Tensor:
     """Return each token's weighted sum over the experts that this rank holds, ``[tokens, hidden]``.
